@@ -1,0 +1,87 @@
+"""Which part of a chat a token belongs to: template, system, user, thinking or answer.
+
+Read from the token ids alone, so that it is the same in a batch, in a stored dialogue and in the middle of a
+generation with a KV cache. The ChatML markers of Qwen and SmolLM are known; a model without them has no phases.
+"""
+
+from enum import IntEnum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Phase(IntEnum):
+    """What a token is in its chat. `TEMPLATE` covers role headers, end markers, think markers and line ends after them."""
+
+    PADDING = 0
+    TEMPLATE = 1
+    SYSTEM = 2
+    USER = 3
+    THINKING = 4
+    ANSWER = 5
+
+
+class Markers(NamedTuple):
+    """Token ids of the chat's markers; `think_open` and `think_close` are -1 where the model has no thinking."""
+
+    start: int
+    end: int
+    system: int
+    user: int
+    assistant: int
+    think_open: int
+    think_close: int
+
+
+def find_markers(tokenizer: Any) -> Markers | None:
+    """The ChatML markers of a tokenizer, or None where a marker or role name is not one token of its own."""
+
+    def single(text: str) -> int:
+        ids = tokenizer(text, add_special_tokens=False).input_ids
+        return ids[0] if len(ids) == 1 else -1
+
+    found = Markers(*map(single, ("<|im_start|>", "<|im_end|>", "system", "user", "assistant", "<think>", "</think>")))
+    return None if min(found[:5]) < 0 else found
+
+
+HEADER_LENGTH = 3  # <|im_start|>, the role, a line end
+
+
+def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
+    """The `Phase` of every token; ids and mask are [batch, pos], mask 0 at padding. Returns int64 [batch, pos]."""
+    out = torch.full_like(ids, int(Phase.TEMPLATE))
+    is_start = (ids == markers.start) & mask.bool()
+    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    segment_start = torch.where(is_start, position, -1).cummax(dim=1).values
+    role = ids.gather(1, (segment_start + 1).clamp(0, ids.shape[1] - 1))
+    seen_end = (ids == markers.end).long().cumsum(1)
+    ends_before = seen_end - seen_end.gather(1, segment_start.clamp(min=0))
+    content = (segment_start >= 0) & (position - segment_start >= HEADER_LENGTH) & (ends_before == 0)
+    out[content & (role == markers.system)] = int(Phase.SYSTEM)
+    out[content & (role == markers.user)] = int(Phase.USER)
+    answer = content & (role == markers.assistant)
+    out[answer] = int(Phase.ANSWER)
+    if markers.think_open >= 0 and markers.think_close >= 0:
+        opened, closed = (ids == markers.think_open).long().cumsum(1), (ids == markers.think_close).long().cumsum(1)
+        at_start = segment_start.clamp(min=0)
+        inside = (opened - opened.gather(1, at_start)) > (closed - closed.gather(1, at_start))
+        out[answer & inside] = int(Phase.THINKING)
+        marker = (ids == markers.think_open) | (ids == markers.think_close)
+        out[answer & marker] = int(Phase.TEMPLATE)
+        # The line end right after a think marker is the template's too.
+        after = torch.zeros_like(marker)
+        after[:, 1:] = marker[:, :-1]
+        out[answer & after] = int(Phase.TEMPLATE)
+    out[mask == 0] = int(Phase.PADDING)
+    return out
+
+
+def answer_start(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
+    """Index of the last assistant header's first token in every row, `pos` where there is none. Returns [batch]."""
+    is_start = (ids == markers.start) & mask.bool()
+    opens = torch.zeros_like(is_start)
+    opens[:, :-1] = is_start[:, :-1] & (ids[:, 1:] == markers.assistant)
+    position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    last = torch.where(opens, position, -1).max(dim=1).values
+    return torch.where(last >= 0, last, ids.shape[1])

@@ -1,0 +1,60 @@
+"""Sites: the places in a transformer where an SAE can sit, and their TransformerLens hook names."""
+
+import re
+from typing import NamedTuple
+
+# Adding a site means adding a row here; HookedLM has the hook point if its name is a TransformerLens one.
+HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
+
+
+class Site(NamedTuple):
+    """One site: `kind` is resid, mlp or attn, `layer` counts from 0."""
+
+    kind: str
+    layer: int
+
+    @property
+    def hook_name(self) -> str:
+        return f"blocks.{self.layer}.{HOOKS[self.kind]}"
+
+
+def parse_hook_name(hook_name: str) -> Site:
+    """`blocks.3.hook_mlp_out` -> Site("mlp", 3); ValueError for a name that is no site."""
+    match = re.fullmatch(r"blocks\.(\d+)\.(\w+)", hook_name)
+    kinds = {hook: kind for kind, hook in HOOKS.items()}
+    if match is None or match[2] not in kinds:
+        raise ValueError(
+            f"{hook_name!r} is not a site; allowed are blocks.<layer>.<hook> with hook one of {', '.join(HOOKS.values())}."
+        )
+    return Site(kinds[match[2]], int(match[1]))
+
+
+def parse_kinds(text: str) -> list[str]:
+    """ "resid,mlp" -> ["resid", "mlp"]; ValueError for a kind that does not exist."""
+    kinds = [part.strip() for part in text.split(",") if part.strip()]
+    for kind in kinds:
+        if kind not in HOOKS:
+            raise ValueError(f"There is no site {kind!r}; choose from {', '.join(HOOKS)} (comma-separated).")
+    if not kinds:
+        raise ValueError(f"No site was given; choose from {', '.join(HOOKS)} (comma-separated).")
+    return list(dict.fromkeys(kinds))
+
+
+def parse_layers(text: str, n_layers: int) -> list[int]:
+    """ "all", "0,2" or "1-3" -> sorted layer numbers; ValueError for one that the model does not have."""
+    if text.strip() == "all":
+        return list(range(n_layers))
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", part)
+        if match is None:
+            raise ValueError(f'Layers {text!r} cannot be read; write "all", "0,2" or "1-3".')
+        layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
+    if not layers or max(layers) >= n_layers:
+        raise ValueError(f"Layers {text!r} were asked for, but this model has layers 0 to {n_layers - 1}.")
+    return sorted(layers)
+
+
+def expand_sites(kinds: list[str], layers: list[int]) -> list[Site]:
+    """Every kind at every layer, layer by layer."""
+    return [Site(kind, layer) for layer in layers for kind in kinds]

@@ -1,0 +1,147 @@
+"""Steering: how features are chosen, and the edits that add, clamp or ablate them.
+
+Strengths are in median norms of the site (sinks left out), so that they mean the same at every site and model.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from qsae_kit.edits import Edit, Policy, selected
+from qsae_kit.models import HookedLM
+from qsae_kit.sae import SAE
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of one SAE with a weight each; the direction is the weighted sum of their decoder rows."""
+
+    features: tuple[int, ...]
+    weights: tuple[float, ...]
+
+    def direction(self, sae: SAE) -> Float[Tensor, " d_model"]:
+        """Unit vector sum_i w_i W_dec[i] / |...|."""
+        rows = sae.W_dec[list(self.features)]
+        return torch.nn.functional.normalize(torch.tensor(self.weights, device=rows.device) @ rows, dim=0)
+
+
+def add_direction(
+    hook_name: str, direction: Float[Tensor, " d_model"], strength: float, median_norm: float, positions: Policy | Tensor = "answer"
+) -> Edit:
+    """x + strength * median_norm * direction, with a unit `direction`."""
+    step = strength * median_norm * direction
+    return Edit(hook_name, lambda x: step.to(x.dtype).expand_as(x), positions)
+
+
+def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Policy | Tensor = "answer") -> Edit:
+    """Adds a feature set's direction; a negative strength takes it away."""
+    check_features(sae, chosen.features)
+    assert sae.provenance is not None
+    origin = sae.provenance
+    return add_direction(origin.hook_name, chosen.direction(sae), strength, origin.filter.median, positions)
+
+
+def clamp_features(sae: SAE, features: Sequence[int], value: float, positions: Policy | Tensor = "answer") -> Edit:
+    """x + sum_i (value - f_i(x)) W_dec[i]: the features read `value` (activation units), the rest of x stays."""
+    check_features(sae, features)
+    assert sae.provenance is not None
+    ids = torch.tensor(list(features), device=sae.W_dec.device)
+
+    def delta(x: Tensor) -> Tensor:
+        f = sae.encode(x.float())[..., ids]
+        return (value - f) @ sae.W_dec[ids]
+
+    return Edit(sae.provenance.hook_name, delta, positions)
+
+
+def ablate_features(sae: SAE, features: Sequence[int], positions: Policy | Tensor = "answer") -> Edit:
+    """Takes what the features contribute out of x."""
+    return clamp_features(sae, features, 0.0, positions)
+
+
+def check_features(sae: SAE, features: Sequence[int]) -> None:
+    """ValueError for no feature, or one that the SAE does not have."""
+    if not features:
+        raise ValueError("No feature was given; give at least one.")
+    for feature in features:
+        if not 0 <= feature < sae.d_sae:
+            raise ValueError(f"Feature {feature} was asked for, but this SAE has features 0 to {sae.d_sae - 1}.")
+
+
+# --- choosing features
+
+
+@torch.no_grad()
+def decision_activations(
+    lm: HookedLM, hook_names: Sequence[str], prompts: Sequence[str], enable_thinking: bool | None = None, batch: int = 64
+) -> dict[str, Float[Tensor, "prompt pos d_model"]]:
+    """Activations where a model decides how to answer: from the last assistant header to the end of the prompt.
+
+    All prompts of a model share that header, so the result is one tensor a site.
+    """
+    parts: dict[str, list[Tensor]] = {name: [] for name in hook_names}
+    for start in range(0, len(prompts), batch):
+        rows = [lm.chat_tokens(p, enable_thinking) for p in prompts[start : start + batch]]
+        ids, mask = lm.pad(rows, "left")
+        where: list[Tensor] = []
+
+        def note(x: Tensor, hook: object, where: list[Tensor] = where) -> None:
+            assert lm.now is not None
+            where[:] = [selected(lm.now, "answer")]
+
+        with lm.hooks(fwd_hooks=[(hook_names[0], note)]):
+            _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
+        for name in hook_names:
+            parts[name].append(cache[name][where[0]].float().view(len(rows), -1, lm.d_model))
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
+class Contrast(NamedTuple):
+    """What differs between two groups of prompts at one site."""
+
+    feature_gap: Float[Tensor, " d_sae"]
+    """Mean activation in the first group minus that in the second, over decision tokens."""
+    mean_gap: Float[Tensor, " d_model"]
+    """Difference of means of the activations: the usual steering direction."""
+    alive: Int[Tensor, " feature"]
+    """Features that fired at a decision token of either group: what random controls are drawn from."""
+
+
+@torch.no_grad()
+def contrast(sae: SAE, harmful: Float[Tensor, "prompt pos d_model"], harmless: Float[Tensor, "prompt pos d_model"]) -> Contrast:
+    """Compares two groups' `decision_activations`."""
+    f_harmful, f_harmless = sae.encode(harmful), sae.encode(harmless)
+    alive = (f_harmful > 0).flatten(0, 1).any(0) | (f_harmless > 0).flatten(0, 1).any(0)
+    gap = f_harmful.mean((0, 1)) - f_harmless.mean((0, 1))
+    return Contrast(gap, harmful.mean((0, 1)) - harmless.mean((0, 1)), alive.nonzero()[:, 0])
+
+
+def choose_features(found: Contrast, n_features: int = 10) -> FeatureSet:
+    """The `n_features` features with the largest gap of either sign, weighted by it.
+
+    Raises ValueError where no feature differs between the groups.
+    """
+    top = found.feature_gap.abs().topk(min(n_features, len(found.feature_gap)))
+    ids = [int(i) for i, size in zip(top.indices, top.values, strict=True) if size > 0]
+    if not ids:
+        raise ValueError("No feature differs between the harmful and the harmless prompts; train the SAE longer or elsewhere.")
+    return FeatureSet(tuple(ids), tuple(float(found.feature_gap[i]) for i in ids))
+
+
+def random_features(found: Contrast, like: FeatureSet, generator: torch.Generator) -> FeatureSet:
+    """A control draw: as many other live features, with the same weights in a random order and random signs.
+
+    `add_features` gives it the same length of change as the chosen set. Raises ValueError for too few live features.
+    """
+    pool = [int(i) for i in found.alive if int(i) not in like.features]
+    if len(pool) < len(like.features):
+        raise ValueError(f"Only {len(pool)} other features are alive; a control needs {len(like.features)}.")
+    ids = torch.randperm(len(pool), generator=generator)[: len(like.features)]
+    order = torch.randperm(len(like.weights), generator=generator)
+    signs = torch.randint(0, 2, (len(like.weights),), generator=generator) * 2 - 1
+    weights = tuple(float(sign) * like.weights[int(i)] for i, sign in zip(order, signs, strict=True))
+    return FeatureSet(tuple(pool[int(i)] for i in ids), weights)
