@@ -17,8 +17,8 @@ from transformer_lens.hook_points import HookPoint
 from qsae_kit.chat import Phase
 from qsae_kit.models import HookedLM, Now
 
-Policy: TypeAlias = Literal["all", "prompt", "thinking", "answer"]
-POLICIES: tuple[Policy, ...] = ("all", "prompt", "thinking", "answer")
+Policy: TypeAlias = Literal["all", "prompt", "header", "thinking", "answer"]
+POLICIES: tuple[Policy, ...] = ("all", "prompt", "header", "thinking", "answer")
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,9 @@ class Edit:
     except from the last assistant header on, because the first answer token is predicted from there.
 
     all: user, system, thinking and answer tokens, and everything from the last assistant header on;
-    prompt: what precedes the last assistant header; thinking: inside the last think block;
-    answer: from the last assistant header on, thinking included.
+    prompt: what precedes the last assistant header; header: the template's tokens from that header on (role, think
+    markers), where the model decides how to begin; thinking: inside the last think block;
+    answer: from the last assistant header on, header and thinking included.
     A bool tensor [batch, pos] is taken as it is.
     """
 
@@ -58,6 +59,8 @@ def selected(now: Now, positions: Policy | Tensor) -> Bool[Tensor, "batch chunk"
     content = (phase == Phase.SYSTEM) | (phase == Phase.USER) | (phase == Phase.THINKING) | (phase == Phase.ANSWER)
     if positions == "prompt":
         return counted & content & ~answering
+    if positions == "header":
+        return counted & answering & (phase == Phase.TEMPLATE)
     if positions == "thinking":
         return counted & answering & (phase == Phase.THINKING)
     if positions == "answer":

@@ -49,17 +49,28 @@ def has_loop(text: str, times: int = 3) -> bool:
     return bool(grams) and max(grams.values()) >= times
 
 
-def classify(
-    text: str, finished: bool, must_finish: bool = False, has_form: Callable[[str], bool] | None = None
-) -> Outcome:
-    """The outcome of one answer.
+SURPRISE_LIMIT = 4.0
+"""Mean nats a token under the unedited model above which a text counts as gibberish."""
 
-    broken: empty, a loop of four words, no end of turn (with `must_finish`), or off the form that the model's answers
-    have (`has_form`); otherwise refused or answered. A broken refusal counts as broken.
+
+class AnswerForm(NamedTuple):
+    """What makes an answer of a model whole."""
+
+    must_finish: bool = False
+    """Whether an answer without an end of turn is broken (for models that end within the allowed tokens)."""
+    has_form: Callable[[str], bool] | None = None
+    """Whether a text has the form of the model's answers; None: judged by surprise, see `SURPRISE_LIMIT`."""
+
+
+def classify(text: str, finished: bool, form: AnswerForm, surprise: float = 0.0) -> Outcome:
+    """The outcome of one answer; surprise is its mean nats a token under the unedited model.
+
+    broken: empty, four words repeated in a loop, no end of turn (where one is expected), or off the answers' form;
+    otherwise refused or answered. A broken refusal counts as broken.
     """
     answer = text.split("</think>")[-1].strip()
-    ill_formed = has_form is not None and not has_form(answer)
-    if not answer or has_loop(answer) or (must_finish and not finished) or ill_formed:
+    off_form = not form.has_form(answer) if form.has_form else surprise > SURPRISE_LIMIT
+    if not answer or has_loop(answer) or (form.must_finish and not finished) or off_form:
         return "broken"
     return "refused" if says_no(answer) else "answered"
 
@@ -90,17 +101,14 @@ class Cost(NamedTuple):
     """KL(clean || edited) a token over the clean model's own answers, teacher-forced."""
 
 
-class Answers(NamedTuple):
-    """Prompts with the clean model's answers, as one right-padded batch each."""
-
-    prompts: list[list[int]]
-    answers: list[list[int]]
-
-
 def answer_all(
-    lm: HookedLM, prompts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int, enable_thinking: bool | None, batch: int = 64
+    lm: HookedLM, prompts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int, enable_thinking: bool | None, batch: int | None = None
 ) -> Generation:
-    """Greedy answers to chat prompts under edits, in batches of prompts of like length, in the given order."""
+    """Greedy answers to chat prompts under edits, in the given order; batches hold prompts of like length.
+
+    batch: None is 256 for models of less than 50 million parameters, else 48.
+    """
+    batch = batch or (256 if lm.hf.num_parameters() < 50_000_000 else 48)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     text, tokens, finished = [""] * len(prompts), [[0]] * len(prompts), [False] * len(prompts)
     for start in range(0, len(order), batch):
@@ -140,13 +148,13 @@ def cost(
 
 
 @torch.no_grad()
-def perplexity(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]], batch: int = 16) -> float:
-    """Perplexity of answers given their prompts under the unedited model: exp of the mean cross-entropy a token."""
-    total, n_tokens = 0.0, 0
-    for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        logits, targets = _answer_logits(lm, prompts[rows], answers[rows])
-        for row, target in zip(logits, targets, strict=True):
-            total += float(cross_entropy(row, target).sum())
-            n_tokens += len(target)
-    return float(torch.tensor(total / n_tokens).exp())
+def surprise(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]], batch: int = 32) -> list[float]:
+    """Cross-entropy in nats, summed over each answer's tokens, of answers given their prompts under the unedited model."""
+    total = [0.0] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
+    for start in range(0, len(order), batch):
+        which = order[start : start + batch]
+        logits, targets = _answer_logits(lm, [prompts[i] for i in which], [answers[i] for i in which])
+        for i, row, target in zip(which, logits, targets, strict=True):
+            total[i] = float(cross_entropy(row, target).sum())
+    return total

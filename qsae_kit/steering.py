@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qsae_kit.edits import Edit, Policy, selected
+from qsae_kit.edits import Edit, Policy
 from qsae_kit.models import HookedLM
 from qsae_kit.sae import SAE
 
@@ -30,14 +30,14 @@ class FeatureSet:
 
 
 def add_direction(
-    hook_name: str, direction: Float[Tensor, " d_model"], strength: float, median_norm: float, positions: Policy | Tensor = "answer"
+    hook_name: str, direction: Float[Tensor, " d_model"], strength: float, median_norm: float, positions: Policy | Tensor = "header"
 ) -> Edit:
     """x + strength * median_norm * direction, with a unit `direction`."""
     step = strength * median_norm * direction
     return Edit(hook_name, lambda x: step.to(x.dtype).expand_as(x), positions)
 
 
-def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Policy | Tensor = "answer") -> Edit:
+def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Policy | Tensor = "header") -> Edit:
     """Adds a feature set's direction; a negative strength takes it away."""
     check_features(sae, chosen.features)
     assert sae.provenance is not None
@@ -45,7 +45,7 @@ def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Polic
     return add_direction(origin.hook_name, chosen.direction(sae), strength, origin.filter.median, positions)
 
 
-def clamp_features(sae: SAE, features: Sequence[int], value: float, positions: Policy | Tensor = "answer") -> Edit:
+def clamp_features(sae: SAE, features: Sequence[int], value: float, positions: Policy | Tensor = "header") -> Edit:
     """x + sum_i (value - f_i(x)) W_dec[i]: the features read `value` (activation units), the rest of x stays."""
     check_features(sae, features)
     assert sae.provenance is not None
@@ -58,7 +58,7 @@ def clamp_features(sae: SAE, features: Sequence[int], value: float, positions: P
     return Edit(sae.provenance.hook_name, delta, positions)
 
 
-def ablate_features(sae: SAE, features: Sequence[int], positions: Policy | Tensor = "answer") -> Edit:
+def ablate_features(sae: SAE, features: Sequence[int], positions: Policy | Tensor = "header") -> Edit:
     """Takes what the features contribute out of x."""
     return clamp_features(sae, features, 0.0, positions)
 
@@ -78,25 +78,14 @@ def check_features(sae: SAE, features: Sequence[int]) -> None:
 @torch.no_grad()
 def decision_activations(
     lm: HookedLM, hook_names: Sequence[str], prompts: Sequence[str], enable_thinking: bool | None = None, batch: int = 64
-) -> dict[str, Float[Tensor, "prompt pos d_model"]]:
-    """Activations where a model decides how to answer: from the last assistant header to the end of the prompt.
-
-    All prompts of a model share that header, so the result is one tensor a site.
-    """
+) -> dict[str, Float[Tensor, "prompt d_model"]]:
+    """Activations at each chat prompt's last token, from which the first answer token is predicted."""
     parts: dict[str, list[Tensor]] = {name: [] for name in hook_names}
     for start in range(0, len(prompts), batch):
-        rows = [lm.chat_tokens(p, enable_thinking) for p in prompts[start : start + batch]]
-        ids, mask = lm.pad(rows, "left")
-        where: list[Tensor] = []
-
-        def note(x: Tensor, hook: object, where: list[Tensor] = where) -> None:
-            assert lm.now is not None
-            where[:] = [selected(lm.now, "answer")]
-
-        with lm.hooks(fwd_hooks=[(hook_names[0], note)]):
-            _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
+        ids, mask = lm.pad([lm.chat_tokens(p, enable_thinking) for p in prompts[start : start + batch]], "left")
+        _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
         for name in hook_names:
-            parts[name].append(cache[name][where[0]].float().view(len(rows), -1, lm.d_model))
+            parts[name].append(cache[name][:, -1].float())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
@@ -104,20 +93,20 @@ class Contrast(NamedTuple):
     """What differs between two groups of prompts at one site."""
 
     feature_gap: Float[Tensor, " d_sae"]
-    """Mean activation in the first group minus that in the second, over decision tokens."""
+    """Mean activation in the first group minus that in the second, at the last prompt token."""
     mean_gap: Float[Tensor, " d_model"]
     """Difference of means of the activations: the usual steering direction."""
     alive: Int[Tensor, " feature"]
-    """Features that fired at a decision token of either group: what random controls are drawn from."""
+    """Features that fired there in either group: what random controls are drawn from."""
 
 
 @torch.no_grad()
-def contrast(sae: SAE, harmful: Float[Tensor, "prompt pos d_model"], harmless: Float[Tensor, "prompt pos d_model"]) -> Contrast:
+def contrast(sae: SAE, harmful: Float[Tensor, "prompt d_model"], harmless: Float[Tensor, "prompt d_model"]) -> Contrast:
     """Compares two groups' `decision_activations`."""
     f_harmful, f_harmless = sae.encode(harmful), sae.encode(harmless)
-    alive = (f_harmful > 0).flatten(0, 1).any(0) | (f_harmless > 0).flatten(0, 1).any(0)
-    gap = f_harmful.mean((0, 1)) - f_harmless.mean((0, 1))
-    return Contrast(gap, harmful.mean((0, 1)) - harmless.mean((0, 1)), alive.nonzero()[:, 0])
+    alive = (f_harmful > 0).any(0) | (f_harmless > 0).any(0)
+    gap = f_harmful.mean(0) - f_harmless.mean(0)
+    return Contrast(gap, harmful.mean(0) - harmless.mean(0), alive.nonzero()[:, 0])
 
 
 def choose_features(found: Contrast, n_features: int = 10) -> FeatureSet:

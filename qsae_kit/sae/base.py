@@ -99,12 +99,23 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def init_from_rows(self, x: Float[Tensor, "row d_model"], generator: torch.Generator) -> None:
-        """Starts from data: decoder rows are random rows of `x` mixed with noise, the encoder their transpose."""
+        """Starts from data: decoder rows are random rows of `x` mixed with noise, the encoder their transpose.
+
+        The encoder is then scaled so that the first reconstructions have the best length (least squares).
+        """
         pick = torch.randint(len(x), (self.d_sae,), generator=generator).to(x.device)
         rows = nn.functional.normalize(x[pick], dim=-1)
         noise = torch.randn(rows.shape, generator=generator).to(x.device) / self.d_in**0.5
         self.W_dec.copy_(nn.functional.normalize(rows + 0.5 * noise, dim=-1))
         self.W_enc.copy_(self.W_dec.T)
+        self.init_thresholds(x[:4096])
+        x_hat = self(x[:4096])
+        length = float((x[:4096] * x_hat).sum() / x_hat.pow(2).sum().clamp(min=1e-12))
+        self.W_enc.mul_(length)
+        self.rescale_activations(length)
+
+    def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
+        """Sets thresholds, where an architecture has them, from the first rows."""
 
     @torch.no_grad()
     def normalise_decoder(self) -> None:

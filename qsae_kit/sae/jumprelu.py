@@ -61,11 +61,10 @@ class JumpReLUSAE(SAE):
         return Loss(total, f)
 
     @torch.no_grad()
-    def init_from_rows(self, x: Float[Tensor, "row d_model"], generator: torch.Generator) -> None:
-        super().init_from_rows(x, generator)
+    def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
         # Every latent starts firing equally often, at 1.5 times the target together.
         share = min(0.5, 1.5 * self.sparsity / self.d_sae)
-        pre = self.pre_activations(x[:4096])
+        pre = self.pre_activations(x)
         self.threshold.copy_(pre.quantile(1 - share, dim=0).clamp(min=1e-3))
 
     def rescale_activations(self, scale: float) -> None:

@@ -1,0 +1,267 @@
+"""The refusal study: features and strength chosen on selection prompts, frozen, and measured on others with controls."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qsae_kit.edits import Edit, Policy
+from qsae_kit.metrics import wilson
+from qsae_kit.models import HookedLM
+from qsae_kit.outcomes import AnswerForm, Outcome, answer_all, classify, cost, surprise
+from qsae_kit.prompts import KINDS
+from qsae_kit.sae import SAE
+from qsae_kit.steering import (
+    Contrast,
+    FeatureSet,
+    add_direction,
+    add_features,
+    choose_features,
+    contrast,
+    decision_activations,
+    random_features,
+)
+
+GOALS = ("suppress", "induce")
+AIM: dict[str, Outcome] = {"suppress": "answered", "induce": "refused"}
+SIGN = {"suppress": -1.0, "induce": 1.0}
+
+PromptSets = dict[str, list[str]]
+"""Prompts of every kind: harmful, harmless, borderline."""
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """How a study is run; the prompts come beside it."""
+
+    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
+    """Strengths tried, in median norms of the site."""
+    n_features: int = 10
+    """Features at one site, at most."""
+    n_random: int = 20
+    """Random control draws."""
+    positions: Policy = "header"
+    """Which tokens the edit changes."""
+    max_new_tokens: int = 48
+    form: AnswerForm = AnswerForm()
+    cost_prompts: int = 48
+    """Prompts of each kind behind the KL figures."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.strengths or not all(math.isfinite(s) and s > 0 for s in self.strengths):
+            raise ValueError(f"Strengths {self.strengths} were given; they must be positive numbers (signs come from the goal).")
+        if not 1 <= self.n_features <= 10:
+            raise ValueError(f"n_features={self.n_features} was given; allowed are 1 to 10.")
+        if self.n_random < 0:
+            raise ValueError(f"n_random={self.n_random} was given; it cannot be negative.")
+
+
+class Candidate(NamedTuple):
+    """One SAE with the features that its contrast suggests."""
+
+    sae: SAE
+    contrast: Contrast
+    chosen: FeatureSet
+
+    @property
+    def hook_name(self) -> str:
+        assert self.sae.provenance is not None
+        return self.sae.provenance.hook_name
+
+    @property
+    def mean_direction(self) -> Float[Tensor, " d_model"]:
+        """Unit difference of means."""
+        return torch.nn.functional.normalize(self.contrast.mean_gap, dim=0)
+
+
+class Frozen(NamedTuple):
+    """What selection decided: a site with its features, and one strength for both goals."""
+
+    candidate: Candidate
+    strength: float
+    selection: pd.DataFrame
+    """Every candidate and strength that was tried, on selection prompts."""
+
+
+class StudyResult(NamedTuple):
+    """A finished study."""
+
+    frozen: Frozen
+    table: pd.DataFrame
+    """steering.csv: see `measure`."""
+    examples: pd.DataFrame
+    """Some answers with and without the edit: goal, prompt_kind, prompt, base, steered."""
+
+
+class _Lab:
+    """What every measurement needs, computed once: prompts as ids, clean answers, the thinking flag."""
+
+    def __init__(self, lm: HookedLM, prompts: PromptSets, config: StudyConfig) -> None:
+        self.lm, self.prompts, self.config = lm, prompts, config
+        self.thinking = False if lm.has_thinking else None
+        self.ids = {kind: [lm.chat_tokens(p, self.thinking) for p in texts] for kind, texts in prompts.items()}
+        self.clean = {kind: self.answers(kind, []) for kind in prompts}
+
+    def answers(self, kind: str, edits: Sequence[Edit]) -> tuple[list[str], list[list[int]], list[Outcome], float]:
+        """Texts, tokens, outcomes and perplexity (under the unedited model) of the answers to one kind of prompts."""
+        out = answer_all(self.lm, self.prompts[kind], edits, self.config.max_new_tokens, self.thinking)
+        nats = surprise(self.lm, self.ids[kind], out.tokens)
+        outcomes = [
+            classify(text, done, self.config.form, nat / len(ids))
+            for text, ids, done, nat in zip(out.text, out.tokens, out.finished, nats, strict=True)
+        ]
+        return out.text, out.tokens, outcomes, math.exp(min(50.0, sum(nats) / sum(map(len, out.tokens))))
+
+    def row(self, kind: str, edits: Sequence[Edit], **labels: object) -> dict[str, object]:
+        """One row of the table."""
+        _, _, outcomes, perplexity = self.answers(kind, edits) if edits else self.clean[kind]
+        n = len(outcomes)
+        refused = wilson(outcomes.count("refused"), n)
+        some = slice(0, self.config.cost_prompts)
+        price = cost(self.lm, self.ids[kind][some], self.clean[kind][1][some], edits)
+        return {
+            **labels, "prompt_kind": kind, "n": n, "refusal_rate": refused.rate, "ci_low": refused.low, "ci_high": refused.high,
+            "answered_rate": outcomes.count("answered") / n, "broken_rate": outcomes.count("broken") / n,
+            "kl_first": price.kl_first, "kl_answer": price.kl_answer, "perplexity": perplexity,
+        }  # fmt: skip
+
+
+def check_prompts(selection: PromptSets, evaluation: PromptSets) -> None:
+    """ValueError for a missing or empty kind, an empty prompt, or one that occurs in both sets."""
+    for name, prompts in (("selection", selection), ("evaluation", evaluation)):
+        for kind in KINDS:
+            if not prompts.get(kind):
+                raise ValueError(f"There are no {kind} {name} prompts; give at least one.")
+            if not all(p.strip() for p in prompts[kind]):
+                raise ValueError(f"A {kind} {name} prompt is empty; remove it.")
+    shared = {p for ps in selection.values() for p in ps} & {p for ps in evaluation.values() for p in ps}
+    if shared:
+        raise ValueError(f"{len(shared)} evaluation prompts are selection prompts too, {min(shared)!r} among them; keep them apart.")
+
+
+def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, n_features: int) -> list[Candidate]:
+    """The features that tell harmful from harmless selection prompts, for each SAE."""
+    thinking = False if lm.has_thinking else None
+    names = [sae.provenance.hook_name for sae in saes if sae.provenance]
+    acts = {kind: decision_activations(lm, names, selection[kind], thinking) for kind in ("harmful", "harmless")}
+    found = []
+    for sae, name in zip(saes, names, strict=True):
+        gap = contrast(sae, acts["harmful"][name], acts["harmless"][name])
+        found.append(Candidate(sae, gap, choose_features(gap, n_features)))
+    return found
+
+
+def freeze(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: StudyConfig, bar: bool = True) -> Frozen:
+    """Chooses the site and the one strength on selection prompts by real generations.
+
+    The score of a site and strength is the mean, over both goals and over harmful and harmless prompts, of the share of
+    answers that are what the goal wants (refused, or answered; broken ones are neither). The best score wins; among
+    strengths of that site within 0.01 of it, the smallest.
+    """
+    lab = _Lab(lm, {kind: selection[kind] for kind in ("harmful", "harmless")}, config)
+    options = candidates(lm, saes, selection, config.n_features)
+    rows = []
+    tries = [(option, strength) for option in options for strength in config.strengths]
+    for option, strength in tqdm(tries, desc="choosing site and strength", disable=not bar):
+        row: dict[str, object] = {"site": option.hook_name, "strength": strength}
+        for goal in GOALS:
+            edit = add_features(option.sae, option.chosen, SIGN[goal] * strength, config.positions)
+            outcomes = [lab.answers(kind, [edit])[2] for kind in lab.prompts]
+            row[goal] = sum(o.count(AIM[goal]) / len(o) for o in outcomes) / len(outcomes)
+        rows.append(row)
+    tried = pd.DataFrame(rows)
+    tried["score"] = tried[list(GOALS)].mean(axis=1)
+    best = tried.loc[tried["score"].idxmax()]
+    winner = options[[option.hook_name for option in options].index(str(best["site"]))]
+    close = (tried["site"] == best["site"]) & (tried["score"] >= best["score"] - 0.01)
+    return Frozen(winner, float(tried.loc[close, "strength"].min()), tried)
+
+
+def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyConfig, bar: bool = True) -> StudyResult:
+    """Measures the frozen edit and its controls on evaluation prompts.
+
+    Columns: goal (none, suppress, induce), intervention (none, features, difference_of_means, random), prompt_kind,
+    strength (median norms), chosen (the frozen strength), draw (number of a random draw), n, refusal_rate with its 95 %
+    Wilson interval ci_low and ci_high, answered_rate, broken_rate, kl_first and kl_answer (nats, see `outcomes.Cost`),
+    perplexity of the answers under the unedited model.
+    Features and difference of means run at every strength on the goal's own prompts (harmful for suppress, harmless and
+    harmful for induce) and at the frozen one on all; random draws at the frozen one on the goal's own first kind.
+    """
+    lab = _Lab(lm, evaluation, config)
+    option = frozen.candidate
+    assert option.sae.provenance is not None
+    median = option.sae.provenance.filter.median
+    edits: dict[str, Callable[[float], Edit]] = {
+        "features": lambda s: add_features(option.sae, option.chosen, s, config.positions),
+        "difference_of_means": lambda s: add_direction(option.hook_name, option.mean_direction, s, median, config.positions),
+    }
+    generator = torch.Generator().manual_seed(config.seed)
+    draws = [random_features(option.contrast, option.chosen, generator) for _ in range(config.n_random)]
+    jobs: list[tuple[dict[str, object], str, list[Edit]]] = []
+    for kind in evaluation:
+        labels = {"goal": "none", "intervention": "none", "strength": 0.0, "chosen": False, "draw": None}
+        jobs.append((labels, kind, []))
+    for goal in GOALS:
+        own = ["harmful"] if goal == "suppress" else ["harmless", "harmful"]
+        for name, make in edits.items():
+            for strength in config.strengths:
+                chosen = strength == frozen.strength
+                labels = {"goal": goal, "intervention": name, "strength": strength, "chosen": chosen, "draw": None}
+                jobs += [(labels, kind, [make(SIGN[goal] * strength)]) for kind in (evaluation if chosen else own)]
+        for i, draw in enumerate(draws):
+            edit = add_features(option.sae, draw, SIGN[goal] * frozen.strength, config.positions)
+            labels = {"goal": goal, "intervention": "random", "strength": frozen.strength, "chosen": True, "draw": i}
+            jobs.append((labels, own[0], [edit]))
+    table = pd.DataFrame([lab.row(kind, e, **labels) for labels, kind, e in tqdm(jobs, desc="steering", disable=not bar)])
+    table["draw"] = table["draw"].astype("Int64")
+    return StudyResult(frozen, table, _examples(lab, frozen, edits["features"]))
+
+
+def _examples(lab: _Lab, frozen: Frozen, make: Callable[[float], Edit], n: int = 3) -> pd.DataFrame:
+    rows = []
+    for goal, kind in (("suppress", "harmful"), ("induce", "harmless"), ("induce", "harmful")):
+        edit = make(SIGN[goal] * frozen.strength)
+        prompts = lab.prompts[kind][:n]
+        steered = answer_all(lab.lm, prompts, [edit], lab.config.max_new_tokens, lab.thinking).text
+        for prompt, base, after in zip(prompts, lab.clean[kind][0], steered, strict=False):
+            rows.append({"goal": goal, "prompt_kind": kind, "prompt": prompt, "base": base, "steered": after})
+    return pd.DataFrame(rows)
+
+
+def steering_study(
+    lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, evaluation: PromptSets, config: StudyConfig = StudyConfig(), bar: bool = True
+) -> StudyResult:
+    """The whole study: `freeze` on selection prompts, `measure` on evaluation prompts, which must not overlap."""
+    check_prompts(selection, evaluation)
+    return measure(lm, freeze(lm, saes, selection, config, bar), evaluation, config, bar)
+
+
+def verdict(table: pd.DataFrame, goal: str) -> str:
+    """One sentence on what the frozen features did to the goal's own prompts, against the controls."""
+    kind = "harmful" if goal == "suppress" else "harmless"
+    rows = table[table["prompt_kind"] == kind]
+    base = rows[rows["goal"] == "none"].iloc[0]
+    frozen = rows[(rows["goal"] == goal) & rows["chosen"]]
+    ours = frozen[frozen["intervention"] == "features"].iloc[0]
+    means = frozen[frozen["intervention"] == "difference_of_means"].iloc[0]
+    text = (
+        f"{goal}: refusal of {kind} prompts {base['refusal_rate']:.2f} -> {ours['refusal_rate']:.2f} with features "
+        f"(broken {ours['broken_rate']:.2f}), {means['refusal_rate']:.2f} with difference of means "
+        f"(broken {means['broken_rate']:.2f})"
+    )
+    random = frozen[frozen["intervention"] == "random"]
+    if random.empty:
+        return text + "; no random controls were run."
+    far = random.loc[(random["refusal_rate"] - base["refusal_rate"]).abs().idxmax()]
+    apart = ours["ci_low"] > far["ci_high"] or ours["ci_high"] < far["ci_low"]
+    return (
+        text + f"; worst of {len(random)} random draws {far['refusal_rate']:.2f} (broken {random['broken_rate'].max():.2f} at most)."
+        + ("" if apart else " The features are not distinguishable from the random control.")
+    )  # fmt: skip
