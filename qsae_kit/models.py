@@ -469,8 +469,9 @@ class HookedLM(HookedRootModule):
         ids, mask = self.pad(rows, "left")
         self._check_length(ids.shape[1], max_new_tokens)
         ends = self._end_ids()
+        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=do_sample, temperature=temperature, top_p=top_p, top_k=top_k,
+            max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling,
             repetition_penalty=1.0, num_beams=1, use_cache=use_cache, eos_token_id=sorted(ends),
             pad_token_id=int(ids[0, 0]) if not mask[0, 0] else (self.tokenizer.pad_token_id or min(ends)),
         )  # fmt: skip

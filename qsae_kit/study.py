@@ -31,6 +31,8 @@ from qsae_kit.steering import (
 GOALS = ("suppress", "induce")
 AIM: dict[str, Outcome] = {"suppress": "answered", "induce": "refused"}
 SIGN = {"suppress": -1.0, "induce": 1.0}
+TARGET = {"suppress": "harmful", "induce": "harmless"}
+"""The prompts that a goal is about."""
 
 PromptSets = dict[str, list[str]]
 """Prompts of every kind: harmful, harmless, borderline."""
@@ -147,13 +149,14 @@ def check_prompts(selection: PromptSets, evaluation: PromptSets) -> None:
 
 
 def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, n_features: int) -> list[Candidate]:
-    """The features that tell harmful from harmless selection prompts, for each SAE."""
+    """The features that tell harmful selection prompts from harmless and borderline ones, for each SAE."""
     thinking = False if lm.has_thinking else None
     names = [sae.provenance.hook_name for sae in saes if sae.provenance]
-    acts = {kind: decision_activations(lm, names, selection[kind], thinking) for kind in ("harmful", "harmless")}
+    harmful = decision_activations(lm, names, selection["harmful"], thinking)
+    others = decision_activations(lm, names, selection["harmless"] + selection["borderline"], thinking)
     found = []
     for sae, name in zip(saes, names, strict=True):
-        gap = contrast(sae, acts["harmful"][name], acts["harmless"][name])
+        gap = contrast(sae, harmful[name], others[name])
         found.append(Candidate(sae, gap, choose_features(gap, n_features)))
     return found
 
@@ -161,14 +164,15 @@ def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, n_featu
 def freeze(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: StudyConfig, bar: bool = True) -> Frozen:
     """Chooses the site and the one strength on selection prompts by real generations.
 
-    The score of a site and strength is the mean, over both goals and over harmful and harmless prompts, of the share of
-    answers that are what the goal wants (refused, or answered; broken ones are neither). The best score wins; among
-    strengths of that site within 0.01 of it, the smallest.
+    score: the mean, over both goals and over harmful and harmless prompts, of the share of answers that are what the
+    goal wants (refused, or answered; broken ones are neither). Where the score comes within 0.03 of the best,
+    disturbance: the share of answers whose outcome random features of the same size change, mean of four draws and both
+    goals. The largest difference of the two wins, ties go to the smaller strength.
     """
     lab = _Lab(lm, {kind: selection[kind] for kind in ("harmful", "harmless")}, config)
-    options = candidates(lm, saes, selection, config.n_features)
+    options = {option.hook_name: option for option in candidates(lm, saes, selection, config.n_features)}
     rows = []
-    tries = [(option, strength) for option in options for strength in config.strengths]
+    tries = [(option, strength) for option in options.values() for strength in config.strengths]
     for option, strength in tqdm(tries, desc="choosing site and strength", disable=not bar):
         row: dict[str, object] = {"site": option.hook_name, "strength": strength}
         for goal in GOALS:
@@ -178,10 +182,27 @@ def freeze(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: Stu
         rows.append(row)
     tried = pd.DataFrame(rows)
     tried["score"] = tried[list(GOALS)].mean(axis=1)
-    best = tried.loc[tried["score"].idxmax()]
-    winner = options[[option.hook_name for option in options].index(str(best["site"]))]
-    close = (tried["site"] == best["site"]) & (tried["score"] >= best["score"] - 0.01)
-    return Frozen(winner, float(tried.loc[close, "strength"].min()), tried)
+    close = tried["score"] >= tried["score"].max() - 0.03
+    tried["disturbance"] = float("nan")
+    for index in tqdm(tried.index[close], desc="checking against random features", disable=not bar):
+        option = options[str(tried.at[index, "site"])]
+        tried.loc[index, "disturbance"] = _disturbance(lab, option, float(tried.at[index, "strength"]))
+    merit = (tried["score"] - tried["disturbance"]).where(close, -1.0)
+    best = tried.loc[merit.round(2).idxmax()]
+    return Frozen(options[str(best["site"])], float(best["strength"]), tried)
+
+
+def _disturbance(lab: _Lab, option: Candidate, strength: float, n_draws: int = 4) -> float:
+    """Share of selection answers whose outcome random features of the same size change."""
+    generator = torch.Generator().manual_seed(lab.config.seed + 1)  # not the draws that evaluation uses
+    changed = []
+    for _ in range(n_draws):
+        draw = random_features(option.contrast, option.chosen, generator)
+        for goal, kind in TARGET.items():
+            edit = add_features(option.sae, draw, SIGN[goal] * strength, lab.config.positions)
+            pairs = zip(lab.answers(kind, [edit])[2], lab.clean[kind][2], strict=True)
+            changed.append(sum(after != before for after, before in pairs) / len(lab.prompts[kind]))
+    return sum(changed) / len(changed)
 
 
 def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyConfig, bar: bool = True) -> StudyResult:
@@ -191,8 +212,8 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
     strength (median norms), chosen (the frozen strength), draw (number of a random draw), n, refusal_rate with its 95 %
     Wilson interval ci_low and ci_high, answered_rate, broken_rate, kl_first and kl_answer (nats, see `outcomes.Cost`),
     perplexity of the answers under the unedited model.
-    Features and difference of means run at every strength on the goal's own prompts (harmful for suppress, harmless and
-    harmful for induce) and at the frozen one on all; random draws at the frozen one on the goal's own first kind.
+    Features and difference of means run at every strength on the goal's own prompts (`TARGET`; for induce on harmful ones
+    too) and at the frozen strength on all; random draws run at the frozen strength on the goal's own.
     """
     lab = _Lab(lm, evaluation, config)
     option = frozen.candidate
@@ -209,7 +230,7 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
         labels = {"goal": "none", "intervention": "none", "strength": 0.0, "chosen": False, "draw": None}
         jobs.append((labels, kind, []))
     for goal in GOALS:
-        own = ["harmful"] if goal == "suppress" else ["harmless", "harmful"]
+        own = [TARGET[goal]] if goal == "suppress" else [TARGET[goal], "harmful"]
         for name, make in edits.items():
             for strength in config.strengths:
                 chosen = strength == frozen.strength
@@ -218,7 +239,7 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
         for i, draw in enumerate(draws):
             edit = add_features(option.sae, draw, SIGN[goal] * frozen.strength, config.positions)
             labels = {"goal": goal, "intervention": "random", "strength": frozen.strength, "chosen": True, "draw": i}
-            jobs.append((labels, own[0], [edit]))
+            jobs.append((labels, TARGET[goal], [edit]))
     table = pd.DataFrame([lab.row(kind, e, **labels) for labels, kind, e in tqdm(jobs, desc="steering", disable=not bar)])
     table["draw"] = table["draw"].astype("Int64")
     return StudyResult(frozen, table, _examples(lab, frozen, edits["features"]))
@@ -245,7 +266,7 @@ def steering_study(
 
 def verdict(table: pd.DataFrame, goal: str) -> str:
     """One sentence on what the frozen features did to the goal's own prompts, against the controls."""
-    kind = "harmful" if goal == "suppress" else "harmless"
+    kind = TARGET[goal]
     rows = table[table["prompt_kind"] == kind]
     base = rows[rows["goal"] == "none"].iloc[0]
     frozen = rows[(rows["goal"] == goal) & rows["chosen"]]

@@ -1,0 +1,147 @@
+"""`qsae demo`: SAEs at the sites of a chat model, their evaluation, and refusal steered both ways, in one go."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from qsae_kit import prompts as prompt_sets
+from qsae_kit.activations import stream_rows
+from qsae_kit.data import Document, TokenBatch, read_documents, repeat, split_documents, token_batches
+from qsae_kit.evaluate import evaluate_suite
+from qsae_kit.files import atomic_file, write_text
+from qsae_kit.formats import save_suite
+from qsae_kit.models import HookedLM
+from qsae_kit.outcomes import AnswerForm, answer_all
+from qsae_kit.report import render_report
+from qsae_kit.sae import SAE
+from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
+from qsae_kit.study import PromptSets, StudyConfig, StudyResult, steering_study
+from qsae_kit.tiny import world
+from qsae_kit.train import TrainConfig, train_saes
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """The sizes of a demo run."""
+
+    variants: tuple[TrainConfig, ...]
+    """Recipes; the first one's residual-stream SAEs are steered."""
+    study: StudyConfig
+    sites: str = "resid,mlp,attn"
+    layers: str = "all"
+    n_selection: int = 32
+    """Selection prompts of each kind."""
+    n_evaluation: int = 200
+    """Evaluation prompts of each kind."""
+    evaluation_tokens: int = 16_000
+    """Held-out tokens for reconstruction."""
+    spliced_tokens: int = 4_000
+    """Held-out tokens for splicing, two passes a site."""
+    own_dialogues: int = 0
+    """Dialogues that the model itself writes as training data; 0: the bundled model's world."""
+
+
+class DemoResult(NamedTuple):
+    """What a demo run made; the same is in its folder."""
+
+    suite: dict[str, dict[str, SAE]]
+    evaluation: pd.DataFrame
+    study: StudyResult
+
+
+def default_config(lm: HookedLM) -> DemoConfig:
+    """Sizes that suit a model: the bundled one whole, another at three layers around its middle."""
+    if lm.model_name == "tiny":
+        lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=60_000, batch=512, pool=16_384)
+        form = AnswerForm(must_finish=True, has_form=world.has_answer_form)
+        return DemoConfig((lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.0, 1.5, 2.0, 2.5)))
+    lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=60_000, batch=512, pool=8_192, lr=1e-3)
+    layers = sorted({round(lm.n_layers * share) for share in (0.3, 0.4, 0.5)})
+    study = StudyConfig(strengths=(0.5, 1.0, 1.5, 2.0), positions="answer", max_new_tokens=40, cost_prompts=32)
+    return DemoConfig(
+        (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=24, n_evaluation=100,
+        evaluation_tokens=6_000, spliced_tokens=1_500, own_dialogues=384,
+    )  # fmt: skip
+
+
+def own_dialogues(lm: HookedLM, n: int, max_new_tokens: int = 48, batch: int = 48) -> Iterator[Document]:
+    """Chats whose answers the model writes itself (greedy), to selection prompts of all kinds in turn."""
+    available = {kind: _all_prompts(lm, kind) for kind in prompt_sets.KINDS}
+    texts = [text for group in zip(*available.values(), strict=False) for text in group][:n]
+    thinking = False if lm.has_thinking else None
+    for start in range(0, len(texts), batch):
+        some = texts[start : start + batch]
+        for prompt, answer in zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True):
+            yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+
+
+def _all_prompts(lm: HookedLM, kind: str) -> list[str]:
+    return [p.text for p in prompt_sets.prompts(lm.model_name, kind, prompt_sets.count(lm.model_name, kind), "selection")]
+
+
+def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Iterator[Document], Sequence[Document]]:
+    """Training documents without end, and held-out ones."""
+    if config.own_dialogues == 0:
+        training = (dialogue["messages"] for dialogue in world.dialogues(10**9, seed=7))
+        return training, [dialogue["messages"] for dialogue in world.dialogues(400, seed=8)]
+    written = list(own_dialogues(lm, config.own_dialogues))
+    held_out, training_documents = split_documents(written, len(written) // 6)
+    return repeat(training_documents), held_out
+
+
+def demo_prompts(model_name: str, config: DemoConfig) -> tuple[PromptSets, PromptSets]:
+    """Selection and evaluation prompts; they share no wording."""
+
+    def texts(split: str, n: int) -> PromptSets:
+        return {kind: [p.text for p in prompt_sets.prompts(model_name, kind, n, split)] for kind in prompt_sets.KINDS}
+
+    return texts("selection", config.n_selection), texts("evaluation", config.n_evaluation)
+
+
+def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: str | None = None, bar: bool = True) -> DemoResult:
+    """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, selection.csv and report.html to `out`.
+
+    data: a file or data set of chats to train on instead of the default. Raises ValueError for sites or layers that do
+    not exist, and for bad data, before anything is written.
+    """
+    config = config or default_config(lm)
+    names = [site.hook_name for site in expand_sites(parse_kinds(config.sites), parse_layers(config.layers, lm.n_layers))]
+    selection, evaluation_prompts = demo_prompts(lm.model_name, config)
+    if data is None:
+        training, held_out = demo_documents(lm, config)
+    else:
+        held_out, rest = split_documents(read_documents(data), 64)
+        training = repeat(rest or held_out)
+    rows = stream_rows(lm, names, token_batches(lm, training, batch_tokens=8192))
+    suite = train_saes(rows, list(config.variants), model_name=lm.model_name, context_size=min(512, lm.context_size), bar=bar)
+    save_suite(suite, out / "suite")
+    batches = list(_take_tokens(lm, held_out, config.evaluation_tokens))
+    kept = [int(batch.keep.sum()) for batch in batches]
+    n_spliced = next((i + 1 for i in range(len(kept)) if sum(kept[: i + 1]) >= config.spliced_tokens), len(kept))
+    evaluation = evaluate_suite(lm, suite, batches, n_spliced, bar)
+    save_table(evaluation, out / "evaluation.csv")
+    steered = [sae for name, sae in suite[config.variants[0].variant].items() if name.endswith("hook_resid_post")]
+    study = steering_study(lm, steered, selection, evaluation_prompts, config.study, bar)
+    save_table(study.table, out / "steering.csv")
+    save_table(study.frozen.selection, out / "selection.csv")
+    write_text(out / "report.html", render_report(lm.model_name, evaluation, study))
+    return DemoResult(suite, evaluation, study)
+
+
+def _take_tokens(lm: HookedLM, documents: Sequence[Document], n_tokens: int) -> Iterator[TokenBatch]:
+    """Small batches until they hold `n_tokens` kept tokens."""
+    taken = 0
+    for batch in token_batches(lm, documents, batch_tokens=1024):
+        yield batch
+        taken += int(batch.keep.sum())
+        if taken >= n_tokens:
+            return
+
+
+def save_table(table: pd.DataFrame, path: Path) -> None:
+    """A DataFrame as CSV, whole or not at all."""
+    with atomic_file(path) as part:
+        table.to_csv(part, index=False, float_format="%.6g")

@@ -1,0 +1,46 @@
+"""Stores activations of one site for training and evaluating elsewhere."""
+
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+
+from qsae_kit.activations import stream_rows
+from qsae_kit.data import read_documents, token_batches
+from qsae_kit.formats import save_rows
+from qsae_kit.models import HookedLM
+from qsae_kit.sites import parse_hook_name
+from qsae_kit.tiny import world
+
+
+def harvest_rows(lm: HookedLM, data: str | None, hook_name: str, tokens: int, out: Path, drop_template: bool = False) -> int:
+    """Writes at most `tokens` rows; returns how many there were.
+
+    Raises ValueError for a site that does not exist, for no data with another model than the bundled one, and for bad
+    data.
+    """
+    lm.check_hook_names([parse_hook_name(hook_name).hook_name])
+    if data is not None:
+        documents = read_documents(data)
+    elif lm.model_name == "tiny":
+        documents = (dialogue["messages"] for dialogue in world.dialogues(10**9, seed=9))
+    else:
+        raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
+    parts, size = [], 0
+    with tqdm(total=tokens, unit="tok", desc="harvesting") as bar:
+        for rows in stream_rows(lm, [hook_name], token_batches(lm, documents, drop_template=drop_template)):
+            part = rows[hook_name][: tokens - size].half() if _fits_half(rows[hook_name]) else rows[hook_name][: tokens - size]
+            parts.append(part.cpu())
+            size += len(part)
+            bar.update(len(part))
+            if size >= tokens:
+                break
+    if not size:
+        raise ValueError("The data gave no tokens after the keep-mask; give longer texts.")
+    about = {"model": lm.model_name, "drop_template": str(drop_template), "data": data or "the bundled model's world"}
+    save_rows({hook_name: torch.cat([part.float() for part in parts])}, hook_name, out, about)
+    return size
+
+
+def _fits_half(x: torch.Tensor) -> bool:
+    return bool(x.abs().max() < 30_000)

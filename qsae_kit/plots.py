@@ -1,0 +1,113 @@
+"""DataFrame -> plotly figure; no model in sight. Colours are Okabe and Ito's, distinct to colour-blind eyes."""
+
+import html
+
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+KIND_COLORS = {"resid": "#0072B2", "mlp": "#D55E00", "attn": "#009E73"}
+KIND_NAMES = {"resid": "residual stream", "mlp": "MLP output", "attn": "attention output"}
+KIND_SYMBOLS = {"resid": "circle", "mlp": "square", "attn": "diamond"}
+DASHES = ("solid", "dot", "dash", "dashdot")
+ARM_STYLE = {"features": ("#0072B2", "SAE features", "circle"), "difference_of_means": ("#E69F00", "difference of means", "square")}
+GOAL_TITLE = {"suppress": "suppress, on harmful prompts", "induce": "induce, on harmless prompts"}
+
+
+def plot_text(text: str) -> str:
+    """Text from a model, a file or a user, made safe to show in a plotly label: it reads as it was written."""
+    escaped = html.escape(text, quote=False)
+    return escaped.replace("$", "&#36;").replace("%{", "%&#123;").replace("\n", "\u21b5")
+
+
+def _style(figure: go.Figure, title: str, height: int = 420) -> go.Figure:
+    figure.update_layout(
+        title={"text": title, "x": 0.01, "y": 0.97, "yanchor": "top"}, template="plotly_white", height=height,
+        margin={"l": 70, "r": 20, "t": 90, "b": 60}, legend={"orientation": "v"}, font={"size": 13},
+    )  # fmt: skip
+    return figure
+
+
+def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "") -> go.Figure:
+    """Reconstruction loss per layer and site: FVU at the left, what splicing costs the model at the right.
+
+    evaluation: the table of `evaluate.evaluate_suite`. The two panels need not agree: a site with a low FVU can cost the
+    model much, and the other way round.
+    """
+    figure = make_subplots(1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12)
+    variants = list(dict.fromkeys(evaluation["variant"]))
+    for v, variant in enumerate(variants):
+        for kind in KIND_COLORS:
+            rows = evaluation[(evaluation["variant"] == variant) & (evaluation["kind"] == kind)].sort_values("layer")
+            if rows.empty:
+                continue
+            for column, metric in ((1, "fvu"), (2, "delta_ce")):
+                figure.add_trace(
+                    go.Scatter(
+                        x=rows["layer"].tolist(), y=rows[metric].tolist(), mode="lines+markers",
+                        name=plot_text(f"{KIND_NAMES[kind]}, {variant}"), legendgroup=f"{variant}/{kind}",
+                        showlegend=column == 1, line={"color": KIND_COLORS[kind], "dash": DASHES[v % len(DASHES)]},
+                        marker={"symbol": KIND_SYMBOLS[kind], "size": 8}, customdata=rows["l0"].tolist(),
+                        hovertemplate="layer %{x}: %{y:.4f}, L0 %{customdata:.1f}<extra></extra>",
+                    ),
+                    row=1, col=column,
+                )  # fmt: skip
+    figure.update_xaxes(title="layer", dtick=1 if evaluation["layer"].nunique() < 15 else None)
+    figure.update_yaxes(title="fraction of variance unexplained", rangemode="tozero", row=1, col=1)
+    figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
+    where = f" of {plot_text(model_name)}" if model_name else ""
+    tokens = f"{int(evaluation['tokens'].max()):,} and {int(evaluation['spliced_tokens'].max()):,} held-out tokens"
+    _style(figure, f"Reconstruction loss per layer and site{where} ({tokens})", height=460)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+    return figure
+
+
+def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
+    """Refusal against strength for both goals, with 95 % intervals, broken answers and random controls.
+
+    table: the table of `study.measure`.
+    """
+    figure = make_subplots(1, 2, subplot_titles=list(GOAL_TITLE.values()), horizontal_spacing=0.1, shared_yaxes=True)
+    for column, (goal, kind) in enumerate((("suppress", "harmful"), ("induce", "harmless")), 1):
+        rows = table[table["prompt_kind"] == kind]
+        base = rows[rows["goal"] == "none"].iloc[0]
+        arms = rows[rows["goal"] == goal]
+        for arm, (color, label, symbol) in ARM_STYLE.items():
+            own = arms[arms["intervention"] == arm].sort_values("strength")
+            strengths = [0.0, *own["strength"]]
+            rates = [base["refusal_rate"], *own["refusal_rate"]]
+            above = [base["ci_high"] - rates[0], *(own["ci_high"] - own["refusal_rate"])]
+            below = [rates[0] - base["ci_low"], *(own["refusal_rate"] - own["ci_low"])]
+            figure.add_trace(
+                go.Scatter(
+                    x=strengths, y=rates, mode="lines+markers", name=f"refused: {label}", legendgroup=arm,
+                    showlegend=column == 1, line={"color": color}, marker={"symbol": symbol, "size": 8},
+                    error_y={"type": "data", "array": above, "arrayminus": below, "thickness": 1},
+                ),
+                row=1, col=column,
+            )  # fmt: skip
+            figure.add_trace(
+                go.Scatter(
+                    x=strengths, y=[base["broken_rate"], *own["broken_rate"]], mode="lines", name=f"broken: {label}",
+                    legendgroup=f"{arm}-broken", showlegend=column == 1, line={"color": color, "dash": "dot"},
+                ),
+                row=1, col=column,
+            )  # fmt: skip
+        random = arms[arms["intervention"] == "random"]
+        figure.add_trace(
+            go.Scatter(
+                x=random["strength"].tolist(), y=random["refusal_rate"].tolist(), mode="markers",
+                name=f"refused: {len(random)} random draws", legendgroup="random", showlegend=column == 1,
+                marker={"color": "#CC79A7", "symbol": "x", "size": 8},
+            ),
+            row=1, col=column,
+        )  # fmt: skip
+        chosen = arms.loc[arms["chosen"], "strength"]
+        if not chosen.empty:
+            figure.add_vline(x=float(chosen.iloc[0]), line={"dash": "dash", "color": "#777777", "width": 1}, row=1, col=column)
+    figure.update_xaxes(title="strength (median norms of the site; dashed: frozen)", rangemode="tozero")
+    figure.update_yaxes(title="share of prompts (bars: 95 % interval)", range=[-0.04, 1.06], row=1, col=1)
+    where = f" of {plot_text(model_name)}" if model_name else ""
+    _style(figure, f"Refusal steered both ways{where} (n = {int(table['n'].max())} a kind)", height=460)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+    return figure
