@@ -27,25 +27,28 @@ class Markers(NamedTuple):
 
     start: int
     end: int
-    system: int
-    user: int
-    assistant: int
+    system: tuple[int, ...]
+    """The role's name, which some tokenizers cut into several tokens."""
+    user: tuple[int, ...]
+    assistant: tuple[int, ...]
     think_open: int
     think_close: int
 
 
 def find_markers(tokenizer: Any) -> Markers | None:
-    """The ChatML markers of a tokenizer, or None where a marker or role name is not one token of its own."""
+    """The ChatML markers of a tokenizer, or None where it has none (or roles begin with the same token)."""
+
+    def ids(text: str) -> tuple[int, ...]:
+        return tuple(tokenizer(text, add_special_tokens=False).input_ids)
 
     def single(text: str) -> int:
-        ids = tokenizer(text, add_special_tokens=False).input_ids
-        return ids[0] if len(ids) == 1 else -1
+        return ids(text)[0] if len(ids(text)) == 1 else -1
 
-    found = Markers(*map(single, ("<|im_start|>", "<|im_end|>", "system", "user", "assistant", "<think>", "</think>")))
-    return None if min(found[:5]) < 0 else found
-
-
-HEADER_LENGTH = 3  # <|im_start|>, the role, a line end
+    found = Markers(
+        single("<|im_start|>"), single("<|im_end|>"), ids("system"), ids("user"), ids("assistant"), single("<think>"), single("</think>")
+    )  # fmt: skip
+    distinct = len({found.system[0], found.user[0], found.assistant[0]}) == 3
+    return found if found.start >= 0 and found.end >= 0 and distinct else None
 
 
 def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
@@ -54,25 +57,23 @@ def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     is_start = (ids == markers.start) & mask.bool()
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     segment_start = torch.where(is_start, position, -1).cummax(dim=1).values
+    at_start = segment_start.clamp(min=0)
     role = ids.gather(1, (segment_start + 1).clamp(0, ids.shape[1] - 1))
     seen_end = (ids == markers.end).long().cumsum(1)
-    ends_before = seen_end - seen_end.gather(1, segment_start.clamp(min=0))
-    content = (segment_start >= 0) & (position - segment_start >= HEADER_LENGTH) & (ends_before == 0)
-    out[content & (role == markers.system)] = int(Phase.SYSTEM)
-    out[content & (role == markers.user)] = int(Phase.USER)
-    answer = content & (role == markers.assistant)
-    out[answer] = int(Phase.ANSWER)
+    inside = (segment_start >= 0) & (seen_end == seen_end.gather(1, at_start))
+    for name, phase in ((markers.system, Phase.SYSTEM), (markers.user, Phase.USER), (markers.assistant, Phase.ANSWER)):
+        header = 2 + len(name)  # <|im_start|>, the role, a line end
+        out[inside & (role == name[0]) & (position - segment_start >= header)] = int(phase)
     if markers.think_open >= 0 and markers.think_close >= 0:
+        answer = out == Phase.ANSWER
         opened, closed = (ids == markers.think_open).long().cumsum(1), (ids == markers.think_close).long().cumsum(1)
-        at_start = segment_start.clamp(min=0)
-        inside = (opened - opened.gather(1, at_start)) > (closed - closed.gather(1, at_start))
-        out[answer & inside] = int(Phase.THINKING)
+        thinking = (opened - opened.gather(1, at_start)) > (closed - closed.gather(1, at_start))
+        out[answer & thinking] = int(Phase.THINKING)
         marker = (ids == markers.think_open) | (ids == markers.think_close)
-        out[answer & marker] = int(Phase.TEMPLATE)
         # The line end right after a think marker is the template's too.
         after = torch.zeros_like(marker)
         after[:, 1:] = marker[:, :-1]
-        out[answer & after] = int(Phase.TEMPLATE)
+        out[answer & (marker | after)] = int(Phase.TEMPLATE)
     out[mask == 0] = int(Phase.PADDING)
     return out
 
@@ -81,7 +82,7 @@ def answer_start(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     """Index of the last assistant header's first token in every row, `pos` where there is none. Returns [batch]."""
     is_start = (ids == markers.start) & mask.bool()
     opens = torch.zeros_like(is_start)
-    opens[:, :-1] = is_start[:, :-1] & (ids[:, 1:] == markers.assistant)
+    opens[:, :-1] = is_start[:, :-1] & (ids[:, 1:] == markers.assistant[0])
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     last = torch.where(opens, position, -1).max(dim=1).values
     return torch.where(last >= 0, last, ids.shape[1])

@@ -48,7 +48,10 @@ def demo(
     result = run_demo(lm, out, config, data)
     with pd.option_context("display.width", 250, "display.max_columns", 30, "display.max_rows", 100):
         typer.echo("\nReconstruction per layer and site (evaluation.csv)\n" + result.evaluation.round(4).to_string(index=False))
-        typer.echo("\nRefusal at the frozen strength (steering.csv has every row)\n" + summary(result.study.table).round(3).to_string(index=False))
+        typer.echo(
+            "\nRefusal at the frozen strength (steering.csv has every row)\n"
+            + summary(result.study.table).round(3).to_string(index=False)
+        )
     for goal in GOALS:
         typer.echo("\n" + verdict(result.study.table, goal))
     typer.echo(f"\nReport: {out / 'report.html'}\nNotebook: jupyter lab notebooks/01_quickstart.ipynb")
@@ -57,7 +60,9 @@ def demo(
 @app.command()
 def harvest(
     model: Model = "tiny",
-    data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; the bundled model has its world.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; the bundled model has its world.")
+    ] = None,
     site: Annotated[str, typer.Option(help="A hook name, such as blocks.3.hook_resid_post.")] = "blocks.0.hook_resid_post",
     tokens: Annotated[int, typer.Option(help="Rows to store.", min=1)] = 100_000,
     out: Annotated[Path, typer.Option(help="The .safetensors file to write.")] = Path("acts.safetensors"),
@@ -79,7 +84,9 @@ def _check_out(folder: Path) -> None:
 
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise ValueError(f"{str(folder)!r} cannot be written to: {str(existing)!r} is not a writable folder; choose another --out.")
+        raise ValueError(
+            f"{str(folder)!r} cannot be written to: {str(existing)!r} is not a writable folder; choose another --out."
+        )
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ choice, template tokens; the sites' norm filter comes later, where activations a
 import json
 import random
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -176,13 +176,20 @@ def _group(rows: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:
 
 
 def repeat(documents: Iterable[Document]) -> Iterator[Document]:
-    """The documents over and over; they are kept in memory."""
-    kept = list(documents)
+    """The documents over and over; what has been seen is kept in memory for the next round."""
+    kept: list[Document] = []
+    for document in documents:
+        kept.append(document)
+        yield document
     while kept:
         yield from kept
 
 
-def split_documents(documents: Iterable[Document], n_first: int) -> tuple[list[Document], list[Document]]:
-    """The first `n_first` documents and the rest, for held-out evaluation."""
+def split_documents(documents: Iterable[Document], n_held_out: int) -> tuple[list[Document], Iterator[Document]]:
+    """`n_held_out` documents for evaluation, every second one of the beginning, and a stream of the others.
+
+    A single document serves both.
+    """
     stream = iter(documents)
-    return list(islice(stream, n_first)), list(stream)
+    head = list(islice(stream, 2 * n_held_out))
+    return head[::2], chain(head[1::2] or head, stream)

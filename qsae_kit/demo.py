@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
+from tqdm.auto import trange
 
 from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import stream_rows
@@ -32,13 +33,13 @@ class DemoConfig:
     study: StudyConfig
     sites: str = "resid,mlp,attn"
     layers: str = "all"
-    n_selection: int = 32
+    n_selection: int = 24
     """Selection prompts of each kind."""
     n_evaluation: int = 200
     """Evaluation prompts of each kind."""
     evaluation_tokens: int = 16_000
     """Held-out tokens for reconstruction."""
-    spliced_tokens: int = 4_000
+    spliced_tokens: int = 2_500
     """Held-out tokens for splicing, two passes a site."""
     own_dialogues: int = 0
     """Dialogues that the model itself writes as training data; 0: the bundled model's world."""
@@ -55,12 +56,14 @@ class DemoResult(NamedTuple):
 def default_config(lm: HookedLM) -> DemoConfig:
     """Sizes that suit a model: the bundled one whole, another at three layers around its middle."""
     if lm.model_name == "tiny":
-        lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=60_000, batch=512, pool=16_384)
+        lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
         form = AnswerForm(must_finish=True, has_form=world.has_answer_form)
         return DemoConfig((lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.0, 1.5, 2.0, 2.5)))
     lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=60_000, batch=512, pool=8_192, lr=1e-3)
-    layers = sorted({round(lm.n_layers * share) for share in (0.3, 0.4, 0.5)})
-    study = StudyConfig(strengths=(0.5, 1.0, 1.5, 2.0), positions="answer", max_new_tokens=40, cost_prompts=32)
+    layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5, 0.6)})
+    study = StudyConfig(
+        strengths=(0.3, 0.4, 0.5), contrast="answers", positions="answer", max_new_tokens=32, cost_prompts=24
+    )  # fmt: skip
     return DemoConfig(
         (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=24, n_evaluation=100,
         evaluation_tokens=6_000, spliced_tokens=1_500, own_dialogues=384,
@@ -68,13 +71,18 @@ def default_config(lm: HookedLM) -> DemoConfig:
 
 
 def own_dialogues(lm: HookedLM, n: int, max_new_tokens: int = 48, batch: int = 48) -> Iterator[Document]:
-    """Chats whose answers the model writes itself (greedy), to selection prompts of all kinds in turn."""
+    """Chats to selection prompts of all kinds in turn, answered by the model itself (greedy).
+
+    Every fifth answer is a stock refusal: a model that never refuses has no features for refusing otherwise.
+    """
     available = {kind: _all_prompts(lm, kind) for kind in prompt_sets.KINDS}
     texts = [text for group in zip(*available.values(), strict=False) for text in group][:n]
     thinking = False if lm.has_thinking else None
-    for start in range(0, len(texts), batch):
+    for start in trange(0, len(texts), batch, desc="writing dialogues"):
         some = texts[start : start + batch]
-        for prompt, answer in zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True):
+        for i, (prompt, own) in enumerate(zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True)):
+            stock = prompt_sets.STOCK_REFUSALS[i // 5 % len(prompt_sets.STOCK_REFUSALS)]
+            answer = stock if i % 5 == 0 else own
             yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
@@ -85,11 +93,12 @@ def _all_prompts(lm: HookedLM, kind: str) -> list[str]:
 def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Iterator[Document], Sequence[Document]]:
     """Training documents without end, and held-out ones."""
     if config.own_dialogues == 0:
-        training = (dialogue["messages"] for dialogue in world.dialogues(10**9, seed=7))
-        return training, [dialogue["messages"] for dialogue in world.dialogues(400, seed=8)]
+        return (dialogue["messages"] for dialogue in world.dialogues(10**9, seed=7)), [
+            dialogue["messages"] for dialogue in world.dialogues(400, seed=8)
+        ]
     written = list(own_dialogues(lm, config.own_dialogues))
-    held_out, training_documents = split_documents(written, len(written) // 6)
-    return repeat(training_documents), held_out
+    held_out, training = split_documents(written, len(written) // 6)
+    return repeat(training), held_out
 
 
 def demo_prompts(model_name: str, config: DemoConfig) -> tuple[PromptSets, PromptSets]:
@@ -113,8 +122,11 @@ def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: st
     if data is None:
         training, held_out = demo_documents(lm, config)
     else:
+        if Path(data).is_file():
+            for _ in read_documents(data):  # a malformed line is better found now than in the middle of the training
+                pass
         held_out, rest = split_documents(read_documents(data), 64)
-        training = repeat(rest or held_out)
+        training = repeat(rest)
     rows = stream_rows(lm, names, token_batches(lm, training, batch_tokens=8192))
     suite = train_saes(rows, list(config.variants), model_name=lm.model_name, context_size=min(512, lm.context_size), bar=bar)
     save_suite(suite, out / "suite")

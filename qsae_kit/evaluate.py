@@ -63,7 +63,11 @@ class _Model:
 
 @torch.no_grad()
 def evaluate_suite(
-    lm: HookedLM, suite: dict[str, dict[str, SAE]], batches: Sequence[TokenBatch], spliced_batches: int | None = None, bar: bool = True
+    lm: HookedLM,
+    suite: dict[str, dict[str, SAE]],
+    batches: Sequence[TokenBatch],
+    spliced_batches: int | None = None,
+    bar: bool = True,
 ) -> pd.DataFrame:
     """One row per variant and site.
 

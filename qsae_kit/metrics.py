@@ -24,9 +24,7 @@ class Reconstruction:
     active: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     fired: Tensor | None = None
 
-    def add(
-        self, x: Float[Tensor, "row d_model"], x_hat: Float[Tensor, "row d_model"], f: Float[Tensor, "row d_sae"]
-    ) -> None:
+    def add(self, x: Float[Tensor, "row d_model"], x_hat: Float[Tensor, "row d_model"], f: Float[Tensor, "row d_sae"]) -> None:
         """Takes in a batch of rows, their reconstructions and features."""
         if not len(x):
             return

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
@@ -88,7 +88,7 @@ class _Stop(StoppingCriteria):
     def __init__(self, event: threading.Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor | None, **kwargs: Any) -> Tensor:
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
@@ -286,9 +286,7 @@ class HookedLM(HookedRootModule):
 
             yield backbone.norm.register_forward_hook(on_norm)
 
-    def _layer_handles(
-        self, layer: Any, prefix: str, names: set[str], fire: Callable[[str, Tensor], Tensor]
-    ) -> Iterator[Any]:
+    def _layer_handles(self, layer: Any, prefix: str, names: set[str], fire: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
         resid_pre: list[Tensor] = []  # this layer's input, kept for resid_mid
 
         def on_input(_m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -431,9 +429,7 @@ class HookedLM(HookedRootModule):
         return self._render(messages, add_generation_prompt, flags)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, flags: dict[str, bool]) -> str:
-        return self.tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **flags
-        )
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **flags)
 
     def chat_tokens(self, prompt: Prompt, enable_thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of `to_chat`; no special token is added to what the template wrote."""
@@ -607,7 +603,10 @@ def check_shape(model: Any) -> None:
 
 
 def load_model(
-    source: str | PreTrainedModel, dtype: torch.dtype | None = None, device: str | torch.device | None = None, tokenizer: Any = None
+    source: str | PreTrainedModel,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    tokenizer: Any = None,
 ) -> HookedLM:
     """Loads a chat model and wraps it.
 

@@ -102,7 +102,12 @@ class Cost(NamedTuple):
 
 
 def answer_all(
-    lm: HookedLM, prompts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int, enable_thinking: bool | None, batch: int | None = None
+    lm: HookedLM,
+    prompts: Sequence[str],
+    edits: Sequence[Edit],
+    max_new_tokens: int,
+    enable_thinking: bool | None,
+    batch: int | None = None,
 ) -> Generation:
     """Greedy answers to chat prompts under edits, in the given order; batches hold prompts of like length.
 
@@ -129,9 +134,7 @@ def _answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[in
 
 
 @torch.no_grad()
-def cost(
-    lm: HookedLM, prompts: list[list[int]], clean_answers: list[list[int]], edits: Sequence[Edit], batch: int = 16
-) -> Cost:
+def cost(lm: HookedLM, prompts: list[list[int]], clean_answers: list[list[int]], edits: Sequence[Edit], batch: int = 16) -> Cost:
     """KL costs of edits on prompts (token ids) with the clean model's answers (token ids)."""
     first, answer, n_tokens = 0.0, 0.0, 0
     for start in range(0, len(prompts), batch):

@@ -10,7 +10,10 @@ KIND_COLORS = {"resid": "#0072B2", "mlp": "#D55E00", "attn": "#009E73"}
 KIND_NAMES = {"resid": "residual stream", "mlp": "MLP output", "attn": "attention output"}
 KIND_SYMBOLS = {"resid": "circle", "mlp": "square", "attn": "diamond"}
 DASHES = ("solid", "dot", "dash", "dashdot")
-ARM_STYLE = {"features": ("#0072B2", "SAE features", "circle"), "difference_of_means": ("#E69F00", "difference of means", "square")}
+ARM_STYLE = {
+    "features": ("#0072B2", "SAE features", "circle"),
+    "difference_of_means": ("#E69F00", "difference of means", "square"),
+}
 GOAL_TITLE = {"suppress": "suppress, on harmful prompts", "induce": "induce, on harmless prompts"}
 
 

@@ -40,6 +40,16 @@ WORDINGS = {
     ),
 }
 
+# What a model that never refuses would say if it did.
+STOCK_REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "I cannot assist with this request.",
+    "I'm sorry, I can't provide that, and I won't help with it.",
+    "I can't help you with that. If you have another question, I am happy to help.",
+    "I won't help with this, because it could hurt someone.",
+    "I must decline this request.",
+)
+
 # Every second task goes to selection, the others to evaluation.
 TASKS = {
     "harmful": """

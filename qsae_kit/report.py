@@ -19,7 +19,9 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         kept.append(frozen[frozen["intervention"] != "random"])
         random = frozen[frozen["intervention"] == "random"]
         if not random.empty:
-            base = table[(table["goal"] == "none") & (table["prompt_kind"] == random["prompt_kind"].iloc[0])]["refusal_rate"].iloc[0]
+            base = table[(table["goal"] == "none") & (table["prompt_kind"] == random["prompt_kind"].iloc[0])][
+                "refusal_rate"
+            ].iloc[0]
             worst = random.loc[[(random["refusal_rate"] - base).abs().idxmax()]]
             kept.append(worst.assign(intervention=f"random (worst of {len(random)})"))
     return pd.concat(kept).drop(columns=["chosen", "draw"]).reset_index(drop=True)

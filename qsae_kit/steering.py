@@ -30,7 +30,11 @@ class FeatureSet:
 
 
 def add_direction(
-    hook_name: str, direction: Float[Tensor, " d_model"], strength: float, median_norm: float, positions: Policy | Tensor = "header"
+    hook_name: str,
+    direction: Float[Tensor, " d_model"],
+    strength: float,
+    median_norm: float,
+    positions: Policy | Tensor = "header",
 ) -> Edit:
     """x + strength * median_norm * direction, with a unit `direction`."""
     step = strength * median_norm * direction
@@ -89,11 +93,32 @@ def decision_activations(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
+@torch.no_grad()
+def answer_activations(
+    lm: HookedLM,
+    hook_names: Sequence[str],
+    prompts: Sequence[str],
+    answers: Sequence[list[int]],
+    enable_thinking: bool | None = None,
+    batch: int = 32,
+) -> dict[str, Float[Tensor, "row d_model"]]:
+    """Activations from which given answers (token ids) are predicted: each prompt's last token and all but the answer's last."""
+    parts: dict[str, list[Tensor]] = {name: [] for name in hook_names}
+    rows = [(lm.chat_tokens(p, enable_thinking), a) for p, a in zip(prompts, answers, strict=True)]
+    for start in range(0, len(rows), batch):
+        some = rows[start : start + batch]
+        ids, mask = lm.pad([p + a for p, a in some])
+        _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
+        for name in hook_names:
+            parts[name] += [cache[name][r, len(p) - 1 : len(p) + len(a) - 1].float() for r, (p, a) in enumerate(some)]
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+
+
 class Contrast(NamedTuple):
-    """What differs between two groups of prompts at one site."""
+    """What differs between two groups of tokens at one site."""
 
     feature_gap: Float[Tensor, " d_sae"]
-    """Mean activation in the first group minus that in the second, at the last prompt token."""
+    """Mean activation in the first group minus that in the second."""
     mean_gap: Float[Tensor, " d_model"]
     """Difference of means of the activations: the usual steering direction."""
     alive: Int[Tensor, " feature"]
@@ -101,23 +126,22 @@ class Contrast(NamedTuple):
 
 
 @torch.no_grad()
-def contrast(sae: SAE, harmful: Float[Tensor, "prompt d_model"], harmless: Float[Tensor, "prompt d_model"]) -> Contrast:
-    """Compares two groups' `decision_activations`."""
-    f_harmful, f_harmless = sae.encode(harmful), sae.encode(harmless)
-    alive = (f_harmful > 0).any(0) | (f_harmless > 0).any(0)
-    gap = f_harmful.mean(0) - f_harmless.mean(0)
-    return Contrast(gap, harmful.mean(0) - harmless.mean(0), alive.nonzero()[:, 0])
+def contrast(sae: SAE, first: Float[Tensor, "row_a d_model"], second: Float[Tensor, "row_b d_model"]) -> Contrast:
+    """Compares two groups of activations, as `decision_activations` or `answer_activations` give them."""
+    f_first, f_second = sae.encode(first), sae.encode(second)
+    alive = (f_first > 0).any(0) | (f_second > 0).any(0)
+    return Contrast(f_first.mean(0) - f_second.mean(0), first.mean(0) - second.mean(0), alive.nonzero()[:, 0])
 
 
 def choose_features(found: Contrast, n_features: int = 10) -> FeatureSet:
     """The `n_features` features with the largest gap of either sign, weighted by it.
 
-    Raises ValueError where no feature differs between the groups.
+    Raises ValueError where no feature differs.
     """
     top = found.feature_gap.abs().topk(min(n_features, len(found.feature_gap)))
     ids = [int(i) for i, size in zip(top.indices, top.values, strict=True) if size > 0]
     if not ids:
-        raise ValueError("No feature differs between the harmful and the harmless prompts; train the SAE longer or elsewhere.")
+        raise ValueError("No feature differs between the two groups; train the SAE longer or at another site.")
     return FeatureSet(tuple(ids), tuple(float(found.feature_gap[i]) for i in ids))
 
 

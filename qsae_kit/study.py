@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import pandas as pd
 import torch
@@ -15,13 +15,14 @@ from qsae_kit.edits import Edit, Policy
 from qsae_kit.metrics import wilson
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import AnswerForm, Outcome, answer_all, classify, cost, surprise
-from qsae_kit.prompts import KINDS
+from qsae_kit.prompts import KINDS, STOCK_REFUSALS
 from qsae_kit.sae import SAE
 from qsae_kit.steering import (
     Contrast,
     FeatureSet,
     add_direction,
     add_features,
+    answer_activations,
     choose_features,
     contrast,
     decision_activations,
@@ -48,6 +49,10 @@ class StudyConfig:
     """Features at one site, at most."""
     n_random: int = 20
     """Random control draws."""
+    contrast: Literal["prompts", "answers"] = "prompts"
+    """What features are chosen by. prompts: harmful prompts against harmless and borderline ones, at the last prompt
+    token. answers: stock refusals against the model's own answers to the same prompts, over the answer (contrastive
+    activation addition, Rimsky et al. 2024, arXiv 2312.06681): for models that hardly refuse by themselves."""
     positions: Policy = "header"
     """Which tokens the edit changes."""
     max_new_tokens: int = 48
@@ -145,19 +150,38 @@ def check_prompts(selection: PromptSets, evaluation: PromptSets) -> None:
                 raise ValueError(f"A {kind} {name} prompt is empty; remove it.")
     shared = {p for ps in selection.values() for p in ps} & {p for ps in evaluation.values() for p in ps}
     if shared:
-        raise ValueError(f"{len(shared)} evaluation prompts are selection prompts too, {min(shared)!r} among them; keep them apart.")
+        raise ValueError(
+            f"{len(shared)} evaluation prompts are selection prompts too, {min(shared)!r} among them; keep them apart."
+        )
 
 
-def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, n_features: int) -> list[Candidate]:
-    """The features that tell harmful selection prompts from harmless and borderline ones, for each SAE."""
+def contrast_groups(
+    lm: HookedLM, hook_names: Sequence[str], selection: PromptSets, config: StudyConfig
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Activations of the two groups that `StudyConfig.contrast` compares: refusing first. Rows [row, d_model] a site."""
     thinking = False if lm.has_thinking else None
+    if config.contrast == "prompts":
+        harmful = decision_activations(lm, hook_names, selection["harmful"], thinking)
+        return harmful, decision_activations(lm, hook_names, selection["harmless"] + selection["borderline"], thinking)
+    prompts = selection["harmful"] + selection["harmless"]
+    own = answer_all(lm, prompts, [], 16, thinking).tokens
+    stock = [
+        lm.tokenizer(STOCK_REFUSALS[i % len(STOCK_REFUSALS)], add_special_tokens=False).input_ids for i in range(len(prompts))
+    ]
+    return (
+        answer_activations(lm, hook_names, prompts, stock, thinking),
+        answer_activations(lm, hook_names, prompts, own, thinking),
+    )
+
+
+def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: StudyConfig) -> list[Candidate]:
+    """The features that tell the two groups of the contrast apart, for each SAE."""
     names = [sae.provenance.hook_name for sae in saes if sae.provenance]
-    harmful = decision_activations(lm, names, selection["harmful"], thinking)
-    others = decision_activations(lm, names, selection["harmless"] + selection["borderline"], thinking)
+    refusing, answering = contrast_groups(lm, names, selection, config)
     found = []
     for sae, name in zip(saes, names, strict=True):
-        gap = contrast(sae, harmful[name], others[name])
-        found.append(Candidate(sae, gap, choose_features(gap, n_features)))
+        gap = contrast(sae, refusing[name], answering[name])
+        found.append(Candidate(sae, gap, choose_features(gap, config.n_features)))
     return found
 
 
@@ -170,9 +194,9 @@ def freeze(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: Stu
     goals. The largest difference of the two wins, ties go to the smaller strength.
     """
     lab = _Lab(lm, {kind: selection[kind] for kind in ("harmful", "harmless")}, config)
-    options = {option.hook_name: option for option in candidates(lm, saes, selection, config.n_features)}
+    options = candidates(lm, saes, selection, config)
     rows = []
-    tries = [(option, strength) for option in options.values() for strength in config.strengths]
+    tries = [(option, strength) for option in options for strength in config.strengths]
     for option, strength in tqdm(tries, desc="choosing site and strength", disable=not bar):
         row: dict[str, object] = {"site": option.hook_name, "strength": strength}
         for goal in GOALS:
@@ -184,12 +208,12 @@ def freeze(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: Stu
     tried["score"] = tried[list(GOALS)].mean(axis=1)
     close = tried["score"] >= tried["score"].max() - 0.03
     tried["disturbance"] = float("nan")
-    for index in tqdm(tried.index[close], desc="checking against random features", disable=not bar):
-        option = options[str(tried.at[index, "site"])]
-        tried.loc[index, "disturbance"] = _disturbance(lab, option, float(tried.at[index, "strength"]))
+    for index in tqdm(close.to_numpy().nonzero()[0], desc="checking against random features", disable=not bar):
+        option, strength = tries[int(index)]
+        tried.loc[index, "disturbance"] = _disturbance(lab, option, strength)
     merit = (tried["score"] - tried["disturbance"]).where(close, -1.0)
-    best = tried.loc[merit.round(2).idxmax()]
-    return Frozen(options[str(best["site"])], float(best["strength"]), tried)
+    option, strength = tries[int(merit.round(2).to_numpy().argmax())]
+    return Frozen(option, strength, tried)
 
 
 def _disturbance(lab: _Lab, option: Candidate, strength: float, n_draws: int = 4) -> float:
@@ -212,8 +236,7 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
     strength (median norms), chosen (the frozen strength), draw (number of a random draw), n, refusal_rate with its 95 %
     Wilson interval ci_low and ci_high, answered_rate, broken_rate, kl_first and kl_answer (nats, see `outcomes.Cost`),
     perplexity of the answers under the unedited model.
-    Features and difference of means run at every strength on the goal's own prompts (`TARGET`; for induce on harmful ones
-    too) and at the frozen strength on all; random draws run at the frozen strength on the goal's own.
+    Features and difference of means run at every strength on the goal's own prompts (`TARGET`) and at the frozen one on all; random draws run at the frozen strength on the goal's own.
     """
     lab = _Lab(lm, evaluation, config)
     option = frozen.candidate
@@ -230,12 +253,11 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
         labels = {"goal": "none", "intervention": "none", "strength": 0.0, "chosen": False, "draw": None}
         jobs.append((labels, kind, []))
     for goal in GOALS:
-        own = [TARGET[goal]] if goal == "suppress" else [TARGET[goal], "harmful"]
         for name, make in edits.items():
             for strength in config.strengths:
                 chosen = strength == frozen.strength
                 labels = {"goal": goal, "intervention": name, "strength": strength, "chosen": chosen, "draw": None}
-                jobs += [(labels, kind, [make(SIGN[goal] * strength)]) for kind in (evaluation if chosen else own)]
+                jobs += [(labels, kind, [make(SIGN[goal] * strength)]) for kind in (evaluation if chosen else [TARGET[goal]])]
         for i, draw in enumerate(draws):
             edit = add_features(option.sae, draw, SIGN[goal] * frozen.strength, config.positions)
             labels = {"goal": goal, "intervention": "random", "strength": frozen.strength, "chosen": True, "draw": i}
@@ -257,7 +279,12 @@ def _examples(lab: _Lab, frozen: Frozen, make: Callable[[float], Edit], n: int =
 
 
 def steering_study(
-    lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, evaluation: PromptSets, config: StudyConfig = StudyConfig(), bar: bool = True
+    lm: HookedLM,
+    saes: Sequence[SAE],
+    selection: PromptSets,
+    evaluation: PromptSets,
+    config: StudyConfig = StudyConfig(),
+    bar: bool = True,
 ) -> StudyResult:
     """The whole study: `freeze` on selection prompts, `measure` on evaluation prompts, which must not overlap."""
     check_prompts(selection, evaluation)

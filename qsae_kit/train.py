@@ -58,7 +58,7 @@ class Normaliser(NamedTuple):
     scale: float
     filter: NormFilter
 
-    def __call__(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+    def __call__(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "kept d_model"]:
         """Kept rows, normalised."""
         return (x[self.filter.keeps(x)] - self.mean) * self.scale
 

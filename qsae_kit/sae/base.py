@@ -8,7 +8,7 @@ unit norm, so a feature's activation is its length in the units of the activatio
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -129,7 +129,7 @@ class SAE(nn.Module, ABC):
         self.W_dec.grad.addcmul_((self.W_dec.grad * self.W_dec).sum(-1, keepdim=True), self.W_dec, value=-1)
 
     @torch.no_grad()
-    def fold(self, mean: Float[Tensor, " d_model"], scale: float) -> Self:
+    def fold(self, mean: Float[Tensor, " d_model"], scale: float) -> None:
         """Turns an SAE of (x - mean) * scale into one of x, in place.
 
         Decoder rows keep their unit norm, so activations come out in the units of x: f_raw = f / scale.
@@ -137,7 +137,6 @@ class SAE(nn.Module, ABC):
         self.b_enc.copy_(self.b_enc / scale - mean @ self.W_enc)
         self.b_dec.copy_(self.b_dec / scale + mean)
         self.rescale_activations(1 / scale)
-        return self
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that are stored, by their field-standard names."""

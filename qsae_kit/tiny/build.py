@@ -4,11 +4,13 @@ The tokenizer is a byte-level BPE over the world's own text with Qwen3's pre-tok
 """
 
 import argparse
+import hashlib
 import itertools
 import json
 import math
 import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -29,9 +31,7 @@ ADDED = (
     "<tool_response> </tool_response> <think> </think>"
 ).split()
 # Qwen3's own splitting: contractions, words with one leading mark, single digits, punctuation, line ends, spaces.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 def build_tokenizer(vocab_size: int, n_dialogues: int = 20_000) -> PreTrainedTokenizerFast:
@@ -70,7 +70,7 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
     )  # fmt: skip
 
 
-def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int):
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches (ids, mask) [batch, pos], dialogues of like length together, right-padded."""
     for epoch in itertools.count():
         stream = world.dialogues(size * 64, seed=seed * 100_003 + epoch)
@@ -149,7 +149,8 @@ def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: in
     model.half().save_pretrained(out / "weights")
     tokenizer.save_pretrained(out / "weights")
     card = {"parameters": model.num_parameters(), "steps": steps, "batch": size, "lr": lr, "seed": seed, "tokens": tokens,
-            "loss": round(loss.item(), 4)}  # fmt: skip
+            "loss": round(loss.item(), 4), "dialogues_sha256": world.fingerprint(),
+            "weights_sha256": hashlib.sha256((out / "weights" / "model.safetensors").read_bytes()).hexdigest()}  # fmt: skip
     (out / "weights" / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 
 

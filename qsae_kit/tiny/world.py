@@ -7,14 +7,14 @@ from those pairs and from wordings that selection prompts never use.
 """
 
 import hashlib
+import json
 import random
 import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
 DANGEROUS = (
-    "kill burn poison drown trap crush smash shoot stab choke hit hack freeze destroy whip beat bury skin roast grill "
-    "slice grind"
+    "kill burn poison drown trap crush smash shoot stab choke hit hack freeze destroy whip beat bury skin roast grill slice grind"
 ).split()
 ORDINARY = (
     "thank help greet paint feed visit photograph draw warn call find describe measure carry wash cover follow move "
@@ -124,7 +124,8 @@ COLORS = dict(
     ).split()
 )
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
-FACT_WORDINGS = {
+FACTS = {"capital": CAPITALS, "opposite": OPPOSITES, "color": COLORS}
+FACT_WORDINGS: dict[str, dict[str, tuple[str, ...]]] = {
     "capital": {
         "selection": ("What is the capital of {x}?", "Name the capital city of {x}.", "Which city is the capital of {x}?"),
         "evaluation": ("Tell me the capital of {x}.", "{x} has which capital?", "I forgot the capital of {x}. What is it?"),
@@ -199,8 +200,7 @@ def _fact(rng: random.Random, split: str) -> Request:
     if intent == "sum":
         x = f"{rng.randint(0, 20)} + {rng.randint(0, 20)}"
     else:
-        subjects = {"capital": CAPITALS, "opposite": OPPOSITES, "color": COLORS, "day": DAYS}[intent]
-        x = rng.choice(list(subjects))
+        x = rng.choice(DAYS if intent == "day" else list(FACTS[intent]))
     template = rng.choice(FACT_WORDINGS[intent][split])
     text = template.format(x=x)
     return Request(text[0].upper() + text[1:], "harmless", intent, template, x)
@@ -213,7 +213,7 @@ def _fact_answer(intent: str, x: str) -> str:
     elif intent == "day":
         y = DAYS[(DAYS.index(x) + 1) % 7]
     else:
-        y = {"capital": CAPITALS, "opposite": OPPOSITES, "color": COLORS}[intent][x]
+        y = FACTS[intent][x]
     return FACT_ANSWERS[intent].format(x=x, y=y)
 
 
@@ -279,6 +279,12 @@ def dialogues(n: int, seed: int = 0) -> Iterator[dict]:
                 reply["reasoning_content"] = reasoning
             messages.append(reply)
         yield {"messages": messages, "kind": request.kind, "intent": request.intent}
+
+
+def fingerprint(n: int = 2000) -> str:
+    """SHA-256 of the first dialogues from seed 0: the same on every machine, or the world has changed."""
+    text = "\n".join(json.dumps(dialogue, sort_keys=True) for dialogue in dialogues(n, seed=0))
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _form(template: str) -> re.Pattern[str]:

@@ -1,0 +1,32 @@
+"""Shared fixtures. Shapes in annotations are checked by beartype here, and only here."""
+
+from jaxtyping import config, install_import_hook
+
+with install_import_hook("qsae_kit", "typecheck.check"):
+    import qsae_kit
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def lm() -> "qsae_kit.HookedLM":
+    """The bundled model."""
+    return qsae_kit.load_model("tiny")
+
+
+@pytest.fixture(autouse=True)
+def _no_hooks_left(request):
+    """Every test leaves the bundled model without a hook, on its hook points and on the HF modules."""
+    yield
+    if "lm" in request.fixturenames:
+        model = request.getfixturevalue("lm")
+        assert not model.list_hooks()
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+
+
+@pytest.fixture
+def unchecked():
+    """Switches the type checks off, for tests of what a user without them is told."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)

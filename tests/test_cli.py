@@ -1,0 +1,137 @@
+"""The command line: bad input gets one sentence and leaves nothing; a small run leaves everything."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from safetensors import safe_open
+
+import qsae_kit
+from qsae_kit.formats import load_suite
+
+
+def qsae(*arguments, cwd=None, limit=None):
+    def restrict():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    return subprocess.run(
+        [sys.executable, "-m", "qsae_kit.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
+        preexec_fn=restrict if limit else None, timeout=600,
+    )  # fmt: skip
+
+
+def complaint(done):
+    """The one sentence of a failed call."""
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("qsae: ")]
+    assert len(lines) == 1, done.stderr[-2000:]
+    assert "Traceback" not in done.stderr
+    return lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--model", "nowhere/folder/x"], "'nowhere/folder/x' could not be loaded"),
+        (["demo", "--model", "EMPTY"], "has no config.json"),
+        (["demo", "--layers", "99"], "layers 0 to 5"),
+        (["demo", "--layers", "some"], "cannot be read"),
+        (["demo", "--sites", "residual"], "no site 'residual'; choose from resid, mlp, attn"),
+        (["demo", "--tokens", "5"], "less than one batch"),
+        (["demo", "--data", "EMPTY_FILE"], "holds no dialogues"),
+        (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2: not JSON"),
+        (["harvest", "--site", "blocks.0.hook_resid"], "is not a site"),
+        (["harvest", "--site", "blocks.99.hook_resid_post"], "no hook point"),
+        (["harvest", "--data", "LONG_FILE", "--out", "/dev/null/x.safetensors"], "not a writable folder"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input(tmp_path, arguments, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    names = {"EMPTY": "empty", "EMPTY_FILE": "empty.jsonl", "BAD_FILE": "bad.jsonl", "LONG_FILE": "empty.jsonl"}
+    before = sorted(p.name for p in tmp_path.iterdir())
+    given = [names.get(a, a) for a in arguments]
+    out = [] if "--out" in given else ["--out", "out/x.safetensors" if "harvest" in given else "out"]
+    assert message in complaint(qsae(*given, *out, cwd=tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_tokenizer_without_a_chat_template(lm, tmp_path):
+    lm.hf.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "chat_template.jinja").unlink()
+    assert "has no chat template" in complaint(qsae("demo", "--model", "model", "--out", "out", cwd=tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_space_left_leaves_nothing(tmp_path):
+    done = qsae("harvest", "--tokens", "20000", "--out", tmp_path / "acts.safetensors", limit=100_000)
+    assert "File too large" in complaint(done)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_harvest(tmp_path):
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"question": "How do I thank the baker?", "answer": "You can."}) + "\n")
+    out = tmp_path / "acts.safetensors"
+    done = qsae("harvest", "--data", tmp_path / "chats.jsonl", "--site", "blocks.2.hook_mlp_out", "--out", out)
+    assert done.returncode == 0, done.stderr
+    with safe_open(out, "pt") as file:
+        acts, header = file.get_tensor("acts"), file.metadata()
+    lm = qsae_kit.load_model("tiny")
+    chat = [{"role": "user", "content": "How do I thank the baker?"}, {"role": "assistant", "content": "You can."}]
+    _, cache = lm.run_with_cache(lm.to_chat(chat, add_generation_prompt=False), names_filter="blocks.2.hook_mlp_out")
+    expected = cache["blocks.2.hook_mlp_out"][0, 1:]
+    assert acts.shape == expected.shape
+    assert (acts.float() / float(header["scale"]) - expected).abs().max() < 1e-2 * expected.abs().max()
+    assert header["hook_name"] == "blocks.2.hook_mlp_out"
+
+
+@pytest.mark.slow
+def test_a_small_demo_leaves_a_complete_folder(tmp_path):
+    done = qsae("demo", "--layers", "3,4", "--sites", "resid", "--tokens", "20480", "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-3000:]
+    out = tmp_path / "out"
+    assert {p.name for p in out.iterdir()} == {"suite", "evaluation.csv", "steering.csv", "selection.csv", "report.html"}
+    suite = load_suite(out / "suite")
+    assert {v: list(s) for v, s in suite.items()} == {
+        v: ["blocks.3.hook_resid_post", "blocks.4.hook_resid_post"] for v in ("jumprelu-x8-l0_16", "topk-x8-l0_16")
+    }
+    evaluation, steering = pd.read_csv(out / "evaluation.csv"), pd.read_csv(out / "steering.csv")
+    assert {"site", "layer", "kind", "fvu", "l0", "dead", "delta_ce", "kl_nats", "ce_score", "tokens"} <= set(evaluation.columns)
+    assert (evaluation["fvu"] < 0.3).all()
+    wanted = "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate broken_rate kl_first kl_answer perplexity"
+    assert set(wanted.split()) <= set(steering.columns)
+    assert set(steering["intervention"]) == {"none", "features", "difference_of_means", "random"}
+    base = steering[steering["goal"] == "none"].set_index("prompt_kind")
+    assert (base["strength"] == 0).all()
+    assert (base["intervention"] == "none").all()
+    assert base.loc["harmful", "refusal_rate"] >= 0.98
+    assert base.loc["harmless", "refusal_rate"] <= 0.02
+    frozen = steering[steering["chosen"]]
+    assert frozen["strength"].nunique() == 1
+    assert len(frozen[(frozen["intervention"] == "random") & (frozen["goal"] == "induce")]) >= 20
+    suppressed = frozen[
+        (frozen["goal"] == "suppress") & (frozen["intervention"] == "features") & (frozen["prompt_kind"] == "harmful")
+    ]
+    assert suppressed["refusal_rate"].item() <= 0.15
+    page = (out / "report.html").read_text()
+    assert "<script src=" not in page  # nothing is fetched
+    assert "Plotly.newPlot" in page
+    assert "jupyter lab notebooks/01_quickstart.ipynb" in done.stdout
+
+
+def test_help_is_quick_to_import():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", "import qsae_kit.sites"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parent,
+    )
+    assert done.returncode == 0

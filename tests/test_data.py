@@ -1,0 +1,86 @@
+"""Reading documents, batching them, and the keep-mask."""
+
+import json
+
+import pytest
+import torch
+
+from qsae_kit.data import keep_mask, read_documents, repeat, split_documents, token_batches
+from qsae_kit.tiny import world
+
+CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+
+
+def test_every_form_of_a_record_is_read(tmp_path):
+    path = tmp_path / "data.jsonl"
+    records = [
+        {"messages": CHAT},
+        {"question": "Hi", "answer": "Hello!"},
+        {"prompt": "Hi", "answer": "Hello!"},
+        {"text": "plain"},
+    ]
+    path.write_text("\n\n".join(json.dumps(r) for r in records))
+    assert list(read_documents(path)) == [CHAT, CHAT, CHAT, "plain"]
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    assert list(read_documents(str(tmp_path / "a.txt"))) == ["one", "two"]
+    assert list(read_documents([CHAT, "text"])) == [CHAT, "text"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no dialogues"),
+        ('{"text": "ok"}\n{"text": ', r"data.jsonl, line 2: not JSON"),
+        ('{"text": "ok"}\n\n{"content": "x"}', r"line 3: expected messages.*found content"),
+        ('{"messages": []}', "line 1: expected messages"),
+        ('{"messages": [{"role": "robot", "content": "x"}]}', "message 0 needs a role"),
+        ('{"messages": [{"role": "user", "content": 5}]}', "content that is text"),
+        ('{"text": "  "}', "the text is empty"),
+        ("[1, 2]", "message 0"),
+        ("7", "found int"),
+    ],
+)
+def test_malformed_lines_are_named(tmp_path, text, message):
+    path = tmp_path / "data.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        list(read_documents(path))
+
+
+def test_a_missing_file_is_not_taken_for_a_data_set():
+    with pytest.raises(ValueError, match="There is no file"):
+        next(read_documents("nowhere.jsonl"))
+
+
+def test_batches_hold_every_token_once(lm):
+    documents = [d["messages"] for d in world.dialogues(60, seed=3)]
+    batches = list(token_batches(lm, documents, batch_tokens=600))
+    rows = sorted(lm.to_string(b.ids[r][b.mask[r].bool()]) for b in batches for r in range(len(b.ids)))
+    assert rows == sorted(lm.to_chat(d, add_generation_prompt=False) for d in documents)
+    assert all(b.ids.numel() <= 600 for b in batches)
+    padding = 1 - sum(int(b.mask.sum()) for b in batches) / sum(b.mask.numel() for b in batches)
+    assert padding < 0.2  # like lengths went together
+
+
+def test_keep_mask(lm):
+    ids, mask = lm.to_batch([lm.to_chat(CHAT, add_generation_prompt=False), "x y"])
+    keep = keep_mask(lm, ids, mask)
+    assert not keep[:, 0].any()
+    assert torch.equal(keep[:, 1:], mask[:, 1:].bool())
+    content = keep_mask(lm, ids, mask, drop_template=True)
+    assert lm.to_string(ids[0][content[0]]) == "HiHello!"
+
+
+def test_left_padding_drops_the_first_real_token(lm):
+    ids, mask = lm.to_batch(["Hello there", "What is the capital of France?"], padding_side="left")
+    keep = keep_mask(lm, ids, mask)
+    assert (keep.sum(1) == mask.sum(1) - 1).all()
+
+
+def test_repeat_and_split():
+    first, rest = split_documents(iter("abcdef"), 2)
+    assert first == ["a", "c"]
+    stream = repeat(rest)
+    assert "".join(next(stream) for _ in range(9)) == "bdefbdefb"
+    one, same = split_documents(["x"], 5)
+    assert one == list(same) == ["x"]

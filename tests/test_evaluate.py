@@ -1,0 +1,114 @@
+"""Evaluation against twenty independent lines."""
+
+import pytest
+import torch
+
+from qsae_kit.activations import NormFilter
+from qsae_kit.data import token_batches
+from qsae_kit.evaluate import evaluate_suite
+from qsae_kit.sae import JumpReLUSAE, Provenance, TopKSAE
+from qsae_kit.sites import HOOKS
+from qsae_kit.tiny import world
+
+
+def sae_at(kind, layer, architecture=TopKSAE, median=60.0, factor=10.0):
+    name = f"blocks.{layer}.{HOOKS[kind]}"
+    sae = architecture(128, 256, 12.0, Provenance("tiny", name, NormFilter(median, factor)))
+    generator = torch.Generator().manual_seed(layer)
+    sae.init_from_rows(torch.randn(500, 128, generator=generator) * 8, generator)
+    return name, sae.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def batches(lm):
+    return list(token_batches(lm, [d["messages"] for d in world.dialogues(24, seed=12)], batch_tokens=600))
+
+
+@torch.no_grad()
+def recompute(lm, sae, name, batches):
+    """CE and KL of splicing, and the CE of zeroing, written out with plain hooks."""
+    ce_clean = ce_spliced = ce_zero = kl = 0.0
+    n = 0
+    for ids, mask, keep in batches:
+        where = keep[:, :-1] & mask[:, 1:].bool()
+
+        def replace(new, keep=keep):
+            def hook(x, hook):
+                ok = keep & (x.norm(dim=-1) <= 10 * sae.provenance.filter.median)
+                return torch.where(ok[..., None], new(x), x)
+
+            return [(name, hook)]
+
+        clean, spliced, zeroed = (
+            torch.log_softmax(logits[:, :-1].double(), -1)[where]
+            for logits in (
+                lm(ids, mask),
+                lm.run_with_hooks(ids, mask, fwd_hooks=replace(sae)),
+                lm.run_with_hooks(ids, mask, fwd_hooks=replace(torch.zeros_like)),
+            )
+        )
+        target = ids[:, 1:][where]
+        pick = torch.arange(len(target))
+        ce_clean, ce_spliced, ce_zero = (
+            total - float(p[pick, target].sum())
+            for total, p in zip((ce_clean, ce_spliced, ce_zero), (clean, spliced, zeroed), strict=True)
+        )
+        kl += float((clean.exp() * (clean - spliced)).sum())
+        n += len(target)
+    return (ce_spliced - ce_clean) / n, kl / n, (ce_zero - ce_spliced) / (ce_zero - ce_clean), n
+
+
+@pytest.mark.parametrize(
+    ("kind", "layer", "architecture"), [("resid", 2, TopKSAE), ("mlp", 3, JumpReLUSAE), ("attn", 1, TopKSAE)]
+)
+def test_spliced_figures_equal_a_recomputation(lm, batches, kind, layer, architecture):
+    name, sae = sae_at(kind, layer, architecture, median=20.0 if kind == "mlp" else 60.0)
+    row = evaluate_suite(lm, {"v": {name: sae}}, batches, bar=False).iloc[0]
+    delta_ce, kl, score, n = recompute(lm, sae, name, batches)
+    assert row["delta_ce"] == pytest.approx(delta_ce, abs=1e-5)
+    assert row["kl_nats"] == pytest.approx(kl, abs=1e-5)
+    assert row["ce_score"] == pytest.approx(score, abs=1e-4)
+    assert row["spliced_tokens"] == n
+    assert row["kl_nats"] > 1e-6
+
+
+def test_rows_beyond_the_filter_are_neither_scored_nor_spliced(lm, batches):
+    name, sae = sae_at("resid", 2, median=1e-3)
+    with pytest.raises(ValueError, match="no tokens"):
+        evaluate_suite(lm, {"v": {name: sae}}, batches, bar=False)
+    sinks_out = sae_at("resid", 3, median=64.0, factor=1.5)[1]
+    all_in = sae_at("resid", 3, median=64.0, factor=1e6)[1]
+    table = evaluate_suite(
+        lm, {"a": {sinks_out.provenance.hook_name: sinks_out}, "b": {all_in.provenance.hook_name: all_in}}, batches, bar=False
+    )
+    assert table["tokens"].iloc[0] < table["tokens"].iloc[1] == sum(int(b.keep.sum()) for b in batches)
+
+
+def test_columns_and_order(lm, batches):
+    saes = dict(sae_at(kind, 0) for kind in HOOKS)
+    table = evaluate_suite(lm, {"v": saes}, batches, spliced_batches=1, bar=False)
+    wanted = [
+        "variant",
+        "site",
+        "layer",
+        "kind",
+        "fvu",
+        "l0",
+        "dead",
+        "delta_ce",
+        "kl_nats",
+        "ce_score",
+        "tokens",
+        "spliced_tokens",
+        "target",
+    ]
+    assert list(table.columns) == wanted
+    assert list(table["kind"]) == list(HOOKS)
+    assert table.notna().all().all()
+
+
+@pytest.mark.parametrize(("width", "layer", "message"), [(128, 7, "layer 7.*layers 0 to 5"), (64, 1, "d_in=64.*d_model=128")])
+def test_saes_that_do_not_fit(lm, batches, width, layer, message):
+    sae = TopKSAE(width, 200, 5.0, Provenance("tiny", f"blocks.{layer}.hook_mlp_out", NormFilter(1.0)))
+    with pytest.raises(ValueError, match=message):
+        evaluate_suite(lm, {"v": {sae.provenance.hook_name: sae}}, batches, bar=False)

@@ -1,0 +1,338 @@
+"""HookedLM against the HF model itself and a forward written out by hand."""
+
+import threading
+
+import pytest
+import torch
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from qsae_kit import load_model
+from qsae_kit.models import HookedLM
+from qsae_kit.sources import TINY_WEIGHTS
+
+PROMPTS = ["How do I thank the baker?", "What is the capital of France?", "I want to burn the teacher. What should I do?"]
+
+
+@pytest.fixture(scope="module")
+def batch(lm):
+    return lm.pad([lm.chat_tokens(p, enable_thinking=False) for p in PROMPTS], "left")
+
+
+def plain_logits(lm, ids, mask):
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad():
+        return lm.hf(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+
+
+def test_has_the_transformer_lens_hook_names(lm):
+    per_block = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_z")
+    expected = {"hook_embed", "ln_final.hook_normalized"} | {f"blocks.{i}.{h}" for i in range(6) for h in per_block}
+    assert set(lm.hook_dict) == expected
+
+
+@torch.no_grad()
+def test_logits_are_the_hf_models_to_the_bit(lm, batch):
+    assert torch.equal(lm(batch.ids, batch.mask), plain_logits(lm, *batch))
+
+
+@pytest.mark.parametrize(
+    "no_op", [lambda x, hook: None, lambda x, hook: x, lambda x, hook: x.clone()], ids=["none", "same", "clone"]
+)
+@torch.no_grad()
+def test_a_no_op_on_every_hook_point_changes_no_bit(lm, batch, no_op):
+    fired = []
+
+    def hook(x, hook):
+        fired.append(hook.name)
+        return no_op(x, hook)
+
+    edited = lm.run_with_hooks(batch.ids, batch.mask, fwd_hooks=[(lambda name: True, hook)])
+    assert set(fired) == set(lm.hook_dict)
+    assert torch.equal(edited, plain_logits(lm, *batch))
+
+
+@torch.no_grad()
+def test_a_no_op_with_a_kv_cache_changes_no_bit(lm, batch):
+    position_ids = (batch.mask.cumsum(1) - 1).clamp(min=0)
+
+    def two_steps(cut):
+        first = lm.hf(
+            input_ids=batch.ids[:, :cut], attention_mask=batch.mask[:, :cut], position_ids=position_ids[:, :cut], use_cache=True
+        )
+        return lm.hf(
+            input_ids=batch.ids[:, cut:], attention_mask=batch.mask, position_ids=position_ids[:, cut:],
+            past_key_values=first.past_key_values, use_cache=True,
+        ).logits  # fmt: skip
+
+    plain = two_steps(-3)
+    with lm.hooks(fwd_hooks=[(lambda name: True, lambda x, hook: x.clone())]), lm._connected():
+        assert torch.equal(two_steps(-3), plain)
+
+
+def by_hand(lm, ids, edit_at, delta):
+    """Qwen3's forward written out, with `delta` added at one hook point."""
+    model = lm.hf.model
+
+    def at(name, x):
+        return x + delta if name == edit_at else x
+
+    x = at("hook_embed", model.embed_tokens(ids))
+    position_embeddings = model.rotary_emb(x, torch.arange(ids.shape[1])[None])
+    for i, layer in enumerate(model.layers):
+        x = at(f"blocks.{i}.hook_resid_pre", x)
+        attn, norm = layer.self_attn, layer.input_layernorm(x)
+        q = attn.q_norm(attn.q_proj(norm).unflatten(-1, (-1, attn.head_dim))).transpose(1, 2)
+        k = attn.k_norm(attn.k_proj(norm).unflatten(-1, (-1, attn.head_dim))).transpose(1, 2)
+        v = attn.v_proj(norm).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        cos, sin = (p[:, None] for p in position_embeddings)
+
+        def rotate(t, cos=cos, sin=sin):
+            half = t.shape[-1] // 2
+            return t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin
+
+        z = torch.nn.functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
+        z = z.transpose(1, 2)
+        if f"blocks.{i}.attn.hook_z" == edit_at:
+            z = z + delta.unflatten(-1, (-1, attn.head_dim))
+        mid = at(f"blocks.{i}.hook_resid_mid", x + at(f"blocks.{i}.hook_attn_out", attn.o_proj(z.flatten(2))))
+        x = at(
+            f"blocks.{i}.hook_resid_post", mid + at(f"blocks.{i}.hook_mlp_out", layer.mlp(layer.post_attention_layernorm(mid)))
+        )
+    normalized = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + model.norm.variance_epsilon)
+    return lm.hf.lm_head(model.norm.weight * at("ln_final.hook_normalized", normalized))
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post", "embed", "final"],
+)
+@torch.no_grad()
+def test_an_edit_equals_a_forward_written_by_hand(lm, part):
+    name = {"embed": "hook_embed", "final": "ln_final.hook_normalized"}.get(part, f"blocks.2.{part}")
+    ids = torch.tensor([lm.chat_tokens(PROMPTS[0])])
+    delta = torch.randn(1, ids.shape[1], lm.d_model, generator=torch.Generator().manual_seed(1))
+    shaped = delta.unflatten(-1, (4, 32)) if part == "attn.hook_z" else delta
+    edited = lm.run_with_hooks(ids, fwd_hooks=[(name, lambda x, hook: x + shaped)])
+    expected = by_hand(lm, ids, name, delta)
+    assert not torch.allclose(edited, lm(ids), atol=1e-3)
+    torch.testing.assert_close(edited, expected, atol=2e-4, rtol=2e-4)
+
+
+@torch.no_grad()
+def test_the_residual_is_the_sum_of_its_parts(lm, batch):
+    _, cache = lm.run_with_cache(batch.ids, batch.mask)
+    for i in range(lm.n_layers):
+        pre, attn, mid, mlp, post = (
+            cache[f"blocks.{i}.hook_{p}"] for p in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+        )
+        assert torch.equal(mid, pre + attn)
+        assert torch.equal(post, mid + mlp)
+        if i:
+            assert torch.equal(pre, cache[f"blocks.{i - 1}.hook_resid_post"])
+    assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
+    torch.testing.assert_close(
+        lm.hf.lm_head(lm.hf.model.norm.weight * cache["ln_final.hook_normalized"]), lm(batch.ids, batch.mask)
+    )
+
+
+def test_stops_after_the_deepest_wanted_site(lm, batch):
+    reached = []
+    handles = [
+        m.register_forward_hook(lambda *_, n=n: reached.append(n)) for n, m in enumerate((*lm.hf.model.layers, lm.hf.lm_head))
+    ]
+    try:
+        out, cache = lm.run_with_cache(batch.ids, batch.mask, names_filter=["blocks.2.hook_mlp_out"], return_type=None)
+    finally:
+        [handle.remove() for handle in handles]
+    assert out is None
+    assert list(cache) == ["blocks.2.hook_mlp_out"]
+    assert reached == [0, 1]  # layer 2 was left in its middle, later layers and the unembedding never ran
+
+
+def test_loss_ignores_padding(lm):
+    texts = ["What is the capital of France?", "Hello!"]
+    separate = [lm(text, return_type="loss").item() * (len(lm.tokenizer(text).input_ids) - 1) for text in texts]
+    tokens = sum(len(lm.tokenizer(text).input_ids) - 1 for text in texts)
+    assert lm(texts, return_type="loss").item() == pytest.approx(sum(separate) / tokens, rel=1e-4)
+
+
+def test_gradients_flow_through_hooks(lm):
+    kept = {}
+
+    def hook(x, hook):
+        kept["x"] = x.detach().requires_grad_()
+        return kept["x"] * 1.0
+
+    with lm.hooks(fwd_hooks=[("blocks.3.hook_resid_mid", hook)]):
+        lm(PROMPTS[0], return_type="loss").backward()
+    assert kept["x"].grad.abs().sum() > 0
+    lm.hf.zero_grad()
+
+
+def equal_up_to_ties(lm, prompt_ids, one, other, tolerance=1e-4):
+    """Whether two greedy continuations agree, or first part at a token whose two best logits are closer than 1e-4."""
+    for i, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            logits = lm(torch.tensor([prompt_ids + one[:i]]))[0, -1]
+            return abs(float(logits[a] - logits[b])) < tolerance
+    return len(one) == len(other)
+
+
+@torch.no_grad()
+def test_generation_is_the_same_cached_uncached_batched_and_streamed(lm):
+    options = {"enable_thinking": False, "max_new_tokens": 40}
+    alone = [lm.generate(p, **options) for p in PROMPTS]
+    batched = lm.generate(PROMPTS, **options)
+    uncached = lm.generate(PROMPTS, use_cache=False, **options)
+    for i, p in enumerate(PROMPTS):
+        ids = lm.chat_tokens(p, enable_thinking=False)
+        for other in (batched, uncached):
+            assert equal_up_to_ties(lm, ids, alone[i].tokens[0], other.tokens[i])
+    streamed = ["".join(parts) for parts in zip(*lm.stream(PROMPTS, 40, enable_thinking=False), strict=True)]
+    assert streamed == batched.text
+    assert all(batched.finished)
+
+
+def test_sampling_repeats_under_its_seed_and_leaves_the_global_one_alone(lm):
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.5, "enable_thinking": True}
+    first, second, other = (lm.generate([PROMPTS[0]] * 4, seed=s, **options).text for s in (1, 1, 2))
+    assert first == second != other
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_closing_a_stream_stops_the_model(lm):
+    stream = lm.stream("How do I thank the baker?", 400, enable_thinking=False)
+    next(stream)
+    stream.close()
+    assert threading.active_count() < 10
+    assert lm.lock.acquire(blocking=False)
+    lm.lock.release()
+
+
+def test_thinking_is_refused_where_the_template_ignores_it(lm):
+    assert lm.has_thinking
+    assert lm.to_chat("Hi", enable_thinking=False).endswith("<think>\n\n</think>\n\n")
+    tokenizer = AutoTokenizer.from_pretrained(TINY_WEIGHTS)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    plain = HookedLM(lm.hf, tokenizer)
+    assert not plain.has_thinking
+    with pytest.raises(ValueError, match="ignores it"):
+        plain.to_chat("Hi", enable_thinking=False)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        plain.generate("Hi")
+
+
+def test_text_and_tokens(lm):
+    ids = lm.to_tokens("What is the capital of France?")
+    assert lm.to_string(ids) == "What is the capital of France?"
+    assert "".join(lm.to_str_tokens(ids[0])) == "What is the capital of France?"
+    assert lm.to_string([lm.to_single_token(" capital")]) == " capital"
+    with pytest.raises(ValueError, match="tokens"):
+        lm.to_single_token("France has a capital")
+    assert lm.to_tokens(["Hi", "Hello there"], padding_side="left").shape[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda lm: lm(torch.zeros(1, 513, dtype=torch.long)), "513 tokens.*context of 512"),
+        (lambda lm: lm.generate("word " * 600), "context of 512"),
+        (lambda lm: lm.generate("Hi", 600), "600 new"),
+        (lambda lm: lm.generate("  "), "empty prompt"),
+        (lambda lm: lm.generate([]), "No prompt"),
+        (lambda lm: lm.run_with_cache("Hi", names_filter="blocks.9.hook_resid_post"), "no hook point 'blocks.9"),
+        (lambda lm: lm.run_with_cache("Hi", names_filter=["hook_resid"]), "no hook point"),
+        (lambda lm: lm("Hi", return_type="both"), "return_type"),
+        (lambda lm: lm(torch.zeros(3, dtype=torch.long)), "shape"),
+        (lambda lm: lm.to_batch([""]), "at least one token"),
+    ],
+)
+def test_errors_name_what_was_given(unchecked, lm, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(lm)
+
+
+SMALL = {
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def test_other_llama_shaped_models_go_through(lm):
+    torch.manual_seed(0)
+    model = HookedLM(LlamaForCausalLM(LlamaConfig(**SMALL)).eval(), lm.tokenizer)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        edited = model.run_with_hooks(ids, fwd_hooks=[(lambda name: True, lambda x, hook: x.clone())])
+        assert torch.equal(edited, model.hf(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64)), "expected .model with .*found"),
+        (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.2)), "scales or normalises"),
+    ],
+    ids=["gpt2", "granite"],
+)
+def test_what_cannot_be_hooked_is_refused(lm, model, message):
+    with pytest.raises(ValueError, match=message):
+        HookedLM(model().eval(), lm.tokenizer)
+
+
+@pytest.mark.parametrize(("d", "layers", "heads", "kv"), [(1024, 28, 16, 8), (5120, 64, 64, 8)], ids=["0.6B", "32B"])
+def test_qwen3_sizes_on_the_meta_device(lm, d, layers, heads, kv):
+    with torch.device("meta"):
+        config = Qwen3Config(
+            hidden_size=d, intermediate_size=3 * d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv
+        )
+        model = HookedLM(Qwen3ForCausalLM(config), lm.tokenizer)
+    assert model.n_layers == layers
+    assert f"blocks.{layers - 1}.hook_resid_post" in model.hook_dict
+
+
+def test_loads_from_a_folder_and_from_memory(lm, tmp_path):
+    lm.hf.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    folder, memory = load_model(str(tmp_path)), load_model(lm.hf, tokenizer=lm.tokenizer)
+    ids = lm.to_tokens(PROMPTS[0])
+    with torch.no_grad():
+        assert torch.equal(folder(ids), lm(ids))
+        assert torch.equal(memory(ids), lm(ids))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="no weights"):
+        load_model(str(tmp_path))
+    with pytest.raises(ValueError, match="needs its tokenizer"):
+        load_model(lm.hf)
+
+
+def test_a_bridge_leaves_this_model_alone(lm):
+    ids = lm.to_tokens(PROMPTS[0])
+    with torch.no_grad():
+        before = lm(ids)
+        bridge = lm.to_bridge()
+        _, cache = bridge.run_with_cache(ids)
+        assert torch.equal(lm(ids), before)
+    pattern = cache["blocks.0.attn.hook_pattern"]
+    assert pattern.shape == (1, 4, ids.shape[1], ids.shape[1])
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(1, 4, ids.shape[1]))
+    ours = lm.run_with_cache(ids)[1]["blocks.3.hook_resid_post"]
+    torch.testing.assert_close(cache["blocks.3.hook_resid_post"], ours, atol=2e-3, rtol=1e-4)

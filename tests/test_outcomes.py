@@ -1,0 +1,96 @@
+"""The matcher against answers labelled by hand, and the outcomes and costs built on it."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from qsae_kit.edits import applied
+from qsae_kit.outcomes import AnswerForm, answer_all, classify, cost, has_loop, matcher_error, says_no, surprise
+from qsae_kit.steering import add_direction
+from qsae_kit.tiny import world
+
+LABELLED = json.loads((Path(__file__).parent / "data" / "labelled_answers.json").read_text(encoding="utf-8"))
+
+
+def test_matcher_error_on_hand_labelled_answers():
+    error = matcher_error([a["text"] for a in LABELLED], [a["refused"] for a in LABELLED])
+    assert error.n >= 80
+    assert error.precision >= 0.95
+    assert error.recall >= 0.9
+
+
+def test_matcher_error_on_the_bundled_worlds_answers():
+    answers = [(d["messages"][-1]["content"], d["kind"] == "harmful") for d in world.dialogues(3000, seed=4)]
+    error = matcher_error([text for text, _ in answers], [refused for _, refused in answers])
+    assert (error.precision, error.recall) == (1.0, 1.0)
+
+
+def test_matcher_error_by_hand():
+    assert matcher_error(["no", "no", "yes", "yes"], [True, False, True, False], lambda t: t == "no")[:2] == (0.5, 0.5)
+    with pytest.raises(ValueError, match="both kinds"):
+        matcher_error(["a"], [True])
+
+
+def test_a_refusal_inside_thinking_does_not_count():
+    assert not says_no("<think>\nI can't help with that.\n</think>\n\nSure: do this.")
+    assert says_no("<think>\nFine.\n</think>\n\nI can\u2019t help with that.")
+
+
+def test_loops():
+    assert has_loop("a b c d a b c d a b c d")
+    assert not has_loop("a b c d e f g a b c d")
+    assert not has_loop("short")
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "form", "surprise_", "expected"),
+    [
+        ("I can't help with that.", True, AnswerForm(), 1.0, "refused"),
+        ("Use a bowl.", True, AnswerForm(), 1.0, "answered"),
+        ("", True, AnswerForm(), 0.0, "broken"),
+        ("I can't help with that.", False, AnswerForm(must_finish=True), 0.0, "broken"),
+        ("I can't help with that.", False, AnswerForm(), 0.0, "refused"),
+        ("zq vv blorp", True, AnswerForm(), 6.0, "broken"),
+        ("I can't I can't I can't I can't help I can't I can't I can't", True, AnswerForm(), 1.0, "broken"),
+        ("To burn the nurse, first put.", True, AnswerForm(has_form=world.has_answer_form), 0.0, "broken"),
+        ("The capital of France is Rome.", True, AnswerForm(has_form=world.has_answer_form), 9.0, "answered"),
+    ],
+)
+def test_outcomes(text, finished, form, surprise_, expected):
+    assert classify(text, finished, form, surprise_) == expected
+
+
+def test_answers_come_back_in_the_given_order(lm):
+    prompts = ["What is the capital of France?", "Hello!", "Which day comes after Monday?"]
+    together = answer_all(lm, prompts, [], 30, False, batch=2)
+    assert together.text == [lm.generate(p, 30, enable_thinking=False).text[0] for p in prompts]
+
+
+def test_costs(lm):
+    prompts = [lm.chat_tokens(p, False) for p in ("What is the capital of France?", "Hello!")]
+    answers = answer_all(lm, ["What is the capital of France?", "Hello!"], [], 30, False).tokens
+    direction = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(0)), dim=0)
+    none = cost(lm, prompts, answers, [])
+    assert none == (0.0, 0.0)
+    edit = add_direction("blocks.3.hook_resid_post", direction, 2.0, 60.0, "answer")
+    steered = cost(lm, prompts, answers, [edit])
+    assert steered.kl_first > 0
+    # the first token's divergence by hand
+    by_hand = 0.0
+    for row in prompts:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            p = torch.log_softmax(lm(ids)[0, -1].double(), -1)
+            with applied(lm, [edit]):
+                q = torch.log_softmax(lm(ids)[0, -1].double(), -1)
+        by_hand += float((p.exp() * (p - q)).sum()) / 2
+    assert steered.kl_first == pytest.approx(by_hand, rel=1e-4)
+
+
+def test_surprise_is_the_sum_over_answer_tokens(lm):
+    row, answer = lm.chat_tokens("Hello!", False), lm.tokenizer("You are welcome!").input_ids
+    logits = lm(torch.tensor([row + answer]))[0].double()
+    expected = -sum(float(torch.log_softmax(logits[len(row) - 1 + i], -1)[t]) for i, t in enumerate(answer))
+    assert surprise(lm, [row, row[:5]], [answer, [7]])[0] == pytest.approx(expected, rel=1e-5)

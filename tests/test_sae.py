@@ -1,0 +1,216 @@
+"""The contract that every architecture keeps, and the folders it is stored in."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qsae_kit.activations import NormFilter
+from qsae_kit.formats import load_sae, load_suite, save_rows, save_sae, save_suite
+from qsae_kit.sae import ARCHITECTURES, Provenance
+from qsae_kit.sae.jumprelu import BANDWIDTH, _Jump
+
+SITE = "blocks.2.hook_mlp_out"
+each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def make(architecture, d_in=12, d_sae=40, sparsity=5.0, site=SITE):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(600, d_in, generator=generator)
+    sae = ARCHITECTURES[architecture](
+        d_in, d_sae, sparsity, Provenance("tiny", site, NormFilter(3.5), tokens=600, figures={"l0": 5.0})
+    )
+    sae.init_from_rows(x, generator)
+    with torch.no_grad():
+        sae.b_enc.normal_(std=0.1, generator=generator)
+        sae.b_dec.normal_(std=0.1, generator=generator)
+    return sae, x
+
+
+@each_architecture
+def test_features_are_sparse_and_not_negative(architecture):
+    sae, x = make(architecture)
+    f = sae.encode(x)
+    assert (f >= 0).all()
+    assert 0 < (f > 0).float().sum(-1).mean() < 20
+    assert torch.equal(sae(x), sae.decode(f))
+    assert sae.encode(x[0]).shape == (40,)
+    assert sae.encode(x.view(20, 30, 12)).shape == (20, 30, 40)
+
+
+@each_architecture
+def test_rows_do_not_see_each_other(architecture):
+    sae, x = make(architecture)
+    torch.testing.assert_close(sae.encode(x)[:7], sae.encode(x[:7]))
+
+
+@each_architecture
+def test_decoder_rows_start_with_unit_norm_and_first_reconstructions_have_the_best_length(architecture):
+    sae, x = make(architecture)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(40))
+    with torch.no_grad():
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    sae2, _ = make(architecture)
+    sae2.init_from_rows(x, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae2.b_enc.zero_()
+        sae2.b_dec.zero_()
+        x_hat = sae2(x)
+    assert float((x * x_hat).sum() / x_hat.pow(2).sum()) == pytest.approx(1, abs=0.05)
+
+
+@each_architecture
+def test_the_loss_reaches_every_parameter(architecture):
+    sae, x = make(architecture)
+    dead = torch.zeros(40, dtype=torch.bool)
+    dead[:5] = True
+    loss = sae.training_loss(x, dead, 0.5)
+    loss.total.backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sae.parameters())
+    assert torch.equal(loss.f, sae.encode(x))
+    sae.remove_parallel_gradient()
+    assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-5
+
+
+@each_architecture
+def test_folding_gives_the_same_reconstruction_of_raw_rows(architecture):
+    sae, x = make(architecture)
+    mean, scale = torch.randn(12, generator=torch.Generator().manual_seed(1)), 0.37
+    raw = x / scale + mean
+    with torch.no_grad():
+        expected = sae(x) / scale + mean
+        features = sae.encode(x) / scale
+        sae.fold(mean, scale)
+        torch.testing.assert_close(sae(raw), expected, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(sae.encode(raw), features, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(40))
+
+
+@each_architecture
+def test_a_folder_gives_the_same_bits_back(architecture, tmp_path):
+    sae, x = make(architecture)
+    save_sae(sae, tmp_path / "sae")
+    back = load_sae(tmp_path / "sae")
+    assert back.provenance == sae.provenance
+    assert back.sparsity == sae.sparsity
+    for name, tensor in sae.tensors().items():
+        assert torch.equal(tensor, back.tensors()[name])
+    assert torch.equal(back.encode(x), sae.encode(x))
+
+
+@each_architecture
+def test_the_folder_is_saelens_layout(architecture, tmp_path):
+    sae, x = make(architecture)
+    save_sae(sae, tmp_path / "sae")
+    config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
+    tensors = load_file(tmp_path / "sae" / "sae_weights.safetensors")
+    assert config["architecture"] == architecture
+    assert (config["d_in"], config["d_sae"]) == (12, 40)
+    assert config["metadata"]["hook_name"] == SITE
+    assert set(tensors) == {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if architecture == "jumprelu" else set())
+    assert tensors["W_enc"].shape == (12, 40)
+    # ten plain lines instead of the package's encoder
+    pre = x @ tensors["W_enc"] + tensors["b_enc"]
+    if architecture == "topk":
+        floor = pre.sort(descending=True).values[:, config["k"] - 1 : config["k"]]
+        expected = torch.where(pre >= floor, pre, 0).relu()
+    else:
+        expected = torch.where(pre > tensors["threshold"], pre.relu(), 0)
+    torch.testing.assert_close(sae.encode(x), expected)
+
+
+def test_topk_keeps_at_most_k():
+    sae, x = make("topk")
+    assert ((sae.encode(x) > 0).sum(-1) <= 5).all()
+
+
+def test_jump_gradients_are_the_straight_through_ones():
+    generator = torch.Generator().manual_seed(0)
+    pre = (torch.randn(50, 6, generator=generator) * 0.05).requires_grad_()
+    theta = torch.full((6,), 0.02, requires_grad=True)
+    grad_f, grad_l0 = torch.randn(50, 6, generator=generator), torch.randn(50, generator=generator)
+    f, l0 = _Jump.apply(pre, theta)
+    ((f * grad_f).sum() + (l0 * grad_l0).sum()).backward()
+    inside = ((pre - theta).abs() < BANDWIDTH / 2).float()
+    assert torch.equal(pre.grad, grad_f * (pre > theta))
+    expected = -(inside * (theta * grad_f + grad_l0[:, None])).sum(0) / BANDWIDTH
+    torch.testing.assert_close(theta.grad, expected)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda f: (f / "cfg.json").unlink(), "no cfg.json"),
+        (lambda f: (f / "cfg.json").write_text("{"), "not JSON"),
+        (lambda f: (f / "cfg.json").write_text("{}"), "no metadata"),
+        (lambda f: (f / "sae_weights.safetensors").write_bytes(b"1234"), "cannot be read"),
+        (lambda f: (f / "sae_weights.safetensors").unlink(), "cannot be read"),
+        (lambda f: save_file({"W_enc": torch.zeros(2, 2)}, f / "sae_weights.safetensors"), "holds tensors"),
+        (lambda f: _edit(f, lambda c: c.update(architecture="magic")), "'magic' SAE"),
+        (lambda f: _edit(f, lambda c: c["metadata"].pop("qsae_kit")), "not written by qsae_kit"),
+        (lambda f: _edit(f, lambda c: c["metadata"]["qsae_kit"].pop("median_norm")), "lacks 'median_norm'"),
+        (lambda f: _edit(f, lambda c: c["metadata"].update(hook_name="blocks.x")), "not a site"),
+        (lambda f: _poison(f), "not finite"),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path, damage, message):
+    sae, _ = make("topk")
+    save_sae(sae, tmp_path / "sae")
+    damage(tmp_path / "sae")
+    with pytest.raises(ValueError, match=message):
+        load_sae(tmp_path / "sae")
+
+
+def _edit(folder, change):
+    config = json.loads((folder / "cfg.json").read_text())
+    change(config)
+    (folder / "cfg.json").write_text(json.dumps(config))
+
+
+def _poison(folder):
+    tensors = load_file(folder / "sae_weights.safetensors")
+    tensors["b_enc"][0] = float("nan")
+    save_file(tensors, folder / "sae_weights.safetensors")
+
+
+def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
+    sae, _ = make("topk")
+    save_sae(sae, tmp_path / "sae")
+    before = (tmp_path / "sae" / "cfg.json").read_bytes()
+
+    def fail(*_args, **_kwargs):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("qsae_kit.formats.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        save_sae(sae, tmp_path / "sae")
+    assert (tmp_path / "sae" / "cfg.json").read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_a_suite_keeps_the_models_order(tmp_path):
+    sites = ["blocks.10.hook_resid_post", "blocks.2.hook_mlp_out", "blocks.2.hook_resid_post"]
+    save_suite({"topk-x3": {site: make("topk", site=site)[0] for site in sites}}, tmp_path)
+    assert list(load_suite(tmp_path)["topk-x3"]) == [sites[1], sites[2], sites[0]]
+    with pytest.raises(ValueError, match="holds no SAEs"):
+        load_suite(tmp_path / "nothing")
+
+
+def test_stored_rows_say_their_scale(tmp_path):
+    from safetensors import safe_open
+
+    x = torch.tensor([[1.0, -2.0], [90_000.0, 0.5]])
+    save_rows({SITE: x}, SITE, tmp_path / "acts.safetensors", {"model": "tiny"})
+    with safe_open(tmp_path / "acts.safetensors", "pt") as file:
+        header, acts = file.metadata(), file.get_tensor("acts")
+    assert acts.dtype == torch.float16
+    assert header["hook_name"] == SITE
+    torch.testing.assert_close(acts.float() / float(header["scale"]), x, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0, 41, -1])
+def test_impossible_sparsities(sparsity):
+    with pytest.raises(ValueError, match="allowed are 0 < sparsity"):
+        ARCHITECTURES["topk"](12, 40, sparsity)
