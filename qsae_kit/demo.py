@@ -59,14 +59,14 @@ def default_config(lm: HookedLM) -> DemoConfig:
         lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
         form = AnswerForm(must_finish=True, has_form=world.has_answer_form)
         return DemoConfig((lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.0, 1.5, 2.0, 2.5)))
-    lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=60_000, batch=512, pool=8_192, lr=1e-3)
+    lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=40_960, batch=512, pool=8_192, lr=1e-3)
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5, 0.6)})
     study = StudyConfig(
-        strengths=(0.3, 0.4, 0.5), contrast="answers", positions="answer", max_new_tokens=32, cost_prompts=24
-    )  # fmt: skip
+        strengths=(0.3, 0.4, 0.5), contrast="answers", positions="answer", max_new_tokens=32, cost_prompts=24, control_prompts=24
+    )
     return DemoConfig(
-        (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=24, n_evaluation=100,
-        evaluation_tokens=6_000, spliced_tokens=1_500, own_dialogues=384,
+        (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=20, n_evaluation=100,
+        evaluation_tokens=6_000, spliced_tokens=800, own_dialogues=360,
     )  # fmt: skip
 
 

@@ -126,11 +126,15 @@ def answer_all(
 
 
 def _answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
-    """For every row the logits that predict its answer tokens [answer, vocab], and those tokens."""
-    ids, mask = lm.pad([p + a for p, a in zip(prompts, answers, strict=True)])
-    logits = lm(ids, mask)
-    parts = [logits[r, len(p) - 1 : len(p) + len(a) - 1] for r, (p, a) in enumerate(zip(prompts, answers, strict=True))]
-    return parts, [torch.tensor(a, device=logits.device) for a in answers]
+    """For every row the logits that predict its answer tokens [answer, vocab], and those tokens.
+
+    Left padding puts the answers at the end, so that nothing before them is unembedded.
+    """
+    ids, mask = lm.pad([p + a for p, a in zip(prompts, answers, strict=True)], "left")
+    logits = lm(ids, mask, logits_to_keep=max(map(len, answers)) + 1)
+    assert logits is not None
+    parts = [row[-len(answer) - 1 : -1] for row, answer in zip(logits, answers, strict=True)]
+    return parts, [torch.tensor(answer, device=logits.device) for answer in answers]
 
 
 @torch.no_grad()

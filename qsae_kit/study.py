@@ -49,6 +49,8 @@ class StudyConfig:
     """Features at one site, at most."""
     n_random: int = 20
     """Random control draws."""
+    control_prompts: int | None = None
+    """Prompts behind each random draw and each strength that is not the frozen one; None: all."""
     contrast: Literal["prompts", "answers"] = "prompts"
     """What features are chosen by. prompts: harmful prompts against harmless and borderline ones, at the last prompt
     token. answers: stock refusals against the model's own answers to the same prompts, over the answer (contrastive
@@ -116,19 +118,21 @@ class _Lab:
         self.ids = {kind: [lm.chat_tokens(p, self.thinking) for p in texts] for kind, texts in prompts.items()}
         self.clean = {kind: self.answers(kind, []) for kind in prompts}
 
-    def answers(self, kind: str, edits: Sequence[Edit]) -> tuple[list[str], list[list[int]], list[Outcome], float]:
-        """Texts, tokens, outcomes and perplexity (under the unedited model) of the answers to one kind of prompts."""
-        out = answer_all(self.lm, self.prompts[kind], edits, self.config.max_new_tokens, self.thinking)
-        nats = surprise(self.lm, self.ids[kind], out.tokens)
+    def answers(
+        self, kind: str, edits: Sequence[Edit], n: int | None = None
+    ) -> tuple[list[str], list[list[int]], list[Outcome], float]:
+        """Texts, tokens, outcomes and perplexity (under the unedited model) of the answers to the first n prompts of a kind."""
+        out = answer_all(self.lm, self.prompts[kind][:n], edits, self.config.max_new_tokens, self.thinking)
+        nats = surprise(self.lm, self.ids[kind][:n], out.tokens)
         outcomes = [
             classify(text, done, self.config.form, nat / len(ids))
             for text, ids, done, nat in zip(out.text, out.tokens, out.finished, nats, strict=True)
         ]
         return out.text, out.tokens, outcomes, math.exp(min(50.0, sum(nats) / sum(map(len, out.tokens))))
 
-    def row(self, kind: str, edits: Sequence[Edit], **labels: object) -> dict[str, object]:
+    def row(self, kind: str, edits: Sequence[Edit], n_prompts: int | None = None, **labels: object) -> dict[str, object]:
         """One row of the table."""
-        _, _, outcomes, perplexity = self.answers(kind, edits) if edits else self.clean[kind]
+        _, _, outcomes, perplexity = self.answers(kind, edits, n_prompts) if edits else self.clean[kind]
         n = len(outcomes)
         refused = wilson(outcomes.count("refused"), n)
         some = slice(0, self.config.cost_prompts)
@@ -248,21 +252,23 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
     }
     generator = torch.Generator().manual_seed(config.seed)
     draws = [random_features(option.contrast, option.chosen, generator) for _ in range(config.n_random)]
-    jobs: list[tuple[dict[str, object], str, list[Edit]]] = []
+    few = config.control_prompts
+    jobs: list[tuple[dict[str, object], str, list[Edit], int | None]] = []
     for kind in evaluation:
         labels = {"goal": "none", "intervention": "none", "strength": 0.0, "chosen": False, "draw": None}
-        jobs.append((labels, kind, []))
+        jobs.append((labels, kind, [], None))
     for goal in GOALS:
         for name, make in edits.items():
             for strength in config.strengths:
                 chosen = strength == frozen.strength
                 labels = {"goal": goal, "intervention": name, "strength": strength, "chosen": chosen, "draw": None}
-                jobs += [(labels, kind, [make(SIGN[goal] * strength)]) for kind in (evaluation if chosen else [TARGET[goal]])]
+                kinds = list(evaluation) if chosen else [TARGET[goal]]
+                jobs += [(labels, kind, [make(SIGN[goal] * strength)], None if chosen else few) for kind in kinds]
         for i, draw in enumerate(draws):
             edit = add_features(option.sae, draw, SIGN[goal] * frozen.strength, config.positions)
             labels = {"goal": goal, "intervention": "random", "strength": frozen.strength, "chosen": True, "draw": i}
-            jobs.append((labels, TARGET[goal], [edit]))
-    table = pd.DataFrame([lab.row(kind, e, **labels) for labels, kind, e in tqdm(jobs, desc="steering", disable=not bar)])
+            jobs.append((labels, TARGET[goal], [edit], few))
+    table = pd.DataFrame([lab.row(kind, e, n, **labels) for labels, kind, e, n in tqdm(jobs, desc="steering", disable=not bar)])
     table["draw"] = table["draw"].astype("Int64")
     return StudyResult(frozen, table, _examples(lab, frozen, edits["features"]))
 
