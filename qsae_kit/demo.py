@@ -54,19 +54,19 @@ class DemoResult(NamedTuple):
 
 
 def default_config(lm: HookedLM) -> DemoConfig:
-    """Sizes that suit a model: the bundled one whole, another at three layers around its middle."""
+    """Sizes that suit a model: the bundled one whole, another at two layers before its middle."""
     if lm.model_name == "tiny":
         lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
         form = AnswerForm(must_finish=True, has_form=world.has_answer_form)
         return DemoConfig((lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.0, 1.5, 2.0, 2.5)))
-    lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=40_960, batch=512, pool=8_192, lr=1e-3)
-    layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5, 0.6)})
+    lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=30_720, batch=512, pool=8_192, lr=1e-3)
+    layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})
     study = StudyConfig(
-        strengths=(0.3, 0.4, 0.5), contrast="answers", positions="answer", max_new_tokens=32, cost_prompts=24, control_prompts=24
+        strengths=(0.2, 0.3, 0.4), contrast="answers", positions="answer", max_new_tokens=28, cost_prompts=16, control_prompts=16
     )
     return DemoConfig(
         (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=20, n_evaluation=100,
-        evaluation_tokens=6_000, spliced_tokens=800, own_dialogues=360,
+        evaluation_tokens=6_000, spliced_tokens=800, own_dialogues=240,
     )  # fmt: skip
 
 

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,7 +43,8 @@ def load_source(source: str, dtype: torch.dtype | None, device: str | torch.devi
     place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
     if source == "tiny":
-        return _from_pretrained(TINY_WEIGHTS, "tiny", wanted, place)
+        with _quietly():
+            return _from_pretrained(TINY_WEIGHTS, "tiny", wanted, place)
     if source == "smollm2":
         return _from_pretrained(smollm2_folder(), "smollm2", wanted, place)
     folder = Path(source).expanduser()
@@ -51,6 +54,20 @@ def load_source(source: str, dtype: torch.dtype | None, device: str | torch.devi
     if folder.exists():
         raise ValueError(f"{source!r} is a file; give a model folder, a hub id such as Qwen/Qwen3-0.6B, tiny or smollm2.")
     return _from_pretrained(source, source, wanted, place)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without transformers' loading bar, which is of no use where loading takes an instant."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def check_folder(folder: Path) -> None:
