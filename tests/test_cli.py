@@ -4,7 +4,6 @@ import json
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -125,13 +124,3 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     assert "<script src=" not in page  # nothing is fetched
     assert "Plotly.newPlot" in page
     assert "jupyter lab notebooks/01_quickstart.ipynb" in done.stdout
-
-
-def test_help_is_quick_to_import():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", "import qsae_kit.sites"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parent,
-    )
-    assert done.returncode == 0
