@@ -58,14 +58,21 @@ def default_config(lm: HookedLM) -> DemoConfig:
     if lm.model_name == "tiny":
         lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
         form = AnswerForm(must_finish=True, has_form=world.has_answer_form)
-        return DemoConfig((lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.5, 2.0, 2.5), cost_prompts=32))
+        return DemoConfig(
+            (lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.5, 2.0, 2.5), cost_prompts=32)
+        )
     lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=30_720, batch=512, pool=8_192, lr=1e-3)
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})
     study = StudyConfig(
-        strengths=(0.2, 0.3, 0.4), contrast="answers", positions="answer", max_new_tokens=28, cost_prompts=16, control_prompts=16
+        strengths=(0.25, 0.3, 0.35),
+        contrast="answers",
+        positions="answer",
+        max_new_tokens=28,
+        cost_prompts=12,
+        control_prompts=10,
     )
     return DemoConfig(
-        (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=20, n_evaluation=100,
+        (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=16, n_evaluation=100,
         evaluation_tokens=6_000, spliced_tokens=800, own_dialogues=240,
     )  # fmt: skip
 
