@@ -1,7 +1,6 @@
 """One forward pass -> rows of activations for every site; the norm filter; the shuffle pool."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -91,8 +90,3 @@ def first_rows(stream: Iterator[Rows], n_rows: int) -> tuple[Rows, Iterator[Rows
         yield from stream
 
     return {name: torch.cat([rows[name] for rows in taken]) for name in taken[0]}, again()
-
-
-def take_rows(stream: Iterator[Rows], n_batches: int) -> Iterator[Rows]:
-    """At most `n_batches` items of a stream."""
-    return islice(stream, n_batches)
