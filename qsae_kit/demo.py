@@ -37,6 +37,8 @@ class DemoConfig:
     """Selection prompts of each kind."""
     n_evaluation: int = 200
     """Evaluation prompts of each kind."""
+    n_harmless: int | None = None
+    """Harmless and borderline evaluation prompts, where fewer are wanted."""
     evaluation_tokens: int = 16_000
     """Held-out tokens for reconstruction."""
     spliced_tokens: int = 2_500
@@ -61,10 +63,10 @@ def default_config(lm: HookedLM) -> DemoConfig:
         return DemoConfig(
             (lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.5, 2.0, 2.5), cost_prompts=32)
         )
-    lead = TrainConfig("jumprelu", sparsity=32, expansion=4, tokens=30_720, batch=512, pool=8_192, lr=1e-3)
+    lead = TrainConfig("jumprelu", sparsity=8, expansion=4, tokens=49_152, batch=512, pool=8_192, lr=1e-3)
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})
     study = StudyConfig(
-        strengths=(0.25, 0.3, 0.35),
+        strengths=(0.3, 0.35),
         contrast="answers",
         positions="answer",
         max_new_tokens=28,
@@ -73,7 +75,7 @@ def default_config(lm: HookedLM) -> DemoConfig:
     )
     return DemoConfig(
         (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=16, n_evaluation=100,
-        evaluation_tokens=6_000, spliced_tokens=800, own_dialogues=240,
+        n_harmless=48, evaluation_tokens=6_000, spliced_tokens=800, own_dialogues=240,
     )  # fmt: skip
 
 
@@ -111,10 +113,14 @@ def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Iterator[Document]
 def demo_prompts(model_name: str, config: DemoConfig) -> tuple[PromptSets, PromptSets]:
     """Selection and evaluation prompts; they share no wording."""
 
-    def texts(split: str, n: int) -> PromptSets:
-        return {kind: [p.text for p in prompt_sets.prompts(model_name, kind, n, split)] for kind in prompt_sets.KINDS}
+    def texts(split: str, n: int, n_harmless: int) -> PromptSets:
+        counts = {kind: n if kind == "harmful" else n_harmless for kind in prompt_sets.KINDS}
+        return {kind: [p.text for p in prompt_sets.prompts(model_name, kind, count, split)] for kind, count in counts.items()}
 
-    return texts("selection", config.n_selection), texts("evaluation", config.n_evaluation)
+    return (
+        texts("selection", config.n_selection, config.n_selection),
+        texts("evaluation", config.n_evaluation, config.n_harmless or config.n_evaluation),
+    )
 
 
 def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: str | None = None, bar: bool = True) -> DemoResult:
