@@ -69,8 +69,8 @@ def default_config(lm: HookedLM) -> DemoConfig:
         strengths=(0.3, 0.35),
         contrast="answers",
         positions="answer",
-        max_new_tokens=28,
-        cost_prompts=12,
+        max_new_tokens=24,
+        cost_prompts=8,
         control_prompts=10,
     )
     return DemoConfig(
