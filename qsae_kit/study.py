@@ -185,7 +185,7 @@ def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config:
     found = []
     for sae, name in zip(saes, names, strict=True):
         gap = contrast(sae, refusing[name], answering[name])
-        found.append(Candidate(sae, gap, choose_features(sae, gap, config.n_features)))
+        found.append(Candidate(sae, gap, choose_features(gap, config.n_features)))
     return found
 
 
