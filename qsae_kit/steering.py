@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import nnls
 from torch import Tensor
 
 from qsae_kit.edits import Edit, Policy
@@ -143,6 +145,35 @@ def choose_features(found: Contrast, n_features: int = 10) -> FeatureSet:
     if not ids:
         raise ValueError("No feature differs between the two groups; train the SAE longer or at another site.")
     return FeatureSet(tuple(ids), tuple(float(found.feature_gap[i]) for i in ids))
+
+
+def fit_features(sae: SAE, found: Contrast, n_features: int = 10, n_candidates: int = 40) -> FeatureSet:
+    """At most `n_features` features that together account for the difference of means.
+
+    Candidates are the `n_candidates` features with the largest gap of either sign. They are taken one by one by how
+    much of what is left of the mean gap their decoder row explains, and refitted each time with non-negative least
+    squares (orthogonal matching pursuit), so that a feature only pushes the way in which it differs.
+    Raises ValueError where no feature differs.
+    """
+    top = found.feature_gap.abs().topk(min(n_candidates, len(found.feature_gap)))
+    ids = top.indices[top.values > 0]
+    signs = found.feature_gap[ids].sign()
+    rows = (signs[:, None] * sae.W_dec[ids]).double().cpu().numpy()
+    target = found.mean_gap.double().cpu().numpy()
+    taken: list[int] = []
+    weights, rest = np.zeros(0), target
+    for _ in range(min(n_features, len(ids))):
+        explains = rows @ rest
+        explains[taken] = -np.inf
+        if explains.max() <= 0:
+            break
+        taken.append(int(explains.argmax()))
+        weights, _ = nnls(rows[taken].T, target)
+        rest = target - weights @ rows[taken]
+    kept = [(int(ids[i]), float(signs[i]) * float(w)) for i, w in zip(taken, weights, strict=True) if w > 0]
+    if not kept:
+        raise ValueError("No feature differs between the two groups; train the SAE longer or at another site.")
+    return FeatureSet(tuple(i for i, _ in kept), tuple(w for _, w in kept))
 
 
 def random_features(found: Contrast, like: FeatureSet, generator: torch.Generator) -> FeatureSet:

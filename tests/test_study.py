@@ -17,6 +17,7 @@ from qsae_kit.steering import (
     clamp_features,
     contrast,
     decision_activations,
+    fit_features,
     random_features,
 )
 from qsae_kit.study import StudyConfig, check_prompts, verdict
@@ -77,6 +78,21 @@ def test_contrast_and_choice_by_hand():
     torch.testing.assert_close(chosen.direction(sae), torch.tensor([1.0, 0.0]))
     with pytest.raises(ValueError, match="No feature differs"):
         choose_features(Contrast(torch.zeros(3), torch.zeros(2), torch.arange(3)))
+
+
+def test_fitted_features_by_hand():
+    sae = TopKSAE(2, 3, 3.0, Provenance("m", SITE, NormFilter(1.0)))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(3)[:, :2])
+    found = Contrast(torch.tensor([3.0, -1.0, 2.0]), torch.tensor([3.0, -1.0]), torch.arange(3))
+    chosen = fit_features(sae, found, 3)  # feature 2 differs, but its decoder row explains nothing
+    assert chosen.features == (0, 1)
+    assert chosen.weights == pytest.approx((3.0, -1.0))
+    assert fit_features(sae, found, 1).features == (0,)
+    against = found._replace(feature_gap=torch.tensor([-3.0, -1.0, 2.0]))  # feature 0 would have to push against its gap
+    assert fit_features(sae, against).features == (1,)
+    with pytest.raises(ValueError, match="No feature differs"):
+        fit_features(sae, Contrast(torch.zeros(3), torch.zeros(2), torch.arange(3)))
 
 
 def test_random_draws_have_the_chosen_size_and_other_features(sae):
