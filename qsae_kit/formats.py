@@ -32,7 +32,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
     """Writes one SAE folder, whole or not at all. Raises ValueError for an SAE without provenance."""
     if sae.provenance is None:
         raise ValueError("This SAE has no provenance (site, model, filter); set sae.provenance before saving it.")
-    origin = sae.provenance
+    sae, origin = sae.exported(), sae.provenance
     config = sae.describe() | {
         "dtype": "float32",
         "device": "cpu",
@@ -90,7 +90,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     except KeyError as error:
         raise ValueError(f"{str(folder / CONFIG)!r} lacks {error}; train or save the SAE again.") from error
     parse_hook_name(provenance.hook_name)
-    shapes = {name: tuple(parameter.shape) for name, parameter in sae.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in sae.tensors().items()}
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
@@ -102,7 +102,7 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{str(folder / WEIGHTS)!r}: {name} has values that are not finite; train it again.")
-    sae.load_state_dict(tensors)
+    sae.load_tensors(tensors)
     return sae.to(device).eval().requires_grad_(False)
 
 

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from qsae_kit.activations import NormFilter, Rows, first_rows, shuffled
 from qsae_kit.sae import ARCHITECTURES, SAE, Provenance
+from qsae_kit.sae.base import State
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class SiteTrainer:
         if not len(x):
             return
         self.optimizer.zero_grad()
-        loss = self.sae.training_loss(x, self.dead, progress)
+        loss = self.sae.training_loss(x, State(self.dead, progress))
         loss.total.backward()
         self.sae.remove_parallel_gradient()
         torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
@@ -110,11 +111,13 @@ class SiteTrainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.lr * rate
         self.optimizer.step()
-        self.sae.normalise_decoder()
+        self.sae.constrain()
         with torch.no_grad():
-            fired = loss.f > 0
-            self.quiet = torch.where(fired.any(0), 0, self.quiet + len(x))
-            self.l0 = 0.95 * self.l0 + 0.05 * float(fired.sum()) / len(x) if self.rows else float(fired.sum()) / len(x)
+            fired = loss.codes.cols[loss.f > 0]
+            self.quiet += len(x)
+            self.quiet[fired] = 0
+            l0 = len(fired) / len(x)
+            self.l0 = 0.95 * self.l0 + 0.05 * l0 if self.rows else l0
         self.loss = float(loss.total.detach())
         self.rows += len(x)
 
@@ -126,7 +129,7 @@ class SiteTrainer:
         self.sae.provenance = Provenance(
             model_name, hook_name, n.filter, drop_template, context_size, self.rows, self.config.seed, figures
         )
-        return self.sae.eval().requires_grad_(False)
+        return self.sae.exported().eval().requires_grad_(False)
 
 
 class Progress(NamedTuple):

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from qsae_kit.activations import NormFilter
 from qsae_kit.formats import load_sae, load_suite, save_rows, save_sae, save_suite
 from qsae_kit.sae import ARCHITECTURES, Provenance
-from qsae_kit.sae.jumprelu import BANDWIDTH, _Jump
+from qsae_kit.sae.base import State
+from qsae_kit.sae.batchtopk import BatchTopKSAE
+from qsae_kit.sae.jumprelu import _Jump
 
 SITE = "blocks.2.hook_mlp_out"
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -66,10 +68,13 @@ def test_the_loss_reaches_every_parameter(architecture):
     sae, x = make(architecture)
     dead = torch.zeros(40, dtype=torch.bool)
     dead[:5] = True
-    loss = sae.training_loss(x, dead, 0.5)
+    loss = sae.training_loss(x, State(dead, 0.5))
     loss.total.backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in sae.parameters())
-    assert torch.equal(loss.f, sae.encode(x))
+    if isinstance(sae, BatchTopKSAE):  # kept by their rank in the batch
+        assert len(loss.codes) == 5 * len(x)
+    else:
+        torch.testing.assert_close(loss.codes.dense(loss.f), sae.encode(x))
     sae.remove_parallel_gradient()
     assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-5
 
@@ -91,6 +96,7 @@ def test_folding_gives_the_same_reconstruction_of_raw_rows(architecture):
 @each_architecture
 def test_a_folder_gives_the_same_bits_back(architecture, tmp_path):
     sae, x = make(architecture)
+    sae = sae.exported()
     save_sae(sae, tmp_path / "sae")
     back = load_sae(tmp_path / "sae")
     assert back.provenance == sae.provenance
@@ -106,18 +112,26 @@ def test_the_folder_is_saelens_layout(architecture, tmp_path):
     save_sae(sae, tmp_path / "sae")
     config = json.loads((tmp_path / "sae" / "cfg.json").read_text())
     tensors = load_file(tmp_path / "sae" / "sae_weights.safetensors")
-    assert config["architecture"] == architecture
+    stored_as = {"batchtopk": "jumprelu", "matryoshka": "jumprelu"}.get(architecture, architecture)
+    assert config["architecture"] == stored_as
     assert (config["d_in"], config["d_sae"]) == (12, 40)
     assert config["metadata"]["hook_name"] == SITE
-    assert set(tensors) == {"W_enc", "b_enc", "W_dec", "b_dec"} | ({"threshold"} if architecture == "jumprelu" else set())
+    own = {"jumprelu": {"b_enc", "threshold"}, "gated": {"b_gate", "b_mag", "r_mag"}}.get(stored_as, {"b_enc"})
+    assert set(tensors) == {"W_enc", "W_dec", "b_dec"} | own
     assert tensors["W_enc"].shape == (12, 40)
-    # ten plain lines instead of the package's encoder
-    pre = x @ tensors["W_enc"] + tensors["b_enc"]
-    if architecture == "topk":
-        floor = pre.sort(descending=True).values[:, config["k"] - 1 : config["k"]]
-        expected = torch.where(pre >= floor, pre, 0).relu()
+    # plain lines instead of the package's encoder
+    product = x @ tensors["W_enc"]
+    if stored_as == "gated":
+        magnitude = (product * tensors["r_mag"].exp() + tensors["b_mag"]).relu()
+        expected = torch.where(product + tensors["b_gate"] > 0, magnitude, 0)
     else:
-        expected = torch.where(pre > tensors["threshold"], pre.relu(), 0)
+        pre = product + tensors["b_enc"]
+        floor = torch.zeros(())
+        if stored_as == "topk":
+            floor = pre.sort(descending=True).values[:, config["k"] - 1 : config["k"]].nextafter(torch.tensor(-torch.inf))
+        elif stored_as == "jumprelu":
+            floor = tensors["threshold"]
+        expected = torch.where(pre > floor, pre.relu(), 0)
     torch.testing.assert_close(sae.encode(x), expected)
 
 
@@ -131,11 +145,11 @@ def test_jump_gradients_are_the_straight_through_ones():
     pre = (torch.randn(50, 6, generator=generator) * 0.05).requires_grad_()
     theta = torch.full((6,), 0.02, requires_grad=True)
     grad_f, grad_l0 = torch.randn(50, 6, generator=generator), torch.randn(50, generator=generator)
-    f, l0 = _Jump.apply(pre, theta)
-    ((f * grad_f).sum() + (l0 * grad_l0).sum()).backward()
-    inside = ((pre - theta).abs() < BANDWIDTH / 2).float()
+    f, fired = _Jump.apply(pre, theta.expand_as(pre), 0.03)
+    ((f * grad_f).sum() + (fired.sum(-1) * grad_l0).sum()).backward()
+    inside = ((pre - theta).abs() < 0.03 / 2).float()
     assert torch.equal(pre.grad, grad_f * (pre > theta))
-    expected = -(inside * (theta * grad_f + grad_l0[:, None])).sum(0) / BANDWIDTH
+    expected = -(inside * (theta * grad_f + grad_l0[:, None])).sum(0) / 0.03
     torch.testing.assert_close(theta.grad, expected)
 
 

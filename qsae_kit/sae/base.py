@@ -7,6 +7,7 @@ unit norm, so a feature's activation is its length in the units of the activatio
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsae_kit.activations import NormFilter
+from qsae_kit.sae import codes as sparse
+from qsae_kit.sae.codes import Codes, Select
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,25 @@ class Loss(NamedTuple):
     """A training loss (scalar, to be minimised) and the activations it came from."""
 
     total: Tensor
-    f: Float[Tensor, "row d_sae"]
+    f: Float[Tensor, " entry"]
+    codes: Codes
+    """Where the activations `f` are; those that are 0 did not fire."""
+
+
+class State(NamedTuple):
+    """What a loss may know about the training."""
+
+    dead: Tensor
+    """bool [d_sae]: latents that have not fired lately."""
+    progress: float
+    """0 to 1."""
 
 
 class SAE(nn.Module, ABC):
-    """An SAE of one site. `sparsity` is its k (topk) or its target L0 (jumprelu), in features a token."""
+    """An SAE of one site. `sparsity` is its k or its target L0, in features a token.
+
+    The encoder is kept as `encoder` [d_sae, d_in], a row a latent as in the decoder; `W_enc` is its transpose.
+    """
 
     architecture: ClassVar[str]
 
@@ -55,18 +72,22 @@ class SAE(nn.Module, ABC):
         super().__init__()
         self.sparsity = sparsity
         self.provenance = provenance
-        self.W_enc = nn.Parameter(torch.zeros(d_in, d_sae))
+        self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @property
+    def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
+        return self.encoder.T
+
+    @property
     def d_in(self) -> int:
-        return self.W_enc.shape[0]
+        return self.encoder.shape[1]
 
     @property
     def d_sae(self) -> int:
-        return self.W_enc.shape[1]
+        return self.encoder.shape[0]
 
     # --- the contract
 
@@ -75,8 +96,8 @@ class SAE(nn.Module, ABC):
         """Feature activations from pre-activations."""
 
     @abstractmethod
-    def training_loss(self, x: Float[Tensor, "row d_model"], dead: Tensor, progress: float) -> Loss:
-        """The loss on normalised rows. dead: bool [d_sae], latents that have not fired lately; progress: 0 to 1."""
+    def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
+        """The loss on normalised rows, written over selected entries (`encode_entries`, `decode_entries`)."""
 
     def rescale_activations(self, scale: float) -> None:
         """Adapts thresholds when every feature's activation is multiplied by `scale`."""
@@ -94,6 +115,14 @@ class SAE(nn.Module, ABC):
         """Reconstruction from feature activations."""
         return f @ self.W_dec + self.b_dec
 
+    def encode_entries(self, x: Float[Tensor, "row d_model"], select: Select) -> tuple[Float[Tensor, " entry"], Codes]:
+        """Pre-activations of the entries that `select` picks from [row, d_sae]; differentiable in the encoder."""
+        return sparse.encode(x, self.encoder, self.b_enc, select)
+
+    def decode_entries(self, f: Float[Tensor, " entry"], codes: Codes) -> Float[Tensor, "row d_model"]:
+        """Reconstruction from activations of entries; differentiable in all."""
+        return sparse.decode(f, self.W_dec, codes) + self.b_dec
+
     def forward(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         return self.decode(self.encode(x))
 
@@ -107,20 +136,24 @@ class SAE(nn.Module, ABC):
         rows = nn.functional.normalize(x[pick], dim=-1)
         noise = torch.randn(rows.shape, generator=generator).to(x.device) / self.d_in**0.5
         self.W_dec.copy_(nn.functional.normalize(rows + 0.5 * noise, dim=-1))
-        self.W_enc.copy_(self.W_dec.T)
+        self.encoder.copy_(self.W_dec)
         self.init_thresholds(x[:4096])
         x_hat = self(x[:4096])
         length = float((x[:4096] * x_hat).sum() / x_hat.pow(2).sum().clamp(min=1e-12))
-        self.W_enc.mul_(length)
+        self.encoder.mul_(length)
         self.rescale_activations(length)
 
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
         """Sets thresholds, where an architecture has them, from the first rows."""
 
     @torch.no_grad()
-    def normalise_decoder(self) -> None:
-        """Decoder rows to unit norm."""
+    def constrain(self) -> None:
+        """After each step: decoder rows to unit norm."""
         self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8))
+
+    def exported(self) -> "SAE":
+        """The SAE as it is stored and used; an architecture for training only becomes another one."""
+        return self
 
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
@@ -139,8 +172,15 @@ class SAE(nn.Module, ABC):
         self.rescale_activations(1 / scale)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors that are stored, by their field-standard names."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters()}
+        """Views of the tensors that are stored, by their field-standard names."""
+        own = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        return {"W_enc": own.pop("encoder").T, **own}
+
+    @torch.no_grad()
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes over stored tensors in place."""
+        for name, own in self.tensors().items():
+            own.copy_(tensors[name])
 
     def describe(self) -> dict[str, Any]:
         """What identifies the architecture in a file."""

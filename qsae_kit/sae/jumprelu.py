@@ -1,64 +1,99 @@
-"""JumpReLU SAE trained to a target L0 (Rajamanoharan et al. 2024, arXiv 2407.14435; quadratic target: section 5).
+"""JumpReLU SAE (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-f = pre * H(pre - theta);   loss = E|x - x_hat|^2 + c * (L0 / target - 1)^2
+f = pre * H(pre - theta);   loss = E|x - x_hat|^2 + sparsity. theta learns through the straight-through rectangle kernel
+K of width eps: df/dtheta = -theta/eps * K((pre - theta)/eps),   dL0/dtheta = -1/eps * K((pre - theta)/eps).
 
-theta learns through the straight-through rectangle kernel K of width eps:
-df/dtheta = -theta/eps * K((pre - theta)/eps),   dL0/dtheta = -1/eps * K((pre - theta)/eps).
-theta is a plain float32 parameter kept above zero, not a logarithm, which would freeze under Adam.
+Three sparsity terms:
+    target  c * (L0 / target - 1)^2            section 5 of the paper; needs no tuning
+    step    c * L0                             Gemma Scope
+    tanh    c * sum tanh(4 sqrt(d_model) f)    Anthropic, January 2025, in units of E|x|^2 = 1
+
+theta is a plain float32 parameter kept from falling below zero, not a logarithm, which would freeze under Adam.
 """
 
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from qsae_kit.sae.base import SAE, Loss, Provenance
+from qsae_kit.sae.base import SAE, Loss, Provenance, State
+from qsae_kit.sae.codes import select_above
 
-BANDWIDTH = 0.03
-"""eps, in units of activations normalised to E|x|^2 = 1."""
-TARGET_COEFFICIENT = 3.0
+Sparsity: TypeAlias = Literal["target", "step", "tanh"]
+COEFFICIENT: dict[Sparsity, float] = {"target": 3.0, "step": 0.01, "tanh": 0.01}
+WARM_UP: dict[Sparsity, float] = {"target": 0.1, "step": 0.1, "tanh": 1.0}
+"""Share of the run over which the sparsity term grows to its full weight."""
 
 
 class _Jump(torch.autograd.Function):
-    """(pre, theta) -> (f, L0 a row), with the straight-through gradients above."""
+    """(pre, theta) -> (f, fired), entry by entry, with the straight-through gradients above."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
-        mask = pre > theta
-        ctx.save_for_backward(pre, theta, mask)
-        return pre * mask, mask.sum(-1, dtype=pre.dtype)
+    def forward(ctx: Any, pre: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+        fired = pre > theta
+        ctx.save_for_backward(pre, theta, fired)
+        ctx.bandwidth = bandwidth
+        return pre * fired, fired.to(pre.dtype)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        grad_f, grad_l0 = grads
-        pre, theta, mask = ctx.saved_tensors
-        near = (pre - theta).abs_() < BANDWIDTH / 2
-        pull = (grad_f * theta).add_(grad_l0[:, None]).mul_(near).sum(0) / -BANDWIDTH
-        return grad_f * mask, pull
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_f, grad_fired = grads
+        pre, theta, fired = ctx.saved_tensors
+        near = (pre - theta).abs_() < ctx.bandwidth / 2
+        return grad_f * fired, (grad_f * theta).add_(grad_fired).mul_(near).div_(-ctx.bandwidth), None
 
 
 class JumpReLUSAE(SAE):
+    """bandwidth: eps, in units of activations normalised to E|x|^2 = 1; coefficient: c, by default `COEFFICIENT`."""
+
     architecture = "jumprelu"
 
-    def __init__(self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None) -> None:
+    def __init__(
+        self,
+        d_in: int,
+        d_sae: int,
+        sparsity: float,
+        provenance: Provenance | None = None,
+        *,
+        sparsity_loss: Sparsity = "target",
+        coefficient: float | None = None,
+        bandwidth: float = 0.03,
+    ) -> None:
         super().__init__(d_in, d_sae, sparsity, provenance)
+        if sparsity_loss not in COEFFICIENT:
+            raise ValueError(f"sparsity_loss={sparsity_loss!r} was given; allowed are {', '.join(COEFFICIENT)}.")
+        if not bandwidth > 0:
+            raise ValueError(f"bandwidth={bandwidth} was given; it must be positive.")
+        self.sparsity_loss, self.bandwidth = sparsity_loss, bandwidth
+        self.coefficient = COEFFICIENT[sparsity_loss] if coefficient is None else coefficient
         self.threshold = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
 
     def activate(self, pre: Float[Tensor, "*row d_sae"]) -> Float[Tensor, "*row d_sae"]:
         return pre * (pre > self.threshold)
 
-    def training_loss(self, x: Float[Tensor, "row d_model"], dead: Tensor, progress: float) -> Loss:
-        pre = self.pre_activations(x)
-        f, l0 = _Jump.apply(pre, self.threshold)
-        error = x - self.decode(f)
-        weight = TARGET_COEFFICIENT * min(1.0, progress / 0.1)
-        total = error.pow(2).sum(-1).mean() + weight * (l0.mean() / self.sparsity - 1) ** 2
-        if dead.any():
-            # A latent that never fires gets no gradient: raise its pre-activations gently (Conerly et al. 2025).
-            gap = (self.threshold[dead] - pre[:, dead]).relu()
-            total = total + 1e-3 * gap.mean(0).sum() / self.d_sae**0.5
-        return Loss(total, f)
+    def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
+        near = (self.threshold.detach() - self.bandwidth / 2).clamp(min=0)  # below it there is neither value nor gradient
+        pre, codes = self.encode_entries(x, select_above(near))
+        f, fired = _Jump.apply(pre, self.threshold[codes.cols], self.bandwidth)
+        error = x - self.decode_entries(f, codes)
+        weight = self.coefficient * min(1.0, state.progress / WARM_UP[self.sparsity_loss])
+        total = error.pow(2).sum(-1).mean() + weight * self._sparsity(f, fired, len(x))
+        return Loss(total + self._revive(x, state.dead), f, codes)
+
+    def _sparsity(self, f: Tensor, fired: Tensor, n_rows: int) -> Tensor:
+        if self.sparsity_loss == "tanh":
+            return torch.tanh(4 * self.d_in**0.5 * f).sum() / n_rows
+        l0 = fired.sum() / n_rows
+        return l0 if self.sparsity_loss == "step" else (l0 / self.sparsity - 1) ** 2
+
+    def _revive(self, x: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
+        """A latent that never fires gets no gradient: raises its pre-activations gently (Conerly et al. 2025)."""
+        ids = dead.nonzero().view(-1)
+        if not len(ids):
+            return 0.0
+        gap = self.threshold[ids] - (x[::8] @ self.encoder[ids].T + self.b_enc[ids])
+        return 1e-3 * gap.relu().mean(0).sum() / self.d_sae**0.5
 
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
@@ -66,6 +101,11 @@ class JumpReLUSAE(SAE):
         share = min(0.5, 1.5 * self.sparsity / self.d_sae)
         pre = self.pre_activations(x)
         self.threshold.copy_(pre.quantile(1 - share, dim=0).clamp(min=1e-3))
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        super().constrain()
+        self.threshold.clamp_(min=0)
 
     def rescale_activations(self, scale: float) -> None:
         with torch.no_grad():

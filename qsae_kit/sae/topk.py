@@ -1,7 +1,7 @@
 """TopK SAE with the AuxK loss (Gao et al. 2024, arXiv 2406.04093, section 2 and appendix A.2).
 
 f = TopK(relu(pre));   loss = E|x - x_hat|^2 + 1/32 * E|e - e_hat|^2, where e = x - x_hat (detached) and e_hat is decoded
-from the k_aux largest pre-activations among dead latents.
+from the k_aux = d_model / 2 largest pre-activations among dead latents, without b_dec.
 """
 
 from typing import Any
@@ -10,9 +10,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.sae.base import SAE, Loss
+from qsae_kit.sae.base import SAE, Loss, State
+from qsae_kit.sae.codes import select_top_k
 
 AUX_COEFFICIENT = 1 / 32
+AUX_SHARE = 8
+"""The auxiliary loss is taken on every eighth row: dead latents are many or none, and dense to decode."""
+
+
+def aux_k_loss(sae: SAE, x: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
+    """AUX_COEFFICIENT times the squared error of dead latents' reconstruction of the (detached) error."""
+    ids = dead.nonzero().view(-1)
+    if not len(ids):
+        return 0.0
+    x, error = x[::AUX_SHARE], error.detach()[::AUX_SHARE]
+    pre = x @ sae.encoder[ids].T + sae.b_enc[ids]
+    values, columns = pre.topk(min(len(ids), max(1, sae.d_in // 2)), dim=-1, sorted=False)
+    revived = torch.zeros_like(pre).scatter(-1, columns, values.relu())
+    return AUX_COEFFICIENT * (error - revived @ sae.W_dec[ids]).pow(2).sum(-1).mean()
 
 
 class TopKSAE(SAE):
@@ -29,16 +44,8 @@ class TopKSAE(SAE):
         values, indices = pre.topk(self.k, dim=-1, sorted=False)
         return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
-    def training_loss(self, x: Float[Tensor, "row d_model"], dead: Tensor, progress: float) -> Loss:
-        pre = self.pre_activations(x)
-        f = self.activate(pre)
-        error = x - self.decode(f)
-        total = error.pow(2).sum(-1).mean()
-        n_dead = int(dead.sum())
-        if n_dead:
-            k_aux = min(n_dead, max(1, self.d_in // 2))
-            values, indices = pre[:, dead].topk(k_aux, dim=-1, sorted=False)
-            revived = torch.zeros(len(x), n_dead, device=x.device).scatter(-1, indices, values.relu())
-            aux = (error.detach() - revived @ self.W_dec[dead]).pow(2).sum(-1).mean()
-            total = total + AUX_COEFFICIENT * aux
-        return Loss(total, f)
+    def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
+        v, codes = self.encode_entries(x, select_top_k(self.k))
+        f = v.relu()
+        error = x - self.decode_entries(f, codes)
+        return Loss(error.pow(2).sum(-1).mean() + aux_k_loss(self, x, error, state.dead), f, codes)

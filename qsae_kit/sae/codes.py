@@ -1,0 +1,178 @@
+"""Ragged codes: which features of which rows matter, and the products that touch only those.
+
+A training step makes one dense product, x @ W_enc [row, d_sae]. Selection turns it into entries (row, column, value),
+and from there on work grows with the number of entries E: decoding, both weight gradients and the gradient of the
+activations cost E * d_model each, against row * d_sae * d_model when dense. Where many entries are selected (a ReLU SAE
+in its first steps) the dense products are the cheaper ones and are used instead; the results are the same.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+DENSE_SHARE = 0.08
+"""Share of entries above which dense products are cheaper (measured on a CPU at d_model 576)."""
+
+
+class Codes:
+    """The places of entries in a [n_rows, n_cols] matrix, row by row; values are kept beside it, one an entry."""
+
+    def __init__(
+        self, rows: Int[Tensor, " entry"], cols: Int[Tensor, " entry"], starts: Int[Tensor, " row"], n_cols: int
+    ) -> None:
+        self.rows, self.cols, self.starts, self.n_cols = rows, cols, starts, n_cols
+        self._by_column: tuple[Tensor, Tensor] | None = None
+
+    @classmethod
+    def from_flat(cls, flat: Int[Tensor, " entry"], n_rows: int, n_cols: int) -> "Codes":
+        """From ascending indices into the flattened matrix."""
+        rows = flat.div(n_cols, rounding_mode="floor")
+        counts = torch.bincount(rows, minlength=n_rows)
+        return cls(rows, flat - rows * n_cols, counts.cumsum(0) - counts, n_cols)
+
+    @classmethod
+    def from_columns(cls, cols: Int[Tensor, "row k"], n_cols: int) -> "Codes":
+        """The same number of entries in every row."""
+        n_rows, k = cols.shape
+        starts = torch.arange(n_rows, device=cols.device) * k
+        rows = torch.arange(n_rows, device=cols.device).repeat_interleave(k)
+        return cls(rows, cols.reshape(-1), starts, n_cols)
+
+    def __len__(self) -> int:
+        return len(self.cols)
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.starts)
+
+    @property
+    def crowded(self) -> bool:
+        """Whether dense products are cheaper."""
+        return len(self) > DENSE_SHARE * self.n_rows * self.n_cols
+
+    def dense(self, values: Float[Tensor, " entry"]) -> Float[Tensor, "row column"]:
+        """The whole matrix, 0 where nothing was selected."""
+        out = values.new_zeros(self.n_rows, self.n_cols)
+        out[self.rows, self.cols] = values
+        return out
+
+    def where(self, keep: Tensor) -> "Codes":
+        """Only the entries of a mask [entry]."""
+        rows = self.rows[keep]
+        counts = torch.bincount(rows, minlength=self.n_rows)
+        return Codes(rows, self.cols[keep], counts.cumsum(0) - counts, self.n_cols)
+
+    def by_column(self) -> tuple[Int[Tensor, " entry"], Int[Tensor, " column"]]:
+        """The entries' order column by column, and where each column begins."""
+        if self._by_column is None:
+            counts = torch.bincount(self.cols, minlength=self.n_cols)
+            self._by_column = self.cols.argsort(stable=True), counts.cumsum(0) - counts
+        return self._by_column
+
+    # --- products
+
+    def times(self, values: Float[Tensor, " entry"], W: Float[Tensor, "column d"]) -> Float[Tensor, "row d"]:
+        """values @ W."""
+        if self.crowded:
+            return self.dense(values) @ W
+        return F.embedding_bag(self.cols, W, self.starts, mode="sum", per_sample_weights=values)
+
+    def transposed_times(self, values: Float[Tensor, " entry"], x: Float[Tensor, "row d"]) -> Float[Tensor, "column d"]:
+        """values^T @ x."""
+        if self.crowded:
+            return self.dense(values).T @ x
+        order, starts = self.by_column()
+        return F.embedding_bag(self.rows[order], x, starts, mode="sum", per_sample_weights=values[order])
+
+    def dots(self, x: Float[Tensor, "row d"], W: Float[Tensor, "column d"]) -> Float[Tensor, " entry"]:
+        """x[row] . W[column] of every entry: the gradient of `times` with respect to its values."""
+        if self.crowded:
+            return (x @ W.T)[self.rows, self.cols]
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, self.cols, self.starts, self.rows, 0, -1)
+
+    def sums(self, values: Float[Tensor, " entry"]) -> Float[Tensor, " column"]:
+        """Sum of every column."""
+        return torch.zeros(self.n_cols, dtype=values.dtype, device=values.device).index_add_(0, self.cols, values)
+
+
+Select: TypeAlias = Callable[[Tensor], Codes]
+"""Pre-activations [row, d_sae] -> the entries that have an activation or a gradient. Never differentiated."""
+
+
+class _Encode(torch.autograd.Function):
+    """Pre-activations of selected entries; gradients reach the encoder, not the rows."""
+
+    @staticmethod
+    def forward(ctx: Any, encoder: Tensor, b_enc: Tensor, x: Tensor, v: Tensor, codes: Codes) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.codes = codes
+        return v
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        return ctx.codes.transposed_times(grads[0], x), ctx.codes.sums(grads[0]), None, None, None
+
+
+class _Decode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Tensor, W_dec: Tensor, codes: Codes) -> Tensor:
+        ctx.save_for_backward(f, W_dec)
+        ctx.codes = codes
+        return codes.times(f, W_dec)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        f, W_dec = ctx.saved_tensors
+        grad_f = ctx.codes.dots(grads[0], W_dec) if ctx.needs_input_grad[0] else None
+        grad_W = ctx.codes.transposed_times(f, grads[0]) if ctx.needs_input_grad[1] else None
+        return grad_f, grad_W, None
+
+
+def encode(
+    x: Float[Tensor, "row d_model"], encoder: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], select: Select
+) -> tuple[Float[Tensor, " entry"], Codes]:
+    """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks."""
+    with torch.no_grad():
+        pre = torch.addmm(b_enc, x, encoder.T)
+        codes = select(pre)
+        v = pre[codes.rows, codes.cols]
+    return _Encode.apply(encoder, b_enc, x, v, codes), codes
+
+
+def decode(f: Float[Tensor, " entry"], W_dec: Float[Tensor, "d_sae d_model"], codes: Codes) -> Float[Tensor, "row d_model"]:
+    """f @ W_dec, differentiable in both."""
+    return _Decode.apply(f.contiguous(), W_dec, codes)
+
+
+# --- selection
+
+
+def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row k"]:
+    """The columns of each row's k largest entries, in no order: exactly `topk`, in two smaller searches.
+
+    Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest maxima.
+    """
+    n_rows, n_cols = pre.shape
+    size = next((s for s in (32, 24, 18, 16, 12, 8, 6, 4) if n_cols % s == 0 and 4 * s * k < n_cols * 2), 0)
+    if not size:
+        return pre.topk(k, dim=-1, sorted=False).indices
+    blocks = n_cols // size  # column c is in block c mod blocks, so that maxima are taken over whole lines of memory
+    best = pre.view(n_rows, size, blocks).amax(1).topk(k, dim=-1, sorted=False).indices
+    members = torch.arange(size, device=pre.device)[None, :, None] * blocks
+    candidates = (best[:, None, :] + members).view(n_rows, size * k)
+    return candidates.gather(1, pre.gather(1, candidates).topk(k, dim=-1, sorted=False).indices)
+
+
+def select_top_k(k: int) -> Select:
+    """Each row's k largest."""
+    return lambda pre: Codes.from_columns(largest_columns(pre, k), pre.shape[1])
+
+
+def select_above(threshold: Float[Tensor, " d_sae"] | float) -> Select:
+    """Entries above a threshold of their column."""
+    return lambda pre: Codes.from_flat((pre > threshold).view(-1).nonzero().view(-1), *pre.shape)
