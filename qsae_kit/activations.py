@@ -1,7 +1,8 @@
 """One forward pass -> rows of activations for every site; the norm filter; the shuffle pool."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float
@@ -42,51 +43,113 @@ def stream_rows(lm: HookedLM, hook_names: Sequence[str], batches: Iterable[Token
             yield kept_rows(lm, hook_names, batch)
 
 
-def shuffled(stream: Iterator[Rows], batch_rows: int, pool_rows: int, seed: int = 0) -> Iterator[Rows]:
-    """Batches of exactly `batch_rows` rows drawn from a shuffle pool.
+class Place(NamedTuple):
+    """Where a block of rows begins in a source: so many token batches (epochs of stored rows) and rows of the next in."""
 
-    The pool is filled to `pool_rows`, shuffled, half of it is given out, and it is filled again; the last rows that do
-    not fill a batch are left. Rows of one token stay together across sites.
+    batch: int = 0
+    row: int = 0
+
+
+class Block(NamedTuple):
+    """Some rows of every site, the same tokens in the same order."""
+
+    place: Place
+    rows: Rows
+
+    def __len__(self) -> int:
+        return len(next(iter(self.rows.values())))
+
+
+@runtime_checkable
+class RowSource(Protocol):
+    """Rows of activations for training, which can be gone back to: what a training was fed can be fed again."""
+
+    sites: Sequence[str]
+
+    def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
+        """Blocks of `n_rows` rows from a place on; only the last one may be shorter."""
+
+    def only(self, sites: Sequence[str]) -> "RowSource":
+        """The same tokens at some of the sites."""
+
+
+class LiveRows:
+    """Rows of a running model: every token batch is passed once, up to the deepest site.
+
+    batches: gives the same token batches each time it is called (`data.token_batches` under one seed does).
     """
-    generator = torch.Generator().manual_seed(seed)
-    pool: Rows = {}
-    ended = False
-    while not ended:
-        parts = {name: [rows] for name, rows in pool.items()}
-        size = len(next(iter(pool.values()))) if pool else 0
-        while size < pool_rows:
-            new = next(stream, None)
-            if new is None:
-                ended = True
-                break
-            for name, rows in new.items():
-                parts.setdefault(name, []).append(rows)
-            size += len(next(iter(new.values())))
-        if not parts:
-            return
-        order = torch.randperm(size, generator=generator)
-        pool = {name: torch.cat(rows)[order.to(rows[0].device)] for name, rows in parts.items()}
-        give = size if ended else size // 2
-        n_batches = give // batch_rows
-        for b in range(n_batches):
-            yield {name: rows[b * batch_rows : (b + 1) * batch_rows] for name, rows in pool.items()}
-        pool = {name: rows[n_batches * batch_rows :] for name, rows in pool.items()}
+
+    def __init__(self, lm: HookedLM, sites: Sequence[str], batches: Callable[[], Iterable[TokenBatch]]) -> None:
+        lm.check_hook_names(list(sites))
+        self.lm, self.sites, self.batches = lm, sites, batches
+
+    def only(self, sites: Sequence[str]) -> "LiveRows":
+        return LiveRows(self.lm, sites, self.batches)
+
+    def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
+        parts: list[Rows] = []
+        size, place = 0, start
+        for number, batch in enumerate(islice(self.batches(), start.batch, None), start.batch):
+            if not batch.keep.any():
+                continue
+            rows = kept_rows(self.lm, self.sites, batch)
+            used = start.row if number == start.batch else 0
+            total = len(rows[self.sites[0]])
+            while used < total:
+                take = min(n_rows - size, total - used)
+                parts.append({site: x[used : used + take] for site, x in rows.items()})
+                size, used = size + take, used + take
+                if size == n_rows:
+                    yield Block(place, _joined(parts))
+                    parts, size = [], 0
+                    place = Place(number, used) if used < total else Place(number + 1)
+        if parts:
+            yield Block(place, _joined(parts))
 
 
-def first_rows(stream: Iterator[Rows], n_rows: int) -> tuple[Rows, Iterator[Rows]]:
-    """The first batches that together hold `n_rows` rows, joined, and a stream that still begins with them."""
-    taken: list[Rows] = []
-    size = 0
-    for rows in stream:
-        taken.append(rows)
-        size += len(next(iter(rows.values())))
-        if size >= n_rows:
-            break
-    if not taken:
-        raise ValueError("There are no tokens to look at: the data gave no rows after the keep-mask.")
+class StoredRows:
+    """Rows in memory or in a memory-mapped file, in a new order each epoch, without end."""
 
-    def again() -> Iterator[Rows]:
-        yield from taken
-        yield from stream
+    def __init__(self, rows: Rows, seed: int = 0, scale: float = 1.0) -> None:
+        sizes = {len(x) for x in rows.values()}
+        if len(sizes) != 1 or 0 in sizes:
+            raise ValueError(f"The sites hold {sorted(sizes)} rows; give every site the same number, at least one.")
+        self.rows, self.sites, self.seed, self.scale = rows, list(rows), seed, scale
 
-    return {name: torch.cat([rows[name] for rows in taken]) for name in taken[0]}, again()
+    def __len__(self) -> int:
+        return len(self.rows[self.sites[0]])
+
+    def only(self, sites: Sequence[str]) -> "StoredRows":
+        return StoredRows({site: self.rows[site] for site in sites}, self.seed, self.scale)
+
+    def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
+        epoch, used = start
+        while True:
+            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            while used < len(self):
+                place, parts = Place(epoch, used), [order[used : used + n_rows]]
+                used += len(parts[0])
+                while sum(map(len, parts)) < n_rows:  # over the end of an epoch
+                    epoch, used = epoch + 1, 0
+                    order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+                    parts.append(order[: n_rows - sum(map(len, parts))])
+                    used = len(parts[-1])
+                chosen = torch.cat(parts)
+                yield Block(place, {site: x[chosen].float() / self.scale for site, x in self.rows.items()})
+            epoch, used = epoch + 1, 0
+
+
+def _joined(parts: list[Rows]) -> Rows:
+    return {site: torch.cat([rows[site] for rows in parts]) for site in parts[0]}
+
+
+def shuffled(block: Block, batch: int, seed: int, skip: int = 0) -> Iterator[Rows]:
+    """Batches of exactly `batch` rows of a block in random order; the rows of one token stay together across sites.
+
+    Rows that do not fill a batch are left. skip: batches to leave out, for going on after them.
+    """
+    key = (seed * 1_000_003 + block.place.batch) * 1_000_003 + block.place.row
+    order = torch.randperm(len(block), generator=torch.Generator().manual_seed(key % 2**63))
+    for number in range(skip, len(block) // batch):
+        chosen = order[number * batch : (number + 1) * batch]
+        yield {site: x[chosen.to(x.device)] for site, x in block.rows.items()}

@@ -1,6 +1,6 @@
 """`qsae demo`: SAEs at the sites of a chat model, their evaluation, and refusal steered both ways, in one go."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +9,7 @@ import pandas as pd
 from tqdm.auto import trange
 
 from qsae_kit import prompts as prompt_sets
-from qsae_kit.activations import stream_rows
+from qsae_kit.activations import LiveRows
 from qsae_kit.data import Document, TokenBatch, read_documents, repeat, split_documents, token_batches
 from qsae_kit.evaluate import evaluate_suite
 from qsae_kit.files import atomic_file, write_text
@@ -100,15 +100,15 @@ def _all_prompts(lm: HookedLM, kind: str) -> list[str]:
     return [p.text for p in prompt_sets.prompts(lm.model_name, kind, prompt_sets.count(lm.model_name, kind), "selection")]
 
 
-def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Iterator[Document], Sequence[Document]]:
-    """Training documents without end, and held-out ones."""
+def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
+    """Training documents without end, the same at each call, and held-out ones."""
     if config.own_dialogues == 0:
-        return (dialogue["messages"] for dialogue in world.dialogues(10**9, seed=7)), [
-            dialogue["messages"] for dialogue in world.dialogues(400, seed=8)
-        ]
+        held_out: Sequence[Document] = [dialogue["messages"] for dialogue in world.dialogues(400, seed=8)]
+        return lambda: (dialogue["messages"] for dialogue in world.dialogues(10**9, seed=7)), held_out
     written = list(own_dialogues(lm, config.own_dialogues))
     held_out, training = split_documents(written, len(written) // 6)
-    return repeat(training), held_out
+    rest = list(training)
+    return lambda: repeat(rest), held_out
 
 
 def demo_prompts(model_name: str, config: DemoConfig) -> tuple[PromptSets, PromptSets]:
@@ -139,10 +139,14 @@ def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: st
         if Path(data).is_file():
             for _ in read_documents(data):  # a malformed line is better found now than in the middle of the training
                 pass
-        held_out, rest = split_documents(read_documents(data), 64)
-        training = repeat(rest)
-    rows = stream_rows(lm, names, token_batches(lm, training, batch_tokens=8192))
-    suite = train_saes(rows, list(config.variants), model_name=lm.model_name, context_size=min(512, lm.context_size), bar=bar)
+        path = data
+        held_out = split_documents(read_documents(path), 64)[0]
+
+        def training() -> Iterator[Document]:
+            return repeat(split_documents(read_documents(path), 64)[1])
+
+    source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
+    suite = train_saes(source, list(config.variants), model_name=lm.model_name, context_size=min(512, lm.context_size), bar=bar)
     save_suite(suite, out / "suite")
     batches = list(_take_tokens(lm, held_out, config.evaluation_tokens))
     kept = [int(batch.keep.sum()) for batch in batches]

@@ -20,7 +20,7 @@ from qsae_kit.sites import parse_hook_name
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
-def _write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """`save_file`, whose own error for a full disk is neither an OSError nor a ValueError."""
     try:
         save_file(tensors, path, metadata=metadata)
@@ -60,7 +60,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
     }
     with atomic_folder(folder) as part:
         tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in sae.tensors().items()}
-        _write_tensors(tensors, part / WEIGHTS)
+        write_tensors(tensors, part / WEIGHTS)
         (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
@@ -155,4 +155,4 @@ def save_rows(rows: Rows, hook_name: str, path: Path, about: dict[str, str]) -> 
     scale = 1.0 if largest < 30_000 else 30_000 / largest
     header = about | {"hook_name": hook_name, "scale": repr(scale), "order": "token order within shuffled dialogues"}
     with atomic_file(path) as part:
-        _write_tensors({"acts": (acts * scale).half().contiguous()}, part, header)
+        write_tensors({"acts": (acts * scale).half().contiguous()}, part, header)

@@ -1,9 +1,11 @@
 """Harvesting, the norm filter and the shuffle pool."""
 
+from itertools import islice
+
 import pytest
 import torch
 
-from qsae_kit.activations import NormFilter, first_rows, kept_rows, shuffled, stream_rows
+from qsae_kit.activations import Block, LiveRows, NormFilter, Place, StoredRows, kept_rows, shuffled, stream_rows
 from qsae_kit.data import token_batches
 from qsae_kit.tiny import world
 from qsae_kit.train import fit_normaliser
@@ -44,28 +46,51 @@ def test_rows_that_cannot_be_normalised(bad, message):
         fit_normaliser(bad)
 
 
-def test_the_pool_gives_every_row_once_shuffled_and_sites_stay_aligned():
-    stream = (rows(50, start=50 * i) for i in range(20))
-    out = list(shuffled(stream, batch_rows=64, pool_rows=256, seed=1))
+def test_a_block_is_given_once_shuffled_and_sites_stay_aligned():
+    block = Block(Place(), rows(1000))
+    out = list(shuffled(block, batch=64, seed=1))
     assert all(len(b["a"]) == 64 for b in out)
     seen = torch.cat([b["a"][:, 0] for b in out])
-    assert len(seen) == len(seen.unique()) == 960  # 1000 rows, whole batches of 64 that fit at the end
+    assert len(seen) == len(seen.unique()) == 960  # whole batches
     assert all(torch.equal(b["a"], -b["b"]) for b in out)
     assert not torch.equal(seen, seen.sort().values)
+    rest = list(shuffled(block, batch=64, seed=1, skip=5))
+    assert all(torch.equal(one["a"], other["a"]) for one, other in zip(out[5:], rest, strict=True))
+    assert not torch.equal(out[0]["a"], next(shuffled(block, 64, seed=2))["a"])
+    assert not torch.equal(out[0]["a"], next(shuffled(block._replace(place=Place(1)), 64, seed=1))["a"])
 
 
-def test_the_pool_is_deterministic_under_a_seed():
-    one, same, other = ([b["a"] for b in shuffled((rows(50, start=50 * i) for i in range(9)), 32, 128, s)] for s in (1, 1, 2))
-    assert all(torch.equal(a, b) for a, b in zip(one, same, strict=True))
-    assert not torch.equal(one[0], other[0])
+@pytest.mark.parametrize("kind", ["live", "stored"])
+def test_blocks_can_be_gone_back_to(lm, kind):
+    """From any block's place on the same rows come again; every kept token comes once."""
+    if kind == "live":
+        documents = [d["messages"] for d in world.dialogues(60, seed=1)]
+        source = LiveRows(lm, SITES, lambda: token_batches(lm, documents, batch_tokens=512))
+        blocks = list(source.blocks(300))
+        total = sum(int(batch.keep.sum()) for batch in source.batches())
+        assert sum(map(len, blocks)) == total
+        assert all(len(block) == 300 for block in blocks[:-1])
+        straight = torch.cat([r[SITES[0]] for r in stream_rows(lm, SITES, source.batches())])
+        assert torch.equal(torch.cat([block.rows[SITES[0]] for block in blocks]), straight)
+    else:
+        source = StoredRows({SITES[0]: rows(500)["a"], SITES[1]: rows(500)["b"]}, seed=3)
+        blocks = list(islice(source.blocks(300), 6))
+        epoch = torch.cat([block.rows[SITES[0]][:, 0] for block in blocks])[:1500].view(3, 500)
+        assert all(torch.equal(e.sort().values, torch.arange(500.0)) for e in epoch)
+        assert not torch.equal(epoch[0], epoch[1])
+    for i in (1, 3, 4):
+        again = next(source.blocks(300, blocks[i].place))
+        assert again.place == blocks[i].place
+        assert all(torch.equal(again.rows[site], blocks[i].rows[site]) for site in SITES)
+    part = next(source.only(SITES[1:]).blocks(300, blocks[2].place))
+    assert set(part.rows) == set(SITES[1:])
+    assert torch.equal(part.rows[SITES[1]], blocks[2].rows[SITES[1]])
 
 
-def test_looking_at_the_first_rows_loses_none():
-    head, stream = first_rows((rows(10, start=10 * i) for i in range(5)), 25)
-    assert len(head["a"]) == 30
-    assert torch.equal(torch.cat([r["a"][:, 0] for r in stream]), torch.arange(50.0))
-    with pytest.raises(ValueError, match="no tokens"):
-        first_rows(iter([]), 10)
+def test_stored_rows_have_to_fit_together():
+    with pytest.raises(ValueError, match="same number"):
+        StoredRows({"a": torch.zeros(3, 2), "b": torch.zeros(4, 2)})
+    assert torch.equal(next(StoredRows({"a": torch.full((3, 2), 8.0)}, scale=4.0).blocks(2)).rows["a"], torch.full((2, 2), 2.0))
 
 
 def test_batches_without_kept_tokens_are_skipped(lm):

@@ -1,10 +1,17 @@
 """The trainer on rows whose answer is known."""
 
+import json
+import signal
+from dataclasses import replace
+from itertools import islice
+
 import pytest
 import torch
 
+from qsae_kit.activations import Place, StoredRows
+from qsae_kit.formats import load_suite
 from qsae_kit.metrics import Reconstruction
-from qsae_kit.train import TrainConfig, train_saes
+from qsae_kit.train import TrainConfig, plan_groups, train_saes
 
 D, N_FEATURES = 24, 48
 SMALL = {"expansion": 4, "tokens": 40_000, "batch": 256, "pool": 4096, "lr": 3e-3}
@@ -15,21 +22,23 @@ def truth():
     return torch.nn.functional.normalize(torch.randn(N_FEATURES, D, generator=generator), dim=-1)
 
 
-def stream(seed=0, sinks=False):
-    """Endless rows of sparse combinations (three features a row) of known directions, off centre and scaled."""
+def make_rows(n=20_000, seed=0, sinks=False):
+    """Sparse combinations (three features a row) of known directions, off centre and scaled."""
     generator = torch.Generator().manual_seed(seed)
-    directions = truth()
-    while True:
-        active = torch.rand(1000, N_FEATURES, generator=generator) < 3 / N_FEATURES
-        strength = 1 + torch.rand(1000, N_FEATURES, generator=generator)
-        x = (active * strength) @ directions * 7 + 5
-        if sinks:
-            x[::50] *= 500
-        yield {"blocks.0.hook_resid_post": x, "blocks.0.hook_mlp_out": x.flip(1) * 0.1}
+    active = torch.rand(n, N_FEATURES, generator=generator) < 3 / N_FEATURES
+    strength = 1 + torch.rand(n, N_FEATURES, generator=generator)
+    x = (active * strength) @ truth() * 7 + 5
+    if sinks:
+        x[::50] *= 500
+    return {"blocks.0.hook_resid_post": x, "blocks.0.hook_mlp_out": x.flip(1) * 0.1}
+
+
+def source(**kwargs):
+    return StoredRows(make_rows(**kwargs))
 
 
 def evaluate(sae, site="blocks.0.hook_resid_post"):
-    x = next(stream(seed=99))[site]
+    x = make_rows(1000, seed=99)[site]
     score = Reconstruction()
     score.add(x, sae(x), sae.encode(x))
     return score
@@ -38,7 +47,7 @@ def evaluate(sae, site="blocks.0.hook_resid_post"):
 @pytest.fixture(scope="module")
 def suite():
     configs = [TrainConfig("jumprelu", sparsity=4, **SMALL), TrainConfig("topk", sparsity=4, **SMALL)]
-    return train_saes(stream(), configs, model_name="tiny", bar=False)
+    return train_saes(source(), configs, model_name="tiny", bar=False)
 
 
 def test_every_variant_and_site_is_trained(suite):
@@ -66,9 +75,9 @@ def test_reconstructs_at_its_sparsity_and_finds_the_true_directions(suite, varia
 
 def test_training_is_deterministic_under_a_seed():
     config = TrainConfig("jumprelu", sparsity=4, **SMALL | {"tokens": 2048})
-    one, same = (train_saes(stream(), [config], model_name="t", bar=False)[config.variant] for _ in range(2))
+    one, same = (train_saes(source(), [config], model_name="t", bar=False)[config.variant] for _ in range(2))
     other = train_saes(
-        stream(), [TrainConfig("jumprelu", sparsity=4, seed=1, **SMALL | {"tokens": 2048})], model_name="t", bar=False
+        source(), [TrainConfig("jumprelu", sparsity=4, seed=1, **SMALL | {"tokens": 2048})], model_name="t", bar=False
     )
     for site in one:
         assert all(torch.equal(a, b) for a, b in zip(one[site].parameters(), same[site].parameters(), strict=True))
@@ -77,7 +86,7 @@ def test_training_is_deterministic_under_a_seed():
 
 def test_sinks_are_kept_out_of_training():
     config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 20_000})
-    sae = train_saes(stream(sinks=True), [config], model_name="t", bar=False)[config.variant]["blocks.0.hook_resid_post"]
+    sae = train_saes(source(sinks=True), [config], model_name="t", bar=False)[config.variant]["blocks.0.hook_resid_post"]
     assert sae.provenance.tokens == pytest.approx(20_000 * 0.98, rel=0.01)
     assert evaluate(sae).fvu < 0.3
 
@@ -85,16 +94,125 @@ def test_sinks_are_kept_out_of_training():
 def test_progress_is_reported():
     seen = []
     config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 2048})
-    train_saes(stream(), [config], model_name="t", bar=False, on_progress=seen.append)
+    train_saes(source(), [config], model_name="t", bar=False, on_progress=seen.append)
     assert [p.rows for p in seen] == [256 * i for i in range(1, 9)]
     assert seen[-1].loss < seen[0].loss
     assert all(p.l0 == pytest.approx(4, abs=0.5) for p in seen)
 
 
+class Short(StoredRows):
+    """Ends after some blocks."""
+
+    def only(self, sites):
+        return self
+
+    def blocks(self, n_rows, start=Place()):
+        return islice(super().blocks(n_rows, start), 2)
+
+
 def test_too_little_data_is_said():
-    short = (rows for rows, _ in zip(stream(), range(3), strict=False))
-    with pytest.raises(ValueError, match=r"data ended after [\d,]+ of 40,000"):
-        train_saes(short, [TrainConfig("topk", sparsity=4, **SMALL)], model_name="t", bar=False)
+    with pytest.raises(ValueError, match=r"data ended after 8,192 of 40,000"):
+        train_saes(Short(make_rows()), [TrainConfig("topk", sparsity=4, **SMALL)], model_name="t", bar=False)
+
+
+# --- interruptions
+
+RESUMED = {"expansion": 4, "tokens": 12_000, "batch": 256, "pool": 1024, "lr": 3e-3, "sparsity": 4}
+VARIANTS = [TrainConfig("jumprelu", **RESUMED), TrainConfig("batchtopk", moments="bfloat16", **RESUMED)]
+
+
+def weights(suite):
+    return {(v, s): sae.tensors() for v, saes in suite.items() for s, sae in saes.items()}
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for key, tensors in one.items():
+        assert all(torch.equal(tensors[name], other[key][name]) for name in tensors), key
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("n_groups", [1, 2])
+def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, n_groups):
+    widths = dict.fromkeys(make_rows(10), D)
+    [together] = plan_groups(VARIANTS, widths, 10**12)
+    memory = together.bytes - (n_groups == 2)
+    assert len(plan_groups(VARIANTS, widths, memory)) == n_groups
+    whole = train_saes(source(), VARIANTS, model_name="t", bar=False, memory=memory)
+    for stop_at in (256, 3000, 5000, 11_000):
+        folder = tmp_path / str(stop_at)
+        calls = 0
+
+        def die(progress, stop_at=stop_at):
+            nonlocal calls
+            calls += 1
+            if progress.rows >= stop_at and calls > stop_at // 256:
+                raise Stop
+
+        options = {"model_name": "t", "bar": False, "memory": memory, "checkpoint_every": 7, "folder": folder}
+        for _ in range(n_groups):  # once in each group
+            with pytest.raises(Stop):
+                train_saes(source(), VARIANTS, on_progress=die, resume=folder.exists(), **options)
+            calls = 0
+        assert_same(weights(train_saes(source(), VARIANTS, resume=True, **options)), weights(whole))
+        assert_same(weights(load_suite(folder / "suite")), weights(whole))
+        assert_same(weights(train_saes(source(), VARIANTS, resume=True, **options)), weights(whole))  # nothing left to do
+        lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+        assert lines[-1]["rows"] == 11_776
+        assert set(lines[-1]["sites"]["batchtopk-x4-l0_4/blocks.0.hook_mlp_out"]) == {"loss", "l0", "dead"}
+
+
+def test_an_interrupt_leaves_valid_saes_and_a_checkpoint(tmp_path):
+    whole = train_saes(source(), VARIANTS, model_name="t", bar=False)
+
+    def interrupt(progress):
+        if progress.rows == 5120:
+            signal.raise_signal(signal.SIGINT)
+
+    half = train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, on_progress=interrupt)
+    assert half[VARIANTS[0].variant]["blocks.0.hook_mlp_out"].provenance.tokens == 5120
+    assert_same(weights(load_suite(tmp_path / "suite")), weights(half))
+    assert_same(weights(train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, resume=True)), weights(whole))
+
+
+def test_another_run_is_not_written_over(tmp_path):
+    options = {"model_name": "t", "bar": False, "folder": tmp_path}
+    train_saes(source(), VARIANTS, **options)
+    with pytest.raises(ValueError, match="holds a run already"):
+        train_saes(source(), VARIANTS, **options)
+    with pytest.raises(ValueError, match="other configs"):
+        train_saes(source(), VARIANTS[:1], resume=True, **options)
+    with pytest.raises(ValueError, match="without a folder"):
+        train_saes(source(), VARIANTS, model_name="t", bar=False, resume=True)
+
+
+def test_rows_that_are_not_finite_are_skipped_and_counted():
+    rows = make_rows()
+    rows["blocks.0.hook_resid_post"][12_000::100, 3] = float("nan")
+    rows["blocks.0.hook_mlp_out"][12_001::100, 3] = float("inf")
+    suite = train_saes(StoredRows(rows), VARIANTS, model_name="t", bar=False)
+    for saes in suite.values():
+        for sae in saes.values():
+            assert 20 < sae.provenance.figures["skipped"] < 80
+            assert all(tensor.isfinite().all() for tensor in sae.tensors().values())
+
+
+def test_sites_that_do_not_fit_are_planned_in_groups():
+    widths = {f"blocks.{i}.hook_resid_post": 64 for i in range(6)}
+    config = TrainConfig("topk", expansion=8)
+    alone = plan_groups([config], {"blocks.0.hook_resid_post": 64}, 10**12)[0].bytes
+    groups = plan_groups([config], widths, 3 * alone)
+    assert [site for group in groups for site in group.sites] == list(widths)
+    assert len(groups) < 6
+    assert all(group.bytes <= 3 * alone for group in groups)
+    assert (
+        plan_groups([replace(config, moments="int8")], widths, 10**12)[0].bytes < plan_groups([config], widths, 10**12)[0].bytes
+    )
+    with pytest.raises(ValueError, match=r"takes .* GB, allowed are"):
+        plan_groups([config], widths, alone // 2)
 
 
 @pytest.mark.parametrize(
@@ -104,6 +222,8 @@ def test_too_little_data_is_said():
         ({"lr": 0}, "lr=0"),
         ({"tokens": 10}, "less than one batch"),
         ({"sparsity": -1}, "sparsity"),
+        ({"pool": 1000}, "no multiple of batch"),
+        ({"options": {"l1": 0.1}}, "has no option l1; allowed are sparsity_loss"),
     ],
 )
 def test_impossible_recipes(field, message):
@@ -114,6 +234,6 @@ def test_impossible_recipes(field, message):
 def test_variants_of_a_run_must_fit_together():
     configs = [TrainConfig("topk", batch=256), TrainConfig("jumprelu", batch=512)]
     with pytest.raises(ValueError, match="must share"):
-        train_saes(stream(), configs, model_name="t", bar=False)
+        train_saes(source(), configs, model_name="t", bar=False)
     with pytest.raises(ValueError, match="same name"):
-        train_saes(stream(), [TrainConfig("topk"), TrainConfig("topk", lr=1e-4)], model_name="t", bar=False)
+        train_saes(source(), [TrainConfig("topk"), TrainConfig("topk", lr=1e-4)], model_name="t", bar=False)

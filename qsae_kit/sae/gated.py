@@ -5,7 +5,6 @@ loss = E|x - x_hat|^2 + lambda * E sum relu(gate) + E|x - x_hat_gate|^2, where x
 frozen decoder. lambda follows the L0 as in `relu`.
 """
 
-
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn

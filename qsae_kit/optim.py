@@ -1,0 +1,137 @@
+"""Adam with an fp32 master copy and moments in float32, bfloat16 or 8 bits.
+
+The second moment moves by a thousandth a step, less than a rounding step of bfloat16 or of 8 bits, so that plain
+rounding would freeze it; short formats are rounded up or down at random instead, right on average.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+Moments: TypeAlias = Literal["float32", "bfloat16", "int8"]
+MOMENT_BYTES: dict[Moments, float] = {"float32": 8, "bfloat16": 4, "int8": 2 + 8 / 256}
+"""Bytes a parameter takes for both moments."""
+CHUNK = 1 << 20
+"""Entries that are updated at a time; a multiple of a block."""
+BLOCK = 256
+"""Entries that share one scale in 8 bits."""
+
+
+class _Stored(NamedTuple):
+    """A moment as it is kept: `codes` and, in 8 bits, a scale a block."""
+
+    codes: Tensor
+    scales: Tensor
+
+
+class Adam:
+    """torch's Adam without weight decay; `rate` is given step by step.
+
+    moments: float32 takes torch's fused kernel; bfloat16 and int8 hold the moments in 4 and 2 bytes a parameter.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], moments: Moments = "float32", betas: tuple[float, float] = (0.9, 0.999), seed: int = 0
+    ) -> None:
+        if moments not in MOMENT_BYTES:
+            raise ValueError(f"moments={moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}.")
+        self.params, self.moments, self.betas, self.seed = list(params), moments, betas, seed
+        self.steps = 0
+        self._fused = torch.optim.Adam(self.params, betas=betas, fused=True) if moments == "float32" else None
+        self._stored = [] if self._fused else [(self._empty(p), self._empty(p)) for p in self.params]
+
+    def _empty(self, p: Tensor) -> _Stored:
+        if self.moments == "bfloat16":
+            return _Stored(torch.zeros(p.numel(), dtype=torch.bfloat16, device=p.device), torch.empty(0))
+        n_blocks = math.ceil(p.numel() / BLOCK)
+        return _Stored(torch.zeros(n_blocks * BLOCK, dtype=torch.int8, device=p.device), torch.zeros(n_blocks, device=p.device))
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One update from the parameters' gradients."""
+        self.steps += 1
+        if self._fused is not None:
+            self._fused.param_groups[0]["lr"] = rate
+            self._fused.step()
+            return
+        b1, b2 = self.betas
+        size, floor = rate / (1 - b1**self.steps), (1 - b2**self.steps) ** 0.5
+        load, store = (_load_bf16, _store_bf16) if self.moments == "bfloat16" else (_load_int8, _store_int8)
+        for number, (p, (first, second)) in enumerate(zip(self.params, self._stored, strict=True)):
+            if p.grad is None:
+                continue
+            # Rounding depends on seed, step and tensor alone, so a resumed run rounds alike.
+            generator = torch.Generator(p.device).manual_seed((self.seed * 1_000_003 + self.steps) * 101 + number)
+            flat, grad = p.view(-1), p.grad.reshape(-1)
+            for begin in range(0, len(flat), CHUNK):
+                end = min(begin + CHUNK, len(flat))
+                g = grad[begin:end]
+                m = load(first, begin, end, 2).lerp_(g, 1 - b1)
+                v = load(second, begin, end, 4).mul_(b2).addcmul_(g, g, value=1 - b2)
+                flat[begin:end].addcdiv_(m, v.sqrt().div_(floor).add_(1e-8), value=-size)
+                store(first, begin, end, m, 2, generator)
+                store(second, begin, end, v, 4, generator)
+
+    def zero_grad(self) -> None:
+        for p in self.params:
+            p.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is needed to go on, by name."""
+        out = {"steps": torch.tensor(self.steps)}
+        if self._fused is not None:
+            for i, p in enumerate(self.params):
+                state = self._fused.state.get(p, {})
+                out |= {f"{i}.{name}": state[name] for name in ("step", "exp_avg", "exp_avg_sq") if name in state}
+        for i, pair in enumerate(self._stored):
+            for name, kept in zip(("first", "second"), pair, strict=True):
+                out |= {f"{i}.{name}.codes": kept.codes, f"{i}.{name}.scales": kept.scales}
+        return out
+
+    def load_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Takes over what `tensors` gave."""
+        self.steps = int(tensors["steps"])
+        for i, pair in enumerate(self._stored):
+            for name, kept in zip(("first", "second"), pair, strict=True):
+                kept.codes.copy_(tensors[f"{i}.{name}.codes"])
+                kept.scales.copy_(tensors[f"{i}.{name}.scales"])
+        if self._fused is not None:
+            for i, p in enumerate(self.params):
+                if f"{i}.step" in tensors:
+                    self._fused.state[p] = {
+                        name: tensors[f"{i}.{name}"].to(p.device) for name in ("step", "exp_avg", "exp_avg_sq")
+                    }
+
+
+_Load: TypeAlias = Callable[[_Stored, int, int, int], Tensor]
+
+
+def _load_bf16(kept: _Stored, begin: int, end: int, power: int) -> Tensor:
+    return kept.codes[begin:end].float()
+
+
+def _store_bf16(kept: _Stored, begin: int, end: int, x: Tensor, power: int, generator: torch.Generator) -> None:
+    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+    bits = x.contiguous().view(torch.int32) + noise
+    kept.codes[begin:end] = (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+def _load_int8(kept: _Stored, begin: int, end: int, power: int) -> Tensor:
+    """Codes are signed roots: the p-th root of a value over its block's, so that small values keep their digits."""
+    last = math.ceil(end / BLOCK)
+    root = kept.codes[begin : last * BLOCK].view(-1, BLOCK).float().div_(127)
+    value = root.abs().pow_(power).copysign_(root) * kept.scales[begin // BLOCK : last, None]
+    return value.view(-1)[: end - begin]
+
+
+def _store_int8(kept: _Stored, begin: int, end: int, x: Tensor, power: int, generator: torch.Generator) -> None:
+    last = math.ceil(end / BLOCK)
+    padded = torch.nn.functional.pad(x, (0, last * BLOCK - end)).view(-1, BLOCK)
+    scales = padded.abs().amax(1)
+    root = (padded.abs() / scales.clamp(min=1e-38)[:, None]).pow_(1 / power).mul_(127)
+    noise = torch.rand(root.shape, device=x.device, generator=generator)
+    kept.codes[begin : last * BLOCK] = root.add_(noise).floor_().clamp_(max=127).copysign_(padded).to(torch.int8).view(-1)
+    kept.scales[begin // BLOCK : last] = scales
