@@ -78,6 +78,74 @@ def harvest(
     typer.echo(f"{n:,} rows of {site} in {out}")
 
 
+@app.command()
+def train(
+    model: Annotated[str | None, typer.Option(help="tiny (the default), smollm2, a hub id or a local folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
+    sites: Annotated[str | None, typer.Option(help="Comma-separated: resid, mlp, attn (all by default).")] = None,
+    layers: Annotated[str | None, typer.Option(help='"all" (the default), "0,2" or "1-3".')] = None,
+    acts: Annotated[Path | None, typer.Option(help="Train on stored activations instead: acts [row, d_model].")] = None,
+    site: Annotated[str, typer.Option(help="With --acts: the hook name, where the file does not say it.")] = "",
+    arch: Annotated[str, typer.Option(help="jumprelu, topk, batchtopk, matryoshka, standard or gated.")] = "jumprelu",
+    d_sae: Annotated[int | None, typer.Option(help="Width; or give --expansion.")] = None,
+    expansion: Annotated[float | None, typer.Option(help="Width as a multiple of d_model (8 by default).")] = None,
+    k: Annotated[int | None, typer.Option(help="Features a token, for topk, batchtopk and matryoshka.")] = None,
+    target_l0: Annotated[float | None, typer.Option(help="Features a token, for jumprelu, standard and gated.")] = None,
+    batch: Annotated[int, typer.Option(help="Rows a step.")] = 2048,
+    tokens: Annotated[int, typer.Option(help="Rows to train on.")] = 2_000_000,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    moments: Annotated[str, typer.Option(help="Adam's moments: float32, bfloat16 or int8.")] = "float32",
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder for suite/, train.jsonl and checkpoints.")] = Path("runs/train"),
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    curve: Annotated[int, typer.Option(help="With --acts: held-out FVU every so many steps.")] = 0,
+    json_: Annotated[bool, typer.Option("--json", help="Print one line of JSON at the end, and nothing else.")] = False,
+) -> None:
+    """Train SAEs at sites of a model, or one SAE on stored activations."""
+    import json
+
+    from qsae_kit import fit
+    from qsae_kit.models import load_model
+    from qsae_kit.train import TrainConfig
+
+    _check_out(out)
+    top = arch in ("topk", "batchtopk", "matryoshka")
+    _refuse(d_sae is not None and expansion is not None, "--d-sae and --expansion both give the width; leave one out.")
+    _refuse(k is not None and not top, f"--k has no effect on {arch}; give --target-l0.")
+    _refuse(target_l0 is not None and top, f"--target-l0 has no effect on {arch}; give --k.")
+    live = [name for name, value in (("--model", model), ("--data", data), ("--sites", sites), ("--layers", layers)) if value]
+    _refuse(acts is not None and bool(live), f"--acts takes rows from a file, so {', '.join(live)} would have no effect.")
+    _refuse(acts is None and bool(site or curve), "--site and --curve belong to --acts; choose sites with --sites and --layers.")
+    lm = None if acts is not None else load_model(model or "tiny")
+    d_model = lm.d_model if lm is not None else fit.read_rows(acts)[0].shape[1]  # type: ignore[arg-type]
+    sparsity = k if k is not None else target_l0
+    if sparsity is None:
+        sparsity = fit.assumed_l0(d_model)
+        if not json_:
+            typer.echo(f"No {'--k' if top else '--target-l0'} given: {sparsity} is assumed, the square root of d_model.")
+    config = TrainConfig(
+        arch, sparsity, expansion=d_sae / d_model if d_sae else expansion or 8, tokens=tokens, batch=batch, seed=seed,
+        pool=batch * max(1, 65_536 // batch), moments=moments, **({} if lr is None else {"lr": lr}),  # type: ignore[arg-type]
+    )  # fmt: skip
+    if lm is None:
+        result = fit.fit_stored(acts, site, config, out, resume=resume, curve=curve, bar=not json_)  # type: ignore[arg-type]
+    else:
+        result = fit.fit_live(lm, data, sites or "resid,mlp,attn", layers or "all", [config], out, resume=resume, bar=not json_)
+    if json_:
+        typer.echo(json.dumps(result.figures))
+        return
+    for variant, saes in result.suite.items():
+        for hook_name, sae in saes.items():
+            figures = ", ".join(f"{name} {value:.3g}" for name, value in sae.provenance.figures.items()) if sae.provenance else ""
+            typer.echo(f"{variant}/{hook_name}: {figures}")
+    typer.echo(f"{result.figures['tokens_per_s']:,.0f} tokens/s; the SAEs are in {out / 'suite'}")
+
+
+def _refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise ValueError(message)
+
+
 def _check_out(folder: Path) -> None:
     """ValueError before any work where a folder for results cannot be made or written."""
     import os

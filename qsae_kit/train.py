@@ -153,6 +153,12 @@ class SiteTrainer:
         self.loss = float(loss.total.detach())
         self.rows += len(x)
 
+    @torch.no_grad()
+    def reconstruct(self, x: Float[Tensor, "row d_model"]) -> Float[Tensor, "row d_model"]:
+        """Raw rows, none filtered, through the SAE as it is."""
+        n = self.normaliser
+        return self.sae((x - n.mean) * n.scale) / n.scale + n.mean
+
     def finish(self, model_name: str, hook_name: str, drop_template: bool, context_size: int) -> SAE:
         """The SAE in raw units with its provenance."""
         n = self.normaliser
@@ -193,23 +199,19 @@ Key: TypeAlias = tuple[str, str]
 
 
 class Progress(NamedTuple):
-    """What a running training reports after a step, averaged over the SAEs of its group."""
+    """What a running training reports after a step."""
 
     rows: int
-    loss: float
-    """In units of the site's variance; the sparsity penalty included."""
-    l0: float
-    dead: float
-    """Share of latents that have not fired for `dead_after` rows."""
-    rows_per_s: float
-    sites: dict[str, dict[str, float]]
-    """The same figures of every SAE, by "variant/hook name"."""
+    seconds: float
+    """Spent in the steps of this call alone: no data, no checkpoints."""
+    trainers: Mapping[Key, SiteTrainer]
+    """Of the group that is trained."""
 
-
-def _progress(trainers: Mapping[Key, SiteTrainer], rows: int, rows_per_s: float) -> Progress:
-    sites = {"/".join(key): {"loss": t.loss, "l0": t.l0, "dead": float(t.dead.float().mean())} for key, t in trainers.items()}
-    loss, l0, dead = (sum(s[what] for s in sites.values()) / len(sites) for what in ("loss", "l0", "dead"))
-    return Progress(rows, loss, l0, dead, rows_per_s, sites)
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Loss (in units of the site's variance, sparsity penalty included), L0 and dead share by "variant/hook name"."""
+        return {
+            "/".join(key): {"loss": t.loss, "l0": t.l0, "dead": float(t.dead.float().mean())} for key, t in self.trainers.items()
+        }
 
 
 # --- checkpoints
@@ -355,7 +357,7 @@ class _Run:
 
     def log(self, group: int, progress: Progress) -> None:
         if self.checkpoints is not None:
-            line = {"group": group, "rows": progress.rows, "rows_per_s": round(progress.rows_per_s, 1), "sites": progress.sites}
+            line = {"group": group, "rows": progress.rows, "seconds": round(progress.seconds, 3), "sites": progress.figures()}
             with (self.checkpoints.folder / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
 
@@ -367,7 +369,7 @@ class _Run:
         place = Place(*state["place"]) if state else Place()
         given, done = (state["given"], state["done"]) if state else (0, 0)
         trainers: dict[Key, SiteTrainer] = {}
-        busy, fresh = 0.0, 0
+        busy = 0.0
         with (
             _Interrupts() as interrupts,
             tqdm(total=lead.tokens, initial=done, unit="tok", desc="training", disable=not self.bar) as meter,
@@ -383,25 +385,28 @@ class _Run:
                     began = time.perf_counter()
                     for (_, site), trainer in trainers.items():
                         trainer.step(rows[site], done / lead.tokens)
-                    busy, fresh = busy + time.perf_counter() - began, fresh + lead.batch
+                    busy += time.perf_counter() - began
                     given, done = given + 1, done + lead.batch
                     last = done + lead.batch > lead.tokens
-                    progress = _progress(trainers, done, fresh / busy)
+                    progress = Progress(done, busy, trainers)
                     meter.update(lead.batch)
-                    meter.set_postfix(
-                        loss=f"{progress.loss:.3f}", l0=f"{progress.l0:.1f}", dead=f"{progress.dead:.1%}", refresh=False
-                    )
                     if self.on_progress is not None:
                         self.on_progress(progress)
                     steps = done // lead.batch
                     if last or steps % LOG_EVERY == 0:
                         self.log(number, progress)
+                        meter.set_postfix(_means(progress.figures()), refresh=False)
                     if self.checkpoints is not None and (interrupts.asked or (steps % self.checkpoint_every == 0 and not last)):
                         self.checkpoints.save(number, done, block.place, given, trainers)
                     if last or interrupts.asked:
                         return trainers, interrupts.asked
                 given = 0
         raise ValueError(f"The data ended after {done:,} of {lead.tokens:,} tokens; give more data or train on fewer tokens.")
+
+
+def _means(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
+    """The figures averaged over a group's SAEs, for the progress bar."""
+    return {name: f"{sum(own[name] for own in figures.values()) / len(figures):.3g}" for name in ("loss", "l0", "dead")}
 
 
 def start_trainers(keys: Sequence[Key], by_variant: Mapping[str, TrainConfig], block: Block) -> dict[Key, SiteTrainer]:

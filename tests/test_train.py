@@ -94,10 +94,13 @@ def test_sinks_are_kept_out_of_training():
 def test_progress_is_reported():
     seen = []
     config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 2048})
-    train_saes(source(), [config], model_name="t", bar=False, on_progress=seen.append)
-    assert [p.rows for p in seen] == [256 * i for i in range(1, 9)]
-    assert seen[-1].loss < seen[0].loss
-    assert all(p.l0 == pytest.approx(4, abs=0.5) for p in seen)
+    train_saes(source(), [config], model_name="t", bar=False, on_progress=lambda p: seen.append((p.rows, p.seconds, p.figures())))
+    assert [rows for rows, _, _ in seen] == [256 * i for i in range(1, 9)]
+    assert seen[-1][1] > seen[0][1] > 0
+    first, last = (list(figures.values()) for figures in (seen[0][2], seen[-1][2]))
+    assert len(last) == 2
+    assert all(b["loss"] < a["loss"] for a, b in zip(first, last, strict=True))
+    assert all(own["l0"] == pytest.approx(4, abs=0.5) for own in last)
 
 
 class Short(StoredRows):

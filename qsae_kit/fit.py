@@ -1,0 +1,172 @@
+"""`qsae train`: from flags to a run, on a live model or on stored activations."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qsae_kit.activations import LiveRows, StoredRows
+from qsae_kit.data import Document, read_documents, repeat, token_batches
+from qsae_kit.metrics import Reconstruction
+from qsae_kit.models import HookedLM
+from qsae_kit.sae import SAE
+from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
+from qsae_kit.tiny import world
+from qsae_kit.train import Progress, TrainConfig, train_saes
+
+HELD_OUT = 0.1
+"""Share of stored rows, the last ones, that is kept for the figures."""
+WARM_UP_STEPS = 3
+"""Steps that the speed leaves out."""
+
+
+@dataclass
+class FitResult:
+    """A finished training and, on stored rows, its figures."""
+
+    suite: dict[str, dict[str, SAE]]
+    figures: dict[str, Any]
+
+
+def assumed_l0(d_model: int) -> int:
+    """The target L0 that stands in for one not given: the square root of d_model.
+
+    It gives 32 at 1,024 and 64 at 4,096, the middle of what public suites of such models use.
+    """
+    return max(1, round(math.sqrt(d_model)))
+
+
+class Meter:
+    """Notes the speed of the steps alone, and held-out FVU every `curve` steps, whose own time is left out."""
+
+    def __init__(self, batch: int, curve: int = 0, held_out: Tensor | None = None) -> None:
+        self.batch, self.every, self.held_out = batch, curve, held_out
+        self.points: list[list[float]] = []
+        self.begin: tuple[int, float] | None = None
+        self.last = (0, 0.0)
+
+    def __call__(self, progress: Progress) -> None:
+        self.last = progress.rows, progress.seconds
+        steps = progress.rows // self.batch
+        if self.begin is None and steps >= WARM_UP_STEPS:
+            self.begin = self.last
+        if self.every and self.held_out is not None and steps % self.every == 0:
+            [trainer] = progress.trainers.values()
+            score = Reconstruction()
+            trainer.sae.eval()
+            for x in self.held_out.split(4096):
+                score.add(x.float(), trainer.reconstruct(x.float()), torch.zeros(len(x), 1))
+            trainer.sae.train()
+            self.points.append([round(progress.seconds, 3), progress.rows, round(score.fvu, 4)])
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Rows a second of the steps alone, after the first ones."""
+        rows, seconds = self.begin or (0, 0.0)
+        return (self.last[0] - rows) / max(self.last[1] - seconds, 1e-9)
+
+
+def read_rows(path: Path) -> tuple[Tensor, str, float]:
+    """The tensor `acts` [row, d_model], the site named in the header ("" where there is none), and the scale.
+
+    Raises ValueError for a file that is not one of stored activations.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header, names = file.metadata() or {}, list(file.keys())
+            if "acts" not in names:
+                raise ValueError(f"{str(path)!r} holds {', '.join(names) or 'nothing'}; expected a tensor acts [row, d_model].")
+            acts = file.get_tensor("acts")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read ({error}); give a .safetensors file of stored activations.") from error
+    if acts.ndim != 2 or not acts.dtype.is_floating_point or len(acts) < 20:
+        raise ValueError(
+            f"{str(path)!r} holds acts of shape {tuple(acts.shape)} and {acts.dtype}; expected numbers [row, d_model], 20 rows or more."
+        )
+    return acts, header.get("hook_name", ""), float(header.get("scale", "1"))
+
+
+def fit_stored(
+    path: Path, site: str, config: TrainConfig, out: Path, *, resume: bool = False, curve: int = 0, bar: bool = True
+) -> FitResult:
+    """Trains one SAE on stored rows; FVU and L0 are of the last tenth, of which no row is filtered.
+
+    site: where the rows come from; "" takes what the file says.
+    """
+    acts, named, scale = read_rows(path)
+    if site and named and site != named:
+        raise ValueError(f"{str(path)!r} holds rows of {named}, and --site {site} was given; leave --site out.")
+    site = site or named
+    if not site:
+        raise ValueError(
+            f"{str(path)!r} does not say which site its rows are from; give --site, such as blocks.15.hook_resid_post."
+        )
+    parse_hook_name(site)
+    cut = round(len(acts) * (1 - HELD_OUT))
+    if cut < config.batch:
+        raise ValueError(
+            f"{str(path)!r} leaves {cut:,} rows to train on, less than one batch of {config.batch}; give --batch {cut} or less."
+        )
+    held_out = acts[cut:].float() / scale
+    meter = Meter(config.batch, curve, held_out)
+    source = StoredRows({site: acts[:cut]}, config.seed, scale)
+    suite = train_saes(source, [config], model_name="stored", folder=out, resume=resume, on_progress=meter, bar=bar)
+    [sae] = suite[config.variant].values()
+    score = Reconstruction()
+    with torch.no_grad():
+        for x in held_out.split(4096):
+            f = sae.encode(x)
+            score.add(x, sae.decode(f), f)
+    figures = {
+        "architecture": config.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "sparsity": config.sparsity, "batch": config.batch,
+        "tokens": sae.provenance.tokens if sae.provenance else 0, "epochs": round(config.tokens / cut, 3),
+        "tokens_per_s": round(meter.tokens_per_s, 1), "l0": round(score.l0, 3), "fvu": round(score.fvu, 4), "dead": round(score.dead, 4),
+        "curve": meter.points,
+    }  # fmt: skip
+    return FitResult(suite, figures)
+
+
+def fit_live(
+    lm: HookedLM,
+    data: str | None,
+    kinds: str,
+    layers: str,
+    configs: Sequence[TrainConfig],
+    out: Path,
+    *,
+    resume: bool = False,
+    bar: bool = True,
+) -> FitResult:
+    """Trains at sites of a running model, all from one stream."""
+    sites = [site.hook_name for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))]
+    if data is None and lm.model_name != "tiny":
+        raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
+
+    def documents() -> Iterator[Document]:
+        if data is not None:
+            return repeat(read_documents(data))
+        return (dialogue["messages"] for dialogue in world.dialogues(10**9, seed=7))
+
+    meter = Meter(configs[0].batch)
+    source = LiveRows(lm, sites, lambda: token_batches(lm, documents()))
+    suite = train_saes(
+        source,
+        configs,
+        model_name=lm.model_name,
+        context_size=min(512, lm.context_size),
+        folder=out,
+        resume=resume,
+        on_progress=meter,
+        bar=bar,
+    )
+    figures: dict[str, Any] = {
+        "config": [asdict(config) for config in configs], "sites": len(sites), "tokens_per_s": round(meter.tokens_per_s, 1)
+    }  # fmt: skip
+    for variant, saes in suite.items():
+        figures[variant] = {site: sae.provenance.figures for site, sae in saes.items() if sae.provenance}
+    return FitResult(suite, figures)
