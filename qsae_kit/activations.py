@@ -1,6 +1,7 @@
 """One forward pass -> rows of activations for every site; the norm filter; the shuffle pool."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -64,7 +65,16 @@ class Block(NamedTuple):
 class RowSource(Protocol):
     """Rows of activations for training, which can be gone back to: what a training was fed can be fed again."""
 
-    sites: Sequence[str]
+    widths: Mapping[str, int]
+    """d_model of every site."""
+    device: torch.device
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.widths)
+
+    def fingerprint(self) -> str:
+        """Tells other data from these."""
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
         """Blocks of `n_rows` rows from a place on; only the last one may be shorter."""
@@ -81,7 +91,16 @@ class LiveRows:
 
     def __init__(self, lm: HookedLM, sites: Sequence[str], batches: Callable[[], Iterable[TokenBatch]]) -> None:
         lm.check_hook_names(list(sites))
-        self.lm, self.sites, self.batches = lm, sites, batches
+        self.lm, self.batches, self.device = lm, batches, lm.device
+        self.widths = dict.fromkeys(sites, lm.d_model)
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.widths)
+
+    def fingerprint(self) -> str:
+        first = next(iter(self.batches()), None)
+        return hashlib.sha256(b"" if first is None else first.ids.cpu().numpy().tobytes()).hexdigest()
 
     def only(self, sites: Sequence[str]) -> "LiveRows":
         return LiveRows(self.lm, sites, self.batches)
@@ -94,14 +113,15 @@ class LiveRows:
                 continue
             rows = kept_rows(self.lm, self.sites, batch)
             used = start.row if number == start.batch else 0
-            total = len(rows[self.sites[0]])
+            total = int(batch.keep.sum())
             while used < total:
                 take = min(n_rows - size, total - used)
                 parts.append({site: x[used : used + take] for site, x in rows.items()})
                 size, used = size + take, used + take
                 if size == n_rows:
-                    yield Block(place, _joined(parts))
-                    parts, size = [], 0
+                    whole, parts, size = _joined(parts), [], 0
+                    yield Block(place, whole)
+                    del whole  # whoever took it may let it go before the next one is whole
                     place = Place(number, used) if used < total else Place(number + 1)
         if parts:
             yield Block(place, _joined(parts))
@@ -114,7 +134,17 @@ class StoredRows:
         sizes = {len(x) for x in rows.values()}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(f"The sites hold {sorted(sizes)} rows; give every site the same number, at least one.")
-        self.rows, self.sites, self.seed, self.scale = rows, list(rows), seed, scale
+        self.rows, self.seed, self.scale = rows, seed, scale
+        self.widths = {site: x.shape[1] for site, x in rows.items()}
+        self.device = next(iter(rows.values())).device
+
+    @property
+    def sites(self) -> list[str]:
+        return list(self.widths)
+
+    def fingerprint(self) -> str:
+        few = [x[:: max(1, len(x) // 64)].float().cpu().contiguous().numpy().tobytes() for x in self.rows.values()]
+        return hashlib.sha256(str((len(self), self.seed, self.scale)).encode() + b"".join(few)).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows[self.sites[0]])

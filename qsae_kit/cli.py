@@ -106,9 +106,12 @@ def train(
 
     from qsae_kit import fit
     from qsae_kit.models import load_model
+    from qsae_kit.sae import ARCHITECTURES
     from qsae_kit.train import TrainConfig
 
     _check_out(out)
+    _refuse(arch not in ARCHITECTURES, f"There is no architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}.")
+    _refuse(d_sae is not None and d_sae < 1, f"--d-sae {d_sae} was given; it must be positive.")
     top = arch in ("topk", "batchtopk", "matryoshka")
     _refuse(d_sae is not None and expansion is not None, "--d-sae and --expansion both give the width; leave one out.")
     _refuse(k is not None and not top, f"--k has no effect on {arch}; give --target-l0.")
@@ -124,7 +127,7 @@ def train(
         if not json_:
             typer.echo(f"No {'--k' if top else '--target-l0'} given: {sparsity} is assumed, the square root of d_model.")
     config = TrainConfig(
-        arch, sparsity, expansion=d_sae / d_model if d_sae else expansion or 8, tokens=tokens, batch=batch, seed=seed,
+        arch, sparsity, expansion=d_sae / d_model if d_sae is not None else 8 if expansion is None else expansion, tokens=tokens, batch=batch, seed=seed,
         pool=batch * max(1, 65_536 // batch), moments=moments, **({} if lr is None else {"lr": lr}),  # type: ignore[arg-type]
     )  # fmt: skip
     if lm is None:
@@ -139,6 +142,8 @@ def train(
             figures = ", ".join(f"{name} {value:.3g}" for name, value in sae.provenance.figures.items()) if sae.provenance else ""
             typer.echo(f"{variant}/{hook_name}: {figures}")
     typer.echo(f"{result.figures['tokens_per_s']:,.0f} tokens/s; the SAEs are in {out / 'suite'}")
+    if not result.complete:
+        typer.echo(f"Stopped before the end; the same command with --resume goes on (--out {out}).")
 
 
 def _refuse(wrong: bool, message: str) -> None:

@@ -42,9 +42,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         for file in part.iterdir():
             _sync(file)
         os.chmod(part, 0o755)
-        if path.exists():
-            shutil.rmtree(path)
-        os.replace(part, path)
+        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
+        try:
+            if path.exists():
+                os.replace(path, old)  # an empty folder is replaced by a folder
+            os.replace(part, path)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
 

@@ -31,6 +31,8 @@ class FitResult:
 
     suite: dict[str, dict[str, SAE]]
     figures: dict[str, Any]
+    complete: bool
+    """False after an interrupt."""
 
 
 def assumed_l0(d_model: int) -> int:
@@ -47,28 +49,30 @@ class Meter:
     def __init__(self, batch: int, curve: int = 0, held_out: Tensor | None = None) -> None:
         self.batch, self.every, self.held_out = batch, curve, held_out
         self.points: list[list[float]] = []
-        self.begin: tuple[int, float] | None = None
-        self.last = (0, 0.0)
+        self.steps: dict[int, list[tuple[int, float]]] = {}
+        """Rows and seconds after each step of a group."""
 
     def __call__(self, progress: Progress) -> None:
-        self.last = progress.rows, progress.seconds
-        steps = progress.rows // self.batch
-        if self.begin is None and steps >= WARM_UP_STEPS:
-            self.begin = self.last
-        if self.every and self.held_out is not None and steps % self.every == 0:
+        self.steps.setdefault(progress.group, []).append((progress.rows, progress.seconds))
+        if self.every and self.held_out is not None and progress.rows // self.batch % self.every == 0:
             [trainer] = progress.trainers.values()
             score = Reconstruction()
             trainer.sae.eval()
             for x in self.held_out.split(4096):
-                score.add(x.float(), trainer.reconstruct(x.float()), torch.zeros(len(x), 1))
+                score.add(x, trainer.reconstruct(x), x.new_zeros(len(x), 1))
             trainer.sae.train()
             self.points.append([round(progress.seconds, 3), progress.rows, round(score.fvu, 4)])
 
     @property
     def tokens_per_s(self) -> float:
-        """Rows a second of the steps alone, after the first ones."""
-        rows, seconds = self.begin or (0, 0.0)
-        return (self.last[0] - rows) / max(self.last[1] - seconds, 1e-9)
+        """Rows a second of the steps alone, after each group's first ones."""
+        spans = [(steps[min(WARM_UP_STEPS, len(steps) - 1)], steps[-1]) for steps in self.steps.values()]
+        seconds = sum(last[1] - first[1] for first, last in spans)
+        return sum(last[0] - first[0] for first, last in spans) / max(seconds, 1e-9)
+
+    def complete(self, tokens: int) -> bool:
+        """Whether the last group came to its end."""
+        return not self.steps or self.steps[max(self.steps)][-1][0] + self.batch > tokens
 
 
 def read_rows(path: Path) -> tuple[Tensor, str, float]:
@@ -113,6 +117,10 @@ def fit_stored(
             f"{str(path)!r} leaves {cut:,} rows to train on, less than one batch of {config.batch}; give --batch {cut} or less."
         )
     held_out = acts[cut:].float() / scale
+    whole = held_out.isfinite().all(-1)
+    held_out = held_out[whole]
+    if not len(held_out):
+        raise ValueError(f"None of the last {len(whole):,} rows of {str(path)!r} is finite; store the activations again.")
     meter = Meter(config.batch, curve, held_out)
     source = StoredRows({site: acts[:cut]}, config.seed, scale)
     suite = train_saes(source, [config], model_name="stored", folder=out, resume=resume, on_progress=meter, bar=bar)
@@ -126,9 +134,9 @@ def fit_stored(
         "architecture": config.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "sparsity": config.sparsity, "batch": config.batch,
         "tokens": sae.provenance.tokens if sae.provenance else 0, "epochs": round(config.tokens / cut, 3),
         "tokens_per_s": round(meter.tokens_per_s, 1), "l0": round(score.l0, 3), "fvu": round(score.fvu, 4), "dead": round(score.dead, 4),
-        "curve": meter.points,
+        "held_out": len(held_out), "held_out_not_finite": int((~whole).sum()), "curve": meter.points,
     }  # fmt: skip
-    return FitResult(suite, figures)
+    return FitResult(suite, figures, meter.complete(config.tokens))
 
 
 def fit_live(
@@ -169,4 +177,5 @@ def fit_live(
     }  # fmt: skip
     for variant, saes in suite.items():
         figures[variant] = {site: sae.provenance.figures for site, sae in saes.items() if sae.provenance}
-    return FitResult(suite, figures)
+    trained = sum(len(saes) for saes in suite.values())
+    return FitResult(suite, figures, trained == len(sites) * len(configs) and meter.complete(configs[0].tokens))

@@ -127,6 +127,8 @@ def load_suite(folder: str | Path, device: str | torch.device = "cpu") -> dict[s
     folder = Path(folder)
     suite: dict[str, dict[str, SAE]] = {}
     for config in sorted(folder.glob(f"*/*/{CONFIG}")):
+        if config.parent.name.startswith("."):  # half-written by a run that was killed
+            continue
         suite.setdefault(config.parent.parent.name, {})[config.parent.name] = load_sae(config.parent, device)
     if not suite:
         raise ValueError(f"{str(folder)!r} holds no SAEs; a suite is a folder of <variant>/<hook name>/{CONFIG}.")

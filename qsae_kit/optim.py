@@ -5,7 +5,7 @@ rounding would freeze it; short formats are rounded up or down at random instead
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, TypeAlias
 
 import torch
@@ -30,7 +30,8 @@ class _Stored(NamedTuple):
 class Adam:
     """torch's Adam without weight decay; `rate` is given step by step.
 
-    moments: float32 takes torch's fused kernel; bfloat16 and int8 hold the moments in 4 and 2 bytes a parameter.
+    moments: float32 takes torch's fused kernel; bfloat16 and int8 hold the moments of matrices in 4 and 2 bytes a
+    parameter. Vectors keep float32: their entries belong to different latents, whose gradients differ by decades.
     """
 
     def __init__(
@@ -38,10 +39,12 @@ class Adam:
     ) -> None:
         if moments not in MOMENT_BYTES:
             raise ValueError(f"moments={moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}.")
-        self.params, self.moments, self.betas, self.seed = list(params), moments, betas, seed
+        self.moments, self.betas, self.seed = moments, betas, seed
         self.steps = 0
-        self._fused = torch.optim.Adam(self.params, betas=betas, fused=True) if moments == "float32" else None
-        self._stored = [] if self._fused else [(self._empty(p), self._empty(p)) for p in self.params]
+        self._exact = [p for p in params if moments == "float32" or p.ndim < 2]
+        self._packed = [p for p in params if not any(p is q for q in self._exact)]
+        self._fused = torch.optim.Adam(self._exact, betas=betas, fused=True)
+        self._stored = [(self._empty(p), self._empty(p)) for p in self._packed]
 
     def _empty(self, p: Tensor) -> _Stored:
         if self.moments == "bfloat16":
@@ -53,14 +56,15 @@ class Adam:
     def step(self, rate: float) -> None:
         """One update from the parameters' gradients."""
         self.steps += 1
-        if self._fused is not None:
-            self._fused.param_groups[0]["lr"] = rate
-            self._fused.step()
-            return
+        self._fused.param_groups[0]["lr"] = rate
+        self._fused.step()
         b1, b2 = self.betas
         size, floor = rate / (1 - b1**self.steps), (1 - b2**self.steps) ** 0.5
-        load, store = (_load_bf16, _store_bf16) if self.moments == "bfloat16" else (_load_int8, _store_int8)
-        for number, (p, (first, second)) in enumerate(zip(self.params, self._stored, strict=True)):
+        if self.moments == "bfloat16":
+            load, store = _load_bf16, _store_bf16
+        else:
+            load, store = _load_int8, _store_int8
+        for number, (p, (first, second)) in enumerate(zip(self._packed, self._stored, strict=True)):
             if p.grad is None:
                 continue
             # Rounding depends on seed, step and tensor alone, so a resumed run rounds alike.
@@ -76,16 +80,15 @@ class Adam:
                 store(second, begin, end, v, 4, generator)
 
     def zero_grad(self) -> None:
-        for p in self.params:
+        for p in (*self._exact, *self._packed):
             p.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is needed to go on, by name."""
         out = {"steps": torch.tensor(self.steps)}
-        if self._fused is not None:
-            for i, p in enumerate(self.params):
-                state = self._fused.state.get(p, {})
-                out |= {f"{i}.{name}": state[name] for name in ("step", "exp_avg", "exp_avg_sq") if name in state}
+        for i, p in enumerate(self._exact):
+            state = self._fused.state.get(p, {})
+            out |= {f"exact.{i}.{name}": state[name] for name in ("step", "exp_avg", "exp_avg_sq") if name in state}
         for i, pair in enumerate(self._stored):
             for name, kept in zip(("first", "second"), pair, strict=True):
                 out |= {f"{i}.{name}.codes": kept.codes, f"{i}.{name}.scales": kept.scales}
@@ -98,15 +101,11 @@ class Adam:
             for name, kept in zip(("first", "second"), pair, strict=True):
                 kept.codes.copy_(tensors[f"{i}.{name}.codes"])
                 kept.scales.copy_(tensors[f"{i}.{name}.scales"])
-        if self._fused is not None:
-            for i, p in enumerate(self.params):
-                if f"{i}.step" in tensors:
-                    self._fused.state[p] = {
-                        name: tensors[f"{i}.{name}"].to(p.device) for name in ("step", "exp_avg", "exp_avg_sq")
-                    }
-
-
-_Load: TypeAlias = Callable[[_Stored, int, int, int], Tensor]
+        for i, p in enumerate(self._exact):
+            if f"exact.{i}.step" in tensors:
+                self._fused.state[p] = {
+                    name: tensors[f"exact.{i}.{name}"].to(p.device) for name in ("step", "exp_avg", "exp_avg_sq")
+                }
 
 
 def _load_bf16(kept: _Stored, begin: int, end: int, power: int) -> Tensor:
@@ -133,5 +132,8 @@ def _store_int8(kept: _Stored, begin: int, end: int, x: Tensor, power: int, gene
     scales = padded.abs().amax(1)
     root = (padded.abs() / scales.clamp(min=1e-38)[:, None]).pow_(1 / power).mul_(127)
     noise = torch.rand(root.shape, device=x.device, generator=generator)
-    kept.codes[begin : last * BLOCK] = root.add_(noise).floor_().clamp_(max=127).copysign_(padded).to(torch.int8).view(-1)
+    rounded = root.add_(noise).floor_().clamp_(max=127)
+    if power == 4:  # a second moment must not vanish while the first is there
+        rounded = rounded.clamp_(min=1) * (padded > 0)
+    kept.codes[begin : last * BLOCK] = rounded.copysign_(padded).to(torch.int8).view(-1)
     kept.scales[begin // BLOCK : last] = scales

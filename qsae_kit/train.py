@@ -1,84 +1,26 @@
 """Trains many SAEs from one source of rows; it never sees a language model."""
 
-import json
-import os
-import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from inspect import signature
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from qsae_kit.activations import Block, NormFilter, Place, RowSource, shuffled
-from qsae_kit.files import atomic_folder
-from qsae_kit.formats import load_sae, save_sae, write_tensors
-from qsae_kit.optim import MOMENT_BYTES, Adam, Moments
-from qsae_kit.sae import ARCHITECTURES, SAE, Provenance
+from qsae_kit.checkpoints import Checkpoints
+from qsae_kit.formats import load_sae, save_sae
+from qsae_kit.optim import Adam
+from qsae_kit.plan import Group, Key, free_memory, group_of, plan_groups
+from qsae_kit.recipe import TrainConfig
+from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """One recipe for one variant of a suite."""
-
-    architecture: str = "jumprelu"
-    """One of `sae.ARCHITECTURES`."""
-    sparsity: float = 16
-    """Features a token: a target L0, or the k of the TopK family."""
-    expansion: float = 8
-    """d_sae as a multiple of d_model."""
-    tokens: int = 200_000
-    """Rows to train on."""
-    batch: int = 512
-    """Rows a step."""
-    lr: float = 2e-3
-    """Peak learning rate of Adam; 5 % of the steps warm up, the last 30 % decay to 0."""
-    pool: int = 16_384
-    """Rows that are shuffled together; mean, scale and median norm are taken from the first of them."""
-    dead_after: int = 20_000
-    """Rows without firing after which a latent counts as dead."""
-    seed: int = 0
-    moments: Moments = "float32"
-    """Format of Adam's moments; the parameters stay float32."""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    """Further arguments of the architecture, such as {"sparsity_loss": "tanh"} for jumprelu."""
-
-    def __post_init__(self) -> None:
-        if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"There is no architecture {self.architecture!r}; choose from {', '.join(ARCHITECTURES)}.")
-        for name in ("sparsity", "expansion", "tokens", "batch", "lr", "pool", "dead_after"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} was given; it must be positive.")
-        if self.tokens < self.batch:
-            raise ValueError(f"tokens={self.tokens} is less than one batch of {self.batch} rows; train on more.")
-        if self.pool % self.batch:
-            raise ValueError(f"pool={self.pool} is no multiple of batch={self.batch}; choose one that is.")
-        if self.moments not in MOMENT_BYTES:
-            raise ValueError(f"moments={self.moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}.")
-        known = [p.name for p in signature(ARCHITECTURES[self.architecture]).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        unknown = set(self.options) - set(known)
-        if unknown:
-            raise ValueError(
-                f"{self.architecture!r} has no option {', '.join(sorted(unknown))}; allowed are {', '.join(known) or 'none'}."
-            )
-
-    def build(self, d_in: int) -> SAE:
-        """An untrained SAE of this recipe."""
-        return ARCHITECTURES[self.architecture](d_in, round(d_in * self.expansion), self.sparsity, **self.options)
-
-    @property
-    def variant(self) -> str:
-        """The name of the suite's folder for this recipe."""
-        return f"{self.architecture}-x{self.expansion:g}-l0_{self.sparsity:g}"
 
 
 class Normaliser(NamedTuple):
@@ -194,16 +136,13 @@ class SiteTrainer:
         return self
 
 
-Key: TypeAlias = tuple[str, str]
-"""Variant and hook name."""
-
-
 class Progress(NamedTuple):
     """What a running training reports after a step."""
 
+    group: int
     rows: int
     seconds: float
-    """Spent in the steps of this call alone: no data, no checkpoints."""
+    """Spent in the group's steps alone: no data, no checkpoints."""
     trainers: Mapping[Key, SiteTrainer]
     """Of the group that is trained."""
 
@@ -214,127 +153,27 @@ class Progress(NamedTuple):
         }
 
 
-# --- checkpoints
-
-
-class Checkpoints:
-    """The training state of a run's current group in `<folder>/checkpoint-<steps>/`, and the finished SAEs in suite/.
-
-    A checkpoint appears whole by a rename and only then is the one before it deleted, so there is always one to read.
-    """
-
-    def __init__(self, folder: Path, configs: Sequence[TrainConfig], sites: Sequence[str]) -> None:
-        self.folder = folder
-        self.run = {"configs": [asdict(config) for config in configs], "sites": list(sites)}
-
-    def save(self, group: int, done: int, place: Place, given: int, trainers: Mapping[Key, SiteTrainer]) -> None:
-        target = self.folder / f"checkpoint-{group}-{done}"
-        with atomic_folder(target) as part:
-            for number, trainer in enumerate(trainers.values()):
-                tensors = {name: t.detach().cpu().contiguous() for name, t in trainer.tensors().items()}
-                write_tensors(tensors, part / f"{number}.safetensors")
-            state = self.run | {"group": group, "done": done, "place": list(place), "given": given}
-            (part / "state.json").write_text(json.dumps(state))
-        for old in self.folder.glob("checkpoint-*"):
-            if old != target:
-                shutil.rmtree(old)
-
-    def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state with its folder, or None. Raises ValueError where it is of another run."""
-        found = sorted(self.folder.glob("checkpoint-*/state.json"), key=lambda p: tuple(map(int, p.parent.name.split("-")[1:])))
-        if not found:
-            return None
-        state = json.loads(found[-1].read_text())
-        other = [name for name in ("configs", "sites") if state[name] != json.loads(json.dumps(self.run[name]))]
-        if other:
-            raise ValueError(
-                f"{str(self.folder)!r} holds a checkpoint with other {' and '.join(other)}; give the same or another --out."
-            )
-        return state | {"folder": found[-1].parent}
-
-    def trainers(
-        self, state: Mapping[str, Any], keys: Sequence[Key], by_variant: Mapping[str, TrainConfig], device: torch.device
-    ) -> dict[Key, SiteTrainer]:
-        """The group's trainers as they were."""
-        out = {}
-        for number, key in enumerate(keys):
-            with safe_open(state["folder"] / f"{number}.safetensors", "pt") as file:
-                tensors = {name: file.get_tensor(name) for name in file.keys()}
-            out[key] = SiteTrainer.from_tensors(by_variant[key[0]], tensors, device)
-        return out
-
-    def clear(self) -> None:
-        for old in self.folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
-
-
-# --- groups
-
-
-class Group(NamedTuple):
-    """SAEs that are trained together."""
-
-    keys: list[Key]
-    bytes: int
-    """What training them takes beside the language model."""
-
-    @property
-    def sites(self) -> list[str]:
-        return list(dict.fromkeys(site for _, site in self.keys))
-
-
-def plan_groups(configs: Sequence[TrainConfig], widths: Mapping[str, int], memory: int) -> list[Group]:
-    """Sites in order, put together as long as they fit into `memory` bytes, all variants of a site in one group.
-
-    widths: d_model of every site. Counted are weights, moments, the largest SAE's gradients and a batch's
-    pre-activations, and the pool twice (while it is filled). Raises ValueError where one site alone does not fit.
-    """
-    groups: list[Group] = []
-    kept: list[str] = []
-
-    def needed(sites: Sequence[str]) -> int:
-        sizes = [(config, d, round(d * config.expansion)) for config in configs for d in (widths[site] for site in sites)]
-        weights = sum((4 + MOMENT_BYTES[c.moments]) * (2 * d * m + 3 * m + d) for c, d, m in sizes)
-        alive = max(4 * 2 * d * m + 3 * 4 * c.batch * m for c, d, m in sizes)
-        pool = sum(2 * 4 * configs[0].pool * widths[site] for site in sites)
-        return int(weights + alive + pool)
-
-    for site in widths:
-        if needed([site]) > memory:
-            raise ValueError(
-                f"Training the SAEs of {site} takes {needed([site]) / 1e9:.1f} GB, allowed are {memory / 1e9:.1f} GB; "
-                "choose a smaller width, batch or pool, fewer variants, or moments in bfloat16 or int8."
-            )
-        if kept and needed([*kept, site]) > memory:
-            groups.append(Group([(c.variant, s) for c in configs for s in kept], needed(kept)))
-            kept = []
-        kept.append(site)
-    groups.append(Group([(c.variant, s) for c in configs for s in kept], needed(kept)))
-    return groups
-
-
-def free_memory(device: torch.device) -> int:
-    """Nine tenths of the bytes that are free on a device."""
-    if device.type == "cuda":
-        return int(0.9 * torch.cuda.mem_get_info(device)[0])
-    return int(0.9 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-
 # --- the run
+
+LOG_EVERY = 20
+"""Steps between lines of the log."""
 
 
 class _Interrupts:
-    """Within it, an interrupt (Ctrl-C, a notebook's stop button) is noted and waits for the end of the step."""
+    """Within it, an interrupt (Ctrl-C, a notebook's stop button) is noted and waits; a second one does not wait."""
 
     def __enter__(self) -> "_Interrupts":
         self.asked = False
-        self._before = None
+        self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
     def _note(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
         self.asked = True
+        tqdm.write("Stopping after this step; interrupt again to stop at once.")
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
@@ -342,71 +181,88 @@ class _Interrupts:
 
 
 @dataclass
-class _Run:
-    """What all groups of a run share."""
+class _GroupRun:
+    """The training of one group, which can be left after any step and gone on with."""
 
     configs: Sequence[TrainConfig]
+    number: int
+    group: Group
+    groups: Sequence[Group]
     checkpoints: Checkpoints | None
-    checkpoint_every: int
-    on_progress: Callable[[Progress], None] | None
-    bar: bool
+    interrupts: _Interrupts
+    place: Place = Place()
+    given: int = 0
+    """Batches of the block at `place` that are done."""
+    rows: int = 0
+    seconds: float = 0.0
 
     @property
     def lead(self) -> TrainConfig:
         return self.configs[0]
 
-    def log(self, group: int, progress: Progress) -> None:
-        if self.checkpoints is not None:
-            line = {"group": group, "rows": progress.rows, "seconds": round(progress.seconds, 3), "sites": progress.figures()}
-            with (self.checkpoints.folder / LOG).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    @property
+    def complete(self) -> bool:
+        return self.rows + self.lead.batch > self.lead.tokens
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "groups": [group.sites for group in self.groups], "group": self.number, "rows": self.rows,
+            "place": list(self.place), "given": self.given, "seconds": self.seconds,
+        }  # fmt: skip
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        self.place, self.given = Place(*state["place"]), state["given"]
+        self.rows, self.seconds = state["rows"], state["seconds"]
+
+    def trainers(self, block: Block) -> dict[Key, SiteTrainer]:
+        """The group's trainers as the checkpoint has them, or with initial weights from the first block."""
+        by_variant = {config.variant: config for config in self.configs}
+        if self.rows and self.checkpoints is not None:
+            device = next(iter(block.rows.values())).device
+            return {
+                key: SiteTrainer.from_tensors(by_variant[key[0]], self.checkpoints.tensors("~".join(key)), device)
+                for key in self.group.keys
+            }
+        return start_trainers(self.group.keys, by_variant, block)
 
     def train(
-        self, number: int, group: Group, source: RowSource, state: Mapping[str, Any] | None
-    ) -> tuple[dict[Key, SiteTrainer], bool]:
-        """Trains one group, from a checkpoint's state or from the start; also whether it was interrupted."""
-        lead, by_variant = self.lead, {config.variant: config for config in self.configs}
-        place = Place(*state["place"]) if state else Place()
-        given, done = (state["given"], state["done"]) if state else (0, 0)
-        trainers: dict[Key, SiteTrainer] = {}
-        busy = 0.0
-        with (
-            _Interrupts() as interrupts,
-            tqdm(total=lead.tokens, initial=done, unit="tok", desc="training", disable=not self.bar) as meter,
-        ):
-            for block in source.blocks(lead.pool, place):
-                if not trainers:
-                    device = next(iter(block.rows.values())).device
-                    if state and self.checkpoints:
-                        trainers = self.checkpoints.trainers(state, group.keys, by_variant, device)
-                    else:
-                        trainers = start_trainers(group.keys, by_variant, block)
-                for rows in shuffled(block, lead.batch, lead.seed, given):
+        self, source: RowSource, on_progress: Callable[[Progress], None] | None, every: int, bar: bool
+    ) -> dict[Key, SiteTrainer]:
+        """Steps until the group is complete or an interrupt was asked for."""
+        lead, trainers = self.lead, {}
+        with tqdm(total=lead.tokens, initial=self.rows, unit="tok", desc="training", disable=not bar) as meter:
+            for block in source.blocks(lead.pool, self.place):
+                self.place = block.place
+                trainers = trainers or self.trainers(block)
+                for rows in shuffled(block, lead.batch, lead.seed, self.given):
                     began = time.perf_counter()
                     for (_, site), trainer in trainers.items():
-                        trainer.step(rows[site], done / lead.tokens)
-                    busy += time.perf_counter() - began
-                    given, done = given + 1, done + lead.batch
-                    last = done + lead.batch > lead.tokens
-                    progress = Progress(done, busy, trainers)
+                        trainer.step(rows[site], (self.rows + lead.batch / 2) / lead.tokens)
+                    self.seconds += time.perf_counter() - began
+                    self.given, self.rows = self.given + 1, self.rows + lead.batch
+                    progress = Progress(self.number, self.rows, self.seconds, trainers)
                     meter.update(lead.batch)
-                    if self.on_progress is not None:
-                        self.on_progress(progress)
-                    steps = done // lead.batch
-                    if last or steps % LOG_EVERY == 0:
-                        self.log(number, progress)
-                        meter.set_postfix(_means(progress.figures()), refresh=False)
-                    if self.checkpoints is not None and (interrupts.asked or (steps % self.checkpoint_every == 0 and not last)):
-                        self.checkpoints.save(number, done, block.place, given, trainers)
-                    if last or interrupts.asked:
-                        return trainers, interrupts.asked
-                given = 0
-        raise ValueError(f"The data ended after {done:,} of {lead.tokens:,} tokens; give more data or train on fewer tokens.")
+                    if on_progress is not None:
+                        on_progress(progress)
+                    steps, stop = self.rows // lead.batch, self.interrupts.asked
+                    if self.complete or steps % LOG_EVERY == 0:
+                        self._log(progress, meter)
+                    if self.checkpoints is not None and not self.complete and (stop or steps % every == 0):
+                        self.checkpoints.save(self.state(), {"~".join(key): t.tensors() for key, t in trainers.items()})
+                    if self.complete or stop:
+                        return trainers
+                self.given = 0
+        raise ValueError(
+            f"The data ended after {self.rows:,} of {lead.tokens:,} tokens; give more data or train on fewer tokens."
+        )
 
-
-def _means(figures: Mapping[str, Mapping[str, float]]) -> dict[str, str]:
-    """The figures averaged over a group's SAEs, for the progress bar."""
-    return {name: f"{sum(own[name] for own in figures.values()) / len(figures):.3g}" for name in ("loss", "l0", "dead")}
+    def _log(self, progress: Progress, meter: tqdm) -> None:
+        figures = progress.figures()
+        means = {name: sum(own[name] for own in figures.values()) / len(figures) for name in ("loss", "l0", "dead")}
+        meter.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
+        if self.checkpoints is not None:
+            line = {"group": self.number, "rows": self.rows, "seconds": round(self.seconds, 3), "sites": figures}
+            self.checkpoints.log(line)
 
 
 def start_trainers(keys: Sequence[Key], by_variant: Mapping[str, TrainConfig], block: Block) -> dict[Key, SiteTrainer]:
@@ -421,11 +277,6 @@ def start_trainers(keys: Sequence[Key], by_variant: Mapping[str, TrainConfig], b
         trainer.start(first)
         trainers[variant, site] = trainer
     return trainers
-
-
-LOG = "train.jsonl"
-LOG_EVERY = 20
-"""Steps between lines of the log."""
 
 
 def train_saes(
@@ -449,52 +300,61 @@ def train_saes(
     folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a checkpoint every
     `checkpoint_every` steps; `resume` goes on from there, on a CPU to the same bits as without a break.
     memory: bytes that may be used beside the model, by default most of what is free; sites that do not fit together are
-    trained one group after another, each with a pass over the data.
+    trained one group after another, each with a pass over the data, and are returned on the CPU.
     An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they are.
 
     Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together, too little data, a
     folder with another or an unfinished run.
     """
     _check_configs(configs)
-    checkpoints = Checkpoints(folder, configs, source.sites) if folder is not None else None
-    if resume and checkpoints is None:
+    if resume and folder is None:
         raise ValueError("resume=True was given without a folder to resume from; give the folder of the run.")
-    state = checkpoints.load() if checkpoints is not None else None
-    if state is not None and not resume:
-        raise ValueError(f"{str(folder)!r} holds a run already; resume it or choose another folder.")
-    head = next(iter(source.blocks(configs[0].batch)), None)
-    if head is None:
-        raise ValueError("There are no tokens to train on: the data gave no rows after the keep-mask.")
-    device = next(iter(head.rows.values())).device
-    widths = {site: head.rows[site].shape[1] for site in source.sites}
-    groups = plan_groups(configs, widths, free_memory(device) if memory is None else memory)
-    if bar and len(groups) > 1:
+    checkpoints, state = None, None
+    if folder is not None:
+        about = {"model": model_name, "drop_template": drop_template, "context size": context_size, "data": source.fingerprint()}
+        checkpoints = Checkpoints(folder, {"recipe": [asdict(c) for c in configs], "choice of sites": list(source.sites)} | about)
+        state = checkpoints.load()
+        if state is not None and not resume:
+            raise ValueError(f"{str(folder)!r} holds a run already; resume it or choose another folder.")
+        if state is None and resume:
+            raise ValueError(f"{str(folder)!r} holds no checkpoint to resume from; start without resuming.")
+        checkpoints.begin(state)
+    widths = source.widths
+    if state is not None:  # as it was planned then, whatever is free now
+        groups = [group_of(configs, {site: widths[site] for site in sites}) for sites in state["groups"]]
+    else:
+        groups = plan_groups(configs, widths, free_memory(source.device) if memory is None else memory)
+    if bar:
         tqdm.write(
-            f"{len(groups)} groups of sites, one after another: "
-            + ", ".join(f"{len(g.sites)} ({g.bytes / 1e9:.1f} GB)" for g in groups)
+            f"Planned: {len(groups)} group(s), " + ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
         )
-    run = _Run(configs, checkpoints, checkpoint_every, on_progress, bar)
     suite: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
-    for number, group in enumerate(groups):
-        if state is not None and number < state["group"]:
-            for variant, site in group.keys:
-                suite[variant][site] = load_sae(checkpoints.folder / "suite" / variant / site, device)  # type: ignore[union-attr]
-            continue
-        own = state if state is not None and number == state["group"] else None
-        trainers, interrupted = run.train(number, group, source.only(group.sites), own)
-        for (variant, site), trainer in trainers.items():
-            sae = trainer.finish(model_name, site, drop_template, context_size)
-            suite[variant][site] = sae
-            if folder is not None:
-                save_sae(sae, folder / "suite" / variant / site)
-        if interrupted:
-            break
-        if checkpoints is not None:
-            checkpoints.save(number + 1, 0, Place(), 0, {})
-    return suite
+    with _Interrupts() as interrupts:
+        for number, group in enumerate(groups):
+            if folder is not None and state is not None and number < state["group"]:
+                for variant, site in group.keys:
+                    suite[variant][site] = load_sae(folder / "suite" / variant / site)
+                continue
+            run = _GroupRun(configs, number, group, groups, checkpoints, interrupts)
+            if state is not None and number == state["group"]:
+                run.resume(state)
+            trainers = run.train(source.only(group.sites), on_progress, checkpoint_every, bar)
+            while trainers:
+                (variant, site), trainer = trainers.popitem()
+                sae = trainer.finish(model_name, site, drop_template, context_size)
+                suite[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
+                if folder is not None:
+                    save_sae(sae, folder / "suite" / variant / site)
+            if run.complete and checkpoints is not None:
+                checkpoints.save(_GroupRun(configs, number + 1, group, groups, None, interrupts).state(), {})
+            if interrupts.asked:
+                break
+    return {variant: {site: saes[site] for site in source.sites if site in saes} for variant, saes in suite.items()}
 
 
 def _check_configs(configs: Sequence[TrainConfig]) -> None:
+    if not configs:
+        raise ValueError("No recipe was given; give at least one TrainConfig.")
     lead = configs[0]
     for config in configs:
         if (config.tokens, config.batch, config.pool, config.seed) != (lead.tokens, lead.batch, lead.pool, lead.seed):

@@ -145,7 +145,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, n_groups):
     memory = together.bytes - (n_groups == 2)
     assert len(plan_groups(VARIANTS, widths, memory)) == n_groups
     whole = train_saes(source(), VARIANTS, model_name="t", bar=False, memory=memory)
-    for stop_at in (256, 3000, 5000, 11_000):
+    for stop_at in (256, 3000, 5000, 11_000):  # the first one before any checkpoint of its group
         folder = tmp_path / str(stop_at)
         calls = 0
 
@@ -158,13 +158,16 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, n_groups):
         options = {"model_name": "t", "bar": False, "memory": memory, "checkpoint_every": 7, "folder": folder}
         for _ in range(n_groups):  # once in each group
             with pytest.raises(Stop):
-                train_saes(source(), VARIANTS, on_progress=die, resume=folder.exists(), **options)
+                train_saes(source(), VARIANTS, on_progress=die, resume=any(folder.glob("checkpoint-*")), **options)
             calls = 0
-        assert_same(weights(train_saes(source(), VARIANTS, resume=True, **options)), weights(whole))
+        resumed = train_saes(source(), VARIANTS, resume=any(folder.glob("checkpoint-*")), **options)
+        assert_same(weights(resumed), weights(whole))
         assert_same(weights(load_suite(folder / "suite")), weights(whole))
         assert_same(weights(train_saes(source(), VARIANTS, resume=True, **options)), weights(whole))  # nothing left to do
         lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
         assert lines[-1]["rows"] == 11_776
+        places = [(line["group"], line["rows"]) for line in lines]
+        assert places == sorted(set(places))
         assert set(lines[-1]["sites"]["batchtopk-x4-l0_4/blocks.0.hook_mlp_out"]) == {"loss", "l0", "dead"}
 
 
@@ -186,7 +189,7 @@ def test_another_run_is_not_written_over(tmp_path):
     train_saes(source(), VARIANTS, **options)
     with pytest.raises(ValueError, match="holds a run already"):
         train_saes(source(), VARIANTS, **options)
-    with pytest.raises(ValueError, match="other configs"):
+    with pytest.raises(ValueError, match="another recipe"):
         train_saes(source(), VARIANTS[:1], resume=True, **options)
     with pytest.raises(ValueError, match="without a folder"):
         train_saes(source(), VARIANTS, model_name="t", bar=False, resume=True)

@@ -95,8 +95,9 @@ class Codes:
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, self.cols, self.starts, self.rows, 0, -1)
 
     def sums(self, values: Float[Tensor, " entry"]) -> Float[Tensor, " column"]:
-        """Sum of every column."""
-        return torch.zeros(self.n_cols, dtype=values.dtype, device=values.device).index_add_(0, self.cols, values)
+        """Sum of every column, always in the same order."""
+        order, starts = self.by_column()
+        return F.embedding_bag(order, values[:, None], starts, mode="sum")[:, 0]
 
 
 Select: TypeAlias = Callable[[Tensor], Codes]
@@ -131,6 +132,24 @@ class _Decode(torch.autograd.Function):
         grad_f = ctx.codes.dots(grads[0], W_dec) if ctx.needs_input_grad[0] else None
         grad_W = ctx.codes.transposed_times(f, grads[0]) if ctx.needs_input_grad[1] else None
         return grad_f, grad_W, None
+
+
+class _OfColumn(torch.autograd.Function):
+    """What each entry's column holds. Indexing does the same, but sums its gradient in an order that depends on timing."""
+
+    @staticmethod
+    def forward(ctx: Any, per_column: Tensor, codes: Codes) -> Tensor:
+        ctx.codes = codes
+        return per_column[codes.cols]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.codes.sums(grads[0]), None
+
+
+def of_column(per_column: Float[Tensor, " d_sae"], codes: Codes) -> Float[Tensor, " entry"]:
+    """per_column[column] of every entry, such as its threshold; differentiable."""
+    return _OfColumn.apply(per_column, codes)
 
 
 def encode(

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsae_kit.sae.base import Loss, Provenance, State
-from qsae_kit.sae.codes import decode, select_above
+from qsae_kit.sae.codes import decode, of_column, select_above
 from qsae_kit.sae.relu import ReLUSAE
 
 
@@ -31,8 +31,8 @@ class GatedSAE(ReLUSAE):
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         gate, codes = self.encode_entries(x, select_above(0.0))
-        c = codes.cols
-        f = (self.r_mag.exp()[c] * (gate - self.b_enc[c]) + self.b_mag[c]).relu()
+        scale, gate_bias, bias = (of_column(t, codes) for t in (self.r_mag.exp(), self.b_enc, self.b_mag))
+        f = (scale * (gate - gate_bias) + bias).relu()
         error = x - self.decode_entries(f, codes)
         by_gate = x - decode(gate, self.W_dec.detach(), codes) - self.b_dec.detach()
         penalty = self.penalty(codes, state) * gate.sum() / len(x)

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
-from qsae_kit.sae.codes import select_above
+from qsae_kit.sae.codes import of_column, select_above
 
 Sparsity: TypeAlias = Literal["target", "step", "tanh"]
 COEFFICIENT: dict[Sparsity, float] = {"target": 3.0, "step": 0.01, "tanh": 0.01}
@@ -75,7 +75,7 @@ class JumpReLUSAE(SAE):
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         near = (self.threshold.detach() - self.bandwidth / 2).clamp(min=0)  # below it there is neither value nor gradient
         pre, codes = self.encode_entries(x, select_above(near))
-        f, fired = _Jump.apply(pre, self.threshold[codes.cols], self.bandwidth)
+        f, fired = _Jump.apply(pre, of_column(self.threshold, codes), self.bandwidth)
         error = x - self.decode_entries(f, codes)
         weight = self.coefficient * min(1.0, state.progress / WARM_UP[self.sparsity_loss])
         total = error.pow(2).sum(-1).mean() + weight * self._sparsity(f, fired, len(x))
@@ -99,8 +99,10 @@ class JumpReLUSAE(SAE):
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
         # Every latent starts firing equally often, at 1.5 times the target together.
         share = min(0.5, 1.5 * self.sparsity / self.d_sae)
-        pre = self.pre_activations(x)
-        self.threshold.copy_(pre.quantile(1 - share, dim=0).clamp(min=1e-3))
+        for begin in range(0, self.d_sae, 1024):  # quantiles sort a copy
+            some = slice(begin, begin + 1024)
+            pre = x @ self.encoder[some].T + self.b_enc[some]
+            self.threshold[some] = pre.quantile(1 - share, dim=0).clamp(min=1e-3)
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.sae.base import SAE, Loss, State
+from qsae_kit.sae.base import SAE, Loss, Provenance, State
 from qsae_kit.sae.codes import select_top_k
 
 AUX_COEFFICIENT = 1 / 32
@@ -32,6 +32,11 @@ def aux_k_loss(sae: SAE, x: Float[Tensor, "row d_model"], error: Float[Tensor, "
 
 class TopKSAE(SAE):
     architecture = "topk"
+
+    def __init__(self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None) -> None:
+        super().__init__(d_in, d_sae, sparsity, provenance)
+        if sparsity != int(sparsity):
+            raise ValueError(f"k={sparsity} was given; a TopK SAE needs a whole number of features a token.")
 
     @property
     def k(self) -> int:

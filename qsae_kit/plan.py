@@ -1,0 +1,75 @@
+"""What training takes in memory, and which sites fit together."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from qsae_kit.optim import MOMENT_BYTES
+from qsae_kit.recipe import TrainConfig
+
+Key: TypeAlias = tuple[str, str]
+"""Variant and hook name."""
+
+
+class Group(NamedTuple):
+    """SAEs that are trained together."""
+
+    keys: list[Key]
+    bytes: int
+    """What training them takes beside the language model."""
+
+    @property
+    def sites(self) -> list[str]:
+        return list(dict.fromkeys(site for _, site in self.keys))
+
+
+def needed_bytes(configs: Sequence[TrainConfig], widths: Sequence[int]) -> int:
+    """Bytes for all variants at sites of these d_model: weights and moments, one SAE's gradients, pre-activations of a
+    batch with their selection, and the pool three times (while the next block is filled)."""
+    sizes = [(config, d, config.d_sae(d)) for config in configs for d in widths]
+    weights = sum((4 + MOMENT_BYTES[c.moments]) * (2 * d * m + 4 * m + d) for c, d, m in sizes)
+    alive = max(2 * 4 * 2 * d * m + 3 * 4 * c.batch * m for c, d, m in sizes)
+    return int(weights + alive + 3 * 4 * configs[0].pool * sum(widths))
+
+
+def plan_groups(configs: Sequence[TrainConfig], widths: Mapping[str, int], memory: int) -> list[Group]:
+    """Sites in order, put together as long as they fit into `memory` bytes, all variants of a site in one group.
+
+    widths: d_model of every site. Raises ValueError where one site alone does not fit.
+    """
+    groups: list[list[str]] = []
+    for site, width in widths.items():
+        alone = needed_bytes(configs, [width])
+        if alone > memory:
+            raise ValueError(
+                f"Training the SAEs of {site} takes {alone / 1e9:.2f} GB, allowed are {memory / 1e9:.2f} GB; choose a smaller "
+                "width or batch, fewer variants, or moments in bfloat16 or int8."
+            )
+        if groups and needed_bytes(configs, [widths[s] for s in groups[-1]] + [width]) <= memory:
+            groups[-1].append(site)
+        else:
+            groups.append([site])
+    return [group_of(configs, {site: widths[site] for site in sites}) for sites in groups]
+
+
+def group_of(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> Group:
+    """Every variant at these sites."""
+    return Group([(c.variant, site) for c in configs for site in widths], needed_bytes(configs, list(widths.values())))
+
+
+def free_memory(device: torch.device) -> int:
+    """Nine tenths of the bytes that may still be taken on a device; on a CPU within the control group's limit."""
+    if device.type == "cuda":
+        return int(0.9 * torch.cuda.mem_get_info(device)[0])
+    free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    info = Path("/proc/meminfo")
+    if info.exists():
+        available = [line.split() for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
+        free += [int(words[1]) * 1024 for words in available]
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
+        free.append(int(limit.read_text()) - int(used.read_text()))
+    return int(0.9 * min(free))
