@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -51,7 +52,8 @@ class Place(NamedTuple):
     row: int = 0
 
 
-class Block(NamedTuple):
+@dataclass(frozen=True)
+class Block:
     """Some rows of every site, the same tokens in the same order."""
 
     place: Place
@@ -169,7 +171,7 @@ class StoredRows:
             epoch, used = epoch + 1, 0
 
 
-def _joined(parts: list[Rows]) -> Rows:
+def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {site: torch.cat([rows[site] for rows in parts]) for site in parts[0]}
 
 
