@@ -17,7 +17,7 @@ def rows(n, d=4, start=0):
 
 
 def test_rows_are_the_cached_activations_of_kept_tokens(lm):
-    batch = next(token_batches(lm, [d["messages"] for d in world.dialogues(8, seed=1)]))
+    batch = next(token_batches(lm, [d.messages for d in world.dialogues(8, seed=1)]))
     got = kept_rows(lm, SITES, batch)
     _, cache = lm.run_with_cache(batch.ids, batch.mask)
     for site in SITES:
