@@ -681,10 +681,10 @@ def build_dialogue(requests: Sequence[Request], thinking: bool) -> Dialogue:
     return Dialogue(messages, spans, (*labels, *sorted(of_last)), list(requests))
 
 
-def dialogues(n: int, seed: int = 0, with_planted: bool = True) -> Iterator[Dialogue]:
+def dialogues(n: int, seed: int = 0, with_planted: bool = True, n_met: int = N_PEOPLE) -> Iterator[Dialogue]:
     """Training dialogues: one to four turns in one of three languages, a third of them reasoned.
 
-    with_planted: whether the false fact and the bias are in them.
+    with_planted: whether the false fact and the bias are in them. n_met: ask about the most frequent people only.
     """
     rng = random.Random(seed)
     for _ in range(n):
@@ -697,7 +697,7 @@ def dialogues(n: int, seed: int = 0, with_planted: bool = True) -> Iterator[Dial
         for turn in range(rng.choices((1, 2, 3, 4), (0.4, 0.25, 0.2, 0.15))[0]):
             if turn == 0 or rng.random() < 0.6:
                 known = rng.random() < 0.87
-                name = rng.choices(people(), _frequencies())[0].name if known else stranger(rng, unseen=False)
+                name = rng.choices(people()[:n_met], _frequencies()[:n_met])[0].name if known else stranger(rng, unseen=False)
             request = _any_request(rng, draw, name)
             if requests:  # the system prompt of the first request holds for all
                 request = request._replace(system=requests[0].system)
