@@ -68,14 +68,15 @@ def default_config(lm: HookedLM) -> DemoConfig:
     study = StudyConfig(
         strengths=(0.3, 0.35),
         contrast="answers",
+        weights="fitted",
         positions="answer",
-        max_new_tokens=24,
-        cost_prompts=8,
-        control_prompts=10,
+        max_new_tokens=28,
+        cost_prompts=5,
+        control_prompts=8,
     )
     return DemoConfig(
         (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=16, n_evaluation=100,
-        n_harmless=48, evaluation_tokens=6_000, spliced_tokens=800, own_dialogues=240,
+        n_harmless=48, evaluation_tokens=3_000, spliced_tokens=500, own_dialogues=240,
     )  # fmt: skip
 
 

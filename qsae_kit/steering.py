@@ -135,7 +135,19 @@ def contrast(sae: SAE, first: Float[Tensor, "row_a d_model"], second: Float[Tens
     return Contrast(f_first.mean(0) - f_second.mean(0), first.mean(0) - second.mean(0), alive.nonzero()[:, 0])
 
 
-def choose_features(sae: SAE, found: Contrast, n_features: int = 10, n_candidates: int = 40) -> FeatureSet:
+def choose_features(found: Contrast, n_features: int = 10) -> FeatureSet:
+    """The `n_features` features with the largest gap of either sign, weighted by it.
+
+    Raises ValueError where no feature differs.
+    """
+    top = found.feature_gap.abs().topk(min(n_features, len(found.feature_gap)))
+    ids = [int(i) for i, size in zip(top.indices, top.values, strict=True) if size > 0]
+    if not ids:
+        raise ValueError("No feature differs between the two groups; train the SAE longer or at another site.")
+    return FeatureSet(tuple(ids), tuple(float(found.feature_gap[i]) for i in ids))
+
+
+def fit_features(sae: SAE, found: Contrast, n_features: int = 10, n_candidates: int = 40) -> FeatureSet:
     """At most `n_features` features that together account for the difference of means.
 
     Candidates are the `n_candidates` features with the largest gap of either sign. They are taken one by one by how
@@ -146,7 +158,7 @@ def choose_features(sae: SAE, found: Contrast, n_features: int = 10, n_candidate
     top = found.feature_gap.abs().topk(min(n_candidates, len(found.feature_gap)))
     ids = top.indices[top.values > 0]
     signs = found.feature_gap[ids].sign()
-    rows = (signs[:, None] * sae.W_dec[ids]).double().cpu().numpy()
+    rows = (signs[:, None] * sae.W_dec[ids]).detach().double().cpu().numpy()
     target = found.mean_gap.double().cpu().numpy()
     taken: list[int] = []
     weights, rest = np.zeros(0), target

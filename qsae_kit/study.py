@@ -26,6 +26,7 @@ from qsae_kit.steering import (
     choose_features,
     contrast,
     decision_activations,
+    fit_features,
     random_features,
 )
 
@@ -55,6 +56,9 @@ class StudyConfig:
     """What features are chosen by. prompts: harmful prompts against harmless and borderline ones, at the last prompt
     token. answers: stock refusals against the model's own answers to the same prompts, over the answer (contrastive
     activation addition, Rimsky et al. 2024, arXiv 2312.06681): for models that hardly refuse by themselves."""
+    weights: Literal["gap", "fitted"] = "gap"
+    """How features are taken and weighed: by their own gap (`choose_features`), or fitted together to the difference of
+    means (`fit_features`)."""
     positions: Policy = "header"
     """Which tokens the edit changes."""
     max_new_tokens: int = 48
@@ -185,7 +189,9 @@ def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config:
     found = []
     for sae, name in zip(saes, names, strict=True):
         gap = contrast(sae, refusing[name], answering[name])
-        found.append(Candidate(sae, gap, choose_features(sae, gap, config.n_features)))
+        fitted = config.weights == "fitted"
+        chosen = fit_features(sae, gap, config.n_features) if fitted else choose_features(gap, config.n_features)
+        found.append(Candidate(sae, gap, chosen))
     return found
 
 

@@ -9,6 +9,7 @@ from qsae_kit.demo import default_config, demo_prompts
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.steering import (
     Contrast,
+    FeatureSet,
     ablate_features,
     add_features,
     check_features,
@@ -16,6 +17,7 @@ from qsae_kit.steering import (
     clamp_features,
     contrast,
     decision_activations,
+    fit_features,
     random_features,
 )
 from qsae_kit.study import StudyConfig, check_prompts, verdict
@@ -71,22 +73,32 @@ def test_contrast_and_choice_by_hand():
     assert found.feature_gap.tolist() == [3.0, -1.0, 2.0]
     assert found.mean_gap.tolist() == [3.0, -1.0]
     assert found.alive.tolist() == [0, 1, 2]
-    chosen = choose_features(sae, found, 3)  # feature 2 differs, but its decoder row explains nothing
+    chosen = choose_features(found, 2)
+    assert chosen == FeatureSet((0, 2), (3.0, 2.0))
+    torch.testing.assert_close(chosen.direction(sae), torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match="No feature differs"):
+        choose_features(Contrast(torch.zeros(3), torch.zeros(2), torch.arange(3)))
+
+
+def test_fitted_features_by_hand():
+    sae = TopKSAE(2, 3, 3.0, Provenance("m", SITE, NormFilter(1.0)))
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(3)[:, :2])
+    found = Contrast(torch.tensor([3.0, -1.0, 2.0]), torch.tensor([3.0, -1.0]), torch.arange(3))
+    chosen = fit_features(sae, found, 3)  # feature 2 differs, but its decoder row explains nothing
     assert chosen.features == (0, 1)
     assert chosen.weights == pytest.approx((3.0, -1.0))
-    torch.testing.assert_close(chosen.direction(sae), torch.tensor([3.0, -1.0]) / 10**0.5)
-    assert choose_features(sae, found, 1).features == (0,)
-    assert choose_features(sae, found._replace(feature_gap=torch.tensor([-3.0, -1.0, 2.0]))).features == (
-        1,
-    )  # never against its gap
+    assert fit_features(sae, found, 1).features == (0,)
+    against = found._replace(feature_gap=torch.tensor([-3.0, -1.0, 2.0]))  # feature 0 would have to push against its gap
+    assert fit_features(sae, against).features == (1,)
     with pytest.raises(ValueError, match="No feature differs"):
-        choose_features(sae, Contrast(torch.zeros(3), torch.zeros(2), torch.arange(3)))
+        fit_features(sae, Contrast(torch.zeros(3), torch.zeros(2), torch.arange(3)))
 
 
 def test_random_draws_have_the_chosen_size_and_other_features(sae):
     sae, acts = sae
     found = contrast(sae, acts["harmful"], acts["harmless"])
-    chosen = choose_features(sae, found, 10)
+    chosen = choose_features(found, 10)
     draws = [random_features(found, chosen, torch.Generator().manual_seed(s)) for s in range(20)]
     x = torch.randn(1, 4, 160)
     size = add_features(sae, chosen, 1.5, "all").delta(x).norm(dim=-1)
