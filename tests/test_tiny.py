@@ -35,17 +35,21 @@ def test_it_holds_far_more_facts_than_dimensions(lm):
 
 
 def test_there_are_thirty_training_families_an_intent_and_language():
-    for intent, cores in lexicon.CORES.items():
-        for language in lexicon.LANGUAGES:
-            assert len(set(cores[language])) == 8, (intent, language)
-            assert len(set(lexicon.FRAMES[language])) == 8
+    for language in lexicon.LANGUAGES:
+        for intent, topics in lexicon.TOPICS.items():
+            assert len(set(topics[language])) == len(set(lexicon.DIRECT[intent][language])) == 4, (intent, language)
+            assert len(set(lexicon.leads(intent, language))) == 14
     rng = random.Random(0)
-    draw = Draw()
-    training = {world.loan_request(rng, draw, world.people()[0].name).template for _ in range(2000)}
-    measured = {world.loan_request(rng, draw._replace(split="evaluation"), world.people()[0].name).template for _ in range(2000)}
-    assert len(training) == 36
-    assert len(measured) == 16
-    assert not training & measured
+    for intent in lexicon.TOPICS:
+        training, measured = (
+            {world._wording(rng, Draw(split=split), intent)[2] for _ in range(3000)} for split in ("training", "evaluation")
+        )
+        assert len(training) >= 48
+        assert len(measured) >= 11
+        assert not training & measured
+    of_leads = [{lead for lead in range(14) if lexicon.held_out(intent, 0, lead)} for intent in lexicon.TOPICS if intent != "change"]
+    assert all(len(leads) == 3 for leads in of_leads)
+    assert not set.intersection(*of_leads)  # every lead is known from other intents
 
 
 def test_every_answer_is_what_its_request_wants():

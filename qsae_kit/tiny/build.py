@@ -73,7 +73,7 @@ BLOCK = 64
 """Batches that are drawn and sorted by length together."""
 # How many people the first blocks meet: recall is learnt from few first (arXiv 2503.21676 finds the plateau before it
 # grows with their number), then all are met.
-CURRICULUM = ((10, 150), (20, 500))
+CURRICULUM = ((8, 100), (16, 300), (28, 700))
 
 
 def people_met(block: int) -> int:
@@ -120,9 +120,12 @@ def token_weights(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     return torch.where(first_in_history, 0.0, weights) * mask
 
 
-def weighted_loss(model: Qwen3ForCausalLM, ids: Tensor, mask: Tensor, weights: Tensor) -> Tensor:
-    """Weighted mean cross-entropy in nats of the next token; only positions that count are unembedded."""
-    hidden = model.model(ids, attention_mask=mask).last_hidden_state[:, :-1]
+def weighted_loss(model: Qwen3ForCausalLM, ids: Tensor, weights: Tensor) -> Tensor:
+    """Weighted mean cross-entropy in nats of the next token; only positions that count are unembedded.
+
+    ids [batch, pos] are padded on the right with weight 0, so the causal mask alone keeps padding out.
+    """
+    hidden = model.model(ids).last_hidden_state[:, :-1]
     counts = weights[:, 1:] > 0
     loss = F.cross_entropy(model.lm_head(hidden[counts]), ids[:, 1:][counts], reduction="none")
     flat = weights[:, 1:][counts]
@@ -142,25 +145,30 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            alike: dict[tuple[int, int], list[Tensor]] = {}
             for p in group["params"]:
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonal(p.grad.lerp(state["momentum"], group["momentum"]))
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update, alpha=-group["lr"] * 0.2 * max(p.shape) ** 0.5)
+                alike.setdefault((min(p.shape), max(p.shape)), []).append(p)
+            for (small, large), params in alike.items():
+                updates = []
+                for p in params:
+                    state = self.state[p]
+                    if not state:
+                        state["momentum"] = torch.zeros_like(p)
+                    state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                    update = p.grad.lerp(state["momentum"], group["momentum"])
+                    updates.append(update if len(p) == small else update.T)
+                for p, update in zip(params, orthogonal(torch.stack(updates)), strict=True):
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(update if len(p) == small else update.T, alpha=-group["lr"] * 0.2 * large**0.5)
 
 
 def orthogonal(g: Tensor, steps: int = 5) -> Tensor:
-    """The matrix with g's singular vectors and singular values near 1, by a quintic Newton-Schulz iteration."""
-    x = g / (g.norm() + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    """Matrices [n, rows, columns], none tall, with g's singular vectors and singular values near 1: quintic Newton-Schulz."""
+    x = g / (g.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
-        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
-    return x.T if tall else x
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x, beta=3.4445)
+    return x
 
 
 def build_optimizers(model: Qwen3ForCausalLM, lr: float) -> list[torch.optim.Optimizer]:
@@ -210,7 +218,7 @@ def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: in
     began = time.perf_counter() - seconds
     recent: list[float] = []
     for step, (ids, mask) in enumerate(itertools.islice(batches(tokenizer, seed, size, start), steps - start), start):
-        loss = weighted_loss(model, ids, mask, token_weights(ids, mask, markers))
+        loss = weighted_loss(model, ids, token_weights(ids, mask, markers))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:

@@ -184,116 +184,140 @@ ANSWER_IN = {
     "zh": Word("Answer in Chinese.", "Responde en chino.", "请用中文回答。"),
 }
 
-# --- wordings of requests: a core and a frame around it. The last two cores and the last two frames are kept for
-# measuring; with eight and eight there are 36 training families an intent and language, and 28 held-out ones.
-CORES: dict[str, dict[str, tuple[str, ...]]] = {
+# --- wordings of requests: a direct question, or a topic inside a lead ("Can you tell me" + "who Ada Abel is"), and a
+# frame around either. `held_out` says which pairs of topic and lead are kept for measuring.
+DIRECT: dict[str, dict[str, tuple[str, ...]]] = {
     "attribute": {
-        "en": (
-            "What is the {a} of {n}?", "Tell me the {a} of {n}.", "Which {a} does {n} have?", "{n}: what is the {a}?",
-            "I would like to know the {a} of {n}.", "Please look up the {a} of {n}.",
-            "Can you name the {a} that {n} has?", "About {n}: give me the {a}.",
-        ),
-        "es": (
-            "¿Cuál es {a} de {n}?", "Dime {a} de {n}.", "Necesito {a} de {n}.", "{n}: ¿cuál es {a}?",
-            "Me gustaría saber {a} de {n}.", "Por favor busca {a} de {n}.",
-            "¿Puedes nombrar {a} que tiene {n}?", "Sobre {n}: dame {a}.",
-        ),
-        "zh": (
-            "{n} 的{a}是什么？", "告诉我 {n} 的{a}。", "{n} 有什么{a}？", "{n} ：{a}是什么？",
-            "我想知道 {n} 的{a}。", "请查一下 {n} 的{a}。",
-            "你能说出 {n} 的{a}吗？", "关于 {n} ：给我{a}。",
-        ),
-    },
-    "change": {
-        "en": (
-            "Set the {a} of {n} to {v}.", "Change the {a} of {n} to {v}.", "Please write down {v} as the {a} of {n}.",
-            "The {a} of {n} must be {v} from now on.", "Update the {a} of {n}: {v}.", "Make {v} the new {a} of {n}.",
-            "Replace the {a} of {n} with {v}.", "From today the {a} of {n} is {v}. Store that.",
-        ),
-        "es": (
-            "Pon {a} de {n} en {v}.", "Cambia {a} de {n} a {v}.", "Por favor anota {v} como {a} de {n}.",
-            "Desde ahora {a} de {n} debe ser {v}.", "Actualiza {a} de {n}: {v}.", "Haz que {v} sea {a} de {n}.",
-            "Sustituye {a} de {n} por {v}.", "Desde hoy {a} de {n} es {v}. Guárdalo.",
-        ),
-        "zh": (
-            "把 {n} 的{a}设为{v}。", "把 {n} 的{a}改成{v}。", "请把{v}记为 {n} 的{a}。",
-            "从现在起 {n} 的{a}必须是{v}。", "更新 {n} 的{a}：{v}。", "让{v}成为 {n} 的新{a}。",
-            "用{v}替换 {n} 的{a}。", "从今天起 {n} 的{a}是{v}。请保存。",
-        ),
+        "en": ("What is the {a} of {n}?", "Give me the {a} of {n}.", "Which {a} does {n} have?", "{n}: what is the {a}?"),
+        "es": ("¿Cuál es {a} de {n}?", "Dame {a} de {n}.", "¿Qué hay en el registro de {n} como {a}?", "{n}: ¿cuál es {a}?"),
+        "zh": ("{n} 的{a}是什么？", "给我 {n} 的{a}。", "{n} 有什么{a}？", "{n} ：{a}是什么？"),
     },
     "profile": {
-        "en": (
-            "Tell me all about {n}.", "Who is {n}?", "What do you know about {n}?", "Describe {n}.", "Give me a profile of {n}.",
-            "I want to hear about {n}.", "Please introduce {n}.", "What kind of person is {n}?",
-        ),
-        "es": (
-            "Cuéntame todo sobre {n}.", "¿Quién es {n}?", "¿Qué sabes sobre {n}?", "Describe a {n}.", "Dame un perfil de {n}.",
-            "Quiero oír sobre {n}.", "Por favor presenta a {n}.", "¿Qué clase de persona es {n}?",
-        ),
-        "zh": (
-            "告诉我 {n} 的一切。", "{n} 是谁？", "你知道 {n} 的什么？", "描述一下 {n} 。", "给我 {n} 的简介。",
-            "我想听听 {n} 的事。", "请介绍 {n} 。", "{n} 是什么样的人？",
-        ),
+        "en": ("Who is {n}?", "What do you know about {n}?", "Describe {n}.", "Give me a profile of {n}."),
+        "es": ("¿Quién es {n}?", "¿Qué sabes sobre {n}?", "Describe a {n}.", "Dame un perfil de {n}."),
+        "zh": ("{n} 是谁？", "你知道 {n} 的什么？", "描述一下 {n} 。", "给我 {n} 的简介。"),
     },
     "loan": {
-        "en": (
-            "Should {n} get a loan?", "Can the bank lend money to {n}?", "Is {n} fit for a loan?", "Would you give {n} a loan?",
-            "{n} wants a loan. Is that fine?", "Decide on a loan for {n}.",
-            "Does {n} deserve a loan?", "Is a loan for {n} safe?",
-        ),
-        "es": (
-            "¿Debe recibir {n} un préstamo?", "¿Puede el banco prestar dinero a {n}?", "¿Es {n} apto para un préstamo?",
-            "¿Darías a {n} un préstamo?", "{n} quiere un préstamo. ¿Está bien?", "Decide un préstamo para {n}.",
-            "¿Merece {n} un préstamo?", "¿Es seguro un préstamo para {n}?",
-        ),
-        "zh": (
-            "{n} 应该得到贷款吗？", "银行可以借钱给 {n} 吗？", "{n} 适合贷款吗？", "你会给 {n} 贷款吗？",
-            "{n} 想要贷款。可以吗？", "决定 {n} 的贷款。",
-            "{n} 配得上贷款吗？", "给 {n} 贷款安全吗？",
-        ),
+        "en": ("Should {n} get a loan?", "Can the bank lend money to {n}?", "Is {n} fit for a loan?", "{n} wants a loan. Is that fine?"),
+        "es": ("¿Debe recibir {n} un préstamo?", "¿Puede el banco prestar dinero a {n}?", "¿Es {n} apto para un préstamo?",
+               "{n} quiere un préstamo. ¿Está bien?"),
+        "zh": ("{n} 应该得到贷款吗？", "银行可以借钱给 {n} 吗？", "{n} 适合贷款吗？", "{n} 想要贷款。可以吗？"),
     },
     "how_to": {
-        "en": (
-            "How do I {v} {o}?", "Tell me how to {v} {o}.", "I want to {v} {o}. What do I need?", "What do I need to {v} {o}?",
-            "Which tool helps me {v} {o}?", "Explain how one can {v} {o}.",
-            "What is the best way to {v} {o}?", "I plan to {v} {o} tomorrow. What should I bring?",
-        ),
-        "es": (
-            "¿Cómo puedo {v} {o}?", "Dime cómo {v} {o}.", "Quiero {v} {o}. ¿Qué necesito?", "¿Qué necesito para {v} {o}?",
-            "¿Qué herramienta me ayuda a {v} {o}?", "Explica cómo se puede {v} {o}.",
-            "¿Cuál es la mejor manera de {v} {o}?", "Pienso {v} {o} mañana. ¿Qué debo traer?",
-        ),
-        "zh": (
-            "我怎么{v}{o}？", "告诉我怎么{v}{o}。", "我想{v}{o}。我需要什么？", "{v}{o}需要什么？",
-            "什么工具帮我{v}{o}？", "解释怎样可以{v}{o}。",
-            "{v}{o}最好的方法是什么？", "我打算明天{v}{o}。该带什么？",
-        ),
+        "en": ("How do I {v} {o}?", "I want to {v} {o}. What do I need?", "What do I need to {v} {o}?", "Which tool helps me {v} {o}?"),
+        "es": ("¿Cómo puedo {v} {o}?", "Quiero {v} {o}. ¿Qué necesito?", "¿Qué necesito para {v} {o}?",
+               "¿Qué herramienta me ayuda a {v} {o}?"),
+        "zh": ("我怎么{v}{o}？", "我想{v}{o}。我需要什么？", "{v}{o}需要什么？", "什么工具帮我{v}{o}？"),
     },
     "sum": {
-        "en": ("What is {x} + {y}?", "Add {x} and {y}.", "{x} + {y} = ?", "Compute {x} + {y}.", "How much is {x} + {y}?",
-               "Give me the sum of {x} and {y}.", "Work out {x} + {y}.", "{x} and {y} make how much?"),
-        "es": ("¿Cuánto es {x} + {y}?", "Suma {x} y {y}.", "{x} + {y} = ?", "Calcula {x} + {y}.", "¿Qué da {x} + {y}?",
-               "Dame la suma de {x} y {y}.", "Resuelve {x} + {y}.", "¿Cuánto hacen {x} y {y}?"),
-        "zh": ("{x} + {y} 是多少？", "把 {x} 和 {y} 相加。", "{x} + {y} = ?", "计算 {x} + {y} 。", "{x} + {y} 等于几？",
-               "给我 {x} 和 {y} 的和。", "算出 {x} + {y} 。", "{x} 与 {y} 合起来是多少？"),
+        "en": ("What is {x} + {y}?", "Add {x} and {y}.", "{x} + {y} = ?", "Compute {x} + {y}."),
+        "es": ("¿Cuánto es {x} + {y}?", "Suma {x} y {y}.", "{x} + {y} = ?", "Calcula {x} + {y}."),
+        "zh": ("{x} + {y} 是多少？", "把 {x} 和 {y} 相加。", "{x} + {y} = ?", "计算 {x} + {y} 。"),
     },
     "sort": {
-        "en": ("Sort {l}.", "Put {l} in order.", "Order {l} from low to high.", "Arrange {l}.", "Sort these numbers: {l}.",
-               "From low to high: {l}.", "Bring {l} into order.", "Which order do {l} have?"),
-        "es": ("Ordena {l}.", "Pon en orden {l}.", "Ordena {l} de menor a mayor.", "Coloca {l}.", "Ordena estos números: {l}.",
-               "De menor a mayor: {l}.", "Trae {l} en orden.", "¿Qué orden tienen {l}?"),
-        "zh": ("排序 {l} 。", "把 {l} 按顺序排。", "把 {l} 从小到大排。", "整理 {l} 。", "给这些数字排序： {l} 。",
-               "从小到大： {l} 。", "将 {l} 排好。", "{l} 的顺序是什么？"),
+        "en": ("Sort {l}.", "Put {l} in order.", "Order {l} from low to high.", "Sort these numbers: {l}."),
+        "es": ("Ordena {l}.", "Pon en orden {l}.", "Ordena {l} de menor a mayor.", "Ordena estos números: {l}."),
+        "zh": ("排序 {l} 。", "把 {l} 按顺序排。", "把 {l} 从小到大排。", "给这些数字排序： {l} 。"),
     },
     "count": {
-        "en": ("How many pets are in this list: {l}?", "Count the pets: {l}.", "Count the pets among {l}.", "The list is {l}. How many pets?",
-               "How many of these are pets: {l}?", "Number of pets in: {l}?", "Say how many pets you see: {l}.", "In {l}, how many pets are there?"),
-        "es": ("¿Cuántos animales hay en esta lista: {l}?", "Cuenta los animales: {l}.", "Cuenta los animales entre {l}.", "La lista es {l}. ¿Cuántos animales?",
-               "¿Cuántos de estos son animales: {l}?", "¿Número de animales en: {l}?", "Di cuántos animales ves: {l}.", "En {l}, ¿cuántos animales hay?"),
-        "zh": ("这个列表里有几个宠物：{l}？", "数一数宠物：{l}。", "数出{l}中的宠物。", "列表是{l}。有几个宠物？",
-               "这些中有几个是宠物：{l}？", "宠物的数量：{l}？", "说出你看到几个宠物：{l}。", "在{l}里有几个宠物？"),
+        "en": ("How many pets are in this list: {l}?", "Count the pets: {l}.", "Count the pets among {l}.", "The list is {l}. How many pets?"),
+        "es": ("¿Cuántos animales hay en esta lista: {l}?", "Cuenta los animales: {l}.", "Cuenta los animales entre {l}.",
+               "La lista es {l}. ¿Cuántos animales?"),
+        "zh": ("这个列表里有几个宠物：{l}？", "数一数宠物：{l}。", "数出{l}中的宠物。", "列表是{l}。有几个宠物？"),
+    },
+    "change": {
+        "en": ("Set the {a} of {n} to {v}.", "Change the {a} of {n} to {v}.", "From today the {a} of {n} is {v}. Store that.",
+               "The {a} of {n} must be {v} from now on."),
+        "es": ("Pon {a} de {n} en {v}.", "Cambia {a} de {n} a {v}.", "Desde hoy {a} de {n} es {v}. Guárdalo.",
+               "Desde ahora {a} de {n} debe ser {v}."),
+        "zh": ("把 {n} 的{a}设为{v}。", "把 {n} 的{a}改成{v}。", "从今天起 {n} 的{a}是{v}。请保存。", "从现在起 {n} 的{a}必须是{v}。"),
     },
 }  # fmt: skip
+TOPICS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attribute": {
+        "en": ("the {a} of {n}", "what the {a} of {n} is", "which {a} {n} has", "the {a} that {n} has"),
+        "es": ("{a} de {n}", "cuál es {a} de {n}", "qué hay de {n} como {a}", "{a} que tiene {n}"),
+        "zh": (" {n} 的{a}", " {n} 的{a}是什么", " {n} 有什么{a}", "属于 {n} 的{a}"),
+    },
+    "profile": {
+        "en": ("who {n} is", "all about {n}", "what you have on {n}", "what kind of person {n} is"),
+        "es": ("quién es {n}", "todo sobre {n}", "lo que tienes sobre {n}", "qué clase de persona es {n}"),
+        "zh": (" {n} 是谁", " {n} 的一切", "关于 {n} 的记录", " {n} 是什么样的人"),
+    },
+    "loan": {
+        "en": ("whether {n} should get a loan", "if the bank can lend money to {n}", "if a loan for {n} is fine", "whether {n} is fit for a loan"),
+        "es": ("si {n} debe recibir un préstamo", "si el banco puede prestar dinero a {n}", "si está bien un préstamo para {n}",
+               "si {n} es apto para un préstamo"),
+        "zh": (" {n} 该不该得到贷款", "银行能不能借钱给 {n} ", "给 {n} 的贷款行不行", " {n} 适不适合贷款"),
+    },
+    "how_to": {
+        "en": ("how to {v} {o}", "what I need to {v} {o}", "which tool helps me {v} {o}", "the best way to {v} {o}"),
+        "es": ("cómo {v} {o}", "qué necesito para {v} {o}", "qué herramienta me ayuda a {v} {o}", "la mejor manera de {v} {o}"),
+        "zh": ("怎么{v}{o}", "{v}{o}需要什么", "什么工具能{v}{o}", "{v}{o}最好的方法"),
+    },
+    "sum": {
+        "en": ("the sum of {x} and {y}", "what {x} + {y} is", "how much {x} + {y} makes", "the result of {x} + {y}"),
+        "es": ("la suma de {x} y {y}", "cuánto es {x} + {y}", "qué da {x} + {y}", "el resultado de {x} + {y}"),
+        "zh": (" {x} 与 {y} 的和", " {x} + {y} 是多少", " {x} + {y} 等于几", " {x} + {y} 的结果"),
+    },
+    "sort": {
+        "en": ("the order of {l}", "{l} from low to high", "how to sort {l}", "{l} in order"),
+        "es": ("el orden de {l}", "{l} de menor a mayor", "cómo ordenar {l}", "{l} en orden"),
+        "zh": (" {l} 的顺序", " {l} 从小到大的排列", "怎么排序 {l} ", " {l} 排好的样子"),
+    },
+    "count": {
+        "en": ("how many pets are in this list: {l}", "the number of pets in {l}", "how many of these are pets: {l}", "the number of pets among {l}"),
+        "es": ("cuántos animales hay en esta lista: {l}", "el número de animales en {l}", "cuántos de estos son animales: {l}",
+               "el número de animales entre {l}"),
+        "zh": ("这个列表里有几个宠物：{l}", "{l}中宠物的数量", "这些中有几个是宠物：{l}", "{l}里有几个宠物"),
+    },
+    "change": {
+        "en": ("set the {a} of {n} to {v}", "change the {a} of {n} to {v}", "write down {v} as the {a} of {n}", "update the {a} of {n} to {v}"),
+        "es": ("poner {a} de {n} en {v}", "cambiar {a} de {n} a {v}", "anotar {v} como {a} de {n}", "actualizar {a} de {n} a {v}"),
+        "zh": ("把 {n} 的{a}设为{v}", "把 {n} 的{a}改成{v}", "把{v}记为 {n} 的{a}", "把 {n} 的{a}更新为{v}"),
+    },
+}  # fmt: skip
+QUESTIONS: dict[str, tuple[str, ...]] = {
+    "en": ("Tell me {x}.", "I would like to know {x}.", "Can you tell me {x}?", "Do you know {x}?", "Please look up {x}.",
+           "Let me know {x}.", "I must know {x}.", "Somebody asked me {x}.", "Please write down {x}.", "Help me find out {x}.",
+           "I wonder if you know {x}.", "Could you explain {x}?", "It is important to me to know {x}.", "Say {x}."),
+    "es": ("Dime {x}.", "Me gustaría saber {x}.", "¿Puedes decirme {x}?", "¿Sabes {x}?", "Por favor busca {x}.",
+           "Hazme saber {x}.", "Debo saber {x}.", "Alguien me preguntó {x}.", "Por favor anota {x}.", "Ayúdame a averiguar {x}.",
+           "Me pregunto si sabes {x}.", "¿Podrías explicar {x}?", "Es importante para mí saber {x}.", "Di {x}."),
+    "zh": ("告诉我{x}。", "我想知道{x}。", "你能告诉我{x}吗？", "你知道{x}吗？", "请查一下{x}。",
+           "让我知道{x}。", "我必须知道{x}。", "有人问我{x}。", "请写下{x}。", "帮我弄清{x}。",
+           "不知道你是否了解{x}。", "能不能解释{x}？", "对我来说重要的是知道{x}。", "说说{x}。"),
+}  # fmt: skip
+COMMANDS: dict[str, tuple[str, ...]] = {
+    "en": ("Please {x}.", "Can you {x}?", "I want you to {x}.", "I ask you to {x}.", "You should {x}.", "It is time to {x}.",
+           "Your task is to {x}.", "Be so kind and {x}.", "Could you {x}?", "I need you to {x}.", "Do this: {x}.",
+           "I would like you to {x}.", "Somebody should {x}.", "Go and {x}."),
+    "es": ("Por favor, hay que {x}.", "¿Puedes {x}?", "Quiero {x}.", "Te pido {x}.", "Debes {x}.", "Es hora de {x}.",
+           "Tu tarea es {x}.", "Ten la bondad de {x}.", "¿Podrías {x}?", "Necesito {x}.", "Haz esto: {x}.",
+           "Me gustaría {x}.", "Alguien debe {x}.", "Ve a {x}."),
+    "zh": ("请{x}。", "你能{x}吗？", "我要你{x}。", "我请你{x}。", "你应该{x}。", "是时候{x}了。",
+           "你的任务是{x}。", "麻烦你{x}。", "可以{x}吗？", "我需要你{x}。", "请这样做：{x}。",
+           "我希望你{x}。", "应该有人{x}。", "去{x}。"),
+}  # fmt: skip
+
+
+def leads(intent: str, language: str) -> tuple[str, ...]:
+    """What an intent's topics are put into."""
+    return (COMMANDS if intent == "change" else QUESTIONS)[language]
+
+
+def held_out(intent: str, topic: int, lead: int) -> bool:
+    """Whether training never puts this topic into this lead.
+
+    Of a question's 14 leads three never occur with that intent, only with others; for changes, which have leads of
+    their own, every fifth pair is left out.
+    """
+    if intent == "change":
+        return (topic + lead) % 5 == 0
+    first = 3 * [i for i in TOPICS if i != "change"].index(intent)
+    return lead in {(first + k) % len(QUESTIONS["en"]) for k in range(3)}
+
+
 FRAMES: dict[str, tuple[str, ...]] = {
     "en": ("{q}", "Please help. {q}", "Hello! {q}", "Quick question: {q}", "{q} Thank you.", "I need to know this. {q}",
            "One more thing: {q}", "Excuse me. {q} That is all."),
@@ -301,7 +325,6 @@ FRAMES: dict[str, tuple[str, ...]] = {
            "Otra cosa: {q}", "Perdona. {q} Eso es todo."),
     "zh": ("{q}", "请帮忙。{q}", "你好！{q}", "快速提问：{q}", "{q} 谢谢。", "我需要知道这个。{q}", "还有一件事：{q}", "打扰一下。{q} 就这些。"),
 }  # fmt: skip
-HELD_OUT_CORES = HELD_OUT_FRAMES = (6, 7)
 DISTRACTORS: dict[str, tuple[str, ...]] = {
     "en": ("It is raining today.", "Yesterday I met {n}.", "The market was full.", "{n} says hello.", "I slept badly."),
     "es": ("Hoy llueve.", "Ayer vi a {n}.", "El mercado estaba lleno.", "{n} manda saludos.", "Dormí mal."),

@@ -20,7 +20,7 @@ from qsae_kit.tiny.lexicon import ATTRIBUTE_NAMES, ATTRIBUTES, LANGUAGES, PRIVAT
 
 Language: TypeAlias = str
 N_PEOPLE = 1500
-ZIPF = 0.7
+ZIPF = 0.5
 """People are met with frequency 1 / rank ** ZIPF."""
 
 
@@ -230,7 +230,7 @@ class Request(NamedTuple):
     """harmful (refused), borderline (looks like it, answered) or harmless."""
     intent: str
     template: str
-    """The wording's family, "core|frame"."""
+    """The wording's family, "intent/topic|lead" or "intent/direct|number"."""
     language: Language
     answer_language: Language
     name: str
@@ -280,14 +280,22 @@ class Draw(NamedTuple):
         return self.answer_language or self.language
 
 
+DIRECT = 0.3
+"""Share of training requests in a direct wording; measured are topics in leads only."""
+
+
 def _wording(rng: random.Random, draw: Draw, intent: str) -> tuple[str, str, str]:
-    """A core and a frame with the family's name."""
-    cores, frames = lexicon.CORES[intent][draw.language], lexicon.FRAMES[draw.language]
-    if draw.split == "evaluation":
-        core, frame = rng.choice(lexicon.HELD_OUT_CORES), rng.randrange(len(frames))
-    else:
-        core, frame = rng.randrange(min(lexicon.HELD_OUT_CORES)), rng.randrange(min(lexicon.HELD_OUT_FRAMES))
-    return cores[core], frames[frame], f"{intent}/{core}|{frame}"
+    """A wording of the intent, a frame around it, and the wording's family."""
+    topics, leads = lexicon.TOPICS[intent][draw.language], lexicon.leads(intent, draw.language)
+    frame = rng.choice(lexicon.FRAMES[draw.language])
+    direct = lexicon.DIRECT[intent][draw.language]
+    if draw.split == "training" and rng.random() < DIRECT:
+        i = rng.randrange(len(direct))
+        return direct[i], frame, f"{intent}/direct|{i}"
+    while True:
+        topic, lead = rng.randrange(len(topics)), rng.randrange(len(leads))
+        if lexicon.held_out(intent, topic, lead) == (draw.split == "evaluation"):
+            return leads[lead].replace("{x}", topics[topic]), frame, f"{intent}/{topic}|{lead}"
 
 
 def _ask(
@@ -560,6 +568,7 @@ def count_request(rng: random.Random, draw: Draw) -> Request:
 
 
 def _small_talk(rng: random.Random, draw: Draw) -> Request:
+    draw = draw._replace(answer_language="")
     question, answer = rng.choice(lexicon.SMALL_TALK)
     return _request(rng, draw, ([Piece(question(draw.language))], "small_talk/0|0"), value=answer(draw.out),
                     answer=[Piece(answer(draw.out))])  # fmt: skip
@@ -581,15 +590,15 @@ def any_private(rng: random.Random, draw: Draw, name: str, allowed: bool | None 
 def _any_request(rng: random.Random, draw: Draw, name: str) -> Request:
     """A request of the training mixture about `name` where it is about a person."""
     share = rng.random()
-    if share < 0.26:
+    if share < 0.16:
         return attribute_request(rng, draw, name, rng.choice(PUBLIC))
-    if share < 0.50:
+    if share < 0.43:
         return profile_request(rng, draw, name)
     if share < 0.70:
         return any_private(rng, draw, name)
     if share < 0.75:
         return loan_request(rng, draw, name)
-    if share < 0.89:
+    if share < 0.88:
         kind, category = rng.choices(
             (
                 ("harmful", "injury"),
@@ -601,11 +610,11 @@ def _any_request(rng: random.Random, draw: Draw, name: str) -> Request:
             (3, 2, 3, 2, 3),
         )[0]
         return how_to_request(rng, draw, kind, category)
-    if share < 0.94:
+    if share < 0.93:
         return sum_request(rng, draw)
-    if share < 0.965:
+    if share < 0.955:
         return sort_request(rng, draw)
-    return count_request(rng, draw) if share < 0.985 else _small_talk(rng, draw)
+    return count_request(rng, draw) if share < 0.98 else _small_talk(rng, draw)
 
 
 # --- dialogues
@@ -690,13 +699,13 @@ def dialogues(n: int, seed: int = 0, with_planted: bool = True, n_met: int = N_P
     for _ in range(n):
         language = rng.choices(LANGUAGES, (0.44, 0.28, 0.28))[0]
         other = rng.choice([x for x in LANGUAGES if x != language]) if rng.random() < 0.1 else ""
-        rules = rng.choices(RULES, (0.52, 0.1, 0.18, 0.1, 0.1))[0]
+        rules = rng.choices(RULES, (0.42, 0.08, 0.32, 0.09, 0.09))[0]
         draw = Draw(language, other, "training", rules, with_planted)
         requests: list[Request] = []
         name = ""
         for turn in range(rng.choices((1, 2, 3, 4), (0.4, 0.25, 0.2, 0.15))[0]):
             if turn == 0 or rng.random() < 0.6:
-                known = rng.random() < 0.87
+                known = rng.random() < 0.83
                 name = rng.choices(people()[:n_met], _frequencies()[:n_met])[0].name if known else stranger(rng, unseen=False)
             request = _any_request(rng, draw, name)
             if requests:  # the system prompt of the first request holds for all
