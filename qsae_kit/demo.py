@@ -71,12 +71,12 @@ def default_config(lm: HookedLM) -> DemoConfig:
         weights="fitted",
         positions="answer",
         max_new_tokens=28,
-        cost_prompts=5,
-        control_prompts=8,
+        cost_prompts=4,
+        control_prompts=5,
     )
     return DemoConfig(
         (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=16, n_evaluation=100,
-        n_harmless=48, evaluation_tokens=3_000, spliced_tokens=500, own_dialogues=240,
+        n_harmless=32, evaluation_tokens=2_500, spliced_tokens=300, own_dialogues=240,
     )  # fmt: skip
 
 

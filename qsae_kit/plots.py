@@ -10,9 +10,10 @@ KIND_COLORS = {"resid": "#0072B2", "mlp": "#D55E00", "attn": "#009E73"}
 KIND_NAMES = {"resid": "residual stream", "mlp": "MLP output", "attn": "attention output"}
 KIND_SYMBOLS = {"resid": "circle", "mlp": "square", "attn": "diamond"}
 DASHES = ("solid", "dot", "dash", "dashdot")
+# Drawn in this order; the wider one first, so that lines that coincide are both seen.
 ARM_STYLE = {
-    "features": ("#0072B2", "SAE features", "circle"),
-    "difference_of_means": ("#E69F00", "difference of means", "square"),
+    "difference_of_means": ("#E69F00", "difference of means", "square", 4),
+    "features": ("#0072B2", "SAE features", "circle", 2),
 }
 GOAL_TITLE = {"suppress": "suppress, on harmful prompts", "induce": "induce, on harmless prompts"}
 
@@ -75,7 +76,7 @@ def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
         rows = table[table["prompt_kind"] == kind]
         base = rows[rows["goal"] == "none"].iloc[0]
         arms = rows[rows["goal"] == goal]
-        for arm, (color, label, symbol) in ARM_STYLE.items():
+        for arm, (color, label, symbol, width) in ARM_STYLE.items():
             own = arms[arms["intervention"] == arm].sort_values("strength")
             strengths = [0.0, *own["strength"]]
             rates = [base["refusal_rate"], *own["refusal_rate"]]
@@ -84,7 +85,8 @@ def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
             figure.add_trace(
                 go.Scatter(
                     x=strengths, y=rates, mode="lines+markers", name=f"refused: {label}", legendgroup=arm,
-                    showlegend=column == 1, line={"color": color}, marker={"symbol": symbol, "size": 8},
+                    showlegend=column == 1, line={"color": color, "width": width},
+                    marker={"symbol": symbol, "size": 5 + 2 * width},
                     error_y={"type": "data", "array": above, "arrayminus": below, "thickness": 1},
                 ),
                 row=1, col=column,
@@ -92,7 +94,7 @@ def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
             figure.add_trace(
                 go.Scatter(
                     x=strengths, y=[base["broken_rate"], *own["broken_rate"]], mode="lines", name=f"broken: {label}",
-                    legendgroup=f"{arm}-broken", showlegend=column == 1, line={"color": color, "dash": "dot"},
+                    legendgroup=f"{arm}-broken", showlegend=column == 1, line={"color": color, "dash": "dot", "width": width},
                 ),
                 row=1, col=column,
             )  # fmt: skip
@@ -108,7 +110,7 @@ def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
         chosen = arms.loc[arms["chosen"], "strength"]
         if not chosen.empty:
             figure.add_vline(x=float(chosen.iloc[0]), line={"dash": "dash", "color": "#777777", "width": 1}, row=1, col=column)
-    figure.update_xaxes(title="strength (median norms of the site; dashed: frozen)", rangemode="tozero")
+    figure.update_xaxes(title="strength (median norms; dashed: frozen)", rangemode="tozero")
     figure.update_yaxes(title="share of prompts (bars: 95 % interval)", range=[-0.04, 1.06], row=1, col=1)
     where = f" of {plot_text(model_name)}" if model_name else ""
     _style(figure, f"Refusal steered both ways{where} (n = {int(table['n'].max())} a kind)", height=460)
