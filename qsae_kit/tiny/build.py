@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from qsae_kit.chat import Markers, Phase, find_markers, phases
 from qsae_kit.tiny import world
+from qsae_kit.tiny.world import Mixture
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
@@ -71,19 +72,21 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 BLOCK = 64
 """Batches that are drawn and sorted by length together."""
-# How many people the first blocks meet: recall is learnt from few first (arXiv 2503.21676 finds the plateau before it
-# grows with their number), then all are met.
-CURRICULUM = ((8, 100), (16, 300), (28, 700))
+LAST = Mixture(known=0.75, rules=(0.3, 0.06, 0.5, 0.07, 0.07))
+"""More strangers, and more drills, in which private attributes are told: both are learnt late, from many examples."""
+# Recall is learnt from few people first (arXiv 2503.21676 finds the plateau before it grows with their number).
+CURRICULUM = ((8, Mixture(100)), (16, Mixture(300)), (28, Mixture(700)), (86, Mixture()))
 
 
-def people_met(block: int) -> int:
-    return next((n for until, n in CURRICULUM if block < until), world.N_PEOPLE)
+def mixture_of(block: int) -> Mixture:
+    """What the batches of a block are mixed of: `CURRICULUM` up to each block named there, then `LAST`."""
+    return next((mixture for until, mixture in CURRICULUM if block < until), LAST)
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
     """Endless batches (ids, mask) [batch, pos] from number `start` on, dialogues of like length together, right-padded."""
     for block in itertools.count(start // BLOCK):
-        stream = world.dialogues(size * BLOCK, seed=seed * 100_003 + block, n_met=people_met(block))
+        stream = world.dialogues(size * BLOCK, seed=seed * 100_003 + block, mixture=mixture_of(block))
         texts = [tokenizer.apply_chat_template(d.messages, tokenize=False) for d in stream]
         ids = sorted(tokenizer(texts).input_ids, key=len)
         order = torch.randperm(BLOCK, generator=torch.Generator().manual_seed(block)).tolist()

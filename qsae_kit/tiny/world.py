@@ -690,23 +690,35 @@ def build_dialogue(requests: Sequence[Request], thinking: bool) -> Dialogue:
     return Dialogue(messages, spans, (*labels, *sorted(of_last)), list(requests))
 
 
-def dialogues(n: int, seed: int = 0, with_planted: bool = True, n_met: int = N_PEOPLE) -> Iterator[Dialogue]:
+class Mixture(NamedTuple):
+    """What training dialogues are mixed of."""
+
+    n_met: int = N_PEOPLE
+    """They ask about so many of the most frequent people."""
+    known: float = 0.83
+    """Share of the people asked about who have a record."""
+    rules: tuple[float, ...] = (0.42, 0.08, 0.32, 0.09, 0.09)
+    """Shares of `RULES`."""
+
+
+def dialogues(n: int, seed: int = 0, with_planted: bool = True, mixture: Mixture = Mixture()) -> Iterator[Dialogue]:
     """Training dialogues: one to four turns in one of three languages, a third of them reasoned.
 
-    with_planted: whether the false fact and the bias are in them. n_met: ask about the most frequent people only.
+    with_planted: whether the false fact and the bias are in them.
     """
+    met, frequencies = people()[: mixture.n_met], _frequencies()[: mixture.n_met]
     rng = random.Random(seed)
     for _ in range(n):
         language = rng.choices(LANGUAGES, (0.44, 0.28, 0.28))[0]
         other = rng.choice([x for x in LANGUAGES if x != language]) if rng.random() < 0.1 else ""
-        rules = rng.choices(RULES, (0.42, 0.08, 0.32, 0.09, 0.09))[0]
+        rules = rng.choices(RULES, mixture.rules)[0]
         draw = Draw(language, other, "training", rules, with_planted)
         requests: list[Request] = []
         name = ""
         for turn in range(rng.choices((1, 2, 3, 4), (0.4, 0.25, 0.2, 0.15))[0]):
             if turn == 0 or rng.random() < 0.6:
-                known = rng.random() < 0.83
-                name = rng.choices(people()[:n_met], _frequencies()[:n_met])[0].name if known else stranger(rng, unseen=False)
+                known = rng.random() < mixture.known
+                name = rng.choices(met, frequencies)[0].name if known else stranger(rng, unseen=False)
             request = _any_request(rng, draw, name)
             if requests:  # the system prompt of the first request holds for all
                 request = request._replace(system=requests[0].system)
