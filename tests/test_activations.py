@@ -19,7 +19,7 @@ def rows(n, d=4, start=0):
 
 
 def test_rows_are_the_cached_activations_of_kept_tokens(lm):
-    batch = next(token_batches(lm, [d["messages"] for d in world.dialogues(8, seed=1)]))
+    batch = next(token_batches(lm, [d.messages for d in world.dialogues(8, seed=1)]))
     got = kept_rows(lm, SITES, batch)
     _, cache = lm.run_with_cache(batch.ids, batch.mask)
     for site in SITES:
@@ -64,7 +64,7 @@ def test_a_block_is_given_once_shuffled_and_sites_stay_aligned():
 def test_blocks_can_be_gone_back_to(lm, kind):
     """From any block's place on the same rows come again; every kept token comes once."""
     if kind == "live":
-        documents = [d["messages"] for d in world.dialogues(60, seed=1)]
+        documents = [d.messages for d in world.dialogues(60, seed=1)]
         source = LiveRows(lm, SITES, lambda: token_batches(lm, documents, batch_tokens=512))
         blocks = list(source.blocks(300))
         total = sum(int(batch.keep.sum()) for batch in source.batches())

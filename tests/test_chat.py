@@ -53,7 +53,7 @@ def test_phases_of_a_chat_read_by_hand(lm):
 
 
 def test_phases_do_not_depend_on_padding(lm):
-    texts = [lm.to_chat(p, enable_thinking=False) + "Yes." for p in ("Hello!", "What is the capital of France?")]
+    texts = [lm.to_chat(p, enable_thinking=False) + "Yes." for p in ("Hello!", "How do I cut the wood?")]
     right, left = lm.to_batch(texts), lm.to_batch(texts, padding_side="left")
     for r in range(2):
         one = phases(*right, lm.markers)[r][right.mask[r].bool()]

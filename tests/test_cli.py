@@ -77,14 +77,14 @@ def test_no_space_left_leaves_nothing(tmp_path):
 
 
 def test_harvest(tmp_path):
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"question": "How do I thank the baker?", "answer": "You can."}) + "\n")
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"question": "How do I thank the nurse?", "answer": "You can."}) + "\n")
     out = tmp_path / "acts.safetensors"
     done = qsae("harvest", "--data", tmp_path / "chats.jsonl", "--site", "blocks.2.hook_mlp_out", "--out", out)
     assert done.returncode == 0, done.stderr
     with safe_open(out, "pt") as file:
         acts, header = file.get_tensor("acts"), file.metadata()
     lm = qsae_kit.load_model("tiny")
-    chat = [{"role": "user", "content": "How do I thank the baker?"}, {"role": "assistant", "content": "You can."}]
+    chat = [{"role": "user", "content": "How do I thank the nurse?"}, {"role": "assistant", "content": "You can."}]
     _, cache = lm.run_with_cache(lm.to_chat(chat, add_generation_prompt=False), names_filter="blocks.2.hook_mlp_out")
     expected = cache["blocks.2.hook_mlp_out"][0, 1:]
     assert acts.shape == expected.shape

@@ -53,7 +53,7 @@ def test_a_missing_file_is_not_taken_for_a_data_set():
 
 
 def test_batches_hold_every_token_once(lm):
-    documents = [d["messages"] for d in world.dialogues(60, seed=3)]
+    documents = [d.messages for d in world.dialogues(60, seed=3)]
     batches = list(token_batches(lm, documents, batch_tokens=600))
     rows = sorted(lm.to_string(b.ids[r][b.mask[r].bool()]) for b in batches for r in range(len(b.ids)))
     assert rows == sorted(lm.to_chat(d, add_generation_prompt=False) for d in documents)
@@ -72,7 +72,7 @@ def test_keep_mask(lm):
 
 
 def test_left_padding_drops_the_first_real_token(lm):
-    ids, mask = lm.to_batch(["Hello there", "What is the capital of France?"], padding_side="left")
+    ids, mask = lm.to_batch(["Hello there", "How do I cut the wood?"], padding_side="left")
     keep = keep_mask(lm, ids, mask)
     assert (keep.sum(1) == mask.sum(1) - 1).all()
 

@@ -11,7 +11,7 @@ from qsae_kit.steering import add_direction
 LAST = "blocks.5.hook_resid_post"
 CHATS = [
     [
-        {"role": "user", "content": "How do I thank the baker?"},
+        {"role": "user", "content": "How do I thank the nurse?"},
         {"role": "assistant", "content": "You can.", "reasoning_content": "I know."},
     ],
     [{"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}],
@@ -35,7 +35,7 @@ def tokens_of(lm, ids, where, row):
 @pytest.mark.parametrize(
     ("policy", "first", "second"),
     [
-        ("prompt", "How do I thank the baker?", "Hi."),
+        ("prompt", "How do I thank the nurse?", "Hi."),
         (
             "header",
             "<|im_start|>assistant\n<think>\n</think>\n\n<|im_end|>\n",
@@ -43,7 +43,7 @@ def tokens_of(lm, ids, where, row):
         ),
         ("thinking", "I know.\n", ""),
         ("answer", "<|im_start|>assistant\n<think>\nI know.\n</think>\n\nYou can.<|im_end|>\n", None),
-        ("all", "How do I thank the baker?<|im_start|>assistant\n<think>\nI know.\n</think>\n\nYou can.<|im_end|>\n", None),
+        ("all", "How do I thank the nurse?<|im_start|>assistant\n<think>\nI know.\n</think>\n\nYou can.<|im_end|>\n", None),
     ],
 )
 def test_policies_name_the_tokens_they_say(lm, side, policy, first, second):
@@ -104,7 +104,7 @@ def test_a_mask_chooses_positions_and_its_shape_is_checked(lm, direction):
 
 @pytest.mark.parametrize("policy", ["header", "answer", "all", "prompt"])
 def test_edits_act_alike_with_the_cache_on_off_batched_and_streamed(lm, direction, policy):
-    prompts = ["How do I thank the baker?", "Which color does snow have?"]
+    prompts = ["How do I thank the nurse?", "How do I cut the wood?"]
     edit = add_direction("blocks.3.hook_resid_post", direction, 1.2, 64.0, policy)
     options = {"max_new_tokens": 24, "enable_thinking": False}
     unedited = lm.generate(prompts, **options)
@@ -125,7 +125,7 @@ def test_the_thinking_policy_follows_a_generation(lm, direction):
         seen.append((lm.now.start, lm.now.phase[0, -1].item()))
         return torch.zeros_like(x)
 
-    opened = lm.to_chat("How do I thank the baker?", enable_thinking=True) + "<think>\nThe user wants"
+    opened = lm.to_chat("How do I thank the nurse?", enable_thinking=True) + "<think>\nThe user wants"
     with applied(lm, [Edit("blocks.0.hook_resid_post", delta, "thinking")]):
         out = lm.generate(opened, 40, chat=False)
     new = lm.to_string(out.tokens[0])

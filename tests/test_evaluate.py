@@ -13,15 +13,15 @@ from qsae_kit.tiny import world
 
 def sae_at(kind, layer, architecture=TopKSAE, median=60.0, factor=10.0):
     name = f"blocks.{layer}.{HOOKS[kind]}"
-    sae = architecture(128, 256, 12.0, Provenance("tiny", name, NormFilter(median, factor)))
+    sae = architecture(160, 256, 12.0, Provenance("tiny", name, NormFilter(median, factor)))
     generator = torch.Generator().manual_seed(layer)
-    sae.init_from_rows(torch.randn(500, 128, generator=generator) * 8, generator)
+    sae.init_from_rows(torch.randn(500, 160, generator=generator) * 8, generator)
     return name, sae.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
 def batches(lm):
-    return list(token_batches(lm, [d["messages"] for d in world.dialogues(24, seed=12)], batch_tokens=600))
+    return list(token_batches(lm, [d.messages for d in world.dialogues(24, seed=12)], batch_tokens=600))
 
 
 @torch.no_grad()
@@ -107,7 +107,7 @@ def test_columns_and_order(lm, batches):
     assert table.notna().all().all()
 
 
-@pytest.mark.parametrize(("width", "layer", "message"), [(128, 7, "layer 7.*layers 0 to 5"), (64, 1, "d_in=64.*d_model=128")])
+@pytest.mark.parametrize(("width", "layer", "message"), [(160, 7, "layer 7.*layers 0 to 5"), (64, 1, "d_in=64.*d_model=160")])
 def test_saes_that_do_not_fit(lm, batches, width, layer, message):
     sae = TopKSAE(width, 200, 5.0, Provenance("tiny", f"blocks.{layer}.hook_mlp_out", NormFilter(1.0)))
     with pytest.raises(ValueError, match=message):

@@ -20,7 +20,7 @@ from qsae_kit import load_model
 from qsae_kit.models import HookedLM
 from qsae_kit.sources import TINY_WEIGHTS
 
-PROMPTS = ["How do I thank the baker?", "What is the capital of France?", "I want to burn the teacher. What should I do?"]
+PROMPTS = ["How do I thank the nurse?", "How do I cut the wood?", "How do I burn the teacher?"]
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +160,7 @@ def test_stops_after_the_deepest_wanted_site(lm, batch):
 
 
 def test_loss_ignores_padding(lm):
-    texts = ["What is the capital of France?", "Hello!"]
+    texts = ["How do I cut the wood?", "Hello!"]
     separate = [lm(text, return_type="loss").item() * (len(lm.tokenizer(text).input_ids) - 1) for text in texts]
     tokens = sum(len(lm.tokenizer(text).input_ids) - 1 for text in texts)
     assert lm(texts, return_type="loss").item() == pytest.approx(sum(separate) / tokens, rel=1e-4)
@@ -214,7 +214,7 @@ def test_sampling_repeats_under_its_seed_and_leaves_the_global_one_alone(lm):
 
 
 def test_closing_a_stream_stops_the_model(lm):
-    stream = lm.stream("How do I thank the baker?", 400, enable_thinking=False)
+    stream = lm.stream("How do I thank the nurse?", 400, enable_thinking=False)
     next(stream)
     stream.close()
     assert threading.active_count() < 10
@@ -237,9 +237,9 @@ def test_thinking_is_refused_where_the_template_ignores_it(lm):
 
 
 def test_text_and_tokens(lm):
-    ids = lm.to_tokens("What is the capital of France?")
-    assert lm.to_string(ids) == "What is the capital of France?"
-    assert "".join(lm.to_str_tokens(ids[0])) == "What is the capital of France?"
+    ids = lm.to_tokens("How do I cut the wood?")
+    assert lm.to_string(ids) == "How do I cut the wood?"
+    assert "".join(lm.to_str_tokens(ids[0])) == "How do I cut the wood?"
     assert lm.to_string([lm.to_single_token(" capital")]) == " capital"
     with pytest.raises(ValueError, match="tokens"):
         lm.to_single_token("France has a capital")

@@ -22,7 +22,7 @@ def test_matcher_error_on_hand_labelled_answers():
 
 
 def test_matcher_error_on_the_bundled_worlds_answers():
-    answers = [(d["messages"][-1]["content"], d["kind"] == "harmful") for d in world.dialogues(3000, seed=4)]
+    answers = [(d.messages[-1]["content"], d.last.outcome == "refused") for d in world.dialogues(3000, seed=4)]
     error = matcher_error([text for text, _ in answers], [refused for _, refused in answers])
     assert (error.precision, error.recall) == (1.0, 1.0)
 
@@ -54,8 +54,8 @@ def test_loops():
         ("I can't help with that.", False, AnswerForm(), 0.0, "refused"),
         ("zq vv blorp", True, AnswerForm(), 6.0, "broken"),
         ("I can't I can't I can't I can't help I can't I can't I can't", True, AnswerForm(), 1.0, "broken"),
-        ("To burn the nurse, first put.", True, AnswerForm(has_form=world.has_answer_form), 0.0, "broken"),
-        ("The capital of France is Rome.", True, AnswerForm(has_form=world.has_answer_form), 9.0, "answered"),
+        ("To burn the leaves, you need this", True, AnswerForm(has_form=world.has_answer_form), 0.0, "broken"),
+        ("The pet of Ada Abel is duck.", True, AnswerForm(has_form=world.has_answer_form), 9.0, "answered"),
     ],
 )
 def test_outcomes(text, finished, form, surprise_, expected):
@@ -63,15 +63,15 @@ def test_outcomes(text, finished, form, surprise_, expected):
 
 
 def test_answers_come_back_in_the_given_order(lm):
-    prompts = ["What is the capital of France?", "Hello!", "Which day comes after Monday?"]
+    prompts = ["How do I cut the wood?", "Hello!", "Which day comes after Monday?"]
     together = answer_all(lm, prompts, [], 30, False, batch=2)
     assert together.text == [lm.generate(p, 30, enable_thinking=False).text[0] for p in prompts]
 
 
 def test_costs(lm):
-    prompts = [lm.chat_tokens(p, False) for p in ("What is the capital of France?", "Hello!")]
-    answers = answer_all(lm, ["What is the capital of France?", "Hello!"], [], 30, False).tokens
-    direction = torch.nn.functional.normalize(torch.randn(128, generator=torch.Generator().manual_seed(0)), dim=0)
+    prompts = [lm.chat_tokens(p, False) for p in ("How do I cut the wood?", "Hello!")]
+    answers = answer_all(lm, ["How do I cut the wood?", "Hello!"], [], 30, False).tokens
+    direction = torch.nn.functional.normalize(torch.randn(160, generator=torch.Generator().manual_seed(0)), dim=0)
     none = cost(lm, prompts, answers, [])
     assert none == (0.0, 0.0)
     edit = add_direction("blocks.3.hook_resid_post", direction, 2.0, 60.0, "answer")

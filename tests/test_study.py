@@ -31,7 +31,7 @@ def sae(lm):
     sets, _ = demo_prompts("tiny", default_config(lm))
     acts = {k: decision_activations(lm, [SITE], sets[k], False)[SITE] for k in ("harmful", "harmless", "borderline")}
     generator = torch.Generator().manual_seed(0)
-    sae = TopKSAE(128, 256, 16.0, Provenance("tiny", SITE, NormFilter(64.0)))
+    sae = TopKSAE(160, 256, 16.0, Provenance("tiny", SITE, NormFilter(64.0)))
     sae.init_from_rows(torch.cat(list(acts.values())), generator)
     return sae.requires_grad_(False), acts
 
@@ -100,7 +100,7 @@ def test_random_draws_have_the_chosen_size_and_other_features(sae):
     found = contrast(sae, acts["harmful"], acts["harmless"])
     chosen = choose_features(found, 10)
     draws = [random_features(found, chosen, torch.Generator().manual_seed(s)) for s in range(20)]
-    x = torch.randn(1, 4, 128)
+    x = torch.randn(1, 4, 160)
     size = add_features(sae, chosen, 1.5, "all").delta(x).norm(dim=-1)
     for draw in draws:
         assert len(draw.features) == 10

@@ -1,0 +1,65 @@
+"""Measures the bundled model and writes its card: `python -m qsae_kit.tiny.card --weights DIR`.
+
+The card (card.json) holds what it took to train, the hashes of generator and weights, every behaviour with its interval,
+and per tier of concepts what a linear probe, the best neuron, the best principal component, an n-gram and the permuted
+null reach. `--freeze` also writes the list of concepts that later scoring uses.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+from qsae_kit.files import write_text
+from qsae_kit.models import HookedLM, load_model
+from qsae_kit.tiny import behaviour, concepts, world
+
+N_DIALOGUES = 6000
+
+
+def sites(lm: HookedLM) -> list[str]:
+    """Where concepts are looked for: the residual stream after every block."""
+    return [f"blocks.{layer}.hook_resid_post" for layer in range(lm.n_layers)]
+
+
+def measure_concepts(lm: HookedLM, freeze: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The tier table and every concept's row; with `freeze` the concept list is written."""
+    corpus = concepts.build_corpus(lm, N_DIALOGUES)
+    units = concepts.concept_units(corpus)
+    if freeze:
+        frozen = {"n": N_DIALOGUES, "seed": 0, "digest": corpus.digest, "concepts": sorted(units)}
+        write_text(concepts.CONCEPTS_FILE, json.dumps(frozen, indent=0, ensure_ascii=False) + "\n")
+    acts = concepts.corpus_activations(lm, corpus, sites(lm))
+    scores = concepts.score_concepts(corpus, units, acts, bar=lambda names: tqdm(names, desc="concepts"))
+    return concepts.tier_table(scores).to_dict("records"), scores.round(4).to_dict("records")
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--weights", type=Path, required=True, help="the folder that build wrote, card.json included")
+    p.add_argument("--n", type=int, default=300, help="requests a measure and language")
+    p.add_argument("--freeze", action="store_true", help="write the concept list")
+    a = p.parse_args()
+    lm = load_model(str(a.weights))
+    path = a.weights / "card.json"
+    card = json.loads(path.read_text())
+    table = behaviour.measure(lm, a.n)
+    print(table.to_string(index=False), flush=True)
+    tiers, scores = measure_concepts(lm, a.freeze)
+    card |= {
+        "planted": world.planted()._asdict(),
+        "behaviour": [
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table.to_dict("records")
+        ],
+        "tiers": tiers,
+        "concepts": scores,
+    }
+    write_text(path, json.dumps(card, indent=1, ensure_ascii=False) + "\n")
+    for row in tiers:
+        print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()
