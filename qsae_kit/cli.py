@@ -95,7 +95,9 @@ def train(
     tokens: Annotated[int, typer.Option(help="Rows to train on.")] = 2_000_000,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     moments: Annotated[str, typer.Option(help="Adam's moments: float32, bfloat16 or int8.")] = "float32",
+    precision: Annotated[str, typer.Option(help="Of the encoder's product: auto, float32 or bfloat16.")] = "auto",
     seed: int = 0,
+    watch: Annotated[str | None, typer.Option(help="Log to tensorboard or wandb as well.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for suite/, train.jsonl and checkpoints.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
     curve: Annotated[int, typer.Option(help="With --acts: held-out FVU every so many steps.")] = 0,
@@ -107,9 +109,11 @@ def train(
     from qsae_kit import fit
     from qsae_kit.models import load_model
     from qsae_kit.sae import ARCHITECTURES
-    from qsae_kit.train import TrainConfig
+    from qsae_kit.recipe import TrainConfig
+    from qsae_kit.watch import WATCHERS
 
     _check_out(out)
+    _refuse(watch is not None and watch not in WATCHERS, f"--watch {watch} was given; allowed are {', '.join(WATCHERS)}.")
     _refuse(arch not in ARCHITECTURES, f"There is no architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}.")
     _refuse(d_sae is not None and d_sae < 1, f"--d-sae {d_sae} was given; it must be positive.")
     top = arch in ("topk", "batchtopk", "matryoshka")
@@ -128,12 +132,16 @@ def train(
             typer.echo(f"No {'--k' if top else '--target-l0'} given: {sparsity} is assumed, the square root of d_model.")
     config = TrainConfig(
         arch, sparsity, expansion=d_sae / d_model if d_sae is not None else 8 if expansion is None else expansion, tokens=tokens, batch=batch, seed=seed,
-        pool=batch * max(1, 65_536 // batch), moments=moments, **({} if lr is None else {"lr": lr}),  # type: ignore[arg-type]
+        pool=batch * max(1, 65_536 // batch), moments=moments, precision=precision, **({} if lr is None else {"lr": lr}),  # type: ignore[arg-type]
     )  # fmt: skip
-    if lm is None:
-        result = fit.fit_stored(acts, site, config, out, resume=resume, curve=curve, bar=not json_)  # type: ignore[arg-type]
+    watchers = [WATCHERS[watch](out / watch)] if watch is not None else []
+    if acts is not None:
+        result = fit.fit_stored(acts, site, config, out, resume=resume, curve=curve, watch=watchers, bar=not json_)
     else:
-        result = fit.fit_live(lm, data, sites or "resid,mlp,attn", layers or "all", [config], out, resume=resume, bar=not json_)
+        assert lm is not None
+        result = fit.fit_live(
+            lm, data, sites or "resid,mlp,attn", layers or "all", [config], out, resume=resume, watch=watchers, bar=not json_
+        )
     if json_:
         typer.echo(json.dumps(result.figures))
         return

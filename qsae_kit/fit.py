@@ -18,6 +18,7 @@ from qsae_kit.sae import SAE
 from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
 from qsae_kit.tiny import world
 from qsae_kit.train import Progress, TrainConfig, train_saes
+from qsae_kit.watch import Watcher
 
 HELD_OUT = 0.1
 """Share of stored rows, the last ones, that is kept for the figures."""
@@ -96,7 +97,15 @@ def read_rows(path: Path) -> tuple[Tensor, str, float]:
 
 
 def fit_stored(
-    path: Path, site: str, config: TrainConfig, out: Path, *, resume: bool = False, curve: int = 0, bar: bool = True
+    path: Path,
+    site: str,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    curve: int = 0,
+    watch: Sequence[Watcher] = (),
+    bar: bool = True,
 ) -> FitResult:
     """Trains one SAE on stored rows; FVU and L0 are of the last tenth, of which no row is filtered.
 
@@ -123,7 +132,7 @@ def fit_stored(
         raise ValueError(f"None of the last {len(whole):,} rows of {str(path)!r} is finite; store the activations again.")
     meter = Meter(config.batch, curve, held_out)
     source = StoredRows({site: acts[:cut]}, config.seed, scale)
-    suite = train_saes(source, [config], model_name="stored", folder=out, resume=resume, on_progress=meter, bar=bar)
+    suite = train_saes(source, [config], model_name="stored", folder=out, resume=resume, watch=[meter, *watch], bar=bar)
     [sae] = suite[config.variant].values()
     score = Reconstruction()
     with torch.no_grad():
@@ -148,6 +157,7 @@ def fit_live(
     out: Path,
     *,
     resume: bool = False,
+    watch: Sequence[Watcher] = (),
     bar: bool = True,
 ) -> FitResult:
     """Trains at sites of a running model, all from one stream."""
@@ -169,7 +179,7 @@ def fit_live(
         context_size=min(512, lm.context_size),
         folder=out,
         resume=resume,
-        on_progress=meter,
+        watch=[meter, *watch],
         bar=bar,
     )
     figures: dict[str, Any] = {

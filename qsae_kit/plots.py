@@ -1,10 +1,13 @@
 """DataFrame -> plotly figure; no model in sight. Colours are Okabe and Ito's, distinct to colour-blind eyes."""
 
 import html
+from collections.abc import Mapping
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
+
+from qsae_kit.sites import parse_hook_name
 
 KIND_COLORS = {"resid": "#0072B2", "mlp": "#D55E00", "attn": "#009E73"}
 KIND_NAMES = {"resid": "residual stream", "mlp": "MLP output", "attn": "attention output"}
@@ -63,6 +66,43 @@ def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "") -> go.
     tokens = f"{int(evaluation['tokens'].max()):,} and {int(evaluation['spliced_tokens'].max()):,} held-out tokens"
     _style(figure, f"Reconstruction loss per layer and site{where} ({tokens})", height=460)
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+    return figure
+
+
+def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = None) -> go.Figure:
+    """Loss, L0 and share of dead latents against rows trained on, a line a site.
+
+    log: rows, variant, hook_name, loss, l0, dead (`watch.read_log`). targets: the L0 that each variant aims at.
+    """
+    figure = make_subplots(1, 3, subplot_titles=("loss", "L0", "dead latents"), horizontal_spacing=0.08)
+    variants = list(dict.fromkeys(log["variant"]))
+    named: set[tuple[str, str]] = set()
+    for (variant, hook_name), rows in log.groupby(["variant", "hook_name"], sort=False):
+        kind = parse_hook_name(str(hook_name)).kind
+        thin = rows.iloc[:: max(1, len(rows) // 200)]
+        color = KIND_COLORS[kind]
+        for column, metric in enumerate(("loss", "l0", "dead"), 1):
+            figure.add_trace(
+                go.Scatter(
+                    x=thin["rows"].tolist(), y=thin[metric].tolist(), mode="lines", legendgroup=f"{variant}/{kind}",
+                    name=plot_text(f"{KIND_NAMES[kind]}, {variant}"), showlegend=column == 1 and (variant, kind) not in named,
+                    line={"color": color, "dash": DASHES[variants.index(variant) % len(DASHES)], "width": 1.5},
+                    hovertemplate=plot_text(f"{hook_name}") + ": %{y:.4g} at %{x:,} rows<extra></extra>",
+                ),
+                row=1, col=column,
+            )  # fmt: skip
+        named.add((variant, kind))
+    for target in sorted(set((targets or {}).values())):
+        figure.add_hline(
+            y=target, line={"dash": "dash", "color": "#777777", "width": 1}, annotation_text=f"target {target:g}", row=1, col=2
+        )
+    figure.update_xaxes(title="rows trained on")
+    figure.update_yaxes(title="loss (shares of variance)", type="log", row=1, col=1)
+    figure.update_yaxes(title="features a token", rangemode="tozero", row=1, col=2)
+    figure.update_yaxes(title="share", rangemode="tozero", row=1, col=3)
+    n_sites = log["hook_name"].nunique()
+    _style(figure, f"Training at {n_sites} site{'s' if n_sites > 1 else ''}", height=400)
+    figure.update_layout(legend={"orientation": "h", "y": -0.22, "yanchor": "top"})
     return figure
 
 

@@ -3,10 +3,15 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
 
 from qsae_kit.optim import MOMENT_BYTES, Moments
 from qsae_kit.sae import ARCHITECTURES, SAE
+from qsae_kit.sae.codes import fastest_dtype
+
+Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,8 @@ class TrainConfig:
     seed: int = 0
     moments: Moments = "float32"
     """Format of Adam's moments; the parameters stay float32."""
+    precision: Precision = "auto"
+    """Of the encoder's product, which selects; auto: bfloat16 where that is made in hardware."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the architecture, such as {"sparsity_loss": "tanh"} for jumprelu."""
 
@@ -47,6 +54,8 @@ class TrainConfig:
             raise ValueError(f"pool={self.pool} is no multiple of batch={self.batch}; choose one that is.")
         if self.moments not in MOMENT_BYTES:
             raise ValueError(f"moments={self.moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}.")
+        if self.precision not in get_args(Precision):
+            raise ValueError(f"precision={self.precision!r} was given; allowed are {', '.join(get_args(Precision))}.")
         known = [p.name for p in signature(ARCHITECTURES[self.architecture]).parameters.values() if p.kind is p.KEYWORD_ONLY]
         unknown = set(self.options) - set(known)
         if unknown:
@@ -54,9 +63,11 @@ class TrainConfig:
                 f"{self.architecture!r} has no option {', '.join(sorted(unknown))}; allowed are {', '.join(known) or 'none'}."
             )
 
-    def build(self, d_in: int) -> SAE:
+    def build(self, d_in: int, device: torch.device = torch.device("cpu")) -> SAE:
         """An untrained SAE of this recipe."""
-        return ARCHITECTURES[self.architecture](d_in, self.d_sae(d_in), self.sparsity, **self.options)
+        sae = ARCHITECTURES[self.architecture](d_in, self.d_sae(d_in), self.sparsity, **self.options).to(device)
+        sae.product_dtype = fastest_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
+        return sae
 
     def d_sae(self, d_in: int) -> int:
         """The width at a site of width d_in."""

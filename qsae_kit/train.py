@@ -21,6 +21,7 @@ from qsae_kit.plan import Group, Key, free_memory, group_of, plan_groups
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
+from qsae_kit.sae.codes import path_name
 
 
 class Normaliser(NamedTuple):
@@ -58,7 +59,7 @@ class SiteTrainer:
 
     def __init__(self, config: TrainConfig, normaliser: Normaliser, d_in: int, device: torch.device) -> None:
         self.config, self.normaliser = config, normaliser
-        self.sae = config.build(d_in).to(device)
+        self.sae = config.build(d_in, device)
         self.optimizer = Adam(list(self.sae.parameters()), config.moments, seed=config.seed)
         self.quiet = torch.zeros(self.sae.d_sae, device=device)  # rows since each latent last fired
         self.rows = self.skipped = 0
@@ -71,6 +72,18 @@ class SiteTrainer:
     def start(self, first: Float[Tensor, "row d_model"]) -> None:
         """Initial weights from raw rows."""
         self.sae.init_from_rows(self.normaliser(first), torch.Generator().manual_seed(self.config.seed))
+
+    @torch.no_grad()
+    def miss_rate(self, x: Float[Tensor, "row d_model"]) -> float:
+        """Share of the active entries that selecting from a product in a short format loses."""
+        dtype, x = self.sae.product_dtype, self.normaliser(x)
+        places = []
+        self.sae.eval()
+        for self.sae.product_dtype in (torch.float32, dtype):
+            loss = self.sae.training_loss(x, State(self.dead, 0.0))
+            places.append((loss.codes.rows * loss.codes.n_cols + loss.codes.cols)[loss.f > 0])
+        self.sae.train()
+        return 1 - float(torch.isin(*places).float().mean()) if len(places[0]) else 0.0
 
     def step(self, x: Float[Tensor, "row d_model"], progress: float) -> None:
         """One optimiser step on raw rows; sinks and rows that are not finite are left out and counted."""
@@ -143,6 +156,8 @@ class Progress(NamedTuple):
     rows: int
     seconds: float
     """Spent in the group's steps alone: no data, no checkpoints."""
+    last: bool
+    """Whether the group ends with this step."""
     trainers: Mapping[Key, SiteTrainer]
     """Of the group that is trained."""
 
@@ -226,24 +241,27 @@ class _GroupRun:
         return start_trainers(self.group.keys, by_variant, block)
 
     def train(
-        self, source: RowSource, on_progress: Callable[[Progress], None] | None, every: int, bar: bool
+        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: int, bar: bool
     ) -> dict[Key, SiteTrainer]:
         """Steps until the group is complete or an interrupt was asked for."""
         lead, trainers = self.lead, {}
         with tqdm(total=lead.tokens, initial=self.rows, unit="tok", desc="training", disable=not bar) as meter:
             for block in source.blocks(lead.pool, self.place):
                 self.place = block.place
-                trainers = trainers or self.trainers(block)
+                if not trainers:
+                    trainers = self.trainers(block)
+                    self._announce(block, trainers, bar)
                 for rows in shuffled(block, lead.batch, lead.seed, self.given):
                     began = time.perf_counter()
                     for (_, site), trainer in trainers.items():
                         trainer.step(rows[site], (self.rows + lead.batch / 2) / lead.tokens)
                     self.seconds += time.perf_counter() - began
                     self.given, self.rows = self.given + 1, self.rows + lead.batch
-                    progress = Progress(self.number, self.rows, self.seconds, trainers)
+                    last = self.complete or self.interrupts.asked
+                    progress = Progress(self.number, self.rows, self.seconds, last, trainers)
                     meter.update(lead.batch)
-                    if on_progress is not None:
-                        on_progress(progress)
+                    for watcher in watch:
+                        watcher(progress)
                     steps, stop = self.rows // lead.batch, self.interrupts.asked
                     if self.complete or steps % LOG_EVERY == 0:
                         self._log(progress, meter)
@@ -255,6 +273,15 @@ class _GroupRun:
         raise ValueError(
             f"The data ended after {self.rows:,} of {lead.tokens:,} tokens; give more data or train on fewer tokens."
         )
+
+    def _announce(self, block: Block, trainers: Mapping[Key, SiteTrainer], bar: bool) -> None:
+        (_, site), trainer = next(iter(trainers.items()))
+        rows, dtype = block.rows[site], trainer.sae.product_dtype
+        said = path_name(rows.device, dtype or rows.dtype)
+        if dtype == torch.bfloat16:
+            said += f"; of what float32 selects {trainer.miss_rate(rows[: self.lead.batch]):.2%} is missed"
+        if bar:
+            tqdm.write(f"Products: {said}")
 
     def _log(self, progress: Progress, meter: tqdm) -> None:
         figures = progress.figures()
@@ -290,7 +317,7 @@ def train_saes(
     resume: bool = False,
     checkpoint_every: int = 500,
     memory: int | None = None,
-    on_progress: Callable[[Progress], None] | None = None,
+    watch: Sequence[Callable[[Progress], None]] = (),
     bar: bool = True,
 ) -> dict[str, dict[str, SAE]]:
     """Trains every variant at every site of the source; the SAEs of a group see the same batches.
@@ -301,6 +328,7 @@ def train_saes(
     `checkpoint_every` steps; `resume` goes on from there, on a CPU to the same bits as without a break.
     memory: bytes that may be used beside the model, by default most of what is free; sites that do not fit together are
     trained one group after another, each with a pass over the data, and are returned on the CPU.
+    watch: called with the `Progress` after each step, such as `watch.LiveFigure()`.
     An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they are.
 
     Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together, too little data, a
@@ -338,7 +366,7 @@ def train_saes(
             run = _GroupRun(configs, number, group, groups, checkpoints, interrupts)
             if state is not None and number == state["group"]:
                 run.resume(state)
-            trainers = run.train(source.only(group.sites), on_progress, checkpoint_every, bar)
+            trainers = run.train(source.only(group.sites), watch, checkpoint_every, bar)
             while trainers:
                 (variant, site), trainer = trainers.popitem()
                 sae = trainer.finish(model_name, site, drop_template, context_size)

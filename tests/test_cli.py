@@ -44,6 +44,9 @@ def complaint(done):
         (["demo", "--tokens", "5"], "less than one batch"),
         (["demo", "--data", "EMPTY_FILE"], "holds no dialogues"),
         (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2: not JSON"),
+        (["train", "--moments", "int4"], "moments='int4' was given"),
+        (["train", "--precision", "int4"], "precision='int4' was given"),
+        (["train", "--layers", "99"], "layers 0 to 5"),
         (["harvest", "--site", "blocks.0.hook_resid"], "is not a site"),
         (["harvest", "--site", "blocks.99.hook_resid_post"], "no hook point"),
         (["harvest", "--data", "LONG_FILE", "--out", "/dev/null/x.safetensors"], "not a writable folder"),
@@ -74,6 +77,14 @@ def test_no_space_left_leaves_nothing(tmp_path):
     done = qsae("harvest", "--tokens", "20000", "--out", tmp_path / "acts.safetensors", limit=100_000)
     assert "File too large" in complaint(done)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_training_on_a_full_disk_leaves_nothing(tmp_path):
+    done = qsae(
+        "train", "--layers", "2", "--sites", "mlp", "--tokens", "4096", "--batch", "512", "--out", tmp_path / "out", limit=100_000
+    )
+    assert "File too large" in complaint(done)
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file() and p.name != "train.jsonl"]
 
 
 def test_harvest(tmp_path):

@@ -65,3 +65,16 @@ def test_a_part_of_the_entries():
     part = codes.where(codes.cols == 3)
     assert (part.rows.tolist(), part.cols.tolist(), part.starts.tolist()) == ([1, 2], [3, 3], [0, 0, 1])
     assert part.dense(torch.tensor([5.0, 6.0])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 0, 6]]
+
+
+def test_a_short_product_only_selects(path):
+    x, encoder, b_enc, _ = (t.detach().float() for t in tensors())
+    v, codes = sparse.encode(x, encoder, b_enc, select_top_k(5), torch.bfloat16)
+    torch.testing.assert_close(v, (x @ encoder.T + b_enc)[codes.rows, codes.cols])
+    exact = sparse.encode(x, encoder, b_enc, select_top_k(5))[1]
+    alike = torch.isin(codes.rows * D_SAE + codes.cols, exact.rows * D_SAE + exact.cols).float().mean()
+    assert 0.95 < alike <= 1
+
+
+def test_the_path_is_named():
+    assert sparse.path_name(torch.device("cpu"), torch.bfloat16) == "bfloat16 encoder product, embedding bags on cpu"

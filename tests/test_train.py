@@ -2,8 +2,11 @@
 
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,7 +97,7 @@ def test_sinks_are_kept_out_of_training():
 def test_progress_is_reported():
     seen = []
     config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 2048})
-    train_saes(source(), [config], model_name="t", bar=False, on_progress=lambda p: seen.append((p.rows, p.seconds, p.figures())))
+    train_saes(source(), [config], model_name="t", bar=False, watch=[lambda p: seen.append((p.rows, p.seconds, p.figures()))])
     assert [rows for rows, _, _ in seen] == [256 * i for i in range(1, 9)]
     assert seen[-1][1] > seen[0][1] > 0
     first, last = (list(figures.values()) for figures in (seen[0][2], seen[-1][2]))
@@ -158,7 +161,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, n_groups):
         options = {"model_name": "t", "bar": False, "memory": memory, "checkpoint_every": 7, "folder": folder}
         for _ in range(n_groups):  # once in each group
             with pytest.raises(Stop):
-                train_saes(source(), VARIANTS, on_progress=die, resume=any(folder.glob("checkpoint-*")), **options)
+                train_saes(source(), VARIANTS, watch=[die], resume=any(folder.glob("checkpoint-*")), **options)
             calls = 0
         resumed = train_saes(source(), VARIANTS, resume=any(folder.glob("checkpoint-*")), **options)
         assert_same(weights(resumed), weights(whole))
@@ -178,7 +181,7 @@ def test_an_interrupt_leaves_valid_saes_and_a_checkpoint(tmp_path):
         if progress.rows == 5120:
             signal.raise_signal(signal.SIGINT)
 
-    half = train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, on_progress=interrupt)
+    half = train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, watch=[interrupt])
     assert half[VARIANTS[0].variant]["blocks.0.hook_mlp_out"].provenance.tokens == 5120
     assert_same(weights(load_suite(tmp_path / "suite")), weights(half))
     assert_same(weights(train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, resume=True)), weights(whole))
@@ -243,3 +246,65 @@ def test_variants_of_a_run_must_fit_together():
         train_saes(source(), configs, model_name="t", bar=False)
     with pytest.raises(ValueError, match="same name"):
         train_saes(source(), [TrainConfig("topk"), TrainConfig("topk", lr=1e-4)], model_name="t", bar=False)
+
+
+KILLED = """
+import os, random, signal, sys, time
+from pathlib import Path
+import torch
+from qsae_kit.train import train_saes
+sys.path.insert(0, sys.argv[1])
+from test_train import VARIANTS, assert_same, source, weights
+
+def run(folder, resume):  # in a child, so that it can be killed
+    pid = os.fork()
+    if pid == 0:
+        torch.set_num_threads(1)
+        suite = train_saes(
+            source(), VARIANTS, model_name="t", bar=False, folder=folder, resume=resume, checkpoint_every=3,
+            memory=int(sys.argv[3])
+        )
+        torch.save(weights(suite), folder.with_suffix(".pt"))
+        os._exit(0)
+    return pid
+
+def started(folder):
+    return any(folder.glob("checkpoint-*/state.json"))
+
+rng = random.Random(0)
+folder = Path(sys.argv[2])
+began = time.time()
+assert os.waitpid(run(folder / "whole", False), 0)[1] == 0
+whole = time.time() - began
+kills = restarts = 0
+while kills < 20:
+    target = folder / f"killed{restarts}"
+    pid = run(target, started(target))
+    deadline = time.time() + rng.random() * whole * 0.4
+    while time.time() < deadline and not os.waitpid(pid, os.WNOHANG)[0]:
+        time.sleep(0.002)
+    if target.with_suffix(".pt").exists():
+        restarts += 1  # it came to its end before it was killed: the next one begins anew
+        continue
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    kills += 1
+if not target.with_suffix(".pt").exists():
+    assert os.waitpid(run(target, started(target)), 0)[1] == 0
+ends = [torch.load(path, weights_only=True) for path in folder.glob("*.pt")]
+assert len(ends) >= 2
+for end in ends:
+    assert_same(end, ends[0])
+print("same", kills, len(ends))
+"""
+
+
+def test_twenty_kills_change_nothing(tmp_path):
+    """kill -9 at random moments, then on from the checkpoint: the weights to the bit, and no folder that cannot be read."""
+    [together] = plan_groups(VARIANTS, dict.fromkeys(make_rows(10), D), 10**12)
+    memory = together.bytes - 1  # two groups
+    run = subprocess.run(
+        [sys.executable, "-c", KILLED, Path(__file__).parent, tmp_path, str(memory)],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert run.stdout.startswith("same 20"), run.stderr[-3000:]

@@ -72,6 +72,8 @@ class SAE(nn.Module, ABC):
         super().__init__()
         self.sparsity = sparsity
         self.provenance = provenance
+        self.product_dtype: torch.dtype | None = None
+        """Of the product that a training step selects from (None: as the rows); values and weights keep their own."""
         self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
@@ -117,7 +119,7 @@ class SAE(nn.Module, ABC):
 
     def encode_entries(self, x: Float[Tensor, "row d_model"], select: Select) -> tuple[Float[Tensor, " entry"], Codes]:
         """Pre-activations of the entries that `select` picks from [row, d_sae]; differentiable in the encoder."""
-        return sparse.encode(x, self.encoder, self.b_enc, select)
+        return sparse.encode(x, self.encoder, self.b_enc, select, self.product_dtype)
 
     def decode_entries(self, f: Float[Tensor, " entry"], codes: Codes) -> Float[Tensor, "row d_model"]:
         """Reconstruction from activations of entries; differentiable in all."""

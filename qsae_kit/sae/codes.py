@@ -4,8 +4,12 @@ A training step makes one dense product, x @ W_enc [row, d_sae]. Selection turns
 and from there on work grows with the number of entries E: decoding, both weight gradients and the gradient of the
 activations cost E * d_model each, against row * d_sae * d_model when dense. Where many entries are selected (a ReLU SAE
 in its first steps) the dense products are the cheaper ones and are used instead; the results are the same.
+
+On CUDA the sparse products are Triton kernels (`kernels`), elsewhere embedding bags. The dense product may be made in
+bfloat16: then it only selects, and the values of what it selected are made again in float32.
 """
 
+import importlib.util
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -16,6 +20,36 @@ from torch import Tensor
 
 DENSE_SHARE = 0.08
 """Share of entries above which dense products are cheaper (measured on a CPU at d_model 576)."""
+
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 where the processor multiplies it in hardware (CUDA from compute capability 8, CPUs with AMX), else float32."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    return torch.bfloat16 if device.type == "cpu" and has_amx() else torch.float32
+
+
+def path_name(device: torch.device, dtype: torch.dtype) -> str:
+    """What products are made with on a device, for printing."""
+    sparse = "Triton kernels" if device.type == "cuda" and HAS_TRITON else "embedding bags"
+    return f"{str(dtype).removeprefix('torch.')} encoder product, {sparse} on {device.type}"
+
+
+def _gather(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
+    """Row i: the sum of weights[e] * table[index[e]] over the entries e from starts[i] up to the next start."""
+    if table.is_cuda and HAS_TRITON:
+        from qsae_kit.sae import kernels
+
+        return kernels.gather(table, index, weights, _offsets(starts, len(index)))
+    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
+
+
+def _offsets(starts: Tensor, n: int) -> Tensor:
+    return torch.cat([starts, starts.new_tensor([n])])
 
 
 class Codes:
@@ -79,19 +113,23 @@ class Codes:
         """values @ W."""
         if self.crowded:
             return self.dense(values) @ W
-        return F.embedding_bag(self.cols, W, self.starts, mode="sum", per_sample_weights=values)
+        return _gather(W, self.cols, values, self.starts)
 
     def transposed_times(self, values: Float[Tensor, " entry"], x: Float[Tensor, "row d"]) -> Float[Tensor, "column d"]:
         """values^T @ x."""
         if self.crowded:
             return self.dense(values).T @ x
         order, starts = self.by_column()
-        return F.embedding_bag(self.rows[order], x, starts, mode="sum", per_sample_weights=values[order])
+        return _gather(x, self.rows[order], values[order], starts)
 
     def dots(self, x: Float[Tensor, "row d"], W: Float[Tensor, "column d"]) -> Float[Tensor, " entry"]:
         """x[row] . W[column] of every entry: the gradient of `times` with respect to its values."""
         if self.crowded:
             return (x @ W.T)[self.rows, self.cols]
+        if x.is_cuda and HAS_TRITON:
+            from qsae_kit.sae import kernels
+
+            return kernels.dots(x, W, self.cols, _offsets(self.starts, len(self)))
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, self.cols, self.starts, self.rows, 0, -1)
 
     def sums(self, values: Float[Tensor, " entry"]) -> Float[Tensor, " column"]:
@@ -153,13 +191,18 @@ def of_column(per_column: Float[Tensor, " d_sae"], codes: Codes) -> Float[Tensor
 
 
 def encode(
-    x: Float[Tensor, "row d_model"], encoder: Float[Tensor, "d_sae d_model"], b_enc: Float[Tensor, " d_sae"], select: Select
+    x: Float[Tensor, "row d_model"],
+    encoder: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    select: Select,
+    dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, " entry"], Codes]:
-    """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks."""
+    """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks; dtype: of the product that it picks from (None: as x)."""
+    dtype = dtype or x.dtype
     with torch.no_grad():
-        pre = torch.addmm(b_enc, x, encoder.T)
+        pre = torch.addmm(b_enc.to(dtype), x.to(dtype), encoder.T.to(dtype))
         codes = select(pre)
-        v = pre[codes.rows, codes.cols]
+        v = pre[codes.rows, codes.cols] if dtype == x.dtype else codes.dots(x, encoder) + b_enc[codes.cols]
     return _Encode.apply(encoder, b_enc, x, v, codes), codes
 
 

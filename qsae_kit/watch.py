@@ -1,0 +1,116 @@
+"""Where a running training is shown: a live figure in a notebook, TensorBoard, Weights & Biases.
+
+Each is called with every `train.Progress` (give them to `train_saes` as `watch`) and looks at some of them.
+"""
+
+import importlib.util
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias
+
+import pandas as pd
+from IPython.display import display
+
+from qsae_kit.checkpoints import LOG
+from qsae_kit.plots import training_figure
+from qsae_kit.train import LOG_EVERY, Progress
+
+Figures: TypeAlias = Mapping[str, Mapping[str, float]]
+"""What `Progress.figures` gives: loss, L0 and dead share by "variant/hook name"."""
+
+
+def _rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
+    out = []
+    for key, own in figures.items():
+        variant, _, hook_name = key.partition("/")
+        out.append({"group": group, "rows": rows, "variant": variant, "hook_name": hook_name, **own})
+    return out
+
+
+def read_log(folder: Path) -> pd.DataFrame:
+    """The log of a run as a table: group, rows, variant, hook_name, loss, l0, dead."""
+    lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    return pd.DataFrame([row for line in lines for row in _rows(line["group"], line["rows"], line["sites"])])
+
+
+class Watcher(Protocol):
+    """Anything that is called after each step."""
+
+    def __call__(self, progress: Progress) -> None: ...
+
+
+class LiveFigure:
+    """Loss, L0 and dead share per site, drawn again every `seconds` in the cell that trains.
+
+    It is drawn between steps from the cell's own thread, so the kernel's stop button works as ever: training ends after
+    its step and leaves its SAEs and a checkpoint.
+    """
+
+    def __init__(self, seconds: float = 3.0) -> None:
+        self.seconds = seconds
+        self.table: list[dict[str, Any]] = []
+        self._steps = 0
+        self._drawn = -float("inf")
+        self._handle: Any = None
+
+    def __call__(self, progress: Progress) -> None:
+        self._steps += 1
+        due = time.monotonic() - self._drawn >= self.seconds
+        if self._steps % LOG_EVERY == 1 or due or progress.last:
+            self.table += _rows(progress.group, progress.rows, progress.figures())
+        if due or progress.last:
+            self._draw({variant: trainer.sae.sparsity for (variant, _), trainer in progress.trainers.items()})
+            self._drawn = time.monotonic()
+
+    def _draw(self, targets: Mapping[str, float]) -> None:
+        figure = training_figure(pd.DataFrame(self.table), targets)
+        if self._handle is None:
+            self._handle = display(figure, display_id=True)
+        else:
+            self._handle.update(figure)
+
+
+class TensorBoard:
+    """Scalars of every site, every `LOG_EVERY` steps, in `folder`; needs the package tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        if importlib.util.find_spec("tensorboard") is None:
+            raise ValueError("Watching with TensorBoard was asked for, and it is not installed; pip install tensorboard.")
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+        self._steps = 0
+
+    def __call__(self, progress: Progress) -> None:
+        self._steps += 1
+        if self._steps % LOG_EVERY and not progress.last:
+            return
+        for key, own in progress.figures().items():
+            for name, value in own.items():
+                self._writer.add_scalar(f"{key}/{name}", value, progress.rows)
+        if progress.last:
+            self._writer.flush()
+
+
+class WandB:
+    """Scalars of every site, every `LOG_EVERY` steps, in a run of Weights & Biases that it starts; needs the package wandb."""
+
+    def __init__(self, folder: Path, project: str = "qsae_kit") -> None:
+        if importlib.util.find_spec("wandb") is None:
+            raise ValueError("Watching with Weights & Biases was asked for, and it is not installed; pip install wandb.")
+        import wandb
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._run = wandb.init(project=project, dir=str(folder))
+        self._steps = 0
+
+    def __call__(self, progress: Progress) -> None:
+        self._steps += 1
+        if self._steps % LOG_EVERY == 0 or progress.last:
+            figures = {f"{key}/{name}": value for key, own in progress.figures().items() for name, value in own.items()}
+            self._run.log({**figures, "rows": progress.rows, "group": progress.group})
+
+
+WATCHERS = {"tensorboard": TensorBoard, "wandb": WandB}

@@ -1,0 +1,140 @@
+"""`qsae train`: flags that fit together, files that can be trained on, figures that are right."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from qsae_kit.cli import app
+from qsae_kit.formats import load_suite
+from qsae_kit.metrics import Reconstruction
+from qsae_kit.watch import read_log
+
+SITE = "blocks.0.hook_resid_post"
+FLAGS = ["--site", SITE, "--d-sae", "48", "--batch", "128", "--tokens", "6400", "--lr", "3e-3"]
+
+
+def rows(n=2000, d=12):
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.randn(24, d, generator=generator)
+    return (torch.rand(n, 24, generator=generator) < 0.1).float() @ directions + 3
+
+
+@pytest.fixture
+def acts(tmp_path):
+    save_file({"acts": rows()}, tmp_path / "acts.safetensors")
+    return tmp_path / "acts.safetensors"
+
+
+def qsae(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+def stored(tmp_path, acts, *flags):
+    return qsae("train", "--acts", acts, *FLAGS, "--out", tmp_path / "out", *flags)
+
+
+@pytest.mark.parametrize("arch", ["jumprelu", "topk", "batchtopk", "matryoshka", "standard", "gated"])
+def test_stored_rows(tmp_path, acts, arch):
+    sparsity = ["--k", "4"] if arch in ("topk", "batchtopk", "matryoshka") else ["--target-l0", "4"]
+    done = stored(tmp_path, acts, "--arch", arch, *sparsity, "--json", "--curve", "25")
+    assert done.exit_code == 0, done.exception
+    figures = json.loads(done.stdout)  # one line and nothing else
+    [sae] = load_suite(tmp_path / "out" / "suite").popitem()[1].values()
+    assert sae.provenance.hook_name == SITE
+    held_out = rows()[1800:]
+    score = Reconstruction()
+    score.add(held_out, sae(held_out), sae.encode(held_out))
+    assert figures["fvu"] == pytest.approx(score.fvu, abs=1e-3)
+    assert figures["l0"] == pytest.approx(score.l0, abs=1e-2)
+    assert figures["fvu"] < 0.6
+    assert figures["tokens_per_s"] > 0
+    assert [rows for _, rows, _ in figures["curve"]] == [3200, 6400]
+    assert figures["curve"][1][2] == pytest.approx(figures["fvu"], abs=0.02)
+    assert figures["curve"][1][2] < figures["curve"][0][2]
+    log = read_log(tmp_path / "out")
+    assert set(log.columns) == {"group", "rows", "variant", "hook_name", "loss", "l0", "dead"}
+    assert log["rows"].iloc[-1] == 6400
+
+
+def test_a_live_model(tmp_path):
+    done = qsae(
+        "train", "--layers", "2", "--sites", "resid,attn", "--batch", "256", "--tokens", "4096", "--out", tmp_path / "out"
+    )
+    assert done.exit_code == 0, done.exception
+    assert "the square root of d_model" in done.stdout  # says what it assumed
+    assert "2 SAEs" in done.output
+    [saes] = load_suite(tmp_path / "out" / "suite").values()
+    assert list(saes) == ["blocks.2.hook_attn_out", "blocks.2.hook_resid_post"]
+    assert not list((tmp_path / "out").glob("*checkpoint-*-4096*/*.safetensors"))
+
+
+def test_bad_rows_are_counted_not_learnt(tmp_path):
+    x = rows()
+    x[::40] = float("nan")
+    x[1::40] = float("inf")
+    save_file({"acts": x}, tmp_path / "acts.safetensors")
+    done = stored(tmp_path, tmp_path / "acts.safetensors", "--target-l0", "4", "--json")
+    assert done.exit_code == 0, done.exception
+    figures = json.loads(done.stdout)
+    assert figures["held_out_not_finite"] == 10
+    assert figures["fvu"] < 0.6
+    [sae] = load_suite(tmp_path / "out" / "suite").popitem()[1].values()
+    assert all(t.isfinite().all() for t in sae.tensors().values())
+    assert sae.provenance.figures["skipped"] == pytest.approx(6400 * 0.05, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "flags", "message"),
+    [
+        ({"acts": torch.full((2000, 12), torch.nan)}, [], "finite"),
+        ({"acts": torch.ones(2000, 12)}, [], "all alike"),
+        ({"acts": rows(100)}, [], "less than one batch of 128"),
+        ({"acts": rows().view(-1)}, [], r"acts of shape \(24000,\)"),
+        ({"acts": rows().int()}, [], "torch.int32"),
+        ({"rows": rows()}, [], "holds rows; expected a tensor acts"),
+        ({"acts": rows()}, ["--arch", "topk", "--k", "49"], "sparsity <= d_sae=48"),
+        ({"acts": rows()}, ["--arch", "topk", "--target-l0", "4"], "--target-l0 has no effect on topk; give --k"),
+        ({"acts": rows()}, ["--k", "4"], "--k has no effect on jumprelu"),
+        ({"acts": rows()}, ["--expansion", "4"], "both give the width"),
+        ({"acts": rows()}, ["--model", "tiny"], "--model would have no effect"),
+        ({"acts": rows()}, ["--arch", "dense"], "no architecture 'dense'; choose from"),
+        ({"acts": rows()}, ["--resume"], "no checkpoint to resume from"),
+        ({"acts": rows()}, ["--watch", "smoke"], "--watch smoke was given; allowed are"),
+        ({"acts": rows()}, ["--tokens", "100"], "less than one batch"),
+        ({"acts": rows()}, ["--out", "/dev/null/x"], "not a writable folder"),
+    ],
+)
+def test_what_cannot_be_trained(tmp_path, tensors, flags, message):
+    save_file({name: t.contiguous() for name, t in tensors.items()}, tmp_path / "acts.safetensors")
+    done = stored(tmp_path, tmp_path / "acts.safetensors", *flags)
+    assert isinstance(done.exception, ValueError), done.exception
+    with pytest.raises(ValueError, match=message):
+        raise done.exception
+    assert not list((tmp_path / "out").glob("suite/*"))
+
+
+def test_flags_of_the_other_source():
+    for flags, message in ((["--curve", "5"], "belong to --acts"), (["--site", SITE], "belong to --acts")):
+        with pytest.raises(ValueError, match=message):
+            raise qsae("train", *flags).exception
+
+
+def test_the_site_is_named_once(tmp_path):
+    save_file({"acts": rows()}, tmp_path / "a.safetensors", {"hook_name": SITE})
+    flags = [f for f in FLAGS if f not in ("--site", SITE)]
+    assert qsae("train", "--acts", tmp_path / "a.safetensors", *flags, "--out", tmp_path / "a").exit_code == 0
+    done = qsae("train", "--acts", tmp_path / "a.safetensors", *flags, "--site", "blocks.1.hook_mlp_out", "--out", tmp_path / "b")
+    assert "leave --site out" in str(done.exception)
+    save_file({"acts": rows()}, tmp_path / "b.safetensors")
+    assert "give --site" in str(qsae("train", "--acts", tmp_path / "b.safetensors", *flags, "--out", tmp_path / "b").exception)
+
+
+def test_going_on_with_other_data_or_a_longer_run(tmp_path, acts):
+    assert stored(tmp_path, acts).exit_code == 0
+    save_file({"acts": rows() * 2}, tmp_path / "other.safetensors")
+    assert "another data" in str(stored(tmp_path, tmp_path / "other.safetensors", "--resume").exception)
+    assert "another recipe" in str(stored(tmp_path, acts, "--resume", "--tokens", "9600").exception)
+    assert "holds a run already" in str(stored(tmp_path, acts).exception)
