@@ -108,8 +108,8 @@ def train(
 
     from qsae_kit import fit
     from qsae_kit.models import load_model
-    from qsae_kit.sae import ARCHITECTURES
     from qsae_kit.recipe import TrainConfig
+    from qsae_kit.sae import ARCHITECTURES
     from qsae_kit.watch import WATCHERS
 
     _check_out(out)

@@ -1,0 +1,149 @@
+"""A TopK training step on a CUDA device, phase by phase, beside its bounds and beside dense bfloat16 autograd.
+
+    python tests/bench/gpu.py [--batch 8192] [--json FILE]        needs no network and no model: rows are random
+
+Bounds are measured here: the bfloat16 matmul rate (a square product) and the bandwidth of a copy. The step's bound is
+the encoder product at that rate plus what the step must move at that bandwidth: weights, gradients and moments once, and
+a row of the decoder (encoder) for every entry and product. `--device cpu` runs the same script small, to test it.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from qsae_kit.activations import NormFilter
+from qsae_kit.recipe import TrainConfig
+from qsae_kit.sae.codes import Codes, largest_columns, path_name
+from qsae_kit.train import Normaliser, SiteTrainer
+
+
+def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
+    """Median seconds of a call, after a warm-up."""
+    times = []
+    for i in range(repeats + 3):
+        if device.type == "cuda":
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record()
+            work()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) / 1e3)
+        else:
+            import time
+
+            began = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - began)
+    return sorted(times[3:])[repeats // 2]
+
+
+def ceilings(device: torch.device, size: int) -> tuple[float, float]:
+    """bfloat16 FLOP/s of a product and bytes/s (read and written) of a copy."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    rate = 2 * size**3 / seconds(lambda: a @ a, device)
+    big = torch.randn(size * size * 4, device=device)
+    copied = torch.empty_like(big)
+    return rate, 2 * big.nbytes / seconds(lambda: copied.copy_(big), device)
+
+
+class Dense(torch.nn.Module):
+    """The same step as a good plain one: bfloat16 autocast, dense decoder, autograd, fused Adam; for torch.compile."""
+
+    def __init__(self, d: int, m: int, k: int) -> None:
+        super().__init__()
+        self.W_enc, self.W_dec = (torch.nn.Parameter(torch.randn(*shape) / d**0.5) for shape in ((d, m), (m, d)))
+        self.b_enc, self.b_dec, self.k = torch.nn.Parameter(torch.zeros(m)), torch.nn.Parameter(torch.zeros(d)), k
+
+    def forward(self, x: Tensor) -> Tensor:
+        values, columns = (x @ self.W_enc + self.b_enc).topk(self.k, dim=-1, sorted=False)
+        f = torch.zeros(len(x), self.W_enc.shape[1], device=x.device, dtype=values.dtype).scatter(-1, columns, values.relu())
+        return (x - (f @ self.W_dec + self.b_dec)).pow(2).sum(-1).mean()
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--d", type=int, default=2048)
+    p.add_argument("--d-sae", type=int, default=32_768)
+    p.add_argument("--k", type=int, default=64)
+    p.add_argument("--batch", type=int, default=8192)
+    p.add_argument("--size", type=int, default=8192, help="of the product and the copy that measure the bounds")
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    device = torch.device(a.device)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    rate, bandwidth = ceilings(device, a.size)
+    x = torch.randn(a.batch, a.d, device=device) / a.d**0.5
+    config = TrainConfig(
+        "topk", a.k, expansion=a.d_sae / a.d, tokens=a.batch * 1000, batch=a.batch, pool=a.batch, dead_after=10**12
+    )
+    trainer = SiteTrainer(config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device)
+    trainer.start(x)
+    sae = trainer.sae
+    dtype = sae.product_dtype or torch.float32
+    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; {path_name(device, dtype)}")
+    print(f"measured: {rate / 1e12:.1f} TFLOP/s in bfloat16, {bandwidth / 1e12:.3f} TB/s copied")
+    weights, rows, b_enc = sae.encoder.detach(), x.to(dtype), sae.b_enc.detach().to(dtype)
+
+    def product() -> Tensor:
+        return torch.addmm(b_enc, rows, weights.T.to(dtype))
+
+    pre = product()
+    codes = Codes.from_columns(largest_columns(pre, a.k), a.d_sae)
+    f = torch.rand(len(codes), device=device)
+    codes.by_column()
+    entries, line = len(codes), a.d * 4
+    everything = sum(t.nbytes for t in sae.parameters())
+    products = {"flops": 2 * a.batch * a.d * a.d_sae}
+    phases: list[tuple[str, Callable[[], object], float]] = [
+        ("encoder product", product, products["flops"] / rate + (weights.nbytes + pre.nbytes) / bandwidth),
+        ("selection", lambda: largest_columns(pre, a.k), pre.nbytes / bandwidth),
+        ("values again in float32", lambda: codes.dots(x, weights), entries * line / bandwidth),
+        ("decode", lambda: codes.times(f, sae.W_dec.detach()), entries * line / bandwidth),
+        ("gradient of activations", lambda: codes.dots(x, sae.W_dec.detach()), entries * line / bandwidth),
+        ("gradient of the decoder", lambda: codes.transposed_times(f, x), (entries * line + weights.nbytes) / bandwidth),
+        ("gradient of the encoder", lambda: codes.transposed_times(f, x), (entries * line + weights.nbytes) / bandwidth),
+    ]
+    table = []
+    for name, work, bound in phases:
+        took = seconds(work, device)
+        table.append({"phase": name, "ms": took * 1e3, "bound_ms": bound * 1e3, "share_of_bound": bound / took})
+    # Adam reads weights, gradients and two moments and writes all but the gradients.
+    step_bound = sum(bound for _, _, bound in phases) + 7 * everything / bandwidth
+    took = seconds(lambda: trainer.step(x, 0.5), device)
+    table.append({"phase": "whole step", "ms": took * 1e3, "bound_ms": step_bound * 1e3, "share_of_bound": step_bound / took})
+    del trainer, sae, weights, pre
+
+    dense = Dense(a.d, a.d_sae, a.k).to(device)
+    optimizer = torch.optim.Adam(dense.parameters(), lr=1e-4, fused=True)
+    compiled = torch.compile(dense) if device.type == "cuda" else dense
+
+    def dense_step() -> None:
+        with torch.autocast(device.type, torch.bfloat16):
+            loss = compiled(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    plain = seconds(dense_step, device)
+    table.append(
+        {
+            "phase": "dense bfloat16 autograd, compiled",
+            "ms": plain * 1e3,
+            "bound_ms": float("nan"),
+            "share_of_bound": float("nan"),
+        }
+    )
+    print(pd.DataFrame(table).round(3).to_string(index=False))
+    print(f"{a.batch / took:,.0f} tokens/s, {a.batch / plain:,.0f} dense")
+    if a.json:
+        a.json.write_text(json.dumps(table, indent=1))
+
+
+main()
