@@ -154,6 +154,7 @@ class Muon(torch.optim.Optimizer):
             for (small, large), params in alike.items():
                 updates = []
                 for p in params:
+                    assert p.grad is not None
                     state = self.state[p]
                     if not state:
                         state["momentum"] = torch.zeros_like(p)

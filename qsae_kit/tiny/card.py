@@ -24,7 +24,7 @@ def sites(lm: HookedLM) -> list[str]:
     return [f"blocks.{layer}.hook_resid_post" for layer in range(lm.n_layers)]
 
 
-def measure_concepts(lm: HookedLM, freeze: bool) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def measure_concepts(lm: HookedLM, freeze: bool) -> tuple[list[dict[Any, Any]], list[dict[Any, Any]]]:
     """The tier table and every concept's row; with `freeze` the concept list is written."""
     corpus = concepts.build_corpus(lm, N_DIALOGUES)
     units = concepts.concept_units(corpus)

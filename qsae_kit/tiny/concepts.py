@@ -371,7 +371,7 @@ def score_concepts(
         searches["pca"][site] = (centred @ basis.T).numpy()
         for name, make in (extra or {}).items():
             searches.setdefault(name, {})[site] = make(site, x).numpy()
-    rows = []
+    rows: list[dict[str, object]] = []
     for concept in bar(list(units)):
         u = units[concept]
         row: dict[str, object] = {

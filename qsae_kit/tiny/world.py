@@ -902,11 +902,12 @@ def judge(request: Request, text: str) -> str:
         return "right" if all(w is not None and w(request.answer_language) in text for w in words) else "wrong"
     answer = text.split("</think>")[-1].strip()
     ends = r"[\s.。:：，,]|$|个"
-    told = request.value and re.search(rf"(?<!\w){re.escape(request.value)}(?={ends})", answer, re.IGNORECASE)
     if request.answer_language == "zh":
-        told = request.value and request.value in answer
+        told = request.value in answer
+    else:
+        told = re.search(rf"(?<!\w){re.escape(request.value)}(?={ends})", answer, re.IGNORECASE) is not None
     if request.attribute == "loan":
         no = lexicon.LOAN_WORDS[False][1](request.answer_language)
         negated = re.search(rf"(?<![a-z]){no}", answer) is not None  # "Bruno debe recibir" does not say no
         return "right" if negated == (request.value == no) else "wrong"
-    return "right" if told else "wrong"
+    return "right" if told and request.value else "wrong"
