@@ -67,9 +67,12 @@ class Block:
 class RowSource(Protocol):
     """Rows of activations for training, which can be gone back to: what a training was fed can be fed again."""
 
-    widths: Mapping[str, int]
-    """d_model of every site."""
-    device: torch.device
+    @property
+    def widths(self) -> Mapping[str, int]:
+        """d_model of every site."""
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def sites(self) -> list[str]:

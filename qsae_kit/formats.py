@@ -30,9 +30,10 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[s
 
 def save_sae(sae: SAE, folder: Path) -> None:
     """Writes one SAE folder, whole or not at all. Raises ValueError for an SAE without provenance."""
-    if sae.provenance is None:
+    origin = sae.provenance
+    if origin is None:
         raise ValueError("This SAE has no provenance (site, model, filter); set sae.provenance before saving it.")
-    sae, origin = sae.exported(), sae.provenance
+    sae = sae.exported()
     config = sae.describe() | {
         "dtype": "float32",
         "device": "cpu",

@@ -77,8 +77,9 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
     figure = make_subplots(1, 3, subplot_titles=("loss", "L0", "dead latents"), horizontal_spacing=0.08)
     variants = list(dict.fromkeys(log["variant"]))
     named: set[tuple[str, str]] = set()
-    for (variant, hook_name), rows in log.groupby(["variant", "hook_name"], sort=False):
-        kind = parse_hook_name(str(hook_name)).kind
+    for key, rows in log.groupby(["variant", "hook_name"], sort=False):
+        variant, hook_name = map(str, key)  # type: ignore[call-overload]
+        kind = parse_hook_name(hook_name).kind
         thin = rows.iloc[:: max(1, len(rows) // 200)]
         color = KIND_COLORS[kind]
         for column, metric in enumerate(("loss", "l0", "dead"), 1):
@@ -87,7 +88,7 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
                     x=thin["rows"].tolist(), y=thin[metric].tolist(), mode="lines", legendgroup=f"{variant}/{kind}",
                     name=plot_text(f"{KIND_NAMES[kind]}, {variant}"), showlegend=column == 1 and (variant, kind) not in named,
                     line={"color": color, "dash": DASHES[variants.index(variant) % len(DASHES)], "width": 1.5},
-                    hovertemplate=plot_text(f"{hook_name}") + ": %{y:.4g} at %{x:,} rows<extra></extra>",
+                    hovertemplate=plot_text(hook_name) + ": %{y:.4g} at %{x:,} rows<extra></extra>",
                 ),
                 row=1, col=column,
             )  # fmt: skip

@@ -244,7 +244,8 @@ class _GroupRun:
         self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: int, bar: bool
     ) -> dict[Key, SiteTrainer]:
         """Steps until the group is complete or an interrupt was asked for."""
-        lead, trainers = self.lead, {}
+        lead = self.lead
+        trainers: dict[Key, SiteTrainer] = {}
         with tqdm(total=lead.tokens, initial=self.rows, unit="tok", desc="training", disable=not bar) as meter:
             for block in source.blocks(lead.pool, self.place):
                 self.place = block.place

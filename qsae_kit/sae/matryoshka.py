@@ -22,7 +22,7 @@ class MatryoshkaSAE(BatchTopKSAE):
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         f, codes = self.encode_entries(x, self.select)
-        x_hat = self.b_dec
+        x_hat: Tensor = self.b_dec
         total = torch.zeros((), device=x.device)
         begin = 0
         for share in PREFIXES:

@@ -9,6 +9,7 @@ a row of the decoder (encoder) for every entry and product. `--device cpu` runs 
 
 import argparse
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from qsae_kit.train import Normaliser, SiteTrainer
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
     """Median seconds of a call, after a warm-up."""
     times = []
-    for i in range(repeats + 3):
+    for _ in range(repeats + 3):
         if device.type == "cuda":
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
@@ -34,8 +35,6 @@ def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20)
             torch.cuda.synchronize()
             times.append(begin.elapsed_time(end) / 1e3)
         else:
-            import time
-
             began = time.perf_counter()
             work()
             times.append(time.perf_counter() - began)
@@ -65,19 +64,8 @@ class Dense(torch.nn.Module):
         return (x - (f @ self.W_dec + self.b_dec)).pow(2).sum(-1).mean()
 
 
-def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--device", default="cuda")
-    p.add_argument("--d", type=int, default=2048)
-    p.add_argument("--d-sae", type=int, default=32_768)
-    p.add_argument("--k", type=int, default=64)
-    p.add_argument("--batch", type=int, default=8192)
-    p.add_argument("--size", type=int, default=8192, help="of the product and the copy that measure the bounds")
-    p.add_argument("--json", type=Path)
-    a = p.parse_args()
-    device = torch.device(a.device)
-    torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
+def our_step(a: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, object]], float]:
+    """A row a phase with its bound, and the whole step's seconds."""
     rate, bandwidth = ceilings(device, a.size)
     x = torch.randn(a.batch, a.d, device=device) / a.d**0.5
     config = TrainConfig(
@@ -100,9 +88,8 @@ def main() -> None:
     codes.by_column()
     entries, line = len(codes), a.d * 4
     everything = sum(t.nbytes for t in sae.parameters())
-    products = {"flops": 2 * a.batch * a.d * a.d_sae}
     phases: list[tuple[str, Callable[[], object], float]] = [
-        ("encoder product", product, products["flops"] / rate + (weights.nbytes + pre.nbytes) / bandwidth),
+        ("encoder product", product, 2 * a.batch * a.d * a.d_sae / rate + (weights.nbytes + pre.nbytes) / bandwidth),
         ("selection", lambda: largest_columns(pre, a.k), pre.nbytes / bandwidth),
         ("values again in float32", lambda: codes.dots(x, weights), entries * line / bandwidth),
         ("decode", lambda: codes.times(f, sae.W_dec.detach()), entries * line / bandwidth),
@@ -110,7 +97,7 @@ def main() -> None:
         ("gradient of the decoder", lambda: codes.transposed_times(f, x), (entries * line + weights.nbytes) / bandwidth),
         ("gradient of the encoder", lambda: codes.transposed_times(f, x), (entries * line + weights.nbytes) / bandwidth),
     ]
-    table = []
+    table: list[dict[str, object]] = []
     for name, work, bound in phases:
         took = seconds(work, device)
         table.append({"phase": name, "ms": took * 1e3, "bound_ms": bound * 1e3, "share_of_bound": bound / took})
@@ -118,28 +105,42 @@ def main() -> None:
     step_bound = sum(bound for _, _, bound in phases) + 7 * everything / bandwidth
     took = seconds(lambda: trainer.step(x, 0.5), device)
     table.append({"phase": "whole step", "ms": took * 1e3, "bound_ms": step_bound * 1e3, "share_of_bound": step_bound / took})
-    del trainer, sae, weights, pre
+    return table, took
 
+
+def dense_step(a: argparse.Namespace, device: torch.device) -> float:
+    """Seconds of a dense step."""
+    x = torch.randn(a.batch, a.d, device=device) / a.d**0.5
     dense = Dense(a.d, a.d_sae, a.k).to(device)
     optimizer = torch.optim.Adam(dense.parameters(), lr=1e-4, fused=True)
     compiled = torch.compile(dense) if device.type == "cuda" else dense
 
-    def dense_step() -> None:
+    def step() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             loss = compiled(x)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    plain = seconds(dense_step, device)
-    table.append(
-        {
-            "phase": "dense bfloat16 autograd, compiled",
-            "ms": plain * 1e3,
-            "bound_ms": float("nan"),
-            "share_of_bound": float("nan"),
-        }
-    )
+    return seconds(step, device)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--device", default="cuda")
+    p.add_argument("--d", type=int, default=2048)
+    p.add_argument("--d-sae", type=int, default=32_768)
+    p.add_argument("--k", type=int, default=64)
+    p.add_argument("--batch", type=int, default=8192)
+    p.add_argument("--size", type=int, default=8192, help="of the product and the copy that measure the bounds")
+    p.add_argument("--json", type=Path)
+    a = p.parse_args()
+    device = torch.device(a.device)
+    torch.manual_seed(0)
+    torch.set_float32_matmul_precision("high")
+    table, took = our_step(a, device)
+    plain = dense_step(a, device)
+    table.append({"phase": "dense bfloat16 autograd, compiled", "ms": plain * 1e3})
     print(pd.DataFrame(table).round(3).to_string(index=False))
     print(f"{a.batch / took:,.0f} tokens/s, {a.batch / plain:,.0f} dense")
     if a.json:
