@@ -6,10 +6,11 @@ import random
 import re
 
 import pytest
+import torch
 
 from qsae_kit.sources import TINY_WEIGHTS
 from qsae_kit.tiny import behaviour, lexicon, world
-from qsae_kit.tiny.build import build_tokenizer
+from qsae_kit.tiny.build import build_tokenizer, mixture_of, orthogonal
 from qsae_kit.tiny.world import Draw
 
 CARD = json.loads((TINY_WEIGHTS / "card.json").read_text())
@@ -182,6 +183,25 @@ def test_strangers_are_made_of_known_names():
 
 
 # --- the model
+
+
+def test_muon_keeps_the_singular_vectors_and_evens_the_values():
+    g = torch.randn(3, 8, 20, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(g, full_matrices=False)
+    found = left.mT @ orthogonal(g) @ right.mT
+    values = found.diagonal(dim1=1, dim2=2)
+    assert ((0.6 < values) & (values < 1.3)).all()
+    assert (found - torch.diag_embed(values)).abs().max() < 1e-3
+
+
+def test_the_mixture_changes_as_the_curriculum_says():
+    assert [mixture_of(block).n_met for block in (0, 8, 16, 28, 200)] == [100, 300, 700, 1500, 1500]
+    assert mixture_of(85) == world.Mixture()
+    late = list(world.dialogues(1500, mixture=mixture_of(86)))
+    drills = sum(d.last.rules == "drill" for d in late) / len(late)
+    assert abs(drills - 0.5) < 0.05
+    strangers = sum(d.last.outcome == "unknown" for d in late)
+    assert strangers > 1.2 * sum(d.last.outcome == "unknown" for d in world.dialogues(1500))
 
 
 def test_it_is_a_small_qwen3(lm):
