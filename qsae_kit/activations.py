@@ -111,7 +111,7 @@ class LiveRows:
         return LiveRows(self.lm, sites, self.batches)
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
-        parts: list[Rows] = []
+        pool: Rows = {}
         size, place = 0, start
         for number, batch in enumerate(islice(self.batches(), start.batch, None), start.batch):
             if not batch.keep.any():
@@ -121,15 +121,20 @@ class LiveRows:
             total = int(batch.keep.sum())
             while used < total:
                 take = min(n_rows - size, total - used)
-                parts.append({site: x[used : used + take] for site, x in rows.items()})
+                pool = pool or self._pool(n_rows)
+                for site, x in rows.items():
+                    pool[site][size : size + take] = x[used : used + take]
                 size, used = size + take, used + take
                 if size == n_rows:
-                    whole, parts, size = _joined(parts), [], 0
-                    yield Block(place, whole)
-                    del whole  # whoever took it may let it go before the next one is whole
+                    block, pool, size = Block(place, pool), {}, 0
+                    yield block
+                    del block  # whoever took it may let it go before the next one is begun
                     place = Place(number, used) if used < total else Place(number + 1)
-        if parts:
-            yield Block(place, _joined(parts))
+        if size:
+            yield Block(place, {site: x[:size] for site, x in pool.items()})
+
+    def _pool(self, n_rows: int) -> Rows:
+        return {site: torch.empty(n_rows, width, device=self.device) for site, width in self.widths.items()}
 
 
 class StoredRows:
@@ -172,10 +177,6 @@ class StoredRows:
                 chosen = torch.cat(parts)
                 yield Block(place, {site: x[chosen].float() / self.scale for site, x in self.rows.items()})
             epoch, used = epoch + 1, 0
-
-
-def _joined(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {site: torch.cat([rows[site] for rows in parts]) for site in parts[0]}
 
 
 def shuffled(block: Block, batch: int, seed: int, skip: int = 0) -> Iterator[Rows]:

@@ -96,6 +96,9 @@ def train(
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     moments: Annotated[str, typer.Option(help="Adam's moments: float32, bfloat16 or int8.")] = "float32",
     precision: Annotated[str, typer.Option(help="Of the encoder's product: auto, float32 or bfloat16.")] = "auto",
+    pool: Annotated[
+        int | None, typer.Option(help="Rows shuffled together, a multiple of --batch; by default up to 65,536.")
+    ] = None,
     seed: int = 0,
     watch: Annotated[str | None, typer.Option(help="Log to tensorboard or wandb as well.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for suite/, train.jsonl and checkpoints.")] = Path("runs/train"),
@@ -124,6 +127,7 @@ def train(
     _refuse(acts is not None and bool(live), f"--acts takes rows from a file, so {', '.join(live)} would have no effect.")
     _refuse(acts is None and bool(site or curve), "--site and --curve belong to --acts; choose sites with --sites and --layers.")
     lm = None if acts is not None else load_model(model or "tiny")
+    hook_names = fit.sites_of(lm, sites or "resid,mlp,attn", layers or "all") if lm is not None else [site]
     d_model = lm.d_model if lm is not None else fit.read_rows(acts)[0].shape[1]  # type: ignore[arg-type]
     sparsity = k if k is not None else target_l0
     if sparsity is None:
@@ -132,16 +136,14 @@ def train(
             typer.echo(f"No {'--k' if top else '--target-l0'} given: {sparsity} is assumed, the square root of d_model.")
     config = TrainConfig(
         arch, sparsity, expansion=d_sae / d_model if d_sae is not None else 8 if expansion is None else expansion, tokens=tokens, batch=batch, seed=seed,
-        pool=batch * max(1, 65_536 // batch), moments=moments, precision=precision, **({} if lr is None else {"lr": lr}),  # type: ignore[arg-type]
+        pool=pool or fit.pool_of(batch, d_model, len(hook_names)), moments=moments, precision=precision, **({} if lr is None else {"lr": lr}),  # type: ignore[arg-type]
     )  # fmt: skip
     watchers = [WATCHERS[watch](out / watch)] if watch is not None else []
     if acts is not None:
         result = fit.fit_stored(acts, site, config, out, resume=resume, curve=curve, watch=watchers, bar=not json_)
     else:
         assert lm is not None
-        result = fit.fit_live(
-            lm, data, sites or "resid,mlp,attn", layers or "all", [config], out, resume=resume, watch=watchers, bar=not json_
-        )
+        result = fit.fit_live(lm, data, hook_names, [config], out, resume=resume, watch=watchers, bar=not json_)
     if json_:
         typer.echo(json.dumps(result.figures))
         return

@@ -44,6 +44,20 @@ def assumed_l0(d_model: int) -> int:
     return max(1, round(math.sqrt(d_model)))
 
 
+POOL_ROWS, POOL_BYTES = 65_536, 4e9
+"""What the shuffle pool holds at most by default, all sites together."""
+
+
+def pool_of(batch: int, d_model: int, n_sites: int) -> int:
+    """Rows of the shuffle pool: as many batches as `POOL_ROWS` and `POOL_BYTES` allow, at least two."""
+    return batch * max(2, int(min(POOL_ROWS, POOL_BYTES / (4 * d_model * n_sites)) // batch))
+
+
+def sites_of(lm: HookedLM, kinds: str, layers: str) -> list[str]:
+    """Hook names of kinds ("resid,mlp,attn") at layers ("all", "0,2", "1-3")."""
+    return [site.hook_name for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))]
+
+
 class Meter:
     """Notes the speed of the steps alone, and held-out FVU every `curve` steps, whose own time is left out."""
 
@@ -151,8 +165,7 @@ def fit_stored(
 def fit_live(
     lm: HookedLM,
     data: str | None,
-    kinds: str,
-    layers: str,
+    sites: Sequence[str],
     configs: Sequence[TrainConfig],
     out: Path,
     *,
@@ -161,7 +174,6 @@ def fit_live(
     bar: bool = True,
 ) -> FitResult:
     """Trains at sites of a running model, all from one stream."""
-    sites = [site.hook_name for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))]
     if data is None and lm.model_name != "tiny":
         raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
 

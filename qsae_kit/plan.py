@@ -28,11 +28,13 @@ class Group(NamedTuple):
 
 def needed_bytes(configs: Sequence[TrainConfig], widths: Sequence[int]) -> int:
     """Bytes for all variants at sites of these d_model: weights and moments, one SAE's gradients, pre-activations of a
-    batch with their selection, and the pool three times (while the next block is filled)."""
+    batch with their selection, the pool with a batch of it, and one site's first rows while its SAE is begun."""
     sizes = [(config, d, config.d_sae(d)) for config in configs for d in widths]
     weights = sum((4 + MOMENT_BYTES[c.moments]) * (2 * d * m + 4 * m + d) for c, d, m in sizes)
     alive = max(2 * 4 * 2 * d * m + 3 * 4 * c.batch * m for c, d, m in sizes)
-    return int(weights + alive + 3 * 4 * configs[0].pool * sum(widths))
+    lead = configs[0]
+    rows = 4 * (lead.pool + lead.batch) * sum(widths)
+    return int(weights + rows + max(alive, 2 * 4 * lead.pool * max(widths)))
 
 
 def plan_groups(configs: Sequence[TrainConfig], widths: Mapping[str, int], memory: int) -> list[Group]:
@@ -58,6 +60,36 @@ def plan_groups(configs: Sequence[TrainConfig], widths: Mapping[str, int], memor
 def group_of(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> Group:
     """Every variant at these sites."""
     return Group([(c.variant, site) for c in configs for site in widths], needed_bytes(configs, list(widths.values())))
+
+
+class Peak:
+    """The most memory that was taken since it was made, beyond what was taken then."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device if device.type == "cuda" else None
+        if self._cuda is not None:
+            torch.cuda.reset_peak_memory_stats(self._cuda)
+            self._before = torch.cuda.memory_allocated(self._cuda)
+        else:
+            clear = Path("/proc/self/clear_refs")
+            if clear.exists():
+                clear.write_text("5")  # sets the high-water mark back to what is held now
+            self._before = _status("VmRSS:") or 0
+
+    @property
+    def bytes(self) -> int | None:
+        """None where the system does not say."""
+        if self._cuda is not None:
+            return torch.cuda.max_memory_allocated(self._cuda) - self._before
+        peak = _status("VmHWM:")
+        return None if peak is None else peak - self._before
+
+
+def _status(name: str) -> int | None:
+    """A figure of this process in bytes."""
+    path = Path("/proc/self/status")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name)), None)
 
 
 def free_memory(device: torch.device) -> int:

@@ -17,7 +17,7 @@ from qsae_kit.activations import Block, NormFilter, Place, RowSource, shuffled
 from qsae_kit.checkpoints import Checkpoints
 from qsae_kit.formats import load_sae, save_sae
 from qsae_kit.optim import Adam
-from qsae_kit.plan import Group, Key, free_memory, group_of, plan_groups
+from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, plan_groups
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
@@ -271,6 +271,8 @@ class _GroupRun:
                     if self.complete or stop:
                         return trainers
                 self.given = 0
+                rows = {}
+                del block  # before the next one is made
         raise ValueError(
             f"The data ended after {self.rows:,} of {lead.tokens:,} tokens; give more data or train on fewer tokens."
         )
@@ -367,7 +369,12 @@ def train_saes(
             run = _GroupRun(configs, number, group, groups, checkpoints, interrupts)
             if state is not None and number == state["group"]:
                 run.resume(state)
+            peak = Peak(source.device)
             trainers = run.train(source.only(group.sites), watch, checkpoint_every, bar)
+            if bar and peak.bytes is not None:
+                tqdm.write(
+                    f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned"
+                )
             while trainers:
                 (variant, site), trainer = trainers.popitem()
                 sae = trainer.finish(model_name, site, drop_template, context_size)
