@@ -48,7 +48,9 @@ def test_there_are_thirty_training_families_an_intent_and_language():
         assert len(training) >= 48
         assert len(measured) >= 11
         assert not training & measured
-    of_leads = [{lead for lead in range(14) if lexicon.held_out(intent, 0, lead)} for intent in lexicon.TOPICS if intent != "change"]
+    of_leads = [
+        {lead for lead in range(14) if lexicon.held_out(intent, 0, lead)} for intent in lexicon.TOPICS if intent != "change"
+    ]
     assert all(len(leads) == 3 for leads in of_leads)
     assert not set.intersection(*of_leads)  # every lead is known from other intents
 
