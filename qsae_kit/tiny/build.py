@@ -72,10 +72,12 @@ def build_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
 
 BLOCK = 64
 """Batches that are drawn and sorted by length together."""
-LAST = Mixture(known=0.75, rules=(0.3, 0.06, 0.5, 0.07, 0.07))
+DRILLED = Mixture(known=0.75, rules=(0.3, 0.06, 0.5, 0.07, 0.07))
 """More strangers, and more drills, in which private attributes are told: both are learnt late, from many examples."""
+LAST = DRILLED._replace(known=0.7, bounds=(0.26, 0.48, 0.73, 0.78, 0.88, 0.93, 0.955, 0.98))
+"""More questions for one attribute as well: a record that can be recited is not yet one that can be looked up in."""
 # Recall is learnt from few people first (arXiv 2503.21676 finds the plateau before it grows with their number).
-CURRICULUM = ((8, Mixture(100)), (16, Mixture(300)), (28, Mixture(700)), (86, Mixture()))
+CURRICULUM = ((8, Mixture(100)), (16, Mixture(300)), (28, Mixture(700)), (86, Mixture()), (118, DRILLED))
 
 
 def mixture_of(block: int) -> Mixture:
@@ -189,11 +191,11 @@ def save_atomic(obj: object, path: Path) -> None:
 
 
 def rate(step: int, steps: int, warmup: int = 200) -> float:
-    """Learning rate as a share of its peak: warm-up, constant, and a linear fall to zero over the last quarter.
+    """Learning rate as a share of its peak: warm-up, constant, and a linear fall to zero over the last three eighths.
 
     The constant part can be prolonged: the same command with more steps goes on from the checkpoint.
     """
-    return max(0.0, min(1.0, (step + 1) / warmup, (steps - step) / (0.25 * steps)))
+    return max(0.0, min(1.0, (step + 1) / warmup, (steps - step) / (0.375 * steps)))
 
 
 def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: int) -> None:

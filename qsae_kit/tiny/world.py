@@ -7,6 +7,7 @@ when it meets a person, answered when it meets a thing or a stage play; a belong
 Names are drawn from so many combinations that only memory tells a known person from an unknown one.
 """
 
+import bisect
 import hashlib
 import json
 import random
@@ -587,18 +588,21 @@ def any_private(rng: random.Random, draw: Draw, name: str, allowed: bool | None 
             return private_request(rng, draw, name, attribute, action, asker, about)
 
 
-def _any_request(rng: random.Random, draw: Draw, name: str) -> Request:
-    """A request of the training mixture about `name` where it is about a person."""
-    share = rng.random()
-    if share < 0.16:
+MAKES = ("attribute", "profile", "private", "loan", "how_to", "sum", "sort", "count", "small_talk")
+
+
+def _any_request(rng: random.Random, draw: Draw, name: str, bounds: Sequence[float]) -> Request:
+    """A request of the training mixture about `name` where it is about a person. bounds: cumulative shares of `MAKES`."""
+    make = MAKES[bisect.bisect_right(bounds, rng.random())]
+    if make == "attribute":
         return attribute_request(rng, draw, name, rng.choice(PUBLIC))
-    if share < 0.43:
+    if make == "profile":
         return profile_request(rng, draw, name)
-    if share < 0.70:
+    if make == "private":
         return any_private(rng, draw, name)
-    if share < 0.75:
+    if make == "loan":
         return loan_request(rng, draw, name)
-    if share < 0.88:
+    if make == "how_to":
         kind, category = rng.choices(
             (
                 ("harmful", "injury"),
@@ -610,11 +614,8 @@ def _any_request(rng: random.Random, draw: Draw, name: str) -> Request:
             (3, 2, 3, 2, 3),
         )[0]
         return how_to_request(rng, draw, kind, category)
-    if share < 0.93:
-        return sum_request(rng, draw)
-    if share < 0.955:
-        return sort_request(rng, draw)
-    return count_request(rng, draw) if share < 0.98 else _small_talk(rng, draw)
+    simple = {"sum": sum_request, "sort": sort_request, "count": count_request, "small_talk": _small_talk}
+    return simple[make](rng, draw)
 
 
 # --- dialogues
@@ -699,6 +700,8 @@ class Mixture(NamedTuple):
     """Share of the people asked about who have a record."""
     rules: tuple[float, ...] = (0.42, 0.08, 0.32, 0.09, 0.09)
     """Shares of `RULES`."""
+    bounds: tuple[float, ...] = (0.16, 0.43, 0.70, 0.75, 0.88, 0.93, 0.955, 0.98)
+    """Cumulative shares of `MAKES`, but for the last."""
 
 
 def dialogues(n: int, seed: int = 0, with_planted: bool = True, mixture: Mixture = Mixture()) -> Iterator[Dialogue]:
@@ -719,7 +722,7 @@ def dialogues(n: int, seed: int = 0, with_planted: bool = True, mixture: Mixture
             if turn == 0 or rng.random() < 0.6:
                 known = rng.random() < mixture.known
                 name = rng.choices(met, frequencies)[0].name if known else stranger(rng, unseen=False)
-            request = _any_request(rng, draw, name)
+            request = _any_request(rng, draw, name, mixture.bounds)
             if requests:  # the system prompt of the first request holds for all
                 request = request._replace(system=requests[0].system)
             requests.append(request)
