@@ -138,15 +138,15 @@ class LiveRows:
 
 
 class StoredRows:
-    """Rows in memory or in a memory-mapped file, in a new order each epoch, without end."""
+    """Rows in memory or in a memory-mapped file, in a new order each epoch, without end; given out on `device`."""
 
-    def __init__(self, rows: Rows, seed: int = 0, scale: float = 1.0) -> None:
+    def __init__(self, rows: Rows, seed: int = 0, scale: float = 1.0, device: torch.device | None = None) -> None:
         sizes = {len(x) for x in rows.values()}
         if len(sizes) != 1 or 0 in sizes:
             raise ValueError(f"The sites hold {sorted(sizes)} rows; give every site the same number, at least one.")
         self.rows, self.seed, self.scale = rows, seed, scale
         self.widths = {site: x.shape[1] for site, x in rows.items()}
-        self.device = next(iter(rows.values())).device
+        self.device = device or next(iter(rows.values())).device
 
     @property
     def sites(self) -> list[str]:
@@ -160,7 +160,7 @@ class StoredRows:
         return len(self.rows[self.sites[0]])
 
     def only(self, sites: Sequence[str]) -> "StoredRows":
-        return StoredRows({site: self.rows[site] for site in sites}, self.seed, self.scale)
+        return StoredRows({site: self.rows[site] for site in sites}, self.seed, self.scale, self.device)
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
         epoch, used = start
@@ -175,7 +175,7 @@ class StoredRows:
                     parts.append(order[: n_rows - sum(map(len, parts))])
                     used = len(parts[-1])
                 chosen = torch.cat(parts)
-                yield Block(place, {site: x[chosen].float() / self.scale for site, x in self.rows.items()})
+                yield Block(place, {site: x[chosen].to(self.device).float() / self.scale for site, x in self.rows.items()})
             epoch, used = epoch + 1, 0
 
 

@@ -73,7 +73,8 @@ class Meter:
             [trainer] = progress.trainers.values()
             score = Reconstruction()
             trainer.sae.eval()
-            for x in self.held_out.split(4096):
+            for part in self.held_out.split(4096):
+                x = part.to(trainer.sae.b_dec.device)
                 score.add(x, trainer.reconstruct(x), x.new_zeros(len(x), 1))
             trainer.sae.train()
             self.points.append([round(progress.seconds, 3), progress.rows, round(score.fvu, 4)])
@@ -145,12 +146,14 @@ def fit_stored(
     if not len(held_out):
         raise ValueError(f"None of the last {len(whole):,} rows of {str(path)!r} is finite; store the activations again.")
     meter = Meter(config.batch, curve, held_out)
-    source = StoredRows({site: acts[:cut]}, config.seed, scale)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    source = StoredRows({site: acts[:cut]}, config.seed, scale, device)
     suite = train_saes(source, [config], model_name="stored", folder=out, resume=resume, watch=[meter, *watch], bar=bar)
     [sae] = suite[config.variant].values()
     score = Reconstruction()
     with torch.no_grad():
-        for x in held_out.split(4096):
+        for part in held_out.split(4096):
+            x = part.to(sae.b_dec.device)
             f = sae.encode(x)
             score.add(x, sae.decode(f), f)
     figures = {

@@ -42,6 +42,15 @@ def test_features_are_sparse_and_not_negative(architecture):
 
 
 @each_architecture
+def test_decoder_rows_start_in_the_subspace_of_the_data(architecture):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(600, 3, generator=generator) @ torch.randn(3, 12, generator=generator)
+    sae = ARCHITECTURES[architecture](12, 40, 5.0)
+    sae.init_from_rows(x, generator)
+    assert torch.linalg.matrix_rank(sae.W_dec, rtol=1e-4) == 3
+
+
+@each_architecture
 def test_rows_do_not_see_each_other(architecture):
     sae, x = make(architecture)
     torch.testing.assert_close(sae.encode(x)[:7], sae.encode(x[:7]))

@@ -130,14 +130,15 @@ class SAE(nn.Module, ABC):
 
     @torch.no_grad()
     def init_from_rows(self, x: Float[Tensor, "row d_model"], generator: torch.Generator) -> None:
-        """Starts from data: decoder rows are random rows of `x` mixed with noise, the encoder their transpose.
+        """Starts from data: decoder rows are random rows of `x` mixed with noise of its covariance, the encoder their transpose.
 
-        The encoder is then scaled so that the first reconstructions have the best length (least squares).
+        So all of them lie in the subspace that the data use, which for attention outputs is far from the whole. The encoder is then scaled so that the first reconstructions have the best length (least squares).
         """
         pick = torch.randint(len(x), (self.d_sae,), generator=generator).to(x.device)
         rows = nn.functional.normalize(x[pick], dim=-1)
-        noise = torch.randn(rows.shape, generator=generator).to(x.device) / self.d_in**0.5
-        self.W_dec.copy_(nn.functional.normalize(rows + 0.5 * noise, dim=-1))
+        some = x[torch.randperm(len(x), generator=generator)[:1024].to(x.device)]
+        noise = torch.randn(self.d_sae, len(some), generator=generator).to(x.device) @ (some - some.mean(0))
+        self.W_dec.copy_(nn.functional.normalize(rows + 0.5 * nn.functional.normalize(noise, dim=-1), dim=-1))
         self.encoder.copy_(self.W_dec)
         self.init_thresholds(x[:4096])
         x_hat = self(x[:4096])
