@@ -75,6 +75,10 @@ class RowSource(Protocol):
     def device(self) -> torch.device: ...
 
     @property
+    def forward_rows(self) -> int:
+        """Tokens of one forward pass, padding included; 0 where there is none."""
+
+    @property
     def sites(self) -> list[str]:
         return list(self.widths)
 
@@ -103,9 +107,18 @@ class LiveRows:
     def sites(self) -> list[str]:
         return list(self.widths)
 
+    @property
+    def forward_rows(self) -> int:
+        return max((batch.ids.numel() for batch in islice(self.batches(), 4)), default=0)
+
     def fingerprint(self) -> str:
-        first = next(iter(self.batches()), None)
-        return hashlib.sha256(b"" if first is None else first.ids.cpu().numpy().tobytes()).hexdigest()
+        """Of the first four token batches and of a few of the model's weights."""
+        digest = hashlib.sha256()
+        for batch in islice(self.batches(), 4):
+            digest.update(batch.ids.cpu().numpy().tobytes())
+        for parameter in self.lm.hf.parameters():
+            digest.update(parameter.detach().view(-1)[:8].float().cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def only(self, sites: Sequence[str]) -> "LiveRows":
         return LiveRows(self.lm, sites, self.batches)
@@ -140,6 +153,8 @@ class LiveRows:
 class StoredRows:
     """Rows in memory or in a memory-mapped file, in a new order each epoch, without end; given out on `device`."""
 
+    forward_rows = 0
+
     def __init__(self, rows: Rows, seed: int = 0, scale: float = 1.0, device: torch.device | None = None) -> None:
         sizes = {len(x) for x in rows.values()}
         if len(sizes) != 1 or 0 in sizes:
@@ -159,6 +174,10 @@ class StoredRows:
     def __len__(self) -> int:
         return len(self.rows[self.sites[0]])
 
+    def _given(self, x: Tensor) -> Tensor:
+        x = x.to(self.device).float()
+        return x if self.scale == 1 else x / self.scale
+
     def only(self, sites: Sequence[str]) -> "StoredRows":
         return StoredRows({site: self.rows[site] for site in sites}, self.seed, self.scale, self.device)
 
@@ -175,7 +194,7 @@ class StoredRows:
                     parts.append(order[: n_rows - sum(map(len, parts))])
                     used = len(parts[-1])
                 chosen = torch.cat(parts)
-                yield Block(place, {site: x[chosen].to(self.device).float() / self.scale for site, x in self.rows.items()})
+                yield Block(place, {site: self._given(x[chosen]) for site, x in self.rows.items()})
             epoch, used = epoch + 1, 0
 
 

@@ -63,7 +63,9 @@ class Checkpoints:
             (part / STATE).write_text(json.dumps({"identity": self.identity, "state": state}), encoding="utf-8")
         for old in before:
             if old != target:
-                shutil.rmtree(old)
+                away = old.with_name(f".{old.name}.old")  # as a whole, so that no half of it is found
+                old.rename(away)
+                shutil.rmtree(away)
 
     def begin(self, state: Mapping[str, Any] | None) -> None:
         """Clears what a killed run left: temporary folders, and log lines after the checkpoint that is gone on from."""

@@ -91,8 +91,8 @@ def train(
     expansion: Annotated[float | None, typer.Option(help="Width as a multiple of d_model (8 by default).")] = None,
     k: Annotated[int | None, typer.Option(help="Features a token, for topk, batchtopk and matryoshka.")] = None,
     target_l0: Annotated[float | None, typer.Option(help="Features a token, for jumprelu, standard and gated.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows a step.")] = 2048,
-    tokens: Annotated[int, typer.Option(help="Rows to train on.")] = 2_000_000,
+    batch: Annotated[int | None, typer.Option(help="Rows a step (2,048 by default).", min=1)] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows to train on (two million by default).", min=1)] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     moments: Annotated[str, typer.Option(help="Adam's moments: float32, bfloat16 or int8.")] = "float32",
     precision: Annotated[str, typer.Option(help="Of the encoder's product: auto, float32 or bfloat16.")] = "auto",
@@ -103,7 +103,10 @@ def train(
     watch: Annotated[str | None, typer.Option(help="Log to tensorboard or wandb as well.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for suite/, train.jsonl and checkpoints.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
-    curve: Annotated[int, typer.Option(help="With --acts: held-out FVU every so many steps.")] = 0,
+    option: Annotated[
+        list[str] | None, typer.Option(help='Of the architecture, such as "sparsity_loss=step"; may be given again.')
+    ] = None,
+    curve: Annotated[int, typer.Option(help="With --acts: held-out FVU every so many steps.", min=0)] = 0,
     json_: Annotated[bool, typer.Option("--json", help="Print one line of JSON at the end, and nothing else.")] = False,
 ) -> None:
     """Train SAEs at sites of a model, or one SAE on stored activations."""
@@ -111,7 +114,7 @@ def train(
 
     from qsae_kit import fit
     from qsae_kit.models import load_model
-    from qsae_kit.recipe import TrainConfig
+    from qsae_kit.recipe import default_recipe
     from qsae_kit.sae import ARCHITECTURES
     from qsae_kit.watch import WATCHERS
 
@@ -128,19 +131,21 @@ def train(
     _refuse(acts is None and bool(site or curve), "--site and --curve belong to --acts; choose sites with --sites and --layers.")
     lm = None if acts is not None else load_model(model or "tiny")
     hook_names = fit.sites_of(lm, sites or "resid,mlp,attn", layers or "all") if lm is not None else [site]
-    d_model = lm.d_model if lm is not None else fit.read_rows(acts)[0].shape[1]  # type: ignore[arg-type]
-    sparsity = k if k is not None else target_l0
-    if sparsity is None:
-        sparsity = fit.assumed_l0(d_model)
-        if not json_:
-            typer.echo(f"No {'--k' if top else '--target-l0'} given: {sparsity} is assumed, the square root of d_model.")
-    config = TrainConfig(
-        arch, sparsity, expansion=d_sae / d_model if d_sae is not None else 8 if expansion is None else expansion, tokens=tokens, batch=batch, seed=seed,
-        pool=pool or fit.pool_of(batch, d_model, len(hook_names)), moments=moments, precision=precision, **({} if lr is None else {"lr": lr}),  # type: ignore[arg-type]
+    file = fit.read_rows(acts) if acts is not None else None
+    d_model = lm.d_model if lm is not None else file.acts.shape[1]  # type: ignore[union-attr]
+    given = {
+        "sparsity": k if k is not None else target_l0, "expansion": d_sae / d_model if d_sae is not None else expansion,
+        "batch": batch, "tokens": tokens, "lr": lr, "pool": pool, "options": _options(option or []) or None,
+    }  # fmt: skip
+    config = default_recipe(
+        d_model, len(hook_names), architecture=arch, seed=seed, moments=moments, precision=precision,
+        **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
+    if given["sparsity"] is None and config.targeted and not json_:
+        typer.echo(f"No {'--k' if top else '--target-l0'} given: {config.sparsity} is assumed, the square root of d_model.")
     watchers = [WATCHERS[watch](out / watch)] if watch is not None else []
-    if acts is not None:
-        result = fit.fit_stored(acts, site, config, out, resume=resume, curve=curve, watch=watchers, bar=not json_)
+    if file is not None:
+        result = fit.fit_stored(file, site, config, out, resume=resume, curve=curve, watch=watchers, bar=not json_)
     else:
         assert lm is not None
         result = fit.fit_live(lm, data, hook_names, [config], out, resume=resume, watch=watchers, bar=not json_)
@@ -149,11 +154,29 @@ def train(
         return
     for variant, saes in result.suite.items():
         for hook_name, sae in saes.items():
-            figures = ", ".join(f"{name} {value:.3g}" for name, value in sae.provenance.figures.items()) if sae.provenance else ""
-            typer.echo(f"{variant}/{hook_name}: {figures}")
+            said = ", ".join(f"{name} {value:.3g}" for name, value in sae.provenance.figures.items()) if sae.provenance else ""
+            typer.echo(f"{variant}/{hook_name}: {said}")
+    if file is not None:
+        figures = {name: result.figures[name] for name in ("fvu", "l0", "dead", "held_out", "epochs")}
+        typer.echo("Held-out rows: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
+        for seconds, rows, fvu in result.figures["curve"]:
+            typer.echo(f"  after {rows:,} rows and {seconds:.1f} s: FVU {fvu:.4f}")
     typer.echo(f"{result.figures['tokens_per_s']:,.0f} tokens/s; the SAEs are in {out / 'suite'}")
     if not result.complete:
         typer.echo(f"Stopped before the end; the same command with --resume goes on (--out {out}).")
+
+
+def _options(pairs: list[str]) -> dict[str, object]:
+    """{"name": value} of "name=value"; values that read as numbers are numbers."""
+    out: dict[str, object] = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        _refuse(not separator or not value, f"--option {pair!r} was given; write name=value.")
+        try:
+            out[name] = float(value)
+        except ValueError:
+            out[name] = value
+    return out
 
 
 def _refuse(wrong: bool, message: str) -> None:

@@ -16,12 +16,13 @@ from qsae_kit.files import atomic_file, write_text
 from qsae_kit.formats import save_suite
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import AnswerForm, answer_all
+from qsae_kit.recipe import TrainConfig
 from qsae_kit.report import render_report
 from qsae_kit.sae import SAE
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
 from qsae_kit.study import PromptSets, StudyConfig, StudyResult, steering_study
 from qsae_kit.tiny import world
-from qsae_kit.train import TrainConfig, train_saes
+from qsae_kit.train import train_saes
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
         _sync(part)
         os.chmod(part, 0o644)
         os.replace(part, path)
+        _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
 
@@ -47,6 +48,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, old)  # an empty folder is replaced by a folder
             os.replace(part, path)
+            _sync(path.parent)
         finally:
             shutil.rmtree(old, ignore_errors=True)
     finally:

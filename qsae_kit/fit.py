@@ -1,10 +1,9 @@
 """`qsae train`: from flags to a run, on a live model or on stored activations."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,10 +13,11 @@ from qsae_kit.activations import LiveRows, StoredRows
 from qsae_kit.data import Document, read_documents, repeat, token_batches
 from qsae_kit.metrics import Reconstruction
 from qsae_kit.models import HookedLM
+from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE
 from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
 from qsae_kit.tiny import world
-from qsae_kit.train import Progress, TrainConfig, train_saes
+from qsae_kit.train import Progress, train_saes
 from qsae_kit.watch import Watcher
 
 HELD_OUT = 0.1
@@ -34,23 +34,6 @@ class FitResult:
     figures: dict[str, Any]
     complete: bool
     """False after an interrupt."""
-
-
-def assumed_l0(d_model: int) -> int:
-    """The target L0 that stands in for one not given: the square root of d_model.
-
-    It gives 32 at 1,024 and 64 at 4,096, the middle of what public suites of such models use.
-    """
-    return max(1, round(math.sqrt(d_model)))
-
-
-POOL_ROWS, POOL_BYTES = 65_536, 4e9
-"""What the shuffle pool holds at most by default, all sites together."""
-
-
-def pool_of(batch: int, d_model: int, n_sites: int) -> int:
-    """Rows of the shuffle pool: as many batches as `POOL_ROWS` and `POOL_BYTES` allow, at least two."""
-    return batch * max(2, int(min(POOL_ROWS, POOL_BYTES / (4 * d_model * n_sites)) // batch))
 
 
 def sites_of(lm: HookedLM, kinds: str, layers: str) -> list[str]:
@@ -86,13 +69,31 @@ class Meter:
         seconds = sum(last[1] - first[1] for first, last in spans)
         return sum(last[0] - first[0] for first, last in spans) / max(seconds, 1e-9)
 
+    @property
+    def rows(self) -> int:
+        """Rows that the last group came to."""
+        return self.steps[max(self.steps)][-1][0] if self.steps else 0
+
     def complete(self, tokens: int) -> bool:
         """Whether the last group came to its end."""
         return not self.steps or self.steps[max(self.steps)][-1][0] + self.batch > tokens
 
 
-def read_rows(path: Path) -> tuple[Tensor, str, float]:
-    """The tensor `acts` [row, d_model], the site named in the header ("" where there is none), and the scale.
+class StoredFile(NamedTuple):
+    """Stored activations with what their header says of them."""
+
+    path: Path
+    acts: Tensor
+    """[row, d_model]"""
+    hook_name: str
+    """"" where the header has none."""
+    scale: float
+    model_name: str
+    drop_template: bool
+
+
+def read_rows(path: Path) -> StoredFile:
+    """A .safetensors file with the tensor `acts` [row, d_model].
 
     Raises ValueError for a file that is not one of stored activations.
     """
@@ -108,11 +109,18 @@ def read_rows(path: Path) -> tuple[Tensor, str, float]:
         raise ValueError(
             f"{str(path)!r} holds acts of shape {tuple(acts.shape)} and {acts.dtype}; expected numbers [row, d_model], 20 rows or more."
         )
-    return acts, header.get("hook_name", ""), float(header.get("scale", "1"))
+    return StoredFile(
+        path,
+        acts,
+        header.get("hook_name", ""),
+        float(header.get("scale", "1")),
+        header.get("model", "stored"),
+        header.get("drop_template") == "True",
+    )
 
 
 def fit_stored(
-    path: Path,
+    file: StoredFile,
     site: str,
     config: TrainConfig,
     out: Path,
@@ -126,7 +134,7 @@ def fit_stored(
 
     site: where the rows come from; "" takes what the file says.
     """
-    acts, named, scale = read_rows(path)
+    path, acts, named, scale = file[:4]
     if site and named and site != named:
         raise ValueError(f"{str(path)!r} holds rows of {named}, and --site {site} was given; leave --site out.")
     site = site or named
@@ -148,7 +156,16 @@ def fit_stored(
     meter = Meter(config.batch, curve, held_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = StoredRows({site: acts[:cut]}, config.seed, scale, device)
-    suite = train_saes(source, [config], model_name="stored", folder=out, resume=resume, watch=[meter, *watch], bar=bar)
+    suite = train_saes(
+        source,
+        [config],
+        model_name=file.model_name,
+        drop_template=file.drop_template,
+        folder=out,
+        resume=resume,
+        watch=[meter, *watch],
+        bar=bar,
+    )
     [sae] = suite[config.variant].values()
     score = Reconstruction()
     with torch.no_grad():
@@ -158,7 +175,7 @@ def fit_stored(
             score.add(x, sae.decode(f), f)
     figures = {
         "architecture": config.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "sparsity": config.sparsity, "batch": config.batch,
-        "tokens": sae.provenance.tokens if sae.provenance else 0, "epochs": round(config.tokens / cut, 3),
+        "tokens": sae.provenance.tokens if sae.provenance else 0, "epochs": round(meter.rows / cut, 3),
         "tokens_per_s": round(meter.tokens_per_s, 1), "l0": round(score.l0, 3), "fvu": round(score.fvu, 4), "dead": round(score.dead, 4),
         "held_out": len(held_out), "held_out_not_finite": int((~whole).sum()), "curve": meter.points,
     }  # fmt: skip

@@ -34,6 +34,9 @@ def save_sae(sae: SAE, folder: Path) -> None:
     if origin is None:
         raise ValueError("This SAE has no provenance (site, model, filter); set sae.provenance before saving it.")
     sae = sae.exported()
+    wrong = [name for name, tensor in sae.tensors().items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(f"The SAE of {origin.hook_name} has values that are not finite in {', '.join(wrong)}; train it again.")
     config = sae.describe() | {
         "dtype": "float32",
         "device": "cpu",

@@ -132,7 +132,10 @@ def _store_int8(kept: _Stored, begin: int, end: int, x: Tensor, power: int, gene
     scales = padded.abs().amax(1)
     root = (padded.abs() / scales.clamp(min=1e-38)[:, None]).pow_(1 / power).mul_(127)
     noise = torch.rand(root.shape, device=x.device, generator=generator)
-    rounded = root.add_(noise).floor_().clamp_(max=127)
+    low = root.floor()
+    # Up with the probability that keeps the mean of the value itself, not of its root.
+    up = (root**power - low**power) / ((low + 1) ** power - low**power)
+    rounded = low.add_(noise < up).clamp_(max=127)
     if power == 4:  # a second moment must not vanish while the first is there
         rounded = rounded.clamp_(min=1) * (padded > 0)
     kept.codes[begin : last * BLOCK] = rounded.copysign_(padded).to(torch.int8).view(-1)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -19,47 +20,56 @@ class Group(NamedTuple):
 
     keys: list[Key]
     bytes: int
-    """What training them takes beside the language model."""
+    """What training them takes beside the language model's own weights."""
 
     @property
     def sites(self) -> list[str]:
         return list(dict.fromkeys(site for _, site in self.keys))
 
 
-def needed_bytes(configs: Sequence[TrainConfig], widths: Sequence[int]) -> int:
-    """Bytes for all variants at sites of these d_model: weights and moments, one SAE's gradients, pre-activations of a
-    batch with their selection, the pool with a batch of it, and one site's first rows while its SAE is begun."""
+PER_ENTRY = {"standard": 40, "gated": 40}
+"""Bytes a pre-activation of a batch takes with its selection; half of them are selected at first in these, elsewhere few."""
+
+
+def needed_bytes(configs: Sequence[TrainConfig], widths: Sequence[int], forward_rows: int = 0) -> int:
+    """Bytes for all variants at sites of these d_model.
+
+    Counted are weights and moments; one SAE's gradients with the pre-activations of a batch and their selection, or its
+    initial weights; the pool, a batch of it, and one site's copy; and the sites' activations of one forward pass of
+    `forward_rows` tokens, twice (as they come and as they are kept).
+    """
     sizes = [(config, d, config.d_sae(d)) for config in configs for d in widths]
     weights = sum((4 + MOMENT_BYTES[c.moments]) * (2 * d * m + 4 * m + d) for c, d, m in sizes)
-    alive = max(2 * 4 * 2 * d * m + 3 * 4 * c.batch * m for c, d, m in sizes)
+    alive = max(2 * 4 * 2 * d * m + max(PER_ENTRY.get(c.architecture, 16) * c.batch, 3 * 4 * 4096) * m for c, d, m in sizes)
     lead = configs[0]
-    rows = 4 * (lead.pool + lead.batch) * sum(widths)
-    return int(weights + rows + max(alive, 2 * 4 * lead.pool * max(widths)))
+    rows = 4 * (lead.pool + lead.batch) * sum(widths) + 4 * lead.pool * max(widths)
+    return int(weights + rows + max(alive, 2 * 4 * forward_rows * sum(widths)))
 
 
-def plan_groups(configs: Sequence[TrainConfig], widths: Mapping[str, int], memory: int) -> list[Group]:
+def plan_groups(configs: Sequence[TrainConfig], widths: Mapping[str, int], memory: int, forward_rows: int = 0) -> list[Group]:
     """Sites in order, put together as long as they fit into `memory` bytes, all variants of a site in one group.
 
     widths: d_model of every site. Raises ValueError where one site alone does not fit.
     """
     groups: list[list[str]] = []
     for site, width in widths.items():
-        alone = needed_bytes(configs, [width])
+        alone = needed_bytes(configs, [width], forward_rows)
         if alone > memory:
             raise ValueError(
                 f"Training the SAEs of {site} takes {alone / 1e9:.2f} GB, allowed are {memory / 1e9:.2f} GB; choose a smaller "
                 "width or batch, fewer variants, or moments in bfloat16 or int8."
             )
-        if groups and needed_bytes(configs, [widths[s] for s in groups[-1]] + [width]) <= memory:
+        if groups and needed_bytes(configs, [widths[s] for s in groups[-1]] + [width], forward_rows) <= memory:
             groups[-1].append(site)
         else:
             groups.append([site])
-    return [group_of(configs, {site: widths[site] for site in sites}) for sites in groups]
+    return [group_of(configs, {site: widths[site] for site in sites}, forward_rows) for sites in groups]
 
 
-def group_of(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> Group:
+def group_of(configs: Sequence[TrainConfig], widths: Mapping[str, int], forward_rows: int = 0) -> Group:
     """Every variant at these sites."""
-    return Group([(c.variant, site) for c in configs for site in widths], needed_bytes(configs, list(widths.values())))
+    keys = [(c.variant, site) for c in configs for site in widths]
+    return Group(keys, needed_bytes(configs, list(widths.values()), forward_rows))
 
 
 class Peak:
@@ -72,7 +82,7 @@ class Peak:
             self._before = torch.cuda.memory_allocated(self._cuda)
         else:
             clear = Path("/proc/self/clear_refs")
-            if clear.exists():
+            with suppress(OSError):
                 clear.write_text("5")  # sets the high-water mark back to what is held now
             self._before = _status("VmRSS:") or 0
 
@@ -103,5 +113,7 @@ def free_memory(device: torch.device) -> int:
         free += [int(words[1]) * 1024 for words in available]
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():
-        free.append(int(limit.read_text()) - int(used.read_text()))
+        stat = limit.with_name("memory.stat").read_text().split()
+        reclaimable = int(stat[stat.index("inactive_file") + 1]) if "inactive_file" in stat else 0
+        free.append(int(limit.read_text()) - int(used.read_text()) + reclaimable)
     return int(0.9 * min(free))

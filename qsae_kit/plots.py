@@ -80,7 +80,7 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
     for key, rows in log.groupby(["variant", "hook_name"], sort=False):
         variant, hook_name = map(str, key)  # type: ignore[call-overload]
         kind = parse_hook_name(hook_name).kind
-        thin = rows.iloc[:: max(1, len(rows) // 200)]
+        thin = rows.iloc[:: -max(1, len(rows) // 200)][::-1]  # the last one stays
         color = KIND_COLORS[kind]
         for column, metric in enumerate(("loss", "l0", "dead"), 1):
             figure.add_trace(

@@ -20,20 +20,20 @@ class TrainConfig:
 
     architecture: str = "jumprelu"
     """One of `sae.ARCHITECTURES`."""
-    sparsity: float = 16
-    """Features a token: a target L0, or the k of the TopK family."""
+    sparsity: float = 32
+    """Features a token: a target L0, or the k of the TopK family. Without effect where `targeted` is false."""
     expansion: float = 8
     """d_sae as a multiple of d_model."""
-    tokens: int = 200_000
+    tokens: int = 2_000_000
     """Rows to train on."""
-    batch: int = 512
+    batch: int = 2048
     """Rows a step."""
     lr: float = 2e-3
     """Peak learning rate of Adam; 5 % of the steps warm up, the last 30 % decay to 0."""
-    pool: int = 16_384
+    pool: int = 65_536
     """Rows that are shuffled together; mean, scale and median norm are taken from the first of them."""
-    dead_after: int = 20_000
-    """Rows without firing after which a latent counts as dead."""
+    dead_after: int | None = None
+    """Rows without firing after which a latent counts as dead; None: a twentieth of `tokens`, at most ten million."""
     seed: int = 0
     moments: Moments = "float32"
     """Format of Adam's moments; the parameters stay float32."""
@@ -46,8 +46,11 @@ class TrainConfig:
         if self.architecture not in ARCHITECTURES:
             raise ValueError(f"There is no architecture {self.architecture!r}; choose from {', '.join(ARCHITECTURES)}.")
         for name in ("sparsity", "expansion", "tokens", "batch", "lr", "pool", "dead_after"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)} was given; it must be positive.")
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name}={value} was given; it must be positive.")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed} was given; allowed are 0 to {2**31 - 1}.")
         if self.tokens < self.batch:
             raise ValueError(f"tokens={self.tokens} is less than one batch of {self.batch} rows; train on more.")
         if self.pool % self.batch:
@@ -74,6 +77,36 @@ class TrainConfig:
         return max(1, round(d_in * self.expansion))
 
     @property
+    def quiet_rows(self) -> int:
+        """Rows without firing after which a latent counts as dead."""
+        return max(1, min(10_000_000, self.tokens // 20)) if self.dead_after is None else self.dead_after
+
+    @property
+    def targeted(self) -> bool:
+        """Whether training aims at `sparsity`, rather than weighing it by a fixed coefficient."""
+        return self.options.get("sparsity_loss", "target") == "target" and self.options.get("l1") is None
+
+    @property
     def variant(self) -> str:
         """The name of the suite's folder for this recipe."""
-        return f"{self.architecture}-x{self.expansion:g}-l0_{self.sparsity:g}"
+        aim = [f"l0_{self.sparsity:g}"] if self.targeted else []
+        return "-".join([self.architecture, f"x{self.expansion:g}", *aim, *(f"{k}_{v}" for k, v in self.options.items())])
+
+
+POOL_ROWS, POOL_BYTES = 65_536, 4e9
+"""What the shuffle pool holds at most by default, all sites together."""
+
+
+def default_recipe(d_model: int, n_sites: int = 1, **changes: Any) -> TrainConfig:
+    """The recipe that `qsae train` takes without flags, with `changes` as its fields.
+
+    A sparsity that is not given is assumed: the square root of d_model, which is 32 at 1,024 and 64 at 4,096, the middle
+    of what public suites of such models use. The pool is as large as `POOL_ROWS`, `POOL_BYTES` and the tokens allow.
+    """
+    changes.setdefault("sparsity", max(1, round(d_model**0.5)))
+    batch = changes.get("batch", TrainConfig.batch)
+    tokens = changes.get("tokens", TrainConfig.tokens)
+    if "pool" not in changes and batch > 0:
+        rows = min(POOL_ROWS, POOL_BYTES / (4 * d_model * n_sites), max(tokens, batch))
+        changes["pool"] = batch * max(1, int(rows // batch))
+    return TrainConfig(**changes)

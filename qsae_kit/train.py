@@ -1,6 +1,7 @@
 """Trains many SAEs from one source of rows; it never sees a language model."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ class SiteTrainer:
 
     @property
     def dead(self) -> Tensor:
-        return self.quiet > self.config.dead_after
+        return self.quiet > self.config.quiet_rows
 
     def start(self, first: Float[Tensor, "row d_model"]) -> None:
         """Initial weights from raw rows."""
@@ -95,7 +96,11 @@ class SiteTrainer:
         loss = self.sae.training_loss(x, State(self.dead, progress))
         loss.total.backward()
         self.sae.remove_parallel_gradient()
-        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        if not norm.isfinite():
+            raise ValueError(
+                f"After {self.rows:,} rows the gradient is not finite (loss {float(loss.total.detach()):.3g}); choose a lower lr."
+            )
         self.optimizer.step(self.config.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
         self.optimizer.zero_grad()  # at once: one SAE's gradients are alive at a time
         self.sae.constrain()
@@ -174,6 +179,10 @@ LOG_EVERY = 20
 """Steps between lines of the log."""
 
 
+def _say(text: str) -> None:
+    tqdm.write(text, file=sys.stderr)
+
+
 class _Interrupts:
     """Within it, an interrupt (Ctrl-C, a notebook's stop button) is noted and waits; a second one does not wait."""
 
@@ -188,7 +197,7 @@ class _Interrupts:
         if self.asked:
             raise KeyboardInterrupt
         self.asked = True
-        tqdm.write("Stopping after this step; interrupt again to stop at once.")
+        _say("Stopping after this step; interrupt again to stop at once.")
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
@@ -241,11 +250,12 @@ class _GroupRun:
         return start_trainers(self.group.keys, by_variant, block)
 
     def train(
-        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: int, bar: bool
+        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: float, bar: bool
     ) -> dict[Key, SiteTrainer]:
         """Steps until the group is complete or an interrupt was asked for."""
         lead = self.lead
         trainers: dict[Key, SiteTrainer] = {}
+        due = time.monotonic() + every
         with tqdm(total=lead.tokens, initial=self.rows, unit="tok", desc="training", disable=not bar) as meter:
             for block in source.blocks(lead.pool, self.place):
                 self.place = block.place
@@ -266,8 +276,10 @@ class _GroupRun:
                     steps, stop = self.rows // lead.batch, self.interrupts.asked
                     if self.complete or steps % LOG_EVERY == 0:
                         self._log(progress, meter)
-                    if self.checkpoints is not None and not self.complete and (stop or steps % every == 0):
+                    if self.checkpoints is not None and not self.complete and (stop or time.monotonic() >= due):
+                        began = time.monotonic()
                         self.checkpoints.save(self.state(), {"~".join(key): t.tensors() for key, t in trainers.items()})
+                        due = time.monotonic() + max(every, 20 * (time.monotonic() - began) if every else 0)
                     if self.complete or stop:
                         return trainers
                 self.given = 0
@@ -284,7 +296,7 @@ class _GroupRun:
         if dtype == torch.bfloat16:
             said += f"; of what float32 selects {trainer.miss_rate(rows[: self.lead.batch]):.2%} is missed"
         if bar:
-            tqdm.write(f"Products: {said}")
+            _say(f"Products: {said}")
 
     def _log(self, progress: Progress, meter: tqdm) -> None:
         figures = progress.figures()
@@ -318,7 +330,7 @@ def train_saes(
     context_size: int = 512,
     folder: Path | None = None,
     resume: bool = False,
-    checkpoint_every: int = 500,
+    checkpoint_seconds: float = 120.0,
     memory: int | None = None,
     watch: Sequence[Callable[[Progress], None]] = (),
     bar: bool = True,
@@ -327,8 +339,10 @@ def train_saes(
 
     source: `activations.LiveRows` or `StoredRows`; it must not run dry before `tokens` rows.
     configs: one a variant; they share tokens, batch, pool and seed.
+    drop_template, context_size: what the source's batches were made with; it is stored with the SAEs.
     folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a checkpoint every
-    `checkpoint_every` steps; `resume` goes on from there, on a CPU to the same bits as without a break.
+    `checkpoint_seconds` (less often where writing it takes more than a twentieth of the time); `resume` goes on from
+    there, on a CPU to the same bits as without a break.
     memory: bytes that may be used beside the model, by default most of what is free; sites that do not fit together are
     trained one group after another, each with a pass over the data, and are returned on the CPU.
     watch: called with the `Progress` after each step, such as `watch.LiveFigure()`.
@@ -337,7 +351,8 @@ def train_saes(
     Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together, too little data, a
     folder with another or an unfinished run.
     """
-    _check_configs(configs)
+    widths = source.widths
+    _check_configs(configs, widths)
     if resume and folder is None:
         raise ValueError("resume=True was given without a folder to resume from; give the folder of the run.")
     checkpoints, state = None, None
@@ -350,17 +365,17 @@ def train_saes(
         if state is None and resume:
             raise ValueError(f"{str(folder)!r} holds no checkpoint to resume from; start without resuming.")
         checkpoints.begin(state)
-    widths = source.widths
     if state is not None:  # as it was planned then, whatever is free now
-        groups = [group_of(configs, {site: widths[site] for site in sites}) for sites in state["groups"]]
+        groups = [group_of(configs, {site: widths[site] for site in sites}, source.forward_rows) for sites in state["groups"]]
     else:
-        groups = plan_groups(configs, widths, free_memory(source.device) if memory is None else memory)
+        groups = plan_groups(configs, widths, free_memory(source.device) if memory is None else memory, source.forward_rows)
     if bar:
-        tqdm.write(
-            f"Planned: {len(groups)} group(s), " + ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
-        )
+        sizes = ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
+        _say(f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows")
     suite: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
     with _Interrupts() as interrupts:
+        if checkpoints is not None and state is None:  # so that a run can be resumed from its first moment
+            checkpoints.save(_GroupRun(configs, 0, groups[0], groups, None, interrupts).state(), {})
         for number, group in enumerate(groups):
             if folder is not None and state is not None and number < state["group"]:
                 for variant, site in group.keys:
@@ -370,17 +385,16 @@ def train_saes(
             if state is not None and number == state["group"]:
                 run.resume(state)
             peak = Peak(source.device)
-            trainers = run.train(source.only(group.sites), watch, checkpoint_every, bar)
+            trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, bar)
             if bar and peak.bytes is not None:
-                tqdm.write(
-                    f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned"
-                )
+                _say(f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned")
             while trainers:
                 (variant, site), trainer = trainers.popitem()
                 sae = trainer.finish(model_name, site, drop_template, context_size)
                 suite[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
                 if folder is not None:
                     save_sae(sae, folder / "suite" / variant / site)
+                del trainer, sae  # before the next group begins
             if run.complete and checkpoints is not None:
                 checkpoints.save(_GroupRun(configs, number + 1, group, groups, None, interrupts).state(), {})
             if interrupts.asked:
@@ -388,7 +402,7 @@ def train_saes(
     return {variant: {site: saes[site] for site in source.sites if site in saes} for variant, saes in suite.items()}
 
 
-def _check_configs(configs: Sequence[TrainConfig]) -> None:
+def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> None:
     if not configs:
         raise ValueError("No recipe was given; give at least one TrainConfig.")
     lead = configs[0]
@@ -397,3 +411,6 @@ def _check_configs(configs: Sequence[TrainConfig]) -> None:
             raise ValueError("The variants of one run must share tokens, batch, pool and seed; train them separately.")
     if len({config.variant for config in configs}) < len(configs):
         raise ValueError("Two variants of one run have the same name; give them another sparsity or expansion.")
+    for config in configs:
+        for width in set(widths.values()):
+            config.build(width, torch.device("meta"))  # a k that is too large is better found now than after a full pool

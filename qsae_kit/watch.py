@@ -45,7 +45,7 @@ class LiveFigure:
     """Loss, L0 and dead share per site, drawn again every `seconds` in the cell that trains.
 
     It is drawn between steps from the cell's own thread, so the kernel's stop button works as ever: training ends after
-    its step and leaves its SAEs and a checkpoint.
+    its step and leaves its SAEs, and a checkpoint where it has a folder.
     """
 
     def __init__(self, seconds: float = 3.0) -> None:
@@ -61,7 +61,8 @@ class LiveFigure:
         if self._steps % LOG_EVERY == 1 or due or progress.last:
             self.table += _rows(progress.group, progress.rows, progress.figures())
         if due or progress.last:
-            self._draw({variant: trainer.sae.sparsity for (variant, _), trainer in progress.trainers.items()})
+            configs = {variant: trainer.config for (variant, _), trainer in progress.trainers.items()}
+            self._draw({variant: config.sparsity for variant, config in configs.items() if config.targeted})
             self._drawn = time.monotonic()
 
     def _draw(self, targets: Mapping[str, float]) -> None:

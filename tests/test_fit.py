@@ -103,6 +103,10 @@ def test_bad_rows_are_counted_not_learnt(tmp_path):
         ({"acts": rows()}, ["--arch", "dense"], "no architecture 'dense'; choose from"),
         ({"acts": rows()}, ["--resume"], "no checkpoint to resume from"),
         ({"acts": rows()}, ["--watch", "smoke"], "--watch smoke was given; allowed are"),
+        ({"acts": rows()}, ["--option", "colour=red"], "'jumprelu' has no option colour"),
+        ({"acts": rows()}, ["--option", "bandwidth"], "write name=value"),
+        ({"acts": rows()}, ["--pool", "100"], "no multiple of batch"),
+        ({"acts": rows()}, ["--seed", "-1"], "seed=-1"),
         ({"acts": rows()}, ["--tokens", "100"], "less than one batch"),
         ({"acts": rows()}, ["--out", "/dev/null/x"], "not a writable folder"),
     ],
@@ -114,6 +118,25 @@ def test_what_cannot_be_trained(tmp_path, tensors, flags, message):
     with pytest.raises(ValueError, match=message):
         raise done.exception
     assert not list((tmp_path / "out").glob("suite/*"))
+
+
+@pytest.mark.parametrize("options", [["sparsity_loss=step", "coefficient=0.02"], ["sparsity_loss=tanh", "bandwidth=0.1"]])
+def test_options_have_an_effect(tmp_path, acts, options):
+    flags = [flag for option in options for flag in ("--option", option)]
+    done = stored(tmp_path, acts, *flags, "--json")
+    assert done.exit_code == 0, done.exception
+    assert stored(tmp_path / "plain", acts, "--json").exit_code == 0
+    [(variant, given)] = load_suite(tmp_path / "out" / "suite").items()
+    assert variant == "jumprelu-x4-" + "-".join(o.replace("=", "_") for o in options)
+    [(_, plain)] = load_suite(tmp_path / "plain" / "out" / "suite").items()
+    assert not torch.equal(given[SITE].W_dec, plain[SITE].W_dec)
+    assert json.loads(done.stdout)["fvu"] < 0.9
+
+
+def test_without_json_the_figures_are_said(tmp_path, acts):
+    done = stored(tmp_path, acts, "--curve", "25")
+    assert "Held-out rows: fvu 0." in done.stdout
+    assert "  after 3,200 rows and " in done.stdout
 
 
 def test_flags_of_the_other_source():

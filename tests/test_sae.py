@@ -12,6 +12,7 @@ from qsae_kit.sae import ARCHITECTURES, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.batchtopk import BatchTopKSAE
 from qsae_kit.sae.jumprelu import _Jump
+from qsae_kit.sae.matryoshka import PREFIXES
 
 SITE = "blocks.2.hook_mlp_out"
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -237,3 +238,53 @@ def test_stored_rows_say_their_scale(tmp_path):
 def test_impossible_sparsities(sparsity):
     with pytest.raises(ValueError, match="allowed are 0 < sparsity"):
         ARCHITECTURES["topk"](12, 40, sparsity)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "matryoshka", "standard", "gated"])
+def test_the_loss_is_the_one_in_the_docstring(architecture):
+    """Value and gradients against dense autograd in float64, written from the equations."""
+    sae, x = make(architecture)
+    sae, x = sae.double(), x[:50].double()
+    if architecture in ("standard", "gated"):
+        sae.steered = False  # lambda stays
+    state = State(torch.zeros(40, dtype=torch.bool), 1.0)
+    if architecture == "matryoshka":
+        sae.eval()  # the threshold stays
+    loss = sae.training_loss(x, state)
+    loss.total.backward()
+    found = {name: p.grad for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    pre = x @ sae.encoder.T + sae.b_enc
+    if architecture == "topk":
+        values, columns = pre.topk(5)
+        f = torch.zeros_like(pre).scatter(1, columns, values.relu())
+        expected = (x - f @ sae.W_dec - sae.b_dec).pow(2).sum(-1).mean()
+    elif architecture == "matryoshka":
+        kept = torch.zeros(pre.numel(), dtype=torch.bool)
+        kept[pre.detach().view(-1).topk(5 * 50).indices] = True
+        f = pre * (kept.view_as(pre) & (pre > 0))
+        ends = [max(1, round(share * 40)) for share in PREFIXES]
+        errors = [(x - f[:, :end] @ sae.W_dec[:end] - sae.b_dec).pow(2).sum(-1).mean() for end in ends]
+        expected = sum(errors) / len(errors)
+    elif architecture == "standard":
+        f = pre.relu()
+        expected = (x - f @ sae.W_dec - sae.b_dec).pow(2).sum(-1).mean() + sae.l1 * f.sum(-1).mean()
+    else:
+        magnitude = sae.r_mag.exp() * (x @ sae.encoder.T) + sae.b_mag
+        f = magnitude.relu() * (pre > 0)
+        by_gate = pre.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
+        penalty = sae.l1 * pre.relu().sum(-1).mean()
+        expected = (x - f @ sae.W_dec - sae.b_dec).pow(2).sum(-1).mean() + penalty + (x - by_gate).pow(2).sum(-1).mean()
+    expected.backward()
+    torch.testing.assert_close(loss.total, expected)
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, msg=name)
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    sae, _ = make("topk")
+    with torch.no_grad():
+        sae.b_dec[3] = torch.nan
+    with pytest.raises(ValueError, match="not finite in b_dec"):
+        save_sae(sae, tmp_path / "sae")
+    assert not (tmp_path / "sae").exists()

@@ -14,7 +14,9 @@ import torch
 from qsae_kit.activations import Place, StoredRows
 from qsae_kit.formats import load_suite
 from qsae_kit.metrics import Reconstruction
-from qsae_kit.train import TrainConfig, plan_groups, train_saes
+from qsae_kit.plan import plan_groups
+from qsae_kit.recipe import TrainConfig, default_recipe
+from qsae_kit.train import train_saes
 
 D, N_FEATURES = 24, 48
 SMALL = {"expansion": 4, "tokens": 40_000, "batch": 256, "pool": 4096, "lr": 3e-3}
@@ -137,6 +139,53 @@ def assert_same(one, other):
         assert all(torch.equal(tensors[name], other[key][name]) for name in tensors), key
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig("matryoshka", moments="int8", **RESUMED),
+        TrainConfig("standard", **RESUMED),
+        TrainConfig("gated", moments="int8", **RESUMED),
+        TrainConfig("jumprelu", options={"sparsity_loss": "tanh"}, **RESUMED),
+    ],
+    ids=lambda config: config.architecture,
+)
+def test_every_kind_of_state_is_kept(tmp_path, config):
+    whole = train_saes(source(), [config], model_name="t", bar=False)
+
+    def die(progress):
+        if progress.rows >= 6000:
+            raise Stop
+
+    options = {"model_name": "t", "bar": False, "checkpoint_seconds": 0.0, "folder": tmp_path}
+    with pytest.raises(Stop):
+        train_saes(source(), [config], watch=[die], **options)
+    assert_same(weights(train_saes(source(), [config], resume=True, **options)), weights(whole))
+
+
+def test_the_default_recipe_says_what_it_takes():
+    recipe = default_recipe(1024)
+    assert (recipe.architecture, recipe.sparsity, recipe.batch, recipe.tokens, recipe.pool) == (
+        "jumprelu",
+        32,
+        2048,
+        2_000_000,
+        65_536,
+    )
+    assert recipe.quiet_rows == 100_000
+    assert default_recipe(576, 90).pool == 2048 * (4 * 10**9 // (4 * 576 * 90) // 2048)
+    assert default_recipe(576, tokens=5000, batch=1000).pool == 5000
+    assert default_recipe(64, batch=512, tokens=512, dead_after=7).quiet_rows == 7
+    assert TrainConfig("standard", options={"l1": 0.1}, **RESUMED).variant == "standard-x4-l1_0.1"
+    assert TrainConfig("jumprelu", options={"sparsity_loss": "step"}, **RESUMED).variant == "jumprelu-x4-sparsity_loss_step"
+
+
+def test_a_diverging_run_ends_before_its_weights_are_spoilt(tmp_path):
+    config = TrainConfig("topk", **RESUMED | {"lr": 1e30})
+    with pytest.raises(ValueError, match="choose a lower lr"):
+        train_saes(source(), [config], model_name="t", bar=False, folder=tmp_path)
+    assert not list(tmp_path.glob("suite/*"))
+
+
 class Stop(Exception):
     pass
 
@@ -158,7 +207,7 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, n_groups):
             if progress.rows >= stop_at and calls > stop_at // 256:
                 raise Stop
 
-        options = {"model_name": "t", "bar": False, "memory": memory, "checkpoint_every": 7, "folder": folder}
+        options = {"model_name": "t", "bar": False, "memory": memory, "checkpoint_seconds": 0.0, "folder": folder}
         for _ in range(n_groups):  # once in each group
             with pytest.raises(Stop):
                 train_saes(source(), VARIANTS, watch=[die], resume=any(folder.glob("checkpoint-*")), **options)
@@ -261,7 +310,7 @@ def run(folder, resume):  # in a child, so that it can be killed
     if pid == 0:
         torch.set_num_threads(1)
         suite = train_saes(
-            source(), VARIANTS, model_name="t", bar=False, folder=folder, resume=resume, checkpoint_every=3,
+            source(), VARIANTS, model_name="t", bar=False, folder=folder, resume=resume, checkpoint_seconds=0.0,
             memory=int(sys.argv[3])
         )
         torch.save(weights(suite), folder.with_suffix(".pt"))

@@ -8,7 +8,8 @@ import torch
 from qsae_kit import watch
 from qsae_kit.activations import StoredRows
 from qsae_kit.plots import training_figure
-from qsae_kit.train import TrainConfig, train_saes
+from qsae_kit.recipe import TrainConfig
+from qsae_kit.train import train_saes
 from qsae_kit.watch import LiveFigure, TensorBoard, WandB, read_log
 
 SITES = ("blocks.0.hook_resid_post", "blocks.0.hook_attn_out")

@@ -30,7 +30,7 @@ class BatchTopKSAE(SAE):
 
     def select(self, pre: Float[Tensor, "row d_sae"]) -> Codes:
         """The k * rows largest entries that are positive; only entries above a guess from earlier steps are sorted."""
-        wanted = min(int(self.sparsity * len(pre)), pre.numel())
+        wanted = min(max(1, int(self.sparsity * len(pre))), pre.numel())
         flat = pre.view(-1)
         guess = 0.8 * float(self.threshold)
         places = (flat > guess).nonzero().view(-1)
@@ -38,8 +38,8 @@ class BatchTopKSAE(SAE):
             places = (flat > 0).nonzero().view(-1)
         values = flat[places]
         if len(values) > wanted:
-            smallest = values.topk(wanted, sorted=False).values.min()
-            places = places[values >= smallest]
+            values, kept = values.topk(wanted, sorted=False)
+            places, smallest = places[kept].sort().values, values.min()
         elif len(values):
             smallest = values.min()
         else:
@@ -58,7 +58,7 @@ class BatchTopKSAE(SAE):
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
         pre = self.pre_activations(x)
-        self.threshold.copy_(pre.view(-1).topk(int(self.sparsity * len(x)), sorted=False).values.min().clamp(min=0))
+        self.threshold.copy_(pre.view(-1).topk(max(1, int(self.sparsity * len(x))), sorted=False).values.min().clamp(min=0))
 
     def rescale_activations(self, scale: float) -> None:
         self.threshold.mul_(scale)

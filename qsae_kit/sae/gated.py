@@ -32,10 +32,11 @@ class GatedSAE(ReLUSAE):
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         gate, codes = self.encode_entries(x, select_above(0.0))
         scale, gate_bias, bias = (of_column(t, codes) for t in (self.r_mag.exp(), self.b_enc, self.b_mag))
-        f = (scale * (gate - gate_bias) + bias).relu()
+        f = (scale * (gate - gate_bias) + bias).relu() * (gate > 0)
         error = x - self.decode_entries(f, codes)
-        by_gate = x - decode(gate, self.W_dec.detach(), codes) - self.b_dec.detach()
-        penalty = self.penalty(codes, state) * gate.sum() / len(x)
+        opened = gate.relu()
+        by_gate = x - decode(opened, self.W_dec.detach(), codes) - self.b_dec.detach()
+        penalty = self.penalty(f, len(x), state) * opened.sum() / len(x)
         return Loss(error.pow(2).sum(-1).mean() + penalty + by_gate.pow(2).sum(-1).mean(), f, codes)
 
     def tensors(self) -> dict[str, Tensor]:

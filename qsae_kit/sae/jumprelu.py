@@ -73,7 +73,7 @@ class JumpReLUSAE(SAE):
         return pre * (pre > self.threshold)
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        near = (self.threshold.detach() - self.bandwidth / 2).clamp(min=0)  # below it there is neither value nor gradient
+        near = self.threshold.detach() - self.bandwidth / 2  # below it there is neither value nor gradient
         pre, codes = self.encode_entries(x, select_above(near))
         f, fired = _Jump.apply(pre, of_column(self.threshold, codes), self.bandwidth)
         error = x - self.decode_entries(f, codes)

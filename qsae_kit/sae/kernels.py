@@ -44,7 +44,8 @@ def gather(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Ten
     n, width = len(offsets) - 1, table.shape[1]
     out = torch.empty(n, width, dtype=weight.dtype, device=table.device)
     block = min(512, triton.next_power_of_2(width))
-    _gather[(n, triton.cdiv(width, block))](out, table, index, weight.contiguous(), offsets, width, BLOCK=block)
+    with torch.cuda.device_of(table):
+        _gather[(n, triton.cdiv(width, block))](out, table, index, weight.contiguous(), offsets, width, BLOCK=block)
     return out
 
 
@@ -53,5 +54,6 @@ def dots(x: Tensor, table: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     x, table = x.contiguous(), table.contiguous()
     width = x.shape[1]
     out = torch.empty(len(index), dtype=x.dtype, device=x.device)
-    _dots[(len(x),)](out, x, table, index, offsets, width, BLOCK=triton.next_power_of_2(width))
+    with torch.cuda.device_of(table):
+        _dots[(len(x),)](out, x, table, index, offsets, width, BLOCK=triton.next_power_of_2(width))
     return out

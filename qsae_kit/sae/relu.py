@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
-from qsae_kit.sae.codes import Codes, select_above
+from qsae_kit.sae.codes import select_above
 
 GAIN = 0.02
 """Change of log lambda a step, per unit of (L0 / target - 1), which is cut to [-1, 1]."""
@@ -34,15 +34,16 @@ class ReLUSAE(SAE):
         return pre.relu()
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        f, codes = self.encode_entries(x, select_above(0.0))
+        pre, codes = self.encode_entries(x, select_above(0.0))
+        f = pre.relu()  # a product in a short format may have selected what is not above 0
         error = x - self.decode_entries(f, codes)
-        penalty = self.penalty(codes, state) * f.sum() / len(x)
+        penalty = self.penalty(f, len(x), state) * f.sum() / len(x)
         return Loss(error.pow(2).sum(-1).mean() + penalty, f, codes)
 
     @torch.no_grad()
-    def penalty(self, codes: Codes, state: State) -> Tensor:
-        """lambda of this step, from the share of entries that fire."""
+    def penalty(self, f: Float[Tensor, " entry"], n_rows: int, state: State) -> Tensor:
+        """lambda of this step, from the entries that fire."""
         if self.steered and self.training:
-            surplus = len(codes) / codes.n_rows / self.sparsity - 1
+            surplus = float((f > 0).sum()) / n_rows / self.sparsity - 1
             self.l1.mul_(math.exp(GAIN * max(-1.0, min(1.0, surplus))))
         return self.l1 * min(1.0, state.progress / 0.05)

@@ -28,8 +28,6 @@ def saelens(kind: str, d_in: int, a: argparse.Namespace) -> tuple[Step, Forward,
     shape = {"d_in": d_in, "d_sae": a.d_sae, "dtype": "float32", "device": "cpu", "normalize_activations": "none"}
     if kind == "topk":
         sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=a.k, **shape))
-    elif kind == "batchtopk":
-        sae = sae_lens.BatchTopKTrainingSAE(sae_lens.BatchTopKTrainingSAEConfig(k=a.k, **shape))
     else:
         config = sae_lens.JumpReLUTrainingSAEConfig(jumprelu_sparsity_loss_mode="quadratic", target_l0=float(a.k), **shape)
         sae = sae_lens.JumpReLUTrainingSAE(config)
@@ -79,7 +77,7 @@ def fvu(forward: Forward, held_out: Tensor) -> float:
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("peer", choices=["saelens-topk", "saelens-batchtopk", "saelens-jumprelu", "sparsify-topk"])
+    p.add_argument("peer", choices=["saelens-topk", "saelens-jumprelu", "sparsify-topk"])
     p.add_argument("acts")
     p.add_argument("--d-sae", type=int, default=4608)
     p.add_argument("--k", type=int, default=32)

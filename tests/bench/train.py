@@ -77,12 +77,15 @@ def main() -> None:
         print(name, figures["tokens_per_s"], "tokens/s, FVU", figures["fvu"], "L0", figures["l0"], flush=True)
     table = pd.DataFrame(rows)
     for peer in ("saelens-topk", "saelens-topk-autocast", "sparsify-topk", "saelens-jumprelu"):
-        if peer in wanted:
+        if peer in wanted and len(wanted) > 1:
             table[f"x {peer}"] = (table["tokens_per_s"] / table.set_index("name").loc[peer, "tokens_per_s"]).round(2)
+    if a.curve == "0":
+        table["curve"] = [[] for _ in table.index]
     theirs = table[~table["name"].str.startswith("qsae")]
     for kind, group in theirs.groupby("kind"):
         best = group.loc[group["fvu"].idxmin()]
-        print(f"{kind}: the best peer, {best['name']}, ends at FVU {best['fvu']} after {best['curve'][-1][0]} s")
+        spent = a.tokens / best["tokens_per_s"]
+        print(f"{kind}: the best peer, {best['name']}, ends at FVU {best['fvu']} after {spent:.1f} s")
         for _, row in table[(table["kind"] == kind) & table["name"].str.startswith("qsae")].iterrows():
             print(f"  {row['name']} is there after {reached(row['curve'], best['fvu'])} s")
     print(table.drop(columns="curve").to_string(index=False))
