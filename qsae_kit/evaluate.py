@@ -1,7 +1,14 @@
-"""A suite of SAEs on held-out tokens -> one table: reconstruction, sparsity, and what splicing costs the model."""
+"""A suite of SAEs on held-out tokens -> one table: reconstruction, sparsity, and what splicing costs the model.
 
+Every figure stands beside the number of tokens behind it. Counted are the tokens of the keep-mask (no padding, not
+position 0) that pass the SAE's norm filter; a prediction counts where the token that it is made at is kept. Figures come
+per category: template tokens are easily reconstructed and predicted, and inflate whatever they are averaged into.
+"""
+
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import pandas as pd
 import torch
@@ -9,9 +16,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qsae_kit.activations import site_activations
+from qsae_kit.chat import Phase, phases
 from qsae_kit.data import TokenBatch
 from qsae_kit.edits import Edit, applied
-from qsae_kit.metrics import Reconstruction, ce_score, cross_entropy, kl_divergence
+from qsae_kit.metrics import Reconstruction, cross_entropy, decoder_cosines, kl_divergence, recovered, top_1_agreement
 from qsae_kit.models import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
@@ -42,23 +50,47 @@ def splice(sae: SAE, keep: Tensor) -> Edit:
     return Edit(sae.provenance.hook_name, delta, keep)
 
 
-def zero(sae: SAE, keep: Tensor) -> Edit:
-    """Sets a site's activations to zero at the tokens that `splice` would replace."""
+def constant(sae: SAE, keep: Tensor, value: Tensor | float) -> Edit:
+    """Sets a site's activations to a value (0, or a mean [d_model]) at the tokens that `splice` would replace."""
     assert sae.provenance is not None
     norms = sae.provenance.filter
-    return Edit(sae.provenance.hook_name, lambda x: torch.where(norms.keeps(x)[..., None], -x, 0.0), keep)
+    return Edit(sae.provenance.hook_name, lambda x: torch.where(norms.keeps(x)[..., None], value - x, 0.0), keep)
+
+
+Key: TypeAlias = tuple[str, str, str]
+"""Variant, hook name and category."""
+CATEGORIES = {
+    "template": (Phase.TEMPLATE,), "user": (Phase.SYSTEM, Phase.USER), "thinking": (Phase.THINKING,), "assistant": (Phase.ANSWER,)
+}  # fmt: skip
+"""What tokens are, by the chat's markers; "all" holds every token. A prediction belongs to the token that is predicted."""
+
+
+def categories_of(lm: HookedLM, batch: TokenBatch) -> dict[str, Tensor]:
+    """A mask [batch, pos] for every category; only "all" where the model's chat markers are unknown."""
+    masks = {"all": batch.mask.bool()}
+    if lm.markers is not None:
+        phase = phases(batch.ids, batch.mask, lm.markers)
+        for name, members in CATEGORIES.items():
+            masks[name] = torch.stack([phase == member for member in members]).any(0)
+    return masks
 
 
 @dataclass
-class _Model:
-    """Sums over tokens of the model's losses, clean and changed."""
+class Losses:
+    """Sums over predictions, in nats, of a changed model and the clean one."""
 
     tokens: int = 0
     ce_clean: float = 0.0
-    ce_spliced: float = 0.0
-    ce_zero: float = 0.0
+    ce: float = 0.0
     kl: float = 0.0
-    reconstruction: Reconstruction = field(default_factory=Reconstruction)
+    agree: float = 0.0
+
+    def add(self, tokens: int, ce_clean: Tensor, ce: Tensor, kl: Tensor, agree: Tensor) -> None:
+        self.tokens += tokens
+        self.ce_clean += float(ce_clean.sum())
+        self.ce += float(ce.sum())
+        self.kl += float(kl.sum())
+        self.agree += float(agree.sum())
 
 
 @torch.no_grad()
@@ -69,72 +101,96 @@ def evaluate_suite(
     spliced_batches: int | None = None,
     bar: bool = True,
 ) -> pd.DataFrame:
-    """One row per variant and site.
+    """One row per variant, site and category of tokens; categories without a token have no row.
 
     batches: held-out tokens. Reconstruction uses all, splicing the first `spliced_batches` (None: all) of them.
-    Columns: variant, site (hook name), layer, kind, fvu, l0, dead, delta_ce and kl_nats (nats a token, spliced against
-    clean), ce_score, tokens (rows behind fvu), spliced_tokens (predictions behind the spliced figures), target.
-    The spliced figures count the predictions made at kept tokens. Raises ValueError where an SAE does not fit the
-    model or no token is left.
+    Columns: variant, site (hook name), layer, kind, category; `metrics.Reconstruction.figures` (tokens: rows behind them);
+    ce, delta_ce and kl_nats (nats a token, spliced against clean), top_1 (share of equal predictions), the same deltas of
+    zero and mean ablation (delta_ce_zero, kl_zero, delta_ce_mean, kl_mean), and how much of each is recovered: ce_score,
+    kl_score (against zero), ce_score_mean, kl_score_mean; spliced_tokens (predictions behind these); target, and the
+    decoder's cosines. Raises ValueError where an SAE does not fit the model or no token is left.
     """
     saes = [(variant, name, sae) for variant, site_saes in suite.items() for name, sae in site_saes.items()]
     for _, _, sae in saes:
         check_fit(lm, sae)
-    sums = {(variant, name): _Model() for variant, name, _ in saes}
     names = list(dict.fromkeys(name for _, name, _ in saes))
-    n_spliced = len(batches) if spliced_batches is None else spliced_batches
-    with tqdm(total=len(batches) + min(n_spliced, len(batches)) * len(saes), desc="evaluating", disable=not bar) as meter:
-        for i, batch in enumerate(batches):
+    n_spliced = min(len(batches), len(batches) if spliced_batches is None else spliced_batches)
+    rebuilt: dict[Key, Reconstruction] = defaultdict(Reconstruction)
+    passes = len(batches) + n_spliced * (len(saes) + 2 * len(names))
+    with tqdm(total=passes, desc="evaluating", disable=not bar) as meter:
+        for batch in batches:
             acts = site_activations(lm, names, batch)
-            for variant, name, sae in saes:
-                assert sae.provenance is not None
-                x = acts[name][batch.keep].float()
-                x = x[sae.provenance.filter.keeps(x)]
-                f = sae.encode(x)
-                sums[variant, name].reconstruction.add(x, sae.decode(f), f)
-            del acts
+            for category, inside in categories_of(lm, batch).items():
+                for variant, name, sae in saes:
+                    _reconstruct(sae, acts[name][batch.keep & inside].float(), rebuilt[variant, name, category])
             meter.update()
-            if i < n_spliced:
-                _add_spliced(lm, saes, batch, sums, meter)
+        if not all(rebuilt[variant, name, "all"].rows for variant, name, _ in saes):
+            raise ValueError("There are no tokens to evaluate; give data whose keep-mask and norm filter leave some.")
+        means = {name: rebuilt[variant, name, "all"].mean.float() for variant, name, _ in saes}
+        spliced = _splice_all(lm, saes, means, batches[:n_spliced], meter)
     rows = []
     for variant, name, sae in saes:
-        s, site = sums[variant, name], parse_hook_name(name)
-        n, r = s.tokens, s.reconstruction
-        rows.append(
-            {
-                "variant": variant, "site": name, "layer": site.layer, "kind": site.kind, "fvu": r.fvu, "l0": r.l0, "dead": r.dead,
-                "delta_ce": (s.ce_spliced - s.ce_clean) / n, "kl_nats": s.kl / n,
-                "ce_score": ce_score(s.ce_clean / n, s.ce_spliced / n, s.ce_zero / n),
-                "tokens": r.rows, "spliced_tokens": n, "target": sae.sparsity,
-            }
-        )  # fmt: skip
+        site, cosines = parse_hook_name(name), decoder_cosines(sae.W_dec)
+        for category in ("all", *CATEGORIES):
+            reconstruction = rebuilt[variant, name, category]
+            if not reconstruction.rows:
+                continue
+            rows.append(
+                {"variant": variant, "site": name, "layer": site.layer, "kind": site.kind, "category": category}
+                | reconstruction.figures() | _model_figures(spliced, variant, name, category)
+                | {"target": sae.sparsity} | cosines
+            )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _add_spliced(
-    lm: HookedLM, saes: list[tuple[str, str, SAE]], batch: TokenBatch, sums: dict[tuple[str, str], _Model], meter: tqdm
-) -> None:
-    """Adds one batch's losses under splicing and zeroing, a pair of passes per SAE (one zeroing pass per site)."""
-    # The last token of a row predicts nothing that is known.
-    counted = batch.keep[:, :-1] & batch.mask[:, 1:].bool()
-    targets = batch.ids[:, 1:][counted]
+def _reconstruct(sae: SAE, x: Tensor, into: Reconstruction) -> None:
+    assert sae.provenance is not None
+    x = x[sae.provenance.filter.keeps(x)]
+    f = sae.encode(x)
+    into.add(x, sae.decode(f), f)
 
-    def losses(edits: list[Edit], clean: Tensor | None) -> tuple[Tensor, float, float]:
-        with applied(lm, edits):
-            logits = lm(batch.ids, batch.mask)[:, :-1][counted]
-        divergence = 0.0 if clean is None else float(kl_divergence(clean, logits).sum())
-        return logits, float(cross_entropy(logits, targets).sum()), divergence
 
-    clean, ce_clean, _ = losses([], None)
-    zeroed: dict[str, float] = {}
-    for variant, name, sae in saes:
-        if name not in zeroed:
-            zeroed[name] = losses([zero(sae, batch.keep)], None)[1]
-        _, ce, divergence = losses([splice(sae, batch.keep)], clean)
-        s = sums[variant, name]
-        s.tokens += len(targets)
-        s.ce_clean += ce_clean
-        s.ce_spliced += ce
-        s.ce_zero += zeroed[name]
-        s.kl += divergence
-        meter.update()
+def _splice_all(
+    lm: HookedLM, saes: list[tuple[str, str, SAE]], means: dict[str, Tensor], batches: Sequence[TokenBatch], meter: tqdm
+) -> dict[Key, Losses]:
+    """Losses under every SAE (by variant), and under zero and mean ablation of every site (variants "zero" and "mean")."""
+    sums: dict[Key, Losses] = defaultdict(Losses)
+    for batch in batches:
+        # The last token of a row predicts nothing that is known.
+        counted = batch.keep[:, :-1] & batch.mask[:, 1:].bool()
+        targets = batch.ids[:, 1:][counted]
+        inside = {name: mask[:, 1:][counted] for name, mask in categories_of(lm, batch).items()}
+        clean = lm(batch.ids, batch.mask)[:, :-1][counted]
+        ce_clean = cross_entropy(clean, targets)
+
+        def run(variant: str, name: str, edit: Edit) -> None:
+            with applied(lm, [edit]):
+                logits = lm(batch.ids, batch.mask)[:, :-1][counted]  # noqa: B023
+            ce, kl, agree = cross_entropy(logits, targets), kl_divergence(clean, logits), top_1_agreement(clean, logits)  # noqa: B023
+            for category, mask in inside.items():  # noqa: B023
+                sums[variant, name, category].add(int(mask.sum()), ce_clean[mask], ce[mask], kl[mask], agree[mask])  # noqa: B023
+            meter.update()
+
+        ablated: set[str] = set()
+        for variant, name, sae in saes:
+            run(variant, name, splice(sae, batch.keep))
+            if name not in ablated:
+                run("zero", name, constant(sae, batch.keep, 0.0))
+                run("mean", name, constant(sae, batch.keep, means[name].to(lm.device)))
+                ablated.add(name)
+    return sums
+
+
+def _model_figures(sums: dict[Key, Losses], variant: str, name: str, category: str) -> dict[str, float]:
+    own, zero, mean = (sums[v, name, category] for v in (variant, "zero", "mean"))
+    if not own.tokens:
+        return {"spliced_tokens": 0}
+    n = own.tokens
+    return {
+        "ce": own.ce_clean / n, "delta_ce": (own.ce - own.ce_clean) / n, "kl_nats": own.kl / n, "top_1": own.agree / n,
+        "delta_ce_zero": (zero.ce - zero.ce_clean) / n, "kl_zero": zero.kl / n,
+        "delta_ce_mean": (mean.ce - mean.ce_clean) / n, "kl_mean": mean.kl / n,
+        "ce_score": recovered(own.ce, own.ce_clean, zero.ce), "kl_score": recovered(own.kl, 0.0, zero.kl),
+        "ce_score_mean": recovered(own.ce, own.ce_clean, mean.ce), "kl_score_mean": recovered(own.kl, 0.0, mean.kl),
+        "spliced_tokens": n,
+    }  # fmt: skip

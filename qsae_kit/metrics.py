@@ -11,52 +11,144 @@ from torch import Tensor
 
 @dataclass
 class Reconstruction:
-    """Accumulates how well rows are reconstructed; `result` gives the figures.
+    """How well rows are reconstructed, and by how many features; rows come in any order and in batches of any size.
 
-    FVU = sum|x - x_hat|^2 / sum|x - mean(x)|^2 with the mean over the evaluation set (1 - explained variance, as in
-    SAELens since 6.45.1); L0 = mean non-zero features a token; dead = share of features that never fired.
+    Sums over rows r of x, its reconstruction y and its features f, in float64 and divided once:
+        fvu            sum |x - y|^2 / sum |x - mean(x)|^2, the mean over all rows (1 - explained variance; SAELens since 6.45.1)
+        mse            mean |x - y|^2 (a row, not an entry)
+        cosine         mean cos(x, y);  l2_ratio: mean |y| / |x|
+        relative_bias  E|y|^2 / E[x.y]: 1 where reconstructions have the right length (Rajamanoharan et al. 2024)
+        l0             mean non-zero features a row;  l0_counts: rows by their number of features
+        density        [d_sae], share of rows that each feature fires on
     """
 
     rows: int = 0
     error: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     square: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
     total: Tensor | None = None
-    active: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
-    fired: Tensor | None = None
+    cosines: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    ratios: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    reconstructed: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    products: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    fired: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    l0_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    """[number of features]: rows that fire so many."""
 
     def add(self, x: Float[Tensor, "row d_model"], x_hat: Float[Tensor, "row d_model"], f: Float[Tensor, "row d_sae"]) -> None:
-        """Takes in a batch of rows, their reconstructions and features."""
+        """Takes in rows, their reconstructions and features."""
         if not len(x):
             return
-        x64 = x.double()
-        error = (x64 - x_hat.double()).pow(2).sum()
-        self.rows += len(x)
-        self.error = self.error + error.cpu()
-        self.square = self.square + x64.pow(2).sum().cpu()
+        x64, y64, on = x.double(), x_hat.double(), f != 0
         column_sums = x64.sum(0).cpu()
+        lengths = x64.norm(dim=-1), y64.norm(dim=-1)
+        dots = (x64 * y64).sum(-1)
+        self.rows += len(x)
+        self.error = self.error + (x64 - y64).pow(2).sum().cpu()
+        self.square = self.square + x64.pow(2).sum().cpu()
         self.total = column_sums if self.total is None else self.total + column_sums
-        self.active = self.active + (f > 0).sum().double().cpu()
-        fired = (f > 0).any(0).cpu()
-        self.fired = fired if self.fired is None else self.fired | fired
+        self.cosines = self.cosines + (dots / (lengths[0] * lengths[1]).clamp(min=1e-300)).sum().cpu()
+        self.ratios = self.ratios + (lengths[1] / lengths[0].clamp(min=1e-300)).sum().cpu()
+        self.reconstructed = self.reconstructed + y64.pow(2).sum().cpu()
+        self.products = self.products + dots.sum().cpu()
+        self.fired = _added(self.fired, on.sum(0).cpu())
+        self.l0_counts = _added(self.l0_counts, torch.bincount(on.sum(1)).cpu())
+
+    def _some(self) -> None:
+        if not self.rows:
+            raise ValueError("There are no tokens to evaluate; give data whose keep-mask leaves some.")
 
     @property
     def fvu(self) -> float:
         """Fraction of variance unexplained; ValueError without rows or where the rows do not vary."""
-        if self.total is None:
-            raise ValueError("There are no tokens to evaluate; give data whose keep-mask leaves some.")
+        self._some()
+        assert self.total is not None
         variance = self.square - self.total.pow(2).sum() / self.rows
         if variance <= 0:
             raise ValueError("The evaluation rows are all alike; FVU needs rows that vary.")
         return float(self.error / variance)
 
     @property
+    def mean(self) -> Float[Tensor, " d_model"]:
+        """Of the rows."""
+        self._some()
+        assert self.total is not None
+        return self.total / self.rows
+
+    @property
+    def mse(self) -> float:
+        self._some()
+        return float(self.error) / self.rows
+
+    @property
+    def cosine(self) -> float:
+        self._some()
+        return float(self.cosines) / self.rows
+
+    @property
+    def l2_ratio(self) -> float:
+        self._some()
+        return float(self.ratios) / self.rows
+
+    @property
+    def relative_bias(self) -> float:
+        """Infinite where nothing is reconstructed."""
+        self._some()
+        return float(self.reconstructed) / float(self.products) if self.products > 0 else float("inf")
+
+    @property
     def l0(self) -> float:
-        return float(self.active) / self.rows
+        self._some()
+        return float(self.fired.sum()) / self.rows
+
+    def l0_quantile(self, share: float) -> int:
+        """The number of features that this share of rows does not exceed."""
+        self._some()
+        return int((self.l0_counts.cumsum(0) < share * self.rows).sum())
+
+    @property
+    def density(self) -> Float[Tensor, " d_sae"]:
+        self._some()
+        return self.fired.double() / self.rows
 
     @property
     def dead(self) -> float:
-        assert self.fired is not None
-        return 1 - float(self.fired.double().mean())
+        """Share of features that never fired on these rows."""
+        return float((self.density == 0).double().mean())
+
+    def denser(self, share: float) -> float:
+        """Share of features that fire on more than this share of rows."""
+        return float((self.density > share).double().mean())
+
+    def figures(self) -> dict[str, float]:
+        """All of them by name."""
+        return {
+            "fvu": self.fvu, "mse": self.mse, "cosine": self.cosine, "l2_ratio": self.l2_ratio, "relative_bias": self.relative_bias,
+            "l0": self.l0, "l0_p10": self.l0_quantile(0.1), "l0_p90": self.l0_quantile(0.9), "dead": self.dead,
+            "denser_than_1_percent": self.denser(0.01), "denser_than_10_percent": self.denser(0.1), "tokens": self.rows,
+        }  # fmt: skip
+
+
+def _added(one: Tensor, other: Tensor) -> Tensor:
+    """Sum of two counts, the shorter one filled up with zeros."""
+    out = torch.zeros(max(len(one), len(other)), dtype=torch.int64)
+    out[: len(one)] += one
+    out[: len(other)] += other
+    return out
+
+
+def decoder_cosines(W_dec: Float[Tensor, "d_sae d_model"], chunk: int = 1024) -> dict[str, float]:
+    """How alike decoder rows are: mean |cosine| of pairs, and the median and 99th percentile of each row's largest one."""
+    rows = torch.nn.functional.normalize(W_dec.double(), dim=1)
+    total, largest = 0.0, []
+    for begin in range(0, len(rows), chunk):
+        cosines = (rows[begin : begin + chunk] @ rows.T).abs()
+        own = torch.arange(len(cosines), device=cosines.device)
+        cosines[own, begin + own] = 0
+        total += float(cosines.sum())
+        largest.append(cosines.amax(1))
+    nearest = torch.cat(largest)
+    pairs = max(1, len(rows) * (len(rows) - 1))
+    return {"mean_cosine": total / pairs, "nearest_median": float(nearest.median()), "nearest_p99": float(nearest.quantile(0.99))}
 
 
 CHUNK = 512  # rows of logits in float64 at a time: 512 x 151,936 x 8 bytes is 0.6 GB
@@ -82,9 +174,15 @@ def log_softmax(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"
     return torch.log_softmax(logits.double(), dim=-1)
 
 
-def ce_score(ce_clean: float, ce_spliced: float, ce_zero: float) -> float:
-    """(CE_zero - CE_spliced) / (CE_zero - CE_clean): 1 is no loss, 0 is as bad as zeroing the site."""
-    return (ce_zero - ce_spliced) / (ce_zero - ce_clean)
+def recovered(spliced: float, clean: float, ablated: float) -> float:
+    """(ablated - spliced) / (ablated - clean): 1 is no loss, 0 is as bad as ablating the site; minus infinity where ablating
+    costs nothing. CE and KL scores are this, against zero or mean ablation, which inflate it differently."""
+    return (ablated - spliced) / (ablated - clean) if ablated != clean else float("-inf")
+
+
+def top_1_agreement(clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+    """1 where both predict the same next token."""
+    return (clean.argmax(-1) == changed.argmax(-1)).double()
 
 
 class Interval(NamedTuple):
