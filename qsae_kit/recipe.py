@@ -12,6 +12,7 @@ from qsae_kit.sae import ARCHITECTURES, SAE
 from qsae_kit.sae.codes import fastest_dtype
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
+Frozen: TypeAlias = Literal["", "decoder", "soft_decoder", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,9 @@ class TrainConfig:
     """Format of Adam's moments; the parameters stay float32."""
     precision: Precision = "auto"
     """Of the encoder's product, which selects; auto: bfloat16 where that is made in hardware."""
+    frozen: Frozen = ""
+    """For baselines (arXiv 2602.14111): what stays at random values, drawn without a look at the data. The decoder; the
+    decoder up to a cosine of 0.8 with where it began; or the encoder's weights."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the architecture, such as {"sparsity_loss": "tanh"} for jumprelu."""
 
@@ -59,6 +63,8 @@ class TrainConfig:
             raise ValueError(f"moments={self.moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}.")
         if self.precision not in get_args(Precision):
             raise ValueError(f"precision={self.precision!r} was given; allowed are {', '.join(get_args(Precision))}.")
+        if self.frozen not in get_args(Frozen):
+            raise ValueError(f"frozen={self.frozen!r} was given; allowed are {', '.join(get_args(Frozen)[1:])} or nothing.")
         known = [p.name for p in signature(ARCHITECTURES[self.architecture]).parameters.values() if p.kind is p.KEYWORD_ONLY]
         unknown = set(self.options) - set(known)
         if unknown:
@@ -90,7 +96,10 @@ class TrainConfig:
     def variant(self) -> str:
         """The name of the suite's folder for this recipe."""
         aim = [f"l0_{self.sparsity:g}"] if self.targeted else []
-        return "-".join([self.architecture, f"x{self.expansion:g}", *aim, *(f"{k}_{v}" for k, v in self.options.items())])
+        aim += [f"{k}_{v}" for k, v in self.options.items()]
+        aim += [f"frozen_{self.frozen}"] if self.frozen else []
+        aim += [f"seed_{self.seed}"] if self.seed else []
+        return "-".join([self.architecture, f"x{self.expansion:g}", *aim])
 
 
 POOL_ROWS, POOL_BYTES = 65_536, 4e9

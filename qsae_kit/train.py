@@ -55,6 +55,17 @@ def fit_normaliser(x: Float[Tensor, "row d_model"]) -> Normaliser:
     return Normaliser(mean, spread**-0.5, sinks)
 
 
+SOFT_COSINE = 0.8
+
+
+@torch.no_grad()
+def keep_near(rows: Float[Tensor, "row d"], anchor: Float[Tensor, "row d"], cosine: float) -> None:
+    """Turns unit rows that have left the cone around their (unit) anchors back to its edge, in place."""
+    along = (rows * anchor).sum(-1, keepdim=True)
+    aside = torch.nn.functional.normalize(rows - along * anchor, dim=-1)
+    rows.copy_(torch.where(along < cosine, cosine * anchor + (1 - cosine**2) ** 0.5 * aside, rows))
+
+
 class SiteTrainer:
     """One SAE with its optimiser, in normalised units until `finish`."""
 
@@ -63,6 +74,9 @@ class SiteTrainer:
         self.sae = config.build(d_in, device)
         self.optimizer = Adam(list(self.sae.parameters()), config.moments, seed=config.seed)
         self.quiet = torch.zeros(self.sae.d_sae, device=device)  # rows since each latent last fired
+        self.sae.W_dec.requires_grad_(config.frozen != "decoder")
+        self.sae.encoder.requires_grad_(config.frozen != "encoder")
+        self.anchor = self.sae.W_dec.detach().clone() if config.frozen == "soft_decoder" else None
         self.rows = self.skipped = 0
         self.loss = self.l0 = 0.0
 
@@ -72,7 +86,10 @@ class SiteTrainer:
 
     def start(self, first: Float[Tensor, "row d_model"]) -> None:
         """Initial weights from raw rows."""
-        self.sae.init_from_rows(self.normaliser(first), torch.Generator().manual_seed(self.config.seed))
+        generator = torch.Generator().manual_seed(self.config.seed)
+        self.sae.init_from_rows(self.normaliser(first), generator, random=bool(self.config.frozen))
+        if self.anchor is not None:
+            self.anchor.copy_(self.sae.W_dec)
 
     @torch.no_grad()
     def miss_rate(self, x: Float[Tensor, "row d_model"]) -> float:
@@ -104,6 +121,8 @@ class SiteTrainer:
         self.optimizer.step(self.config.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
         self.optimizer.zero_grad()  # at once: one SAE's gradients are alive at a time
         self.sae.constrain()
+        if self.anchor is not None:
+            keep_near(self.sae.W_dec, self.anchor, SOFT_COSINE)
         with torch.no_grad():
             fired = loss.codes.cols[loss.f > 0]
             self.quiet += len(x)
@@ -134,6 +153,7 @@ class SiteTrainer:
         n = self.normaliser
         counts = torch.tensor([self.rows, self.skipped, self.loss, self.l0, n.scale, *n.filter], dtype=torch.float64)
         own = {"quiet": self.quiet, "mean": n.mean, "counts": counts}
+        own |= {} if self.anchor is None else {"anchor": self.anchor}
         own |= {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         return own | {f"adam.{name}": tensor for name, tensor in self.optimizer.tensors().items()}
 
@@ -150,6 +170,8 @@ class SiteTrainer:
         self.sae.load_state_dict(part("sae."))
         self.optimizer.load_tensors(part("adam."))
         self.quiet.copy_(tensors["quiet"])
+        if self.anchor is not None:
+            self.anchor.copy_(tensors["anchor"])
         self.rows, self.skipped, self.loss, self.l0 = int(rows), int(skipped), loss, l0
         return self
 
@@ -338,7 +360,7 @@ def train_saes(
     """Trains every variant at every site of the source; the SAEs of a group see the same batches.
 
     source: `activations.LiveRows` or `StoredRows`; it must not run dry before `tokens` rows.
-    configs: one a variant; they share tokens, batch, pool and seed.
+    configs: one a variant; they share tokens, batch and pool; the first one's seed decides the order of the rows.
     drop_template, context_size: what the source's batches were made with; it is stored with the SAEs.
     folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a checkpoint every
     `checkpoint_seconds` (less often where writing it takes more than a twentieth of the time); `resume` goes on from
@@ -407,8 +429,8 @@ def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) ->
         raise ValueError("No recipe was given; give at least one TrainConfig.")
     lead = configs[0]
     for config in configs:
-        if (config.tokens, config.batch, config.pool, config.seed) != (lead.tokens, lead.batch, lead.pool, lead.seed):
-            raise ValueError("The variants of one run must share tokens, batch, pool and seed; train them separately.")
+        if (config.tokens, config.batch, config.pool) != (lead.tokens, lead.batch, lead.pool):
+            raise ValueError("The variants of one run must share tokens, batch and pool; train them separately.")
     if len({config.variant for config in configs}) < len(configs):
         raise ValueError("Two variants of one run have the same name; give them another sparsity or expansion.")
     for config in configs:

@@ -129,16 +129,23 @@ class SAE(nn.Module, ABC):
         return self.decode(self.encode(x))
 
     @torch.no_grad()
-    def init_from_rows(self, x: Float[Tensor, "row d_model"], generator: torch.Generator) -> None:
+    def init_from_rows(self, x: Float[Tensor, "row d_model"], generator: torch.Generator, random: bool = False) -> None:
         """Starts from data: decoder rows are random rows of `x` mixed with noise of its covariance, the encoder their transpose.
 
         So all of them lie in the subspace that the data use, which for attention outputs is far from the whole. The encoder is then scaled so that the first reconstructions have the best length (least squares).
         """
+        if random:  # directions that know nothing of the data
+            rows = torch.randn(self.d_sae, self.d_in, generator=generator).to(x.device)
+            self._begin(nn.functional.normalize(rows, dim=-1), x)
+            return
         pick = torch.randint(len(x), (self.d_sae,), generator=generator).to(x.device)
         rows = nn.functional.normalize(x[pick], dim=-1)
         some = x[torch.randperm(len(x), generator=generator)[:1024].to(x.device)]
         noise = torch.randn(self.d_sae, len(some), generator=generator).to(x.device) @ (some - some.mean(0))
-        self.W_dec.copy_(nn.functional.normalize(rows + 0.5 * nn.functional.normalize(noise, dim=-1), dim=-1))
+        self._begin(nn.functional.normalize(rows + 0.5 * nn.functional.normalize(noise, dim=-1), dim=-1), x)
+
+    def _begin(self, rows: Float[Tensor, "d_sae d_model"], x: Float[Tensor, "row d_model"]) -> None:
+        self.W_dec.copy_(rows)
         self.encoder.copy_(self.W_dec)
         self.init_thresholds(x[:4096])
         x_hat = self(x[:4096])
@@ -161,7 +168,8 @@ class SAE(nn.Module, ABC):
     @torch.no_grad()
     def remove_parallel_gradient(self) -> None:
         """Takes the part of the decoder's gradient along its (unit) rows away: the norm is no degree of freedom."""
-        assert self.W_dec.grad is not None
+        if self.W_dec.grad is None:  # frozen
+            return
         self.W_dec.grad.addcmul_((self.W_dec.grad * self.W_dec).sum(-1, keepdim=True), self.W_dec, value=-1)
 
     @torch.no_grad()
