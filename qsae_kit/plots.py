@@ -35,13 +35,14 @@ def _style(figure: go.Figure, title: str, height: int = 420) -> go.Figure:
     return figure
 
 
-def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "") -> go.Figure:
+def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "", category: str = "all") -> go.Figure:
     """Reconstruction loss per layer and site: FVU at the left, what splicing costs the model at the right.
 
     evaluation: the table of `evaluate.evaluate_suite`. The two panels need not agree: a site with a low FVU can cost the
     model much, and the other way round.
     """
     figure = make_subplots(1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12)
+    evaluation = evaluation[evaluation["category"] == category]
     variants = list(dict.fromkeys(evaluation["variant"]))
     for v, variant in enumerate(variants):
         for kind in KIND_COLORS:

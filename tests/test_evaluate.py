@@ -63,13 +63,22 @@ def recompute(lm, sae, name, batches):
 )
 def test_spliced_figures_equal_a_recomputation(lm, batches, kind, layer, architecture):
     name, sae = sae_at(kind, layer, architecture, median=20.0 if kind == "mlp" else 60.0)
-    row = evaluate_suite(lm, {"v": {name: sae}}, batches, bar=False).iloc[0]
+    table = evaluate_suite(lm, {"v": {name: sae}}, batches, bar=False).set_index("category")
+    row = table.loc["all"]
     delta_ce, kl, score, n = recompute(lm, sae, name, batches)
     assert row["delta_ce"] == pytest.approx(delta_ce, abs=1e-5)
     assert row["kl_nats"] == pytest.approx(kl, abs=1e-5)
     assert row["ce_score"] == pytest.approx(score, abs=1e-4)
     assert row["spliced_tokens"] == n
     assert row["kl_nats"] > 1e-6
+    parts = table.drop("all")  # every token has one category
+    assert set(parts.index) == {"template", "user", "thinking", "assistant"}
+    for column, count in (("delta_ce", "spliced_tokens"), ("kl_nats", "spliced_tokens"), ("l0", "tokens"), ("mse", "tokens")):
+        assert (parts[column] * parts[count]).sum() / row[count] == pytest.approx(row[column], abs=1e-9), column
+    assert parts["spliced_tokens"].sum() == n
+    assert 0 < row["top_1"] < 1
+    assert row["kl_zero"] > row["kl_nats"]
+    assert row["kl_mean"] > row["kl_nats"]
 
 
 def test_rows_beyond_the_filter_are_neither_scored_nor_spliced(lm, batches):
@@ -81,29 +90,20 @@ def test_rows_beyond_the_filter_are_neither_scored_nor_spliced(lm, batches):
     table = evaluate_suite(
         lm, {"a": {sinks_out.provenance.hook_name: sinks_out}, "b": {all_in.provenance.hook_name: all_in}}, batches, bar=False
     )
-    assert table["tokens"].iloc[0] < table["tokens"].iloc[1] == sum(int(b.keep.sum()) for b in batches)
+    some, every = table[table["category"] == "all"]["tokens"]
+    assert some < every == sum(int(b.keep.sum()) for b in batches)
 
 
 def test_columns_and_order(lm, batches):
     saes = dict(sae_at(kind, 0) for kind in HOOKS)
     table = evaluate_suite(lm, {"v": saes}, batches, spliced_batches=1, bar=False)
-    wanted = [
-        "variant",
-        "site",
-        "layer",
-        "kind",
-        "fvu",
-        "l0",
-        "dead",
-        "delta_ce",
-        "kl_nats",
-        "ce_score",
-        "tokens",
-        "spliced_tokens",
-        "target",
-    ]
-    assert list(table.columns) == wanted
-    assert list(table["kind"]) == list(HOOKS)
+    wanted = (
+        "variant site layer kind category fvu mse cosine l2_ratio relative_bias l0 l0_p10 l0_p90 dead denser_than_1_percent "
+        "denser_than_10_percent tokens ce delta_ce kl_nats top_1 delta_ce_zero kl_zero delta_ce_mean kl_mean ce_score kl_score "
+        "ce_score_mean kl_score_mean spliced_tokens target mean_cosine nearest_median nearest_p99"
+    )
+    assert list(table.columns) == wanted.split()
+    assert list(table["kind"].unique()) == list(HOOKS)
     assert table.notna().all().all()
 
 
@@ -112,3 +112,10 @@ def test_saes_that_do_not_fit(lm, batches, width, layer, message):
     sae = TopKSAE(width, 200, 5.0, Provenance("tiny", f"blocks.{layer}.hook_mlp_out", NormFilter(1.0)))
     with pytest.raises(ValueError, match=message):
         evaluate_suite(lm, {"v": {sae.provenance.hook_name: sae}}, batches, bar=False)
+
+
+def test_a_category_without_tokens_has_no_row(lm):
+    chats = [[{"role": "user", "content": "How do I burn the teacher?"}]]
+    table = evaluate_suite(lm, {"v": dict([sae_at("resid", 1)])}, list(token_batches(lm, chats)), bar=False)
+    assert table["category"].tolist() == ["all", "template", "user"]
+    assert table.notna().all().all()

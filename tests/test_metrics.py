@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qsae_kit.metrics import Reconstruction, ce_score, cross_entropy, kl_divergence, wilson
+from qsae_kit.metrics import Reconstruction, cross_entropy, decoder_cosines, kl_divergence, recovered, top_1_agreement, wilson
 
 X = torch.tensor([[1.0, 2.0], [3.0, 6.0]])  # mean (2, 4): variance sum 1+4+1+4 = 10
 X_HAT = torch.tensor([[1.0, 1.0], [3.0, 5.0]])  # squared errors 1 + 1
@@ -25,6 +25,53 @@ def test_by_hand():
     assert s.l0 == 1.5
     assert s.dead == pytest.approx(1 / 3)
     assert s.rows == 2
+    assert s.mse == pytest.approx(1.0, abs=1e-12)
+    cosines = (3 / (5 * 2) ** 0.5, 33 / (45 * 34) ** 0.5)
+    assert s.cosine == pytest.approx(sum(cosines) / 2, abs=1e-12)
+    assert s.l2_ratio == pytest.approx(((2 / 5) ** 0.5 + (34 / 45) ** 0.5) / 2, abs=1e-12)
+    assert s.relative_bias == pytest.approx(36 / 36, abs=1e-12)  # |x_hat|^2 = 2 + 34, x . x_hat = 3 + 33
+    assert s.density.tolist() == [1.0, 0.5, 0.0]
+    assert (s.denser(0.6), s.denser(0.1)) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
+    assert (s.l0_quantile(0.5), s.l0_quantile(0.9)) == (1, 2)
+    assert s.l0_counts.tolist() == [0, 1, 1]
+
+
+def test_figures_that_peers_got_wrong():
+    """The known-wrong formulas give another value on the case above."""
+    variance = (X - X.mean(0)).pow(2)
+    per_token = ((X - X_HAT).pow(2).sum(-1) / variance.sum(-1)).mean()  # a mean of ratios
+    mixed = (X - X_HAT).pow(2).sum() / (X.pow(2) - X.pow(2).mean(0)).pow(2).sum()  # x^2 against x^4
+    s = score((X, X_HAT, F))
+    assert abs(s.fvu - mixed) > 0.1
+    skewed = score(
+        (torch.tensor([[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]]), torch.cat([X_HAT, torch.tensor([[9.0, 8.0]])]), F[[0, 1, 1]])
+    )
+    x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]])
+    legacy = (1 / (x - x.mean(0)).pow(2).sum(-1)).mean()
+    assert abs(skewed.fvu - legacy) > 0.01
+    assert per_token == pytest.approx(0.2)  # equal here, since both rows are as far from the mean
+
+
+def test_the_order_of_rows_changes_nothing():
+    generator = torch.Generator().manual_seed(1)
+    x, noise, f = (torch.randn(300, 6, generator=generator) for _ in range(3))
+    order = torch.randperm(300, generator=generator)
+    one, other = score((x, x + noise, f.relu())), score((x[order], (x + noise)[order], f.relu()[order]))
+    for name, value in one.figures().items():
+        assert other.figures()[name] == pytest.approx(value, abs=1e-9), name
+
+
+def test_cosines_of_the_decoder():
+    W = torch.tensor([[1.0, 0.0], [2.0, 0.0], [0.0, -3.0]])
+    found = decoder_cosines(W, chunk=2)
+    assert found["mean_cosine"] == pytest.approx(2 / 6)
+    assert found["nearest_median"] == pytest.approx(1.0)
+
+
+def test_agreement_of_predictions():
+    clean = torch.tensor([[0.0, 1.0], [2.0, 1.0]])
+    assert top_1_agreement(clean, clean.flip(1)).tolist() == [0.0, 0.0]
+    assert top_1_agreement(clean, clean * 3).tolist() == [1.0, 1.0]
 
 
 def test_splitting_into_batches_changes_nothing():
@@ -63,10 +110,11 @@ def test_chunks_change_nothing():
     torch.testing.assert_close(kl_divergence(a, b)[600:700], kl_divergence(a[600:700], b[600:700]))
 
 
-def test_ce_score_ends():
-    assert ce_score(2.0, 2.0, 5.0) == 1
-    assert ce_score(2.0, 5.0, 5.0) == 0
-    assert ce_score(2.0, 2.6, 5.0) == pytest.approx(0.8)
+def test_what_is_recovered():
+    assert recovered(2.0, 2.0, 5.0) == 1
+    assert recovered(5.0, 2.0, 5.0) == 0
+    assert recovered(2.6, 2.0, 5.0) == pytest.approx(0.8)
+    assert recovered(2.6, 2.0, 2.0) == -math.inf
 
 
 def test_wilson_against_published_values():
