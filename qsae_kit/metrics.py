@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 
@@ -149,6 +150,15 @@ def decoder_cosines(W_dec: Float[Tensor, "d_sae d_model"], chunk: int = 1024) ->
     nearest = torch.cat(largest)
     pairs = max(1, len(rows) * (len(rows) - 1))
     return {"mean_cosine": total / pairs, "nearest_median": float(nearest.median()), "nearest_p99": float(nearest.quantile(0.99))}
+
+
+def match(true: Float[Tensor, "feature d"], found: Float[Tensor, "latent d"]) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of features and latents with the largest sum of |cosines| (Hungarian): features, latents, |cosines|."""
+    normalize = torch.nn.functional.normalize
+    cosines = (normalize(true.double(), dim=1) @ normalize(found.double(), dim=1).T).abs()
+    features, latents = linear_sum_assignment(-cosines.numpy())
+    pairs = torch.from_numpy(features), torch.from_numpy(latents)
+    return *pairs, cosines[pairs]
 
 
 CHUNK = 512  # rows of logits in float64 at a time: 512 x 151,936 x 8 bytes is 0.6 GB

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Bool, Float
-from scipy.optimize import linear_sum_assignment
 from scipy.stats import norm
 from torch import Tensor
 
+from qsae_kit.metrics import match
 from qsae_kit.sae import SAE
 
 
@@ -146,15 +146,6 @@ def apart(directions: Float[Tensor, "feature d_model"], steps: int = 100, rate: 
 
 
 # --- scores
-
-
-def match(true: Float[Tensor, "feature d"], found: Float[Tensor, "latent d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of features and latents with the largest sum of |cosines| (Hungarian): features, latents, |cosines|."""
-    normalize = torch.nn.functional.normalize
-    cosines = (normalize(true.double(), dim=1) @ normalize(found.double(), dim=1).T).abs()
-    features, latents = linear_sum_assignment(-cosines.numpy())
-    pairs = torch.from_numpy(features), torch.from_numpy(latents)
-    return *pairs, cosines[pairs]
 
 
 @torch.no_grad()

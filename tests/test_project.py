@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from those before it.
 ORDER = (
     "sites", "files", "chat", "sources", "models", "edits", "data", "activations", "sae", "formats", "optim", "recipe", "plan",
-    "checkpoints", "train", "metrics", "evaluate", "tiny", "prompts", "steering", "outcomes", "study", "plots", "report",
+    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "tiny", "prompts", "steering", "outcomes", "study", "plots", "report",
     "watch", "harvest", "fit", "demo", "cli",
 )  # fmt: skip
 
