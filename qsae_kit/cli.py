@@ -166,6 +166,93 @@ def train(
         typer.echo(f"Stopped before the end; the same command with --resume goes on (--out {out}).")
 
 
+@app.command("eval")
+def evaluate(
+    model: Annotated[str | None, typer.Option(help="tiny (the default), smollm2, a hub id or a local folder.")] = None,
+    suite: Annotated[Path | None, typer.Option(help="A folder of <variant>/<hook name>/, such as runs/train/suite.")] = None,
+    data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Held-out tokens (20,000 by default).", min=1)] = None,
+    baselines: Annotated[bool, typer.Option("--baselines", help="Train and evaluate what an SAE has to beat, too.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for evaluation.csv, .parquet and .html.")] = Path("runs/eval"),
+    acts: Annotated[Path | None, typer.Option(help="Instead: stored activations, acts [row, d_model].")] = None,
+    sae: Annotated[Path | None, typer.Option(help="With --acts: the SAE's folder.")] = None,
+    rows: Annotated[int | None, typer.Option(help="With --acts: only the last so many rows.", min=1)] = None,
+    json_: Annotated[bool, typer.Option("--json", help="With --acts: print one line of JSON, and nothing else.")] = False,
+) -> None:
+    """Evaluate a suite on held-out tokens of its model, or one SAE on stored activations."""
+    import json
+
+    import pandas as pd
+
+    from qsae_kit.fit import read_rows
+    from qsae_kit.formats import load_sae, load_suite
+    from qsae_kit.models import load_model
+    from qsae_kit.score import score_stored, score_suite
+
+    _refuse((acts is None) != (sae is None), "--acts and --sae belong together; give both, or --suite.")
+    if acts is not None and sae is not None:
+        live = (("--model", model), ("--suite", suite), ("--data", data), ("--tokens", tokens), ("--baselines", baselines))
+        given = [name for name, value in live if value]
+        _refuse(bool(given), f"--acts takes rows from a file, so {', '.join(given)} would have no effect.")
+        figures = score_stored(read_rows(acts), load_sae(sae), rows)
+        typer.echo(json.dumps(figures) if json_ else pd.Series(figures).to_string())
+        return
+    _refuse(suite is None, "No --suite was given; give the folder of a suite, or --acts and --sae.")
+    _refuse(rows is not None or json_, "--rows and --json belong to --acts.")
+    assert suite is not None
+    _check_out(out)
+    trained = load_suite(suite)
+    table = score_suite(load_model(model or "tiny"), trained, data, tokens or 20_000, out, baselines=baselines)
+    columns = ["variant", "site", "fvu", "l0", "dead", "delta_ce", "kl_nats", "ce_score", "top_1", "tokens", "spliced_tokens"]
+    headline = "assistant" if (table["category"] == "assistant").any() else "all"
+    with pd.option_context("display.width", 250, "display.max_rows", 500):
+        typer.echo(f"Category: {headline}\n" + table.loc[table["category"] == headline, columns].round(4).to_string(index=False))
+    typer.echo(f"Every category and figure: {out / 'evaluation.csv'}; figure: {out / 'evaluation.html'}")
+
+
+@app.command()
+def sweep(
+    model: Model = "tiny",
+    data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
+    sites: Annotated[str, typer.Option(help="Comma-separated: resid, mlp, attn.")] = "resid",
+    layers: Annotated[str, typer.Option(help='"all", "0,2" or "1-3".')] = "all",
+    arch: Annotated[str, typer.Option(help="jumprelu, topk, batchtopk, matryoshka, standard or gated.")] = "jumprelu",
+    target_l0: Annotated[str, typer.Option(help="Comma-separated L0s (or k).")] = "4,8,16,32,64",
+    expansion: Annotated[str, typer.Option(help="Comma-separated widths as multiples of d_model.")] = "8",
+    tokens: Annotated[int, typer.Option(help="Rows to train on.", min=1)] = 500_000,
+    held_out: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 20_000,
+    batch: Annotated[int, typer.Option(help="Rows a step.", min=1)] = 2048,
+    out: Annotated[Path, typer.Option(help="Folder for suite/, sweep.csv, .parquet and .html.")] = Path("runs/sweep"),
+    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+) -> None:
+    """Train several sparsities and widths from one stream, and plot sparsity against fidelity."""
+    from qsae_kit import fit
+    from qsae_kit.models import load_model
+    from qsae_kit.recipe import default_recipe
+    from qsae_kit.score import sweep as run_sweep
+
+    _check_out(out)
+    lm = load_model(model)
+    names = fit.sites_of(lm, sites, layers)
+    l0s, widths = _numbers("--target-l0", target_l0), _numbers("--expansion", expansion)
+    config = default_recipe(
+        lm.d_model, len(names), architecture=arch, sparsity=l0s[0], expansion=widths[0], tokens=tokens, batch=batch
+    )
+    table = run_sweep(lm, data, names, config, l0s, widths, held_out, out, resume=resume)
+    columns = ["site", "expansion", "target", "l0", "fvu", "delta_ce", "dead", "effective_rank", "tokens"]
+    typer.echo(table.loc[table["category"] == "all", columns].round(4).to_string(index=False))
+    typer.echo(f"Every figure: {out / 'sweep.csv'}; frontier: {out / 'sweep.html'}")
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    _refuse(not numbers or min(numbers) <= 0, f"{flag} {text!r} was given; write positive numbers with commas between.")
+    return numbers
+
+
 def _options(pairs: list[str]) -> dict[str, object]:
     """{"name": value} of "name=value"; values that read as numbers are numbers."""
     out: dict[str, object] = {}

@@ -70,6 +70,37 @@ def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "", catego
     return figure
 
 
+def frontier_figure(table: pd.DataFrame, model_name: str = "", category: str = "all") -> go.Figure:
+    """Sparsity against fidelity: FVU at the left and the rise of cross-entropy at the right against L0, a line a site and width.
+
+    table: the table of `score.sweep`. Sites of a later layer are drawn darker.
+    """
+    table = table[table["category"] == category]
+    figure = make_subplots(1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12)
+    widths = list(dict.fromkeys(table["expansion"]))
+    n_layers = int(table["layer"].max()) + 1
+    for (site, expansion), rows in table.groupby(["site", "expansion"], sort=False):
+        rows = rows.sort_values("l0")
+        kind, layer = rows["kind"].iloc[0], int(rows["layer"].iloc[0])
+        for column, metric in ((1, "fvu"), (2, "delta_ce")):
+            figure.add_trace(
+                go.Scatter(
+                    x=rows["l0"].tolist(), y=rows[metric].tolist(), mode="lines+markers", name=plot_text(f"{site}, x{expansion:g}"),
+                    legendgroup=f"{site}/{expansion}", showlegend=column == 1, opacity=0.35 + 0.65 * (layer + 1) / n_layers,
+                    line={"color": KIND_COLORS[kind], "dash": DASHES[widths.index(expansion) % len(DASHES)]},
+                    marker={"symbol": KIND_SYMBOLS[kind], "size": 7},
+                    hovertemplate=plot_text(str(site)) + ": L0 %{x:.1f}, %{y:.4f}<extra></extra>",
+                ),
+                row=1, col=column,
+            )  # fmt: skip
+    figure.update_xaxes(title="L0 (features a token)", type="log")
+    figure.update_yaxes(title="fraction of variance unexplained", type="log", row=1, col=1)
+    figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
+    where = f" of {plot_text(model_name)}" if model_name else ""
+    _style(figure, f"Sparsity against fidelity{where} ({int(table['tokens'].max()):,} held-out tokens)", height=520)
+    return figure
+
+
 def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = None) -> go.Figure:
     """Loss, L0 and share of dead latents against rows trained on, a line a site.
 

@@ -1,0 +1,204 @@
+"""`qsae eval` and `qsae sweep`: from flags to tables and figures in a folder."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from qsae_kit.activations import LiveRows
+from qsae_kit.baselines import baseline_suite
+from qsae_kit.data import Document, TokenBatch, read_documents, repeat, split_documents, token_batches
+from qsae_kit.evaluate import evaluate_suite
+from qsae_kit.files import atomic_file, write_text
+from qsae_kit.fit import StoredFile, fit_live
+from qsae_kit.metrics import Reconstruction
+from qsae_kit.models import HookedLM
+from qsae_kit.plots import frontier_figure, reconstruction_figure
+from qsae_kit.recipe import TrainConfig, default_recipe
+from qsae_kit.sae import SAE
+from qsae_kit.tiny import world
+
+SPLICED_SHARE = 0.2
+"""Of the held-out tokens, those that are spliced: a pass a site instead of one for all."""
+HELD_OUT_DOCUMENTS = 256
+
+
+@torch.no_grad()
+def score_stored(file: StoredFile, sae: SAE, n_rows: int | None = None, batch: int = 4096) -> dict[str, Any]:
+    """Figures of an SAE on stored rows, none filtered, under the names that SAELens's evaluations use.
+
+    n_rows: only the last so many. Raises ValueError for rows of another width or that are not finite.
+    """
+    rows = file.acts if n_rows is None else file.acts[-n_rows:]
+    if rows.shape[1] != sae.d_in:
+        raise ValueError(
+            f"{str(file.path)!r} holds rows of width {rows.shape[1]}, the SAE takes d_in={sae.d_in}; give its own site's rows."
+        )
+    named = sae.provenance.hook_name if sae.provenance else ""
+    if file.hook_name and named and file.hook_name != named:
+        raise ValueError(f"{str(file.path)!r} holds rows of {file.hook_name}, the SAE is of {named}; give rows of its own site.")
+    total = Reconstruction()
+    for part in rows.split(batch):
+        x = part.to(sae.b_dec.device).float() / file.scale
+        if not x.isfinite().all():
+            raise ValueError(f"{str(file.path)!r} has rows that are not finite; store the activations again.")
+        f = sae.encode(x)
+        total.add(x, sae.decode(f), f)
+    return {
+        "architecture": sae.architecture, "d_sae": sae.d_sae, "rows": total.rows, "explained_variance": 1 - total.fvu,
+        "mse": total.mse, "l0": total.l0, "cossim": total.cosine, "l2_ratio": total.l2_ratio, "alive": 1 - total.dead,
+        "hook_name": named, "model_name": sae.provenance.model_name if sae.provenance else "",
+    }  # fmt: skip
+
+
+def documents_of(lm: HookedLM, data: str | None) -> tuple[list[Document], Any]:
+    """Held-out documents, and a function that gives the others without end."""
+    if data is not None:
+        path = data
+
+        def others() -> Iterator[Document]:
+            return repeat(split_documents(read_documents(path), HELD_OUT_DOCUMENTS)[1])
+
+        return split_documents(read_documents(path), HELD_OUT_DOCUMENTS)[0], others
+    if lm.model_name != "tiny":
+        raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
+    held_out = [dialogue.messages for dialogue in world.dialogues(4 * HELD_OUT_DOCUMENTS, seed=8)]
+    return held_out, lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=7))
+
+
+def batches_of(lm: HookedLM, documents: Sequence[Document], tokens: int) -> list[TokenBatch]:
+    """Small batches until they hold `tokens` kept tokens. Raises ValueError where there are none."""
+    out: list[TokenBatch] = []
+    taken = 0
+    for batch in token_batches(lm, documents, batch_tokens=1024):
+        out.append(batch)
+        taken += int(batch.keep.sum())
+        if taken >= tokens:
+            break
+    if not taken:
+        raise ValueError("There are no tokens to evaluate; give longer texts.")
+    return out
+
+
+def score_suite(
+    lm: HookedLM,
+    suite: Mapping[str, Mapping[str, SAE]],
+    data: str | None,
+    tokens: int,
+    out: Path,
+    *,
+    baselines: bool = False,
+    bar: bool = True,
+) -> pd.DataFrame:
+    """Evaluates a suite, with its baselines where wanted, on held-out tokens; writes evaluation.csv, .parquet and .html.
+
+    Baselines are trained like the suite's first variant, on the documents that are not held out.
+    """
+    held_out, training = documents_of(lm, data)
+    everything: dict[str, dict[str, SAE]] = {variant: dict(saes) for variant, saes in suite.items()}
+    if baselines:
+        sites = list(next(iter(suite.values())))
+        source = LiveRows(lm, sites, lambda: token_batches(lm, training()))
+        everything |= baseline_suite(source, recipe_of(next(iter(suite.values()))), lm.model_name, bar=bar)
+    batches = batches_of(lm, held_out, tokens)
+    table = evaluate_suite(lm, everything, batches, _share(batches, SPLICED_SHARE), bar)
+    save_tables(table, out / "evaluation")
+    write_text(out / "evaluation.html", reconstruction_figure(table, lm.model_name).to_html(include_plotlyjs=True))
+    return table
+
+
+def recipe_of(saes: Mapping[str, SAE]) -> TrainConfig:
+    """The default recipe at the sizes that these SAEs were trained with."""
+    sae = next(iter(saes.values()))
+    if sae.provenance is None:
+        raise ValueError("The SAEs name no tokens and no site; load them from their folder.")
+    tokens = max(2048, sae.provenance.tokens)
+    return default_recipe(
+        sae.d_in, len(saes), architecture=sae.architecture, sparsity=sae.sparsity, expansion=sae.d_sae / sae.d_in, tokens=tokens,
+        batch=min(2048, max(256, 2 ** int(math.log2(tokens / 80)))), seed=sae.provenance.seed,
+    )  # fmt: skip
+
+
+def _share(batches: Sequence[TokenBatch], share: float) -> int:
+    return max(1, round(share * len(batches)))
+
+
+def save_tables(table: pd.DataFrame, path: Path) -> None:
+    """A DataFrame as <path>.csv and <path>.parquet, each whole or not at all."""
+    with atomic_file(path.with_suffix(".csv")) as part:
+        table.to_csv(part, index=False, float_format="%.6g")
+    with atomic_file(path.with_suffix(".parquet")) as part:
+        table.to_parquet(part, index=False)
+
+
+# --- the sweep
+
+
+def sweep(
+    lm: HookedLM,
+    data: str | None,
+    sites: Sequence[str],
+    config: TrainConfig,
+    l0s: Sequence[float],
+    expansions: Sequence[float],
+    tokens: int,
+    out: Path,
+    *,
+    resume: bool = False,
+    bar: bool = True,
+) -> pd.DataFrame:
+    """Trains every L0 at every width from one stream, evaluates them, and writes the suite, sweep.csv, .parquet and .html.
+
+    tokens: held-out ones. The table is `evaluate_suite`'s with the columns expansion and target, and effective_rank.
+    """
+    recipes = [replace(config, sparsity=l0, expansion=x) for x in expansions for l0 in l0s]
+    suite = fit_live(lm, data, sites, recipes, out, resume=resume, bar=bar).suite
+    batches = batches_of(lm, documents_of(lm, data)[0], tokens)
+    table = evaluate_suite(lm, suite, batches, _share(batches, SPLICED_SHARE), bar)
+    width = {recipe.variant: recipe.expansion for recipe in recipes}
+    ranks = effective_ranks(lm, sites, batches)
+    table = table.assign(expansion=table["variant"].map(width), effective_rank=table["site"].map(ranks))
+    save_tables(table, out / "sweep")
+    write_text(out / "sweep.html", frontier_figure(table, lm.model_name).to_html(include_plotlyjs=True))
+    return table
+
+
+def effective_ranks(lm: HookedLM, sites: Sequence[str], batches: Sequence[TokenBatch]) -> dict[str, float]:
+    """exp of the entropy of the covariance's spectrum, per site (Roy & Vetterli 2007): how many directions carry variance."""
+    rows = LiveRows(lm, sites, lambda: batches)
+    block = next(iter(rows.blocks(sum(int(batch.keep.sum()) for batch in batches))))
+    return {site: effective_rank(x) for site, x in block.rows.items()}
+
+
+def effective_rank(x: Float[Tensor, "row d_model"]) -> float:
+    """exp(entropy) of the normalised eigenvalues of the rows' covariance."""
+    centred = (x - x.mean(0)).double()
+    values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0)
+    share = values / values.sum()
+    return float(torch.exp(-(share * share.clamp(min=1e-300).log()).sum()))
+
+
+def needed_l0(table: pd.DataFrame, metric: str, level: float) -> pd.DataFrame:
+    """The L0 at which each site's frontier reaches `level` of a metric that falls with L0 (fvu, delta_ce).
+
+    Interpolated along log L0 between trained SAEs, never beyond them: outside it is None, with `beyond` saying on which
+    side. One row per site and expansion.
+    """
+    rows = []
+    for (site, expansion), some in table[table["category"] == "all"].groupby(["site", "expansion"], sort=False):
+        curve = some.sort_values("l0")
+        l0, value = curve["l0"].to_numpy(), curve[metric].to_numpy()
+        found, beyond = None, "more" if value.min() > level else "less" if value.max() < level else ""
+        for i in range(len(l0) - 1):
+            if (value[i] - level) * (value[i + 1] - level) <= 0 and value[i] != value[i + 1]:
+                part = (value[i] - level) / (value[i] - value[i + 1])
+                found = math.exp(math.log(l0[i]) + part * (math.log(l0[i + 1]) - math.log(l0[i])))
+                break
+        rows.append({"site": site, "expansion": expansion, f"l0_at_{metric}_{level:g}": found, "beyond": beyond})
+    return pd.DataFrame(rows)
