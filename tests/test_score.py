@@ -1,0 +1,128 @@
+"""`qsae eval` and `qsae sweep`."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from qsae_kit.activations import NormFilter
+from qsae_kit.cli import app
+from qsae_kit.formats import load_suite, save_sae
+from qsae_kit.sae import JumpReLUSAE, Provenance, ReLUSAE, TopKSAE
+from qsae_kit.score import effective_rank, needed_l0
+
+SITE = "blocks.2.hook_resid_post"
+
+
+def qsae(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("run")
+    done = qsae(
+        "train", "--layers", "2", "--sites", "resid", "--batch", "256", "--tokens", "8192", "--target-l0", "16", "--out", out
+    )
+    assert done.exit_code == 0, done.exception
+    return out
+
+
+@pytest.mark.parametrize("architecture", [TopKSAE, JumpReLUSAE, ReLUSAE])
+def test_stored_rows_against_the_formulas(tmp_path, architecture):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(500, 12, generator=generator) + 2
+    sae = architecture(12, 40, 5.0, Provenance("tiny", SITE, NormFilter(9.0)))
+    sae.init_from_rows(x, generator)
+    save_sae(sae.requires_grad_(False), tmp_path / "sae")
+    save_file({"acts": x}, tmp_path / "acts.safetensors")
+    done = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path / "sae", "--rows", "300", "--json")
+    assert done.exit_code == 0, done.exception
+    found = json.loads(done.stdout)
+    x = x[-300:].double()
+    f = sae.encode(x.float())
+    y = sae.decode(f).double()
+    error, variance = (x - y).pow(2).sum(-1).mean(), x.pow(2).sum(-1).mean() - x.mean(0).pow(2).sum()
+    expected = {
+        "explained_variance": 1 - error / variance, "mse": error, "l0": (f != 0).double().sum(-1).mean(),
+        "cossim": torch.nn.functional.cosine_similarity(x, y, dim=-1).mean(), "l2_ratio": (y.norm(dim=-1) / x.norm(dim=-1)).mean(),
+        "alive": (f != 0).any(0).double().mean(), "rows": 300, "d_sae": 40,
+    }  # fmt: skip
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(float(value), rel=1e-6), name
+
+
+def test_a_suite_with_its_baselines(run, tmp_path):
+    done = qsae("eval", "--suite", run / "suite", "--tokens", "3000", "--baselines", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.exception
+    table = pd.read_parquet(tmp_path / "out" / "evaluation.parquet")
+    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "evaluation.csv"), table, rtol=1e-4, check_dtype=False)
+    own = table[table["category"] == "all"].set_index("variant")
+    assert len(own) == 8
+    assert own["fvu"].drop("untrained").idxmin() != "frozen_decoder"
+    assert own.loc["jumprelu-x8-l0_16", "fvu"] < own.loc["untrained", "fvu"]
+    assert "Category: assistant" in done.stdout
+    assert (tmp_path / "out" / "evaluation.html").stat().st_size > 1e6
+
+
+def test_a_sweep(tmp_path):
+    flags = [
+        "--layers",
+        "2",
+        "--target-l0",
+        "4,16",
+        "--expansion",
+        "4,8",
+        "--tokens",
+        "8192",
+        "--batch",
+        "256",
+        "--held-out",
+        "2000",
+    ]
+    done = qsae("sweep", *flags, "--out", tmp_path)
+    assert done.exit_code == 0, done.exception
+    table = pd.read_parquet(tmp_path / "sweep.parquet")
+    own = table[table["category"] == "all"]
+    assert sorted(zip(own["expansion"], own["target"], strict=True)) == [(4, 4), (4, 16), (8, 4), (8, 16)]
+    assert len(load_suite(tmp_path / "suite")) == 4
+    for _, some in own.groupby("expansion"):
+        assert some.sort_values("target")["fvu"].is_monotonic_decreasing
+    assert own["effective_rank"].nunique() == 1
+    assert 1 < own["effective_rank"].iloc[0] < 160
+
+
+def test_the_l0_that_a_level_needs():
+    frame = pd.DataFrame({"category": "all", "site": "a", "expansion": 8.0, "l0": [10.0, 40.0], "fvu": [0.4, 0.2]})
+    found = needed_l0(frame, "fvu", 0.3)
+    assert found["l0_at_fvu_0.3"].item() == pytest.approx(20)  # half way along log L0
+    assert needed_l0(frame, "fvu", 0.1)[["l0_at_fvu_0.1", "beyond"]].iloc[0].tolist() == [None, "more"]
+    assert needed_l0(frame, "fvu", 0.5)["beyond"].item() == "less"
+
+
+def test_effective_ranks():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(20_000, 3, generator=generator) @ torch.eye(3, 10)
+    assert effective_rank(x) == pytest.approx(3, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "No --suite was given"),
+        (["--acts", "ACTS"], "belong together"),
+        (["--acts", "ACTS", "--sae", "SAE", "--tokens", "5"], "--tokens would have no effect"),
+        (["--suite", "SUITE", "--json"], "belong to --acts"),
+        (["--acts", "ACTS", "--sae", "SAE"], "width 12, the SAE takes d_in=160"),
+        (["--suite", "ACTS"], "holds no SAEs"),
+    ],
+)
+def test_what_cannot_be_evaluated(run, tmp_path, flags, message):
+    save_file({"acts": torch.randn(50, 12)}, tmp_path / "acts.safetensors")
+    names = {"ACTS": tmp_path / "acts.safetensors", "SUITE": run / "suite", "SAE": run / "suite" / "jumprelu-x8-l0_16" / SITE}
+    done = qsae("eval", *[names.get(flag, flag) for flag in flags], "--out", tmp_path / "out")
+    assert message in str(done.exception)
+    assert not (tmp_path / "out").exists()
