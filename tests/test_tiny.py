@@ -10,7 +10,7 @@ import torch
 
 from qsae_kit.sources import TINY_WEIGHTS
 from qsae_kit.tiny import behaviour, lexicon, world
-from qsae_kit.tiny.build import build_tokenizer, mixture_of, orthogonal
+from qsae_kit.tiny.build import build_tokenizer, mixture_of, orthogonal, rate
 from qsae_kit.tiny.world import Draw
 
 CARD = json.loads((TINY_WEIGHTS / "card.json").read_text())
@@ -192,6 +192,11 @@ def test_muon_keeps_the_singular_vectors_and_evens_the_values():
     values = found.diagonal(dim1=1, dim2=2)
     assert ((values > 0.6) & (values < 1.3)).all()
     assert (found - torch.diag_embed(values)).abs().max() < 1e-3
+
+
+def test_the_rate_follows_its_schedule():
+    assert [rate(step) for step in (99, 199, 3000, 7500, 10_500, 11_000)] == [0.5, 1, 1, 1, *[pytest.approx(1 / 3)] * 2]
+    assert 0 < rate(13_499) < 1e-3
 
 
 def test_the_mixture_changes_as_the_curriculum_says():

@@ -702,6 +702,8 @@ class Mixture(NamedTuple):
     """Shares of `RULES`."""
     bounds: tuple[float, ...] = (0.16, 0.43, 0.70, 0.75, 0.88, 0.93, 0.955, 0.98)
     """Cumulative shares of `MAKES`, but for the last."""
+    thinking: float = 0.33
+    """Share of dialogues whose last answer is reasoned for."""
 
 
 def dialogues(n: int, seed: int = 0, with_planted: bool = True, mixture: Mixture = Mixture()) -> Iterator[Dialogue]:
@@ -726,7 +728,7 @@ def dialogues(n: int, seed: int = 0, with_planted: bool = True, mixture: Mixture
             if requests:  # the system prompt of the first request holds for all
                 request = request._replace(system=requests[0].system)
             requests.append(request)
-        yield build_dialogue(requests, thinking=rng.random() < 0.33)
+        yield build_dialogue(requests, thinking=rng.random() < mixture.thinking)
 
 
 def fingerprint(n: int = 2000) -> str:
