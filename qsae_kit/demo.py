@@ -103,8 +103,8 @@ def _all_prompts(lm: HookedLM, kind: str) -> list[str]:
 def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Iterator[Document], Sequence[Document]]:
     """Training documents without end, and held-out ones."""
     if config.own_dialogues == 0:
-        return (dialogue.messages for dialogue in world.dialogues(10**9, seed=7)), [
-            dialogue.messages for dialogue in world.dialogues(400, seed=8)
+        return (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_007)), [
+            dialogue.messages for dialogue in world.dialogues(400, seed=1_000_008)
         ]
     written = list(own_dialogues(lm, config.own_dialogues))
     held_out, training = split_documents(written, len(written) // 6)

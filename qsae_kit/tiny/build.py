@@ -76,10 +76,19 @@ DRILLED = Mixture(known=0.75, rules=(0.3, 0.06, 0.5, 0.07, 0.07))
 """More strangers, and more drills, in which private attributes are told: both are learnt late, from many examples."""
 ASKED = DRILLED._replace(known=0.7, bounds=(0.26, 0.48, 0.73, 0.78, 0.88, 0.93, 0.955, 0.98))
 """More questions for one attribute as well: a record that can be recited is not yet one that can be looked up in."""
-LAST = ASKED._replace(known=0.65, bounds=(0.25, 0.50, 0.77, 0.86, 0.92, 0.95, 0.97, 0.99), thinking=0.2)
+REMEMBERED = ASKED._replace(known=0.65, bounds=(0.25, 0.50, 0.77, 0.86, 0.92, 0.95, 0.97, 0.99), thinking=0.2)
 """Little of what is learnt by now (tools, sums, lists), more of what needs memory."""
+LAST = REMEMBERED._replace(belongings=True, bounds=(0.23, 0.46, 0.73, 0.82, 0.92, 0.95, 0.97, 0.99))
 # Recall is learnt from few people first (arXiv 2503.21676 finds the plateau before it grows with their number).
-CURRICULUM = ((8, Mixture(100)), (16, Mixture(300)), (28, Mixture(700)), (86, Mixture()), (118, DRILLED), (165, ASKED))
+CURRICULUM = (
+    (8, Mixture(100)),
+    (16, Mixture(300)),
+    (28, Mixture(700)),
+    (86, Mixture()),
+    (118, DRILLED),
+    (165, ASKED),
+    (180, REMEMBERED),
+)
 
 
 def mixture_of(block: int) -> Mixture:
