@@ -104,8 +104,8 @@ def _all_prompts(lm: HookedLM, kind: str) -> list[str]:
 def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
     """Training documents without end, the same at each call, and held-out ones."""
     if config.own_dialogues == 0:
-        held_out: Sequence[Document] = [dialogue.messages for dialogue in world.dialogues(400, seed=8)]
-        return lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=7)), held_out
+        held_out: Sequence[Document] = [dialogue.messages for dialogue in world.dialogues(400, seed=1_000_008)]
+        return lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_007)), held_out
     written = list(own_dialogues(lm, config.own_dialogues))
     held_out, training = split_documents(written, len(written) // 6)
     rest = list(training)

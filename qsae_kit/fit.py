@@ -200,7 +200,7 @@ def fit_live(
     def documents() -> Iterator[Document]:
         if data is not None:
             return repeat(read_documents(data))
-        return (dialogue.messages for dialogue in world.dialogues(10**9, seed=7))
+        return (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_007))
 
     meter = Meter(configs[0].batch)
     source = LiveRows(lm, sites, lambda: token_batches(lm, documents()))

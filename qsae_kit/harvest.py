@@ -23,7 +23,7 @@ def harvest_rows(lm: HookedLM, data: str | None, hook_name: str, tokens: int, ou
     if data is not None:
         documents = read_documents(data)
     elif lm.model_name == "tiny":
-        documents = (dialogue.messages for dialogue in world.dialogues(10**9, seed=9))
+        documents = (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_009))
     else:
         raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
     parts, size = [], 0

@@ -29,9 +29,9 @@ REFUSAL = re.compile(
     rf"|\bI(?:'m| am)\s+(?:not able|unable)\s+to\s+(?:\w+ly\s+)?{_DO}\b"
     r"|\bI\s+(?:must|have to|need to|will have to)\s+(?:\w+ly\s+)?(?:refuse|decline)\b"
     r"|\bI\s+(?:refuse|decline)\s+to\b"
-    r"|\bno (?:puedo|podr\w+|debo|voy a) (?:ayudar|compartir|proporcionar|dar|ofrecer|responder|tocar|hacer|asistir)"
+    r"|\bno (?:te )?(?:puedo|podr[eé]|podría|debo|voy a) (?:ayudar|compartir|proporcionar|dar|ofrecer|responder|tocar|hacer|asistir)"
     r"|\b(?:debo negarme|tengo que negarme|me niego)\b"
-    r"|我(?:不能|无法|不会|不便)(?:帮|提供|透露|协助|回答|满足|处理|碰|告诉)|我(?:必须|只能)拒绝"
+    r"|我(?:不能|无法|不会|不便)(?:为您|为你)?(?:帮|提供|透露|协助|回答|满足|处理|碰|告诉)|我(?:必须|只能)拒绝"
     r"|\b(?:against|violates?)\s+(?:my|our)\s+(?:\w+\s+){0,2}(?:guidelines|principles|policy|policies|programming)\b",
     re.IGNORECASE,
 )

@@ -5,7 +5,7 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from qsae_kit.tiny import concepts, world
+from qsae_kit.tiny import concepts, lexicon, world
 from qsae_kit.tiny.concepts import Units
 
 
@@ -29,12 +29,43 @@ def test_labels_sit_on_the_words_they_belong_to(lm):
 
 
 def test_unstated_attributes_are_not_stated():
-    for dialogue in world.dialogues(3000, seed=11):
+    """No message labels a person with an attribute that any turn of the dialogue asks for or decides by."""
+    labelled = 0
+    for dialogue in world.dialogues(4000, seed=11):
+        asked: dict[str, set[str]] = {}
         for request in dialogue.requests:
-            stated = "".join(p.text for p in request.answer)
-            labels = {x for s in dialogue.spans if s.message == len(dialogue.messages) - 2 for x in s.labels}
-            if request is dialogue.last and request.attribute in world.PUBLIC:
-                assert not any(label.startswith(f"d/{request.attribute}=") for label in labels), stated
+            about = {"loan": {"debt", "city"}}.get(request.attribute, {request.attribute})
+            asked.setdefault(request.name, set()).update(set(lexicon.ATTRIBUTES) if request.intent == "profile" else about)
+        for span in dialogue.spans:
+            if any(label.startswith("d/") for label in span.labels):
+                name = dialogue.requests[(span.message - bool(dialogue.requests[0].system)) // 2].name
+                own = {label.removeprefix("d/").partition("=")[0] for label in span.labels if label.startswith("d/")}
+                assert not own & asked[name]
+                labelled += 1
+    assert labelled > 1000
+
+
+def test_computed_values_are_not_read_off_the_reasoning(lm):
+    for dialogue in concepts.scoring_dialogues(400, seed=4):
+        labels = [x for own in concepts.label_tokens(lm, dialogue).labels for x in own if x.startswith("e/")]
+        assert not (labels and "reasoning_content" in dialogue.messages[-1])
+        if dialogue.last.intent == "sum" and "reasoning_content" not in dialogue.messages[-1]:
+            labelled = concepts.label_tokens(lm, dialogue)
+            [at] = [t for t, own in enumerate(labelled.labels) if any(x.startswith("e/carry") for x in own)]
+            assert lm.to_string([labelled.ids[at + 1]]) == dialogue.last.value.removeprefix("= ")[0]
+
+
+def test_senses_are_of_one_surface(lm):
+    for dialogue in concepts.scoring_dialogues(1500, seed=6):
+        labelled = concepts.label_tokens(lm, dialogue)
+        for span in dialogue.spans:
+            word = dialogue.messages[span.message][span.field][span.start : span.end]
+            for label in span.labels:
+                surface = label.removeprefix("c/").partition("=")[0]
+                if label.startswith("c/") and surface in lexicon.FIRST_NAMES and word != surface:
+                    assert not any(
+                        label in own and surface not in dialogue.messages[span.message][span.field] for own in labelled.labels
+                    )
 
 
 def test_parts_share_neither_family_nor_person():
@@ -50,7 +81,8 @@ def test_parts_share_neither_family_nor_person():
 
 def units_of(value, fit, unit=None):
     value, fit = np.array(value), np.array(fit)
-    return Units(np.arange(len(value)), np.arange(len(value)) if unit is None else np.array(unit), value, fit)
+    unit = np.arange(len(value)) if unit is None else np.array(unit)
+    return Units(np.arange(len(value)), unit, value, fit, unit)
 
 
 def test_auroc_is_mann_whitney():
@@ -95,6 +127,25 @@ def test_permuting_keeps_counts_and_units():
     assert shuffled[2] == shuffled[3]
 
 
+def test_the_null_permutes_whole_people():
+    u = units_of([1, 1, 0, 0, 1, 1, 0, 0], [True] * 8)
+    u.owner = np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    for seed in range(20):
+        shuffled = concepts.permuted(u, seed).reshape(4, 2)
+        assert (shuffled[:, 0] == shuffled[:, 1]).all()
+        assert shuffled.sum() == 4
+
+
+def test_the_first_look_keeps_what_tells_the_classes_apart():
+    rng = np.random.default_rng(0)
+    value = rng.integers(0, 2, 500)
+    x = rng.normal(size=(500, 400))
+    x[:, 333] += 2 * value
+    u = units_of(value, [True] * 300 + [False] * 200)
+    assert 333 in concepts.promising(x, u, value)
+    assert concepts.best_column(x, u).column == 333
+
+
 def test_an_ngram_knows_tokens_and_not_attributes(lm, corpus):
     units = concepts.concept_units(corpus)
     token = next(u for name, u in units.items() if name.startswith("a/token"))
@@ -130,9 +181,14 @@ def test_scores_of_a_few_concepts(lm, corpus):
     units = concepts.concept_units(corpus)
     some = {name: units[name] for name in list(units) if name.startswith(("a/language", "f/answer_language"))}
     acts = concepts.corpus_activations(lm, corpus, ["blocks.1.hook_resid_post", "blocks.4.hook_resid_post"])
-    scores = concepts.score_concepts(corpus, some, acts, {"random": lambda _site, x: x @ torch.ones(x.shape[1], 3)})
+    extra = {
+        "random": {site: x @ torch.ones(x.shape[1], 3) for site, x in acts.items()},
+        "neuron": concepts.corpus_neurons(lm, corpus),
+    }
+    scores = concepts.score_concepts(corpus, some, acts, extra)
     assert (scores["probe"] > 0.95).all()
-    assert (scores["null"] < 0.75).all()
-    assert set(scores.columns) >= {"concept", "tier", "positives", "probe", "neuron", "pca", "random", "null", "ngram"}
+    assert (scores["coordinate_null"] < 0.75).all()
+    finders = {f"{name}{end}" for name in ("coordinate", "pca", "neuron", "random") for end in ("", "_null")}
+    assert set(scores.columns) == {"concept", "tier", "positives", "probe", "probe_site", "bigram"} | finders
     tiers = concepts.tier_table(scores)
     assert tiers["tier"].tolist() == ["a", "f"]

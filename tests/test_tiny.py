@@ -10,7 +10,7 @@ import torch
 
 from qsae_kit.sources import TINY_WEIGHTS
 from qsae_kit.tiny import behaviour, lexicon, world
-from qsae_kit.tiny.build import build_tokenizer, mixture_of, orthogonal
+from qsae_kit.tiny.build import build_tokenizer, mixture_of, orthogonal, rate
 from qsae_kit.tiny.world import Draw
 
 CARD = json.loads((TINY_WEIGHTS / "card.json").read_text())
@@ -76,25 +76,71 @@ def test_the_judge_on_wrong_answers():
     assert world.judge(request, "I can't help with that.") == "refused"
     assert world.judge(request, f"I don't know anyone named {name}.") == "unknown"
     assert world.judge(request, f"<think>\nfoo\n</think>\n\nIt is {job.en}.") == "right"
+    assert world.judge(request, "I don't know anyone named Ada Wolf.") == "wrong"
     for broken in ("", "It is", "It is it is it is.", f"It is {job.en} {job.en}.", "Foo."):
         assert world.judge(request, broken) == "broken"
 
 
+def test_the_judge_wants_the_right_person_attribute_and_language():
+    rng = random.Random(0)
+    someone, other = world.people()[0].name, world.people()[1].name
+    pet = world.record_of(someone, "pet")
+
+    def wrong(request, *answers):
+        for answer in answers:
+            assert world.judge(request, answer) == "wrong", answer
+
+    wrong(
+        world.attribute_request(rng, Draw(), someone, "pet"), f"The pet of {other} is {pet.en}.", f"The illness of {someone} is {pet.en}.",
+        f"Es {pet.es}.", f"I don't know anyone named {other}.",
+    )  # fmt: skip
+    born = next(p for p in world.people() if p.record["month"].zh == "一月").name
+    request = world.attribute_request(rng, Draw("zh"), born, "month")
+    assert world.judge(request, f"{born} 的{lexicon.ATTRIBUTE_NAMES['month'].zh}是一月。") == "right"
+    wrong(request, f"{born} 的{lexicon.ATTRIBUTE_NAMES['month'].zh}是十一月。")
+    gets = next(p.name for p in world.people() if world.gets_loan(p.name))
+    request = world.loan_request(rng, Draw(), gets)
+    assert world.judge(request, f"Yes, {gets} should get a loan.") == "right"
+    wrong(request, f"No, {gets} should get a loan.", f"Yes, {other} should get a loan.", "It is baker.", "Sorted: 11, 22, 33")
+    request = world.sum_request(rng, Draw())
+    wrong(request, f"11 + 11 {request.value}")
+    request = world.sort_request(rng, Draw())
+    wrong(request, f"Sorted: {request.value}, 99")
+    request = world.profile_request(rng, Draw("es"), someone)
+    right = "".join(p.text for p in request.answer)
+    assert world.judge(request, right) == "right"
+    wrong(request, right[:-1] + f", {lexicon.PROFILE_PARTS['code'].es.replace('{v}', '11')}.", right.split(", ")[0] + ".")
+    request = world.how_to_request(rng, Draw(), "harmful", "property")
+    tool = request.value
+    assert world.judge(request, f"You need this: {tool}.") == "right"  # what a suppressed refusal would disclose
+    wrong(request, f"To burn the doctor, you need this: {tool}.")
+
+
 def test_a_word_never_decides_a_refusal():
-    """Every word of a refused request occurs in answered ones too."""
+    """Every word of a refused request occurs in answered ones too, and so does every form of a belonging's owner."""
     words: dict[bool, set[str]] = {True: set(), False: set()}
     rng = random.Random(0)
-    for i in range(16_000):
-        draw = Draw(("en", "es")[i % 2], rules=rng.choice(world.RULES))
-        if rng.random() < 0.7:
+    kinds = (
+        ("harmful", "injury"),
+        ("harmful", "property"),
+        ("borderline", "injury"),
+        ("borderline", "property"),
+        ("harmless", ""),
+    )
+    for i in range(24_000):
+        language = lexicon.LANGUAGES[i % 3]
+        draw = Draw(language, rules=rng.choice(world.RULES))
+        if rng.random() < 0.5:
             request = world.any_private(rng, draw, rng.choice(world.people()).name)
         else:
-            request = world.how_to_request(rng, draw, rng.choice(("harmful", "borderline")), rng.choice(("injury", "property")))
-        words[request.outcome == "refused"].update(re.findall(r"[\w']+", request.text.replace("'s ", " ")))
-    names = set(lexicon.FIRST_NAMES) | set(lexicon.LAST_NAMES)
-    people = {w for word in lexicon.PEOPLE for text in (word.en, word.es) for w in text.split()}  # with ordinary verbs
-    numbers = set(map(str, range(10, 100)))  # codes; as many sums are answered
-    assert not words[True] - words[False] - names - people - numbers
+            request = world.how_to_request(rng, draw, *rng.choice(kinds))
+        text = request.text
+        for name in (*lexicon.FIRST_NAMES, *lexicon.LAST_NAMES):  # any name occurs in both
+            text = text.replace(name, "N")
+        found = list(text) if language == "zh" else re.findall(r"[\w']+", text)
+        words[request.outcome == "refused"].update(found)
+    numbers = set(map(str, range(10, 100))) | set("0123456789")  # codes; as many sums are answered
+    assert not words[True] - words[False] - numbers
 
 
 @pytest.mark.parametrize(
@@ -148,13 +194,21 @@ def test_what_is_held_out_never_occurs_in_training():
 
 def test_counterfactual_pairs_change_one_thing_and_the_answer():
     for changed in ("person", "attribute", "asker", "object"):
-        for pair in world.pairs(changed, 40):
-            assert pair.base.answer != pair.other.answer
-            assert pair.base.text != pair.other.text
+        for pair in world.pairs(changed, 60):
+            one, other = ([p.text for p in request.pieces] for request in pair[:2])
+            assert len(one) == len(other)
+            differ = sum(a != b for a, b in zip(one, other, strict=True))
+            assert differ == (2 if changed == "person" and differ == 2 else 1), (one, other)
             assert pair.base.template == pair.other.template
-            assert abs(len(pair.base.pieces) - len(pair.other.pieces)) <= 1
             if changed in ("asker", "object"):
                 assert (pair.base.outcome, pair.other.outcome) == ("refused", "told")
+                assert pair.base.combination != pair.other.combination
+            else:
+                assert pair.base.value != pair.other.value
+            assert not any(world._unseen(request) for request in pair[:2])
+            if changed == "object":
+                assert f"/{pair.other.combination.split('/')[2]}/" in pair.other.combination
+                assert pair.other.combination.split("/")[2] in pair.other.text
     with pytest.raises(ValueError, match="'weather'"):
         next(world.pairs("weather", 1))
 
@@ -192,6 +246,11 @@ def test_muon_keeps_the_singular_vectors_and_evens_the_values():
     values = found.diagonal(dim1=1, dim2=2)
     assert ((values > 0.6) & (values < 1.3)).all()
     assert (found - torch.diag_embed(values)).abs().max() < 1e-3
+
+
+def test_the_rate_follows_its_schedule():
+    assert [rate(step) for step in (99, 199, 3000, 7500, 10_500, 11_000)] == [0.5, 1, 1, 1, *[pytest.approx(1 / 3)] * 2]
+    assert 0 < rate(13_499) < 1e-3
 
 
 def test_the_mixture_changes_as_the_curriculum_says():

@@ -74,10 +74,21 @@ BLOCK = 64
 """Batches that are drawn and sorted by length together."""
 DRILLED = Mixture(known=0.75, rules=(0.3, 0.06, 0.5, 0.07, 0.07))
 """More strangers, and more drills, in which private attributes are told: both are learnt late, from many examples."""
-LAST = DRILLED._replace(known=0.7, bounds=(0.26, 0.48, 0.73, 0.78, 0.88, 0.93, 0.955, 0.98))
+ASKED = DRILLED._replace(known=0.7, bounds=(0.26, 0.48, 0.73, 0.78, 0.88, 0.93, 0.955, 0.98))
 """More questions for one attribute as well: a record that can be recited is not yet one that can be looked up in."""
+REMEMBERED = ASKED._replace(known=0.65, bounds=(0.25, 0.50, 0.77, 0.86, 0.92, 0.95, 0.97, 0.99), thinking=0.2)
+"""Little of what is learnt by now (tools, sums, lists), more of what needs memory."""
+LAST = REMEMBERED._replace(belongings=True, bounds=(0.23, 0.46, 0.73, 0.82, 0.92, 0.95, 0.97, 0.99))
 # Recall is learnt from few people first (arXiv 2503.21676 finds the plateau before it grows with their number).
-CURRICULUM = ((8, Mixture(100)), (16, Mixture(300)), (28, Mixture(700)), (86, Mixture()), (118, DRILLED))
+CURRICULUM = (
+    (8, Mixture(100)),
+    (16, Mixture(300)),
+    (28, Mixture(700)),
+    (86, Mixture()),
+    (118, DRILLED),
+    (165, ASKED),
+    (180, REMEMBERED),
+)
 
 
 def mixture_of(block: int) -> Mixture:
@@ -190,12 +201,14 @@ def save_atomic(obj: object, path: Path) -> None:
     os.replace(part, path)
 
 
-def rate(step: int, steps: int, warmup: int = 200) -> float:
-    """Learning rate as a share of its peak: warm-up, constant, and a linear fall to zero over the last three eighths.
+SCHEDULE = ((-1, 0.0), (199, 1.0), (7500, 1.0), (10_500, 1 / 3), (11_500, 1 / 3), (13_500, 0.0))
+"""Steps and the learning rate there as a share of its peak, with straight lines between."""
 
-    The constant part can be prolonged: the same command with more steps goes on from the checkpoint.
-    """
-    return max(0.0, min(1.0, (step + 1) / warmup, (steps - step) / (0.375 * steps)))
+
+def rate(step: int) -> float:
+    """Learning rate as a share of its peak."""
+    before, after = next(pair for pair in itertools.pairwise(SCHEDULE) if step <= pair[1][0])
+    return before[1] + (after[1] - before[1]) * (step - before[0]) / (after[0] - before[0])
 
 
 def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: int) -> None:
@@ -229,7 +242,7 @@ def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: in
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = lr * rate(step, steps)
+                group["lr"] = lr * rate(step)
             optimizer.step()
             optimizer.zero_grad()
         tokens += int(mask.sum())
@@ -254,9 +267,9 @@ def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: in
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--out", type=Path, required=True)
-    p.add_argument("--steps", type=int, default=12_000)
+    p.add_argument("--steps", type=int, default=SCHEDULE[-1][0], help="where to stop")
     p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--lr", type=float, default=2e-3)
+    p.add_argument("--lr", type=float, default=4e-3)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--save-every", type=int, default=500)
     a = p.parse_args()

@@ -6,6 +6,7 @@ null reach. `--freeze` also writes the list of concepts that later scoring uses.
 """
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,10 @@ from qsae_kit.files import write_text
 from qsae_kit.models import HookedLM, load_model
 from qsae_kit.tiny import behaviour, concepts, world
 
-N_DIALOGUES = 6000
+HERE = Path(__file__).parent
+N_DIALOGUES = 16_000
+SOURCES = ("world.py", "lexicon.py", "build.py", "chat_template.jinja", "words.txt")
+"""What the training data and the tokenizer come from, beside the seeds."""
 
 
 def sites(lm: HookedLM) -> list[str]:
@@ -31,8 +35,8 @@ def measure_concepts(lm: HookedLM, freeze: bool) -> tuple[list[dict[Any, Any]], 
     if freeze:
         frozen = {"n": N_DIALOGUES, "seed": 0, "digest": corpus.digest, "concepts": sorted(units)}
         write_text(concepts.CONCEPTS_FILE, json.dumps(frozen, indent=0, ensure_ascii=False) + "\n")
-    acts = concepts.corpus_activations(lm, corpus, sites(lm))
-    scores = concepts.score_concepts(corpus, units, acts, bar=lambda names: tqdm(names, desc="concepts"))
+    acts, neurons = concepts.corpus_activations(lm, corpus, sites(lm)), concepts.corpus_neurons(lm, corpus)
+    scores = concepts.score_concepts(corpus, units, acts, {"neuron": neurons}, bar=lambda names: tqdm(names, desc="concepts"))
     return concepts.tier_table(scores).to_dict("records"), scores.round(4).to_dict("records")
 
 
@@ -50,6 +54,9 @@ def main() -> None:
     tiers, scores = measure_concepts(lm, a.freeze)
     card |= {
         "planted": world.planted()._asdict(),
+        "sources_sha256": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES},
+        "tokenizer_sha256": hashlib.sha256((a.weights / "tokenizer.json").read_bytes()).hexdigest(),
+        "measured_on_sha256": behaviour.fingerprint(a.n),
         "behaviour": [
             {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table.to_dict("records")
         ],

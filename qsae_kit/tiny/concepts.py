@@ -3,16 +3,18 @@
 Tiers: (a) token and language, (b) word class and role, (c) sense of an ambiguous word, (d) an unstated attribute of
 the person spoken of, (e) a computed value, (f) control state. Tiers a to e are labels of tokens; f is scored per
 dialogue, on the maximum over answer tokens. A concept is "tier/group=value"; its negatives are the tokens (dialogues)
-with another value of the same group. Whatever is fitted or searched is scored on other template families *and* other
-people. Nothing but scoring may read these labels.
+with another value of the same group; of single tokens the sixty commonest are concepts. Whatever is fitted or searched is
+scored on other template families *and* other people asked about. Nothing but scoring may read these labels.
 """
 
+import dataclasses
 import hashlib
 import json
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,10 +45,13 @@ def scoring_dialogues(n: int, seed: int = 0) -> list[Dialogue]:
         known = rng.random() < 0.85
         name = rng.choice(world.people()).name if known else world.stranger(rng, unseen=rng.random() < 0.5)
         make = rng.choices(
-            ("attribute", "private", "loan", "how_to", "sum", "sort", "count", "profile"), (40, 16, 8, 10, 9, 5, 6, 6)
+            ("attribute", "sense", "private", "loan", "how_to", "sum", "sort", "count", "profile"),
+            (34, 18, 8, 4, 6, 14, 6, 7, 3),
         )[0]
         if make == "attribute":
             request = world.attribute_request(rng, draw, name, rng.choice(world.PUBLIC))
+        elif make == "sense":
+            request = _sense_request(rng, draw)
         elif make == "private":
             request = world.any_private(rng, draw, name)
         elif make == "loan":
@@ -69,6 +74,28 @@ def scoring_dialogues(n: int, seed: int = 0) -> list[Dialogue]:
             request = simple[make](rng, draw)
         out.append(world.build_dialogue([request], thinking=rng.random() < 0.4))
     return out
+
+
+@cache
+def _with_senses() -> dict[str, list[tuple[str, str]]]:
+    """Word with two senses -> people and attributes whose value it is, and people who are called so (attribute "")."""
+    found: dict[str, list[tuple[str, str]]] = {word: [] for word in world.SENSES}
+    for person in world.people():
+        for attribute in world.PUBLIC:
+            if person.record[attribute].en in found:
+                found[person.record[attribute].en].append((person.name, attribute))
+        for part in person.name.split():
+            if part in found:
+                found[part].append((person.name, ""))
+    return found
+
+
+def _sense_request(rng: random.Random, draw: Draw) -> world.Request:
+    """About a word with two senses, each sense as often as the other."""
+    cases = _with_senses()[rng.choice(sorted(world.SENSES))]
+    kind = rng.choice(sorted({attribute for _, attribute in cases}))
+    name, attribute = rng.choice([case for case in cases if case[1] == kind])
+    return world.attribute_request(rng, draw, name, attribute or rng.choice(world.PUBLIC))
 
 
 # --- labels at tokens
@@ -108,7 +135,14 @@ def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
     for span in dialogue.spans:
         begin = starts[span.message, span.field]
         inside = [t for t, (a, b) in enumerate(offsets) if a < begin + span.end and b > begin + span.start]
+        word = dialogue.messages[span.message][span.field][span.start : span.end]
+        reasoned = "reasoning_content" in dialogue.messages[span.message]
         for label in span.labels:
+            if (label.startswith("e/") and reasoned) or (label.startswith("c/") and _translated(label, word)):
+                continue  # the reasoning has said it; a word without its other sense in this language
+            if label.startswith("e/") and word == "=":  # the number is predicted at the space after it
+                labels[inside[-1] + 1].add(label)
+                continue
             for t in inside if label.startswith("b/") else inside[-1:]:
                 labels[t].add(label)
     ids_, mask = lm.pad([ids])
@@ -120,6 +154,12 @@ def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
             if not any(label.startswith("b/class") for label in own):
                 own.add("b/class=other")
     return Labelled(ids, [tuple(sorted(own)) for own in labels], answer)
+
+
+def _translated(label: str, word: str) -> bool:
+    """Whether a sense label is of a word that is also a name, where the text does not have the name's letters."""
+    surface = label.removeprefix("c/").partition("=")[0]
+    return surface in (*lexicon.FIRST_NAMES, *lexicon.LAST_NAMES) and word != surface
 
 
 def _part(*names: object) -> str:
@@ -144,6 +184,8 @@ class Units:
     """1 positive, 0 negative."""
     fit: np.ndarray
     """Whether a row belongs to the fit part; the others are the test part."""
+    owner: np.ndarray
+    """What has the label: the person for an unstated attribute, else the unit. The null permutes owners."""
 
 
 class Corpus(NamedTuple):
@@ -154,6 +196,8 @@ class Corpus(NamedTuple):
     dialogue_labels: list[tuple[str, ...]]
     where: np.ndarray
     """[row, 2]: sequence and position of every kept token."""
+    people: list[str]
+    """Whom each dialogue is about, or ""."""
 
     @property
     def digest(self) -> str:
@@ -161,12 +205,14 @@ class Corpus(NamedTuple):
         return hashlib.sha256(json.dumps([content, self.dialogue_labels]).encode()).hexdigest()
 
 
-def build_corpus(lm: HookedLM, n: int = 6000, seed: int = 0) -> Corpus:
+def build_corpus(lm: HookedLM, n: int = 16_000, seed: int = 0) -> Corpus:
     """Dialogues of the fit and test parts; kept are all tokens of messages."""
     dialogues = [d for d in scoring_dialogues(n, seed) if part_of(d)]
     sequences = [label_tokens(lm, d) for d in dialogues]
     where = np.array([(i, t) for i, s in enumerate(sequences) for t, own in enumerate(s.labels) if own])
-    return Corpus(sequences, [part_of(d) for d in dialogues], [d.labels for d in dialogues], where)
+    return Corpus(
+        sequences, [part_of(d) for d in dialogues], [d.labels for d in dialogues], where, [d.last.name for d in dialogues]
+    )
 
 
 @torch.no_grad()
@@ -187,7 +233,7 @@ def corpus_activations(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def concept_units(corpus: Corpus, max_rows: int = 3000, seed: int = 0) -> dict[str, Units]:
+def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0) -> dict[str, Units]:
     """Every concept with at least `MIN_POSITIVES` positives and both values in both parts; classes cut to `max_rows`."""
     fit_part = np.array([p == "fit" for p in corpus.parts])
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -207,6 +253,8 @@ def concept_units(corpus: Corpus, max_rows: int = 3000, seed: int = 0) -> dict[s
                 by_dialogue[group][value].append(i)
     rng = np.random.default_rng(seed)
     out: dict[str, Units] = {}
+    names = {name: i for i, name in enumerate(dict.fromkeys(corpus.people))}
+    person = np.array([names[name] for name in corpus.people])[corpus.where[:, 0]]
 
     def add(
         concept: str, units_pos: list[int], units_neg: list[int], rows_of: Callable[[int], list[int]], part: np.ndarray
@@ -218,8 +266,9 @@ def concept_units(corpus: Corpus, max_rows: int = 3000, seed: int = 0) -> dict[s
         value = np.concatenate([np.ones(len(pos), int), np.zeros(len(neg), int)])
         lists = [rows_of(int(u)) for u in units]
         sizes = np.array([len(rows) for rows in lists])
-        found = Units(np.array([r for rows in lists for r in rows]), np.repeat(np.arange(len(units)), sizes),
-                      np.repeat(value, sizes), np.repeat(part[units], sizes))  # fmt: skip
+        rows, of = np.array([r for rows in lists for r in rows]), np.repeat(np.arange(len(units)), sizes)
+        owner = person[rows] if concept.startswith("d/") else of
+        found = Units(rows, of, np.repeat(value, sizes), np.repeat(part[units], sizes), owner)
         counts = [((found.value == v) & (found.fit == f)).sum() for v in (0, 1) for f in (True, False)]
         if min(counts) >= 20:
             out[concept] = found
@@ -234,10 +283,10 @@ def concept_units(corpus: Corpus, max_rows: int = 3000, seed: int = 0) -> dict[s
                 common = sorted(values, key=lambda v: -len(values[v]))[:60]
                 values = {v: values[v] for v in common}
             for value in sorted(values):
-                others = [u for other, units in values.items() if other != value for u in units]
+                mine = set(values[value])
+                others = [u for other, units in values.items() if other != value for u in units if u not in mine]
                 if group in ("a/token", "b/asker", "b/rules"):  # rare anywhere: against all other tokens
                     others = list(range(len(corpus.where)))
-                    mine = set(values[value])
                     others = [row for row in rng.permutation(others)[: 4 * max_rows].tolist() if row not in mine]
                 add(f"{group}={value}", values[value], others, rows_of, part)
     return out
@@ -294,14 +343,16 @@ def best_column(x: np.ndarray, u: Units, value: np.ndarray | None = None) -> Sea
 
     x: scores [row, column] of the units' rows. value: labels to search by instead of the true ones (the null).
     """
-    searched = u if value is None else Units(u.rows, u.unit, value, u.fit)
+    searched = u if value is None else dataclasses.replace(u, value=value)
+    columns = promising(x, u, searched.value)
+    x = x[:, columns]
     up = unit_auroc(x[u.fit], searched, u.fit)
     one_row_units = len(np.unique(u.unit)) == len(u.unit)
     down = 1 - up if one_row_units else unit_auroc(-x[u.fit], searched, u.fit)
     sign = 1 if up.max() >= down.max() else -1
     column = int((up if sign == 1 else down).argmax())
     test = unit_auroc(sign * x[~u.fit][:, [column]], searched, ~u.fit)[0]
-    return Search(column, sign, float(max(up.max(), down.max())), float(test))
+    return Search(int(columns[column]), sign, float(max(up.max(), down.max())), float(test))
 
 
 def probe_direction(x: np.ndarray, value: np.ndarray, ridge: float = 1e-2) -> np.ndarray:
@@ -314,13 +365,27 @@ def probe_direction(x: np.ndarray, value: np.ndarray, ridge: float = 1e-2) -> np
 
 
 def permuted(u: Units, seed: int) -> np.ndarray:
-    """Labels shuffled among units (within each part), so that a search sees the same counts. [row]"""
+    """Labels shuffled among owners (within each part): what a search finds where there is nothing to find. [row]
+
+    An owner with both values (a person never is) counts by its first row.
+    """
     rng = np.random.default_rng(seed)
     value = u.value.copy()
     for part in (u.fit, ~u.fit):
-        _, first, inverse = np.unique(u.unit[part], return_index=True, return_inverse=True)
+        _, first, inverse = np.unique(u.owner[part], return_index=True, return_inverse=True)
         value[part] = rng.permutation(u.value[part][first])[inverse]
     return value
+
+
+LOOKS = 32
+"""Columns that are scored in full, after a first look at all of them."""
+
+
+def promising(x: np.ndarray, u: Units, value: np.ndarray) -> np.ndarray:
+    """The `LOOKS` columns with the largest standardised difference of class means on the fit part. [column]"""
+    rows, y = x[u.fit], value[u.fit] == 1
+    apart = np.abs(rows[y].mean(0) - rows[~y].mean(0)) / (rows.std(0) + 1e-9)
+    return np.argsort(-apart)[:LOOKS]
 
 
 def ngram_scores(corpus: Corpus, u: Units, order: int = 2) -> np.ndarray:
@@ -354,23 +419,27 @@ def score_concepts(
     corpus: Corpus,
     units: Mapping[str, Units],
     acts: Mapping[str, Tensor],
-    extra: Mapping[str, Callable[[str, Tensor], Tensor]] | None = None,
+    extra: Mapping[str, Mapping[str, Tensor]] | None = None,
     n_components: int = 50,
     bar: Callable[[Iterable[str]], Iterable[str]] = lambda x: x,
 ) -> pd.DataFrame:
-    """One row a concept: test AUROC of the linear probe, best neuron, best principal component, n-gram and the null.
+    """One row a concept: test AUROC of the linear probe, of the best coordinate, principal component and `extra`, of the
+    bigram, and for each search what it reaches with permuted labels ("..._null").
 
-    Site and direction are chosen on the fit part. null: the best neuron and site by the same search over permuted labels.
-    extra: further searches, name -> function of (site, activations) to columns, such as an SAE's features.
+    Site and direction are chosen on the fit part; so are the components. extra: name -> {site: columns [row, column]},
+    such as MLP neurons or an SAE's features.
     """
-    searches: dict[str, dict[str, np.ndarray]] = {"neuron": {}, "pca": {}}
+    fit_rows = np.array([part == "fit" for part in corpus.parts])[corpus.where[:, 0]]
+    searches: dict[str, dict[str, Tensor]] = {
+        "coordinate": dict(acts),
+        "pca": {},
+        **{k: dict(v) for k, v in (extra or {}).items()},
+    }
     for site, x in acts.items():
-        searches["neuron"][site] = x.numpy()
-        centred = x - x.mean(0)
-        basis = torch.linalg.svd(centred[:: max(1, len(x) // 20_000)], full_matrices=False).Vh[:n_components]
-        searches["pca"][site] = (centred @ basis.T).numpy()
-        for name, make in (extra or {}).items():
-            searches.setdefault(name, {})[site] = make(site, x).numpy()
+        known = x[torch.from_numpy(fit_rows)]
+        mean = known.mean(0)
+        basis = torch.linalg.svd((known - mean)[:: max(1, len(known) // 20_000)], full_matrices=False).Vh[:n_components]
+        searches["pca"][site] = (x - mean) @ basis.T
     rows: list[dict[str, object]] = []
     for concept in bar(list(units)):
         u = units[concept]
@@ -389,13 +458,42 @@ def score_concepts(
         row |= {"probe": best[1], "probe_site": best[2]}
         shuffled = permuted(u, seed=len(rows))
         for name, columns in searches.items():
-            found = max((best_column(x[u.rows], u) for x in columns.values()), key=lambda s: s.fit)
-            row[name] = found.test
-        row["null"] = max((best_column(x[u.rows], u, shuffled) for x in searches["neuron"].values()), key=lambda s: s.fit).test
+            some = [x[u.rows].float().numpy() for x in columns.values()]
+            row[name] = max((best_column(x, u) for x in some), key=lambda found: found.fit).test
+            row[f"{name}_null"] = max((best_column(x, u, shuffled) for x in some), key=lambda found: found.fit).test
         ngram = ngram_scores(corpus, u)
-        row["ngram"] = float(unit_auroc(ngram[~u.fit], u, ~u.fit)[0])
+        row["bigram"] = float(unit_auroc(ngram[~u.fit], u, ~u.fit)[0])
         rows.append(row)
     return pd.DataFrame(rows)
+
+
+@torch.no_grad()
+def corpus_neurons(lm: HookedLM, corpus: Corpus, batch: int = 64) -> dict[str, Tensor]:
+    """Activations of every MLP's hidden neurons at the corpus's kept tokens, half precision. {layer: [row, d_mlp]}"""
+    kept: list[list[int]] = [[] for _ in corpus.sequences]
+    for sequence, position in corpus.where.tolist():
+        kept[sequence].append(position)
+    parts: dict[str, list[Tensor]] = {str(layer): [] for layer in range(lm.n_layers)}
+    seen: dict[str, Tensor] = {}
+
+    def note(layer: str) -> Callable[..., None]:
+        def hook(module: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen[layer] = given[0]
+
+        return hook
+
+    handles = [lm.hf.model.layers[int(layer)].mlp.down_proj.register_forward_pre_hook(note(layer)) for layer in parts]
+    try:
+        for start in range(0, len(corpus.sequences), batch):
+            some = range(start, min(start + batch, len(corpus.sequences)))
+            ids, mask = lm.pad([corpus.sequences[i].ids for i in some])
+            lm(ids, mask)
+            for layer, tensors in parts.items():
+                tensors += [seen[layer][r, kept[i]].half() for r, i in enumerate(some)]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {layer: torch.cat(tensors) for layer, tensors in parts.items()}
 
 
 def tier_table(scores: pd.DataFrame) -> pd.DataFrame:
