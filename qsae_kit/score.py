@@ -68,8 +68,8 @@ def documents_of(lm: HookedLM, data: str | None) -> tuple[list[Document], Any]:
         return split_documents(read_documents(path), HELD_OUT_DOCUMENTS)[0], others
     if lm.model_name != "tiny":
         raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
-    held_out = [dialogue.messages for dialogue in world.dialogues(4 * HELD_OUT_DOCUMENTS, seed=8)]
-    return held_out, lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=7))
+    held_out = [dialogue.messages for dialogue in world.dialogues(4 * HELD_OUT_DOCUMENTS, seed=1_000_008)]
+    return held_out, lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_007))
 
 
 def batches_of(lm: HookedLM, documents: Sequence[Document], tokens: int) -> list[TokenBatch]:
