@@ -277,7 +277,7 @@ def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: in
     model.half().save_pretrained(out / "weights")
     tokenizer.save_pretrained(out / "weights")
     card = {"parameters": model.num_parameters(), "steps": steps, "batch": size, "lr": lr, "seed": seed, "tokens": tokens,
-            "seconds": round(time.perf_counter() - began), "loss_curve": curve, "dialogues_sha256": data_fingerprints(),
+            "seconds": round(time.perf_counter() - began), "loss_curve": curve, 
             "weights_sha256": hashlib.sha256((out / "weights" / "model.safetensors").read_bytes()).hexdigest()}  # fmt: skip
     (out / "weights" / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 

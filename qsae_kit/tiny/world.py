@@ -741,7 +741,7 @@ def dialogues(n: int, seed: int = 0, with_planted: bool = True, mixture: Mixture
         yield build_dialogue(requests, thinking=rng.random() < mixture.thinking)
 
 
-def fingerprint(mixture: Mixture = Mixture(), n: int = 2000) -> str:
+def fingerprint(mixture: Mixture = Mixture(), n: int = 1000) -> str:
     """SHA-256 of the first dialogues and their labels from seed 0: the same on every machine, or the world has changed."""
     digest = hashlib.sha256()
     for d in dialogues(n, seed=0, mixture=mixture):
