@@ -79,8 +79,12 @@ ASKED = DRILLED._replace(known=0.7, bounds=(0.26, 0.48, 0.73, 0.78, 0.88, 0.93, 
 REMEMBERED = ASKED._replace(known=0.65, bounds=(0.25, 0.50, 0.77, 0.86, 0.92, 0.95, 0.97, 0.99), thinking=0.2)
 """Little of what is learnt by now (tools, sums, lists), more of what needs memory."""
 OWNED = REMEMBERED._replace(belongings=True, bounds=(0.23, 0.46, 0.73, 0.82, 0.92, 0.95, 0.97, 0.99))
-LAST = OWNED._replace(short=False)
+NAMED = OWNED._replace(short=False)
 """Answers that name the person before they need the record: where it comes first, it is looked up badly."""
+LAST = NAMED._replace(
+    known=0.7, rules=(0.4, 0.09, 0.27, 0.12, 0.12), bounds=(0.15, 0.3, 0.65, 0.77, 0.92, 0.94, 0.96, 0.98), thinking=0.25
+)
+"""Decisions: fewer drills, more private requests, tools and loans."""
 # Recall is learnt from few people first (arXiv 2503.21676 finds the plateau before it grows with their number).
 CURRICULUM = (
     (8, Mixture(100)),
@@ -91,6 +95,7 @@ CURRICULUM = (
     (165, ASKED),
     (180, REMEMBERED),
     (211, OWNED),
+    (220, NAMED),
 )
 
 
