@@ -18,7 +18,7 @@ from qsae_kit.models import HookedLM, load_model
 from qsae_kit.tiny import behaviour, build, concepts, world
 
 HERE = Path(__file__).parent
-N_DIALOGUES = 16_000
+N_DIALOGUES = 30_000
 SOURCES = ("world.py", "lexicon.py", "build.py", "chat_template.jinja", "words.txt")
 """What the training data and the tokenizer come from, beside the seeds."""
 
