@@ -164,7 +164,7 @@ def test_the_first_look_keeps_what_tells_the_classes_apart():
 
 
 def test_an_ngram_knows_tokens_and_not_attributes(lm, corpus):
-    units = concepts.concept_units(corpus)
+    units = concepts.concept_units(corpus, min_positives=20)
     token = next(u for name, u in units.items() if name.startswith("a/token"))
     scores = concepts.ngram_scores(corpus, token)
     assert concepts.unit_auroc(scores[~token.fit], token, ~token.fit)[0] > 0.99

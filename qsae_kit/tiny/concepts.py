@@ -258,8 +258,8 @@ def corpus_activations(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0) -> dict[str, Units]:
-    """Every concept with at least `MIN_POSITIVES` positives and both values in both parts; classes cut to `max_rows`."""
+def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0, min_positives: int = MIN_POSITIVES) -> dict[str, Units]:
+    """Every concept with at least `min_positives` positives and both values in both parts; classes cut to `max_rows`."""
     fit_part = np.array([p == "fit" for p in corpus.parts])
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     by_dialogue: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -285,7 +285,7 @@ def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0) -> dict[s
         concept: str, units_pos: list[int], units_neg: list[int], rows_of: Callable[[int], list[int]], part: np.ndarray
     ) -> None:
         pos, neg = (rng.permutation(u)[:max_rows] for u in (units_pos, units_neg))
-        if len(units_pos) < MIN_POSITIVES or len(neg) < MIN_POSITIVES:
+        if min(len(units_pos), len(neg)) < min_positives:
             return
         units = np.concatenate([pos, neg])
         value = np.concatenate([np.ones(len(pos), int), np.zeros(len(neg), int)])
@@ -295,7 +295,7 @@ def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0) -> dict[s
         owner = person[rows] if concept.startswith("d/") else of
         found = Units(rows, of, np.repeat(value, sizes), np.repeat(part[units], sizes), owner)
         counts = [((found.value == v) & (found.fit == f)).sum() for v in (0, 1) for f in (True, False)]
-        if min(counts) >= 20:
+        if min(counts) >= min_positives // 5:
             out[concept] = found
 
     token_part = fit_part[corpus.where[:, 0]]
