@@ -164,13 +164,13 @@ def test_the_first_look_keeps_what_tells_the_classes_apart():
 
 
 def test_an_ngram_knows_tokens_and_not_attributes(lm, corpus):
-    units = concepts.concept_units(corpus, min_positives=20)
+    units = concepts.concept_units(corpus, min_positives=8)
     token = next(u for name, u in units.items() if name.startswith("a/token"))
     scores = concepts.ngram_scores(corpus, token)
     assert concepts.unit_auroc(scores[~token.fit], token, ~token.fit)[0] > 0.99
     attributes = [u for name, u in units.items() if name.startswith("d/")]
     reached = [concepts.unit_auroc(concepts.ngram_scores(corpus, u)[~u.fit], u, ~u.fit)[0] for u in attributes]
-    assert abs(np.mean(reached) - 0.5) < 0.1
+    assert abs(np.mean(reached) - 0.5) < 0.15
 
 
 def test_negatives_are_of_the_same_group(corpus):
