@@ -271,15 +271,14 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
         for name, make in edits.items():
             for strength in config.strengths:
                 chosen = strength == frozen.strength
-                labels = {"goal": goal, "intervention": name, "strength": strength, "chosen": chosen, "draw": None}
-                kinds = list(evaluation) if chosen else [aimed]
-                jobs += [
-                    ({**labels, "target": kind == aimed}, kind, [make(SIGN[goal] * strength)], None if chosen else few) for kind in kinds
-                ]
+                edit = make(SIGN[goal] * strength)
+                for kind in evaluation if chosen else [aimed]:
+                    labels = {"goal": goal, "intervention": name, "target": kind == aimed, "strength": strength}
+                    jobs.append((labels | {"chosen": chosen, "draw": None}, kind, [edit], None if chosen else few))
         for i, draw in enumerate(draws):
             edit = add_features(option.sae, draw, SIGN[goal] * frozen.strength, config.positions)
-            labels = {"goal": goal, "intervention": "random", "target": True, "strength": frozen.strength, "chosen": True, "draw": i}
-            jobs.append((labels, aimed, [edit], few))
+            labels = {"goal": goal, "intervention": "random", "target": True, "strength": frozen.strength}
+            jobs.append((labels | {"chosen": True, "draw": i}, aimed, [edit], few))
     table = pd.DataFrame([lab.row(kind, e, n, **labels) for labels, kind, e, n in tqdm(jobs, desc="steering", disable=not bar)])
     table["draw"] = table["draw"].astype("Int64")
     return StudyResult(frozen, table, _examples(lab, frozen, edits["features"]))
