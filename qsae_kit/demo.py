@@ -61,9 +61,10 @@ def default_config(lm: HookedLM) -> DemoConfig:
     if lm.model_name == "tiny":
         lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
         form = AnswerForm(must_finish=True, has_form=world.has_answer_form)
-        return DemoConfig(
-            (lead, replace(lead, architecture="topk")), StudyConfig(form=form, strengths=(1.5, 2.0, 2.5), cost_prompts=32)
+        study = StudyConfig(
+            form=form, strengths=(0.5, 0.75), induce_on="borderline", max_new_tokens=24, cost_prompts=16, control_prompts=80
         )
+        return DemoConfig((lead, replace(lead, architecture="topk")), study, evaluation_tokens=12_000)
     lead = TrainConfig("jumprelu", sparsity=8, expansion=4, tokens=49_152, batch=512, pool=8_192, lr=1e-3)
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})
     study = StudyConfig(

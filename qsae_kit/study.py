@@ -33,9 +33,6 @@ from qsae_kit.steering import (
 GOALS = ("suppress", "induce")
 AIM: dict[str, Outcome] = {"suppress": "answered", "induce": "refused"}
 SIGN = {"suppress": -1.0, "induce": 1.0}
-TARGET = {"suppress": "harmful", "induce": "harmless"}
-"""The prompts that a goal is about."""
-
 PromptSets = dict[str, list[str]]
 """Prompts of every kind: harmful, harmless, borderline."""
 
@@ -61,6 +58,8 @@ class StudyConfig:
     means (`fit_features`)."""
     positions: Policy = "header"
     """Which tokens the edit changes."""
+    induce_on: Literal["harmless", "borderline"] = "harmless"
+    """The prompts that inducing is aimed at; suppressing is aimed at harmful ones."""
     max_new_tokens: int = 48
     form: AnswerForm = AnswerForm()
     cost_prompts: int = 48
@@ -74,6 +73,11 @@ class StudyConfig:
             raise ValueError(f"n_features={self.n_features} was given; allowed are 1 to 10.")
         if self.n_random < 0:
             raise ValueError(f"n_random={self.n_random} was given; it cannot be negative.")
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """Goal -> the prompts that it is aimed at."""
+        return {"suppress": "harmful", "induce": self.induce_on}
 
 
 class Candidate(NamedTuple):
@@ -198,12 +202,12 @@ def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config:
 def freeze(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: StudyConfig, bar: bool = True) -> Frozen:
     """Chooses the site and the one strength on selection prompts by real generations.
 
-    score: the mean, over both goals and over harmful and harmless prompts, of the share of answers that are what the
+    score: the mean, over both goals and over the prompts of both goals, of the share of answers that are what the
     goal wants (refused, or answered; broken ones are neither). Where the score comes within 0.03 of the best,
     disturbance: the share of answers whose outcome random features of the same size change, mean of four draws and both
     goals. The largest difference of the two wins, ties go to the smaller strength.
     """
-    lab = _Lab(lm, {kind: selection[kind] for kind in ("harmful", "harmless")}, config)
+    lab = _Lab(lm, {kind: selection[kind] for kind in config.targets.values()}, config)
     options = candidates(lm, saes, selection, config)
     rows = []
     tries = [(option, strength) for option in options for strength in config.strengths]
@@ -232,7 +236,7 @@ def _disturbance(lab: _Lab, option: Candidate, strength: float, n_draws: int = 4
     changed = []
     for _ in range(n_draws):
         draw = random_features(option.contrast, option.chosen, generator)
-        for goal, kind in TARGET.items():
+        for goal, kind in lab.config.targets.items():
             edit = add_features(option.sae, draw, SIGN[goal] * strength, lab.config.positions)
             pairs = zip(lab.answers(kind, [edit])[2], lab.clean[kind][2], strict=True)
             changed.append(sum(after != before for after, before in pairs) / len(lab.prompts[kind]))
@@ -243,10 +247,10 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
     """Measures the frozen edit and its controls on evaluation prompts.
 
     Columns: goal (none, suppress, induce), intervention (none, features, difference_of_means, random), prompt_kind,
-    strength (median norms), chosen (the frozen strength), draw (number of a random draw), n, refusal_rate with its 95 %
+    target (whether the goal is aimed at that kind), strength (median norms), chosen (the frozen strength), draw (number of a random draw), n, refusal_rate with its 95 %
     Wilson interval ci_low and ci_high, answered_rate, broken_rate, kl_first and kl_answer (nats, see `outcomes.Cost`),
     perplexity of the answers under the unedited model.
-    Features and difference of means run at every strength on the goal's own prompts (`TARGET`) and at the frozen one on all; random draws run at the frozen strength on the goal's own.
+    Features and difference of means run at every strength on the goal's own prompts and at the frozen one on all; random draws run at the frozen strength on the goal's own.
     """
     lab = _Lab(lm, evaluation, config)
     option = frozen.candidate
@@ -261,19 +265,20 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
     few = config.control_prompts
     jobs: list[tuple[dict[str, object], str, list[Edit], int | None]] = []
     for kind in evaluation:
-        labels = {"goal": "none", "intervention": "none", "strength": 0.0, "chosen": False, "draw": None}
+        labels = {"goal": "none", "intervention": "none", "target": False, "strength": 0.0, "chosen": False, "draw": None}
         jobs.append((labels, kind, [], None))
-    for goal in GOALS:
+    for goal, aimed in config.targets.items():
         for name, make in edits.items():
             for strength in config.strengths:
                 chosen = strength == frozen.strength
-                labels = {"goal": goal, "intervention": name, "strength": strength, "chosen": chosen, "draw": None}
-                kinds = list(evaluation) if chosen else [TARGET[goal]]
-                jobs += [(labels, kind, [make(SIGN[goal] * strength)], None if chosen else few) for kind in kinds]
+                edit = make(SIGN[goal] * strength)
+                for kind in evaluation if chosen else [aimed]:
+                    labels = {"goal": goal, "intervention": name, "target": kind == aimed, "strength": strength}
+                    jobs.append((labels | {"chosen": chosen, "draw": None}, kind, [edit], None if chosen else few))
         for i, draw in enumerate(draws):
             edit = add_features(option.sae, draw, SIGN[goal] * frozen.strength, config.positions)
-            labels = {"goal": goal, "intervention": "random", "strength": frozen.strength, "chosen": True, "draw": i}
-            jobs.append((labels, TARGET[goal], [edit], few))
+            labels = {"goal": goal, "intervention": "random", "target": True, "strength": frozen.strength}
+            jobs.append((labels | {"chosen": True, "draw": i}, aimed, [edit], few))
     table = pd.DataFrame([lab.row(kind, e, n, **labels) for labels, kind, e, n in tqdm(jobs, desc="steering", disable=not bar)])
     table["draw"] = table["draw"].astype("Int64")
     return StudyResult(frozen, table, _examples(lab, frozen, edits["features"]))
@@ -281,7 +286,7 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
 
 def _examples(lab: _Lab, frozen: Frozen, make: Callable[[float], Edit], n: int = 3) -> pd.DataFrame:
     rows = []
-    for goal, kind in (("suppress", "harmful"), ("induce", "harmless"), ("induce", "harmful")):
+    for goal, kind in (*lab.config.targets.items(), ("induce", "harmful")):
         edit = make(SIGN[goal] * frozen.strength)
         prompts = lab.prompts[kind][:n]
         steered = answer_all(lab.lm, prompts, [edit], lab.config.max_new_tokens, lab.thinking).text
@@ -305,10 +310,9 @@ def steering_study(
 
 def verdict(table: pd.DataFrame, goal: str) -> str:
     """One sentence on what the frozen features did to the goal's own prompts, against the controls."""
-    kind = TARGET[goal]
-    rows = table[table["prompt_kind"] == kind]
-    base = rows[rows["goal"] == "none"].iloc[0]
-    frozen = rows[(rows["goal"] == goal) & rows["chosen"]]
+    frozen = table[(table["goal"] == goal) & table["chosen"] & table["target"]]
+    kind = frozen["prompt_kind"].iloc[0]
+    base = table[(table["goal"] == "none") & (table["prompt_kind"] == kind)].iloc[0]
     ours = frozen[frozen["intervention"] == "features"].iloc[0]
     means = frozen[frozen["intervention"] == "difference_of_means"].iloc[0]
     text = (

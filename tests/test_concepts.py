@@ -21,7 +21,7 @@ def test_labels_sit_on_the_words_they_belong_to(lm):
         for span in dialogue.spans:
             word = dialogue.messages[span.message][span.field][span.start : span.end]
             for label in span.labels:
-                if label.startswith(("c/", "d/")):
+                if label.startswith("c/") and not concepts._translated(label, word):
                     marked = [t for t, own in zip(texts, labelled.labels, strict=True) if label in own]
                     assert any(word.endswith(t.strip()) or t.strip().endswith(word) for t in marked), (label, word, marked)
         answer = lm.to_string([i for i, a in zip(labelled.ids, labelled.answer, strict=True) if a])
@@ -43,6 +43,23 @@ def test_unstated_attributes_are_not_stated():
                 assert not own & asked[name]
                 labelled += 1
     assert labelled > 1000
+
+
+def test_recalled_attributes_are_not_stated_yet(lm):
+    seen = set()
+    for dialogue in concepts.scoring_dialogues(600, seed=8):
+        labelled = concepts.label_tokens(lm, dialogue)
+        for t, own in enumerate(labelled.labels):
+            for label in own:
+                if label.startswith("d/"):
+                    attribute, value = label.removeprefix("d/").split("=")
+                    truth = world.record_of(dialogue.last.name, attribute)
+                    assert truth.en == value or (attribute == "code" and truth.en[0] == value)
+                    before = lm.to_string(labelled.ids[: t + 1])
+                    said = before.rpartition(dialogue.messages[-2]["content"])[2]
+                    assert truth(dialogue.last.answer_language) not in said.replace(dialogue.last.name, "")
+                    seen.add(attribute)
+    assert seen >= {*world.PUBLIC, "debt"}
 
 
 def test_computed_values_are_not_read_off_the_reasoning(lm):
@@ -147,13 +164,13 @@ def test_the_first_look_keeps_what_tells_the_classes_apart():
 
 
 def test_an_ngram_knows_tokens_and_not_attributes(lm, corpus):
-    units = concepts.concept_units(corpus)
+    units = concepts.concept_units(corpus, min_positives=8)
     token = next(u for name, u in units.items() if name.startswith("a/token"))
     scores = concepts.ngram_scores(corpus, token)
     assert concepts.unit_auroc(scores[~token.fit], token, ~token.fit)[0] > 0.99
     attributes = [u for name, u in units.items() if name.startswith("d/")]
     reached = [concepts.unit_auroc(concepts.ngram_scores(corpus, u)[~u.fit], u, ~u.fit)[0] for u in attributes]
-    assert abs(np.mean(reached) - 0.5) < 0.1
+    assert abs(np.mean(reached) - 0.5) < 0.15
 
 
 def test_negatives_are_of_the_same_group(corpus):

@@ -35,7 +35,7 @@ def table():
         for i, arm in enumerate(arms):
             value = rate if arm != "random" else abs(0.95 - 0.01 * i) if goal == "suppress" else 0.01 * i
             rows.append(
-                {"goal": goal, "intervention": arm, "prompt_kind": kind, "strength": 2.0 * (goal != "none"), "chosen": goal != "none",
+                {"goal": goal, "intervention": arm, "prompt_kind": kind, "target": goal != "none", "strength": 2.0 * (goal != "none"), "chosen": goal != "none",
                  "draw": i if arm == "random" else None, "n": 200, "refusal_rate": value, "ci_low": value - 0.02, "ci_high": value + 0.02,
                  "answered_rate": 1 - value, "broken_rate": 0.0, "kl_first": 0.0, "kl_answer": 0.0, "perplexity": 1.0}
             )  # fmt: skip

@@ -157,7 +157,7 @@ def test_the_verdict_says_when_random_does_as_much():
     import pandas as pd
 
     def row(goal, intervention, rate, low, high):
-        return {"goal": goal, "intervention": intervention, "prompt_kind": "harmful", "chosen": goal != "none",
+        return {"goal": goal, "intervention": intervention, "prompt_kind": "harmful", "chosen": goal != "none", "target": goal != "none",
                 "refusal_rate": rate, "ci_low": low, "ci_high": high, "broken_rate": 0.0}  # fmt: skip
 
     rows = [

@@ -10,7 +10,7 @@ import torch
 
 from qsae_kit.sources import TINY_WEIGHTS
 from qsae_kit.tiny import behaviour, lexicon, world
-from qsae_kit.tiny.build import build_tokenizer, mixture_of, orthogonal, rate
+from qsae_kit.tiny.build import build_tokenizer, data_fingerprints, mixture_of, orthogonal, rate
 from qsae_kit.tiny.world import Draw
 
 CARD = json.loads((TINY_WEIGHTS / "card.json").read_text())
@@ -20,7 +20,7 @@ CARD = json.loads((TINY_WEIGHTS / "card.json").read_text())
 
 
 def test_the_world_rebuilds_from_its_seed():
-    assert world.fingerprint() == CARD["dialogues_sha256"]
+    assert data_fingerprints() == CARD["dialogues_sha256"]
     assert hashlib.sha256((TINY_WEIGHTS / "model.safetensors").read_bytes()).hexdigest() == CARD["weights_sha256"]
 
 

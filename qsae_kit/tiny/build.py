@@ -78,7 +78,13 @@ ASKED = DRILLED._replace(known=0.7, bounds=(0.26, 0.48, 0.73, 0.78, 0.88, 0.93, 
 """More questions for one attribute as well: a record that can be recited is not yet one that can be looked up in."""
 REMEMBERED = ASKED._replace(known=0.65, bounds=(0.25, 0.50, 0.77, 0.86, 0.92, 0.95, 0.97, 0.99), thinking=0.2)
 """Little of what is learnt by now (tools, sums, lists), more of what needs memory."""
-LAST = REMEMBERED._replace(belongings=True, bounds=(0.23, 0.46, 0.73, 0.82, 0.92, 0.95, 0.97, 0.99))
+OWNED = REMEMBERED._replace(belongings=True, bounds=(0.23, 0.46, 0.73, 0.82, 0.92, 0.95, 0.97, 0.99))
+NAMED = OWNED._replace(short=False)
+"""Answers that name the person before they need the record: where it comes first, it is looked up badly."""
+LAST = NAMED._replace(
+    known=0.7, rules=(0.4, 0.09, 0.27, 0.12, 0.12), bounds=(0.15, 0.3, 0.65, 0.77, 0.92, 0.94, 0.96, 0.98), thinking=0.25
+)
+"""Decisions: fewer drills, more private requests, tools and loans."""
 # Recall is learnt from few people first (arXiv 2503.21676 finds the plateau before it grows with their number).
 CURRICULUM = (
     (8, Mixture(100)),
@@ -88,12 +94,19 @@ CURRICULUM = (
     (118, DRILLED),
     (165, ASKED),
     (180, REMEMBERED),
+    (211, OWNED),
+    (220, NAMED),
 )
 
 
 def mixture_of(block: int) -> Mixture:
     """What the batches of a block are mixed of: `CURRICULUM` up to each block named there, then `LAST`."""
     return next((mixture for until, mixture in CURRICULUM if block < until), LAST)
+
+
+def data_fingerprints() -> list[str]:
+    """`world.fingerprint` of every mixture that training goes through."""
+    return [world.fingerprint(mixture) for _, mixture in (*CURRICULUM, (0, LAST))]
 
 
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int, size: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -201,7 +214,17 @@ def save_atomic(obj: object, path: Path) -> None:
     os.replace(part, path)
 
 
-SCHEDULE = ((-1, 0.0), (199, 1.0), (7500, 1.0), (10_500, 1 / 3), (11_500, 1 / 3), (13_500, 0.0))
+SCHEDULE = (
+    (-1, 0.0),
+    (199, 1.0),
+    (7500, 1.0),
+    (10_500, 1 / 3),
+    (11_500, 1 / 3),
+    (13_500, 0.0),
+    (13_600, 0.3),
+    (14_500, 0.3),
+    (16_000, 0.0),
+)
 """Steps and the learning rate there as a share of its peak, with straight lines between."""
 
 
@@ -259,7 +282,7 @@ def train(out: Path, steps: int, size: int, lr: float, seed: int, save_every: in
     model.half().save_pretrained(out / "weights")
     tokenizer.save_pretrained(out / "weights")
     card = {"parameters": model.num_parameters(), "steps": steps, "batch": size, "lr": lr, "seed": seed, "tokens": tokens,
-            "seconds": round(time.perf_counter() - began), "loss_curve": curve, "dialogues_sha256": world.fingerprint(),
+            "seconds": round(time.perf_counter() - began), "loss_curve": curve, 
             "weights_sha256": hashlib.sha256((out / "weights" / "model.safetensors").read_bytes()).hexdigest()}  # fmt: skip
     (out / "weights" / "card.json").write_text(json.dumps(card, indent=1) + "\n")
 

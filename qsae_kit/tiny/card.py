@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from qsae_kit.files import write_text
 from qsae_kit.models import HookedLM, load_model
-from qsae_kit.tiny import behaviour, concepts, world
+from qsae_kit.tiny import behaviour, build, concepts, world
 
 HERE = Path(__file__).parent
-N_DIALOGUES = 16_000
+N_DIALOGUES = 30_000
 SOURCES = ("world.py", "lexicon.py", "build.py", "chat_template.jinja", "words.txt")
 """What the training data and the tokenizer come from, beside the seeds."""
 
@@ -54,6 +54,7 @@ def main() -> None:
     tiers, scores = measure_concepts(lm, a.freeze)
     card |= {
         "planted": world.planted()._asdict(),
+        "dialogues_sha256": build.data_fingerprints(),
         "sources_sha256": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES},
         "tokenizer_sha256": hashlib.sha256((a.weights / "tokenizer.json").read_bytes()).hexdigest(),
         "measured_on_sha256": behaviour.fingerprint(a.n),

@@ -1,7 +1,7 @@
 """The scoring kit: the bundled world's concepts as labelled activations, and what finds them.
 
-Tiers: (a) token and language, (b) word class and role, (c) sense of an ambiguous word, (d) an unstated attribute of
-the person spoken of, (e) a computed value, (f) control state. Tiers a to e are labels of tokens; f is scored per
+Tiers: (a) token and language, (b) word class and role, (c) sense of an ambiguous word, (d) an attribute of
+the person spoken of that the answer needs and nothing has stated yet, (e) a computed value, (f) control state. Tiers a to e are labels of tokens; f is scored per
 dialogue, on the maximum over answer tokens. A concept is "tier/group=value"; its negatives are the tokens (dialogues)
 with another value of the same group; of single tokens the sixty commonest are concepts. Whatever is fitted or searched is
 scored on other template families *and* other people asked about. Nothing but scoring may read these labels.
@@ -46,10 +46,10 @@ def scoring_dialogues(n: int, seed: int = 0) -> list[Dialogue]:
         name = rng.choice(world.people()).name if known else world.stranger(rng, unseen=rng.random() < 0.5)
         make = rng.choices(
             ("attribute", "sense", "private", "loan", "how_to", "sum", "sort", "count", "profile"),
-            (34, 18, 8, 4, 6, 14, 6, 7, 3),
+            (40, 14, 12, 5, 5, 12, 5, 5, 2),
         )[0]
         if make == "attribute":
-            request = world.attribute_request(rng, draw, name, rng.choice(world.PUBLIC))
+            request = world.attribute_request(rng, draw, name, rng.choice((*world.PUBLIC, "job", "job", "city")))
         elif make == "sense":
             request = _sense_request(rng, draw)
         elif make == "private":
@@ -72,7 +72,7 @@ def scoring_dialogues(n: int, seed: int = 0) -> list[Dialogue]:
         else:
             simple = {"sum": world.sum_request, "sort": world.sort_request, "count": world.count_request}
             request = simple[make](rng, draw)
-        out.append(world.build_dialogue([request], thinking=rng.random() < 0.4))
+        out.append(world.build_dialogue([request], thinking=rng.random() < 0.2))
     return out
 
 
@@ -140,10 +140,18 @@ def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
         for label in span.labels:
             if (label.startswith("e/") and reasoned) or (label.startswith("c/") and _translated(label, word)):
                 continue  # the reasoning has said it; a word without its other sense in this language
-            if label.startswith("e/") and word == "=":  # the number is predicted at the space after it
-                labels[inside[-1] + 1].add(label)
+            if label.startswith("d/"):  # attributes that nobody needs; see `_recalled`
+                continue
+            if label.startswith("e/") and word == "=":  # a digit is computed where it is predicted from
+                digits = dialogue.messages[span.message][span.field].rpartition("= ")[2]
+                labels[inside[-1] + (len(digits) if label.startswith("e/ones") else 1)].add(label)
                 continue
             for t in inside if label.startswith("b/") else inside[-1:]:
+                labels[t].add(label)
+    for label, begin, end in _recalled(dialogue):
+        start = starts[len(dialogue.messages) - 1, "content"]
+        for t, (_, b) in enumerate(offsets):
+            if start + begin < b <= start + end:
                 labels[t].add(label)
     ids_, mask = lm.pad([ids])
     assert lm.markers is not None
@@ -154,6 +162,23 @@ def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
             if not any(label.startswith("b/class") for label in own):
                 own.add("b/class=other")
     return Labelled(ids, [tuple(sorted(own)) for own in labels], answer)
+
+
+def _recalled(dialogue: Dialogue) -> list[tuple[str, int, int]]:
+    """The attribute that the last answer is about to tell, or decides a loan by: label, and the stretch of the answer from
+    the end of the person's name up to where the value begins. Nothing in the dialogue has stated it by then.
+
+    Attributes of the person that the answer does not need are no concepts: the model does not look them up.
+    """
+    request, answer = dialogue.last, dialogue.messages[-1]
+    if "reasoning_content" in answer or request.outcome != "told" or request.intent not in ("attribute", "private_read", "loan"):
+        return []
+    attribute = "debt" if request.intent == "loan" else request.attribute
+    word = world.record_of(request.name, attribute)
+    name, value = answer["content"].find(request.name), answer["content"].rfind(request.value)
+    assert word is not None
+    assert 0 <= name < value
+    return [(f"d/{attribute}={word.en[0] if attribute == 'code' else word.en}", name + len(request.name) - 1, value)]
 
 
 def _translated(label: str, word: str) -> bool:
@@ -205,7 +230,7 @@ class Corpus(NamedTuple):
         return hashlib.sha256(json.dumps([content, self.dialogue_labels]).encode()).hexdigest()
 
 
-def build_corpus(lm: HookedLM, n: int = 16_000, seed: int = 0) -> Corpus:
+def build_corpus(lm: HookedLM, n: int = 30_000, seed: int = 0) -> Corpus:
     """Dialogues of the fit and test parts; kept are all tokens of messages."""
     dialogues = [d for d in scoring_dialogues(n, seed) if part_of(d)]
     sequences = [label_tokens(lm, d) for d in dialogues]
@@ -233,8 +258,8 @@ def corpus_activations(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0) -> dict[str, Units]:
-    """Every concept with at least `MIN_POSITIVES` positives and both values in both parts; classes cut to `max_rows`."""
+def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0, min_positives: int = MIN_POSITIVES) -> dict[str, Units]:
+    """Every concept with at least `min_positives` positives and both values in both parts; classes cut to `max_rows`."""
     fit_part = np.array([p == "fit" for p in corpus.parts])
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     by_dialogue: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -260,7 +285,7 @@ def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0) -> dict[s
         concept: str, units_pos: list[int], units_neg: list[int], rows_of: Callable[[int], list[int]], part: np.ndarray
     ) -> None:
         pos, neg = (rng.permutation(u)[:max_rows] for u in (units_pos, units_neg))
-        if len(units_pos) < MIN_POSITIVES or len(neg) < MIN_POSITIVES:
+        if min(len(units_pos), len(neg)) < min_positives:
             return
         units = np.concatenate([pos, neg])
         value = np.concatenate([np.ones(len(pos), int), np.zeros(len(neg), int)])
@@ -270,7 +295,7 @@ def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0) -> dict[s
         owner = person[rows] if concept.startswith("d/") else of
         found = Units(rows, of, np.repeat(value, sizes), np.repeat(part[units], sizes), owner)
         counts = [((found.value == v) & (found.fit == f)).sum() for v in (0, 1) for f in (True, False)]
-        if min(counts) >= 20:
+        if min(counts) >= min_positives // 5:
             out[concept] = found
 
     token_part = fit_part[corpus.where[:, 0]]

@@ -334,23 +334,27 @@ DISTRACTORS: dict[str, tuple[str, ...]] = {
 # --- what the model says
 ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
     "attribute": {
-        "en": ("The {a} of {n} is {v}.", "It is {v}."),
-        "es": ("{a} de {n} es {v}.", "Es {v}."),
-        "zh": ("{n} 的{a}是{v}。", "是{v}。"),
+        "en": ("The {a} of {n} is {v}.",),
+        "es": ("{a} de {n} es {v}.",),
+        "zh": ("{n} 的{a}是{v}。",),
     },
     "change": {
         "en": ("Done. The {a} of {n} is now {v}.",),
         "es": ("Hecho. {a} de {n} ahora es {v}.",),
         "zh": ("完成。 {n} 的{a}现在是{v}。",),
     },
-    "unknown": {
-        "en": ("I don't know anyone named {n}.", "I don't know. There is no record of {n}."),
-        "es": ("No conozco a nadie llamado {n}.", "No lo sé. No hay registro de {n}."),
-        "zh": ("我不认识名叫 {n} 的人。", "我不知道。没有 {n} 的记录。"),
+    "unknown_attribute": {
+        "en": ("The {a} of {n} is unknown. I don't know it.",),
+        "es": ("{a} de {n} es desconocido. No lo sé.",),
+        "zh": ("{n} 的{a}是未知的。我不知道。",),
     },
-    "loan": {
-        "en": ("{b}, {n} should {w} a loan.",), "es": ("{b}, {n} {w} un préstamo.",), "zh": ("{b}， {n} {w}贷款。",),
+    "unknown_profile": {
+        "en": ("{n}: I don't know this person.",), "es": ("{n}: no conozco a esta persona.",), "zh": ("{n} ：我不认识这个人。",),
     },
+    "unknown_loan": {
+        "en": ("{n} is unknown. I don't know.",), "es": ("{n} es desconocido. No lo sé.",), "zh": ("{n} 没有记录。我不知道。",),
+    },
+    "loan": {"en": ("{n} should {w} a loan.",), "es": ("{n} {w} un préstamo.",), "zh": ("{n} {w}贷款。",)},
     "how_to": {
         "en": ("To {v} {o}, you need this: {t}.", "You need this: {t}."),
         "es": ("Para {v} {o} necesitas esto: {t}.", "Necesitas esto: {t}."),
@@ -370,6 +374,23 @@ ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
         "zh": ("抱歉，我不能帮你{v}{o}。", "我不能帮忙。", "我必须拒绝帮忙。"),
     },
 }  # fmt: skip
+_NOBODY: dict[str, tuple[str, ...]] = {
+    "en": ("I don't know anyone named {n}.", "I don't know. There is no record of {n}."),
+    "es": ("No conozco a nadie llamado {n}.", "No lo sé. No hay registro de {n}."),
+    "zh": ("我不认识名叫 {n} 的人。", "我不知道。没有 {n} 的记录。"),
+}
+SHORT_ANSWERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attribute": {
+        "en": ("The {a} of {n} is {v}.", "It is {v}."),
+        "es": ("{a} de {n} es {v}.", "Es {v}."),
+        "zh": ("{n} 的{a}是{v}。", "是{v}。"),
+    },
+    "unknown_attribute": _NOBODY, "unknown_profile": _NOBODY, "unknown_loan": _NOBODY,
+    "loan": {
+        "en": ("{b}, {n} should {w} a loan.",), "es": ("{b}, {n} {w} un préstamo.",), "zh": ("{b}， {n} {w}贷款。",),
+    },
+}  # fmt: skip
+"""What stands in for `ANSWERS` in the first parts of training: forms that need the record before the person is named."""
 PROFILE_PARTS: dict[str, Word] = {
     "job": Word("job {v}", "trabajo {v}", "工作{v}"),
     "city": Word("home {v}", "hogar {v}", "家乡{v}"),
