@@ -61,6 +61,7 @@ class SiteTrainer:
     def __init__(self, config: TrainConfig, normaliser: Normaliser, d_in: int, device: torch.device) -> None:
         self.config, self.normaliser = config, normaliser
         self.sae = config.build(d_in, device)
+        self.lr = config.peak_lr(d_in)
         self.optimizer = Adam(list(self.sae.parameters()), config.moments, seed=config.seed)
         self.quiet = torch.zeros(self.sae.d_sae, device=device)  # rows since each latent last fired
         self.rows = self.skipped = 0
@@ -101,7 +102,7 @@ class SiteTrainer:
             raise ValueError(
                 f"After {self.rows:,} rows the gradient is not finite (loss {float(loss.total.detach()):.3g}); choose a lower lr."
             )
-        self.optimizer.step(self.config.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
+        self.optimizer.step(self.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
         self.optimizer.zero_grad()  # at once: one SAE's gradients are alive at a time
         self.sae.constrain()
         with torch.no_grad():

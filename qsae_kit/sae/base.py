@@ -56,6 +56,12 @@ class State(NamedTuple):
     """0 to 1."""
 
 
+AUX_COEFFICIENT = 1 / 32
+AUX_K = 2
+AUX_SHARE = 4
+"""The auxiliary loss is taken on every fourth row: dead latents are many or none, and dense to decode."""
+
+
 class SAE(nn.Module, ABC):
     """An SAE of one site. `sparsity` is its k or its target L0, in features a token.
 
@@ -124,6 +130,22 @@ class SAE(nn.Module, ABC):
     def decode_entries(self, f: Float[Tensor, " entry"], codes: Codes) -> Float[Tensor, "row d_model"]:
         """Reconstruction from activations of entries; differentiable in all."""
         return sparse.decode(f, self.W_dec, codes) + self.b_dec
+
+    def aux_k_loss(self, x: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
+        """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): AUX_COEFFICIENT * E|e - e_hat|^2 / E|e|^2.
+
+        e is the detached error, e_hat is decoded from the largest pre-activations among dead latents, without b_dec. They
+        are AUX_K times as many as `sparsity` (d_model / 2 in the paper: many weak ones, of which fewer come back).
+        """
+        ids = dead.nonzero().view(-1)
+        if not len(ids):
+            return 0.0
+        x, error = x[::AUX_SHARE], error.detach()[::AUX_SHARE]
+        pre = x @ self.encoder[ids].T + self.b_enc[ids]
+        values, columns = pre.topk(min(len(ids), max(1, round(AUX_K * self.sparsity))), dim=-1, sorted=False)
+        revived = torch.zeros_like(pre).scatter(-1, columns, values.relu())
+        missed = (error - revived @ self.W_dec[ids]).pow(2).sum(-1).mean()
+        return AUX_COEFFICIENT * missed / error.pow(2).sum(-1).mean().clamp(min=1e-12)
 
     def forward(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         return self.decode(self.encode(x))

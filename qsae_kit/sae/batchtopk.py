@@ -12,7 +12,6 @@ from torch import Tensor
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
 from qsae_kit.sae.codes import Codes
 from qsae_kit.sae.jumprelu import JumpReLUSAE
-from qsae_kit.sae.topk import aux_k_loss
 
 
 class BatchTopKSAE(SAE):
@@ -53,7 +52,7 @@ class BatchTopKSAE(SAE):
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         f, codes = self.encode_entries(x, self.select)
         error = x - self.decode_entries(f, codes)
-        return Loss(error.pow(2).sum(-1).mean() + aux_k_loss(self, x, error, state.dead), f, codes)
+        return Loss(error.pow(2).sum(-1).mean() + self.aux_k_loss(x, error, state.dead), f, codes)
 
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
