@@ -18,7 +18,7 @@ from qsae_kit.activations import Block, NormFilter, Place, RowSource, shuffled
 from qsae_kit.checkpoints import Checkpoints
 from qsae_kit.formats import load_sae, save_sae
 from qsae_kit.optim import Adam
-from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, plan_groups
+from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, plan_groups, return_freed_memory
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
@@ -354,6 +354,7 @@ def train_saes(
     """
     widths = source.widths
     _check_configs(configs, widths)
+    return_freed_memory()
     if resume and folder is None:
         raise ValueError("resume=True was given without a folder to resume from; give the folder of the run.")
     checkpoints, state = None, None

@@ -163,8 +163,8 @@ class SAE(nn.Module, ABC):
         self.W_dec.copy_(nn.functional.normalize(rows + 0.5 * nn.functional.normalize(noise, dim=-1), dim=-1))
         self.encoder.copy_(self.W_dec)
         self.init_thresholds(x[:4096])
-        x_hat = self(x[:4096])
-        length = float((x[:4096] * x_hat).sum() / x_hat.pow(2).sum().clamp(min=1e-12))
+        x_hat = self(x[:1024])
+        length = float((x[:1024] * x_hat).sum() / x_hat.pow(2).sum().clamp(min=1e-12))
         self.encoder.mul_(length)
         self.rescale_activations(length)
 

@@ -44,9 +44,9 @@ class BatchTopKSAE(SAE):
         else:
             smallest = flat.new_zeros(())
         if self.training:
-            # A mean over all steps at first, over about the last hundred later.
+            # Over the last third of the steps at first, over about the last hundred later.
             self.steps += 1
-            self.threshold.lerp_(smallest.to(self.threshold.dtype), max(0.01, 1 / float(self.steps)))
+            self.threshold.lerp_(smallest.to(self.threshold.dtype), max(0.01, 3 / (float(self.steps) + 2)))
         return Codes.from_flat(places, *pre.shape)
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
