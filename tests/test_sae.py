@@ -309,3 +309,15 @@ def test_the_auxiliary_loss_by_hand():
     assert not sae.W_dec.grad[~dead].any()
     assert not sae.encoder.grad[~dead].any()
     assert sae.aux_k_loss(x, error, torch.zeros(9, dtype=torch.bool)) == 0
+
+
+def test_dead_latents_are_lifted_by_their_biases_and_thresholds_alone():
+    sae, x = make("jumprelu")
+    dead = torch.arange(40) < 3
+    with torch.no_grad():
+        sae.threshold[:3] = 50.0  # they cannot fire
+    sae._lift(x, dead).backward()
+    assert (sae.b_enc.grad[dead] < 0).all()  # a step along -grad raises it
+    assert (sae.threshold.grad[dead] > 0).all()
+    assert not sae.b_enc.grad[~dead].any()
+    assert sae.encoder.grad is None

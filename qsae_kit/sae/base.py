@@ -56,9 +56,9 @@ class State(NamedTuple):
     """0 to 1."""
 
 
-AUX_COEFFICIENT = 1 / 32
-AUX_K = 2
-AUX_SHARE = 4
+AUX_COEFFICIENT, AUX_K = 1 / 32, 2
+"""See `SAE.aux_k_loss`."""
+AUX_EVERY = 4
 """The auxiliary loss is taken on every fourth row: dead latents are many or none, and dense to decode."""
 
 
@@ -140,7 +140,7 @@ class SAE(nn.Module, ABC):
         ids = dead.nonzero().view(-1)
         if not len(ids):
             return 0.0
-        x, error = x[::AUX_SHARE], error.detach()[::AUX_SHARE]
+        x, error = x[::AUX_EVERY], error.detach()[::AUX_EVERY]
         pre = x @ self.encoder[ids].T + self.b_enc[ids]
         values, columns = pre.topk(min(len(ids), max(1, round(AUX_K * self.sparsity))), dim=-1, sorted=False)
         revived = torch.zeros_like(pre).scatter(-1, columns, values.relu())
