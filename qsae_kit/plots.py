@@ -18,7 +18,6 @@ ARM_STYLE = {
     "difference_of_means": ("#E69F00", "difference of means", "square", 4),
     "features": ("#0072B2", "SAE features", "circle", 2),
 }
-GOAL_TITLE = {"suppress": "suppress, on {kind} prompts", "induce": "induce, on {kind} prompts"}
 
 
 def plot_text(text: str) -> str:
@@ -145,9 +144,10 @@ def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
     table: the table of `study.measure`.
     """
     kinds = table[table["target"]].groupby("goal")["prompt_kind"].first()
-    titles = [title.format(kind=kinds[goal]) for goal, title in GOAL_TITLE.items()]
+    goals = ("suppress", "induce")
+    titles = [f"{goal}, on {plot_text(kinds[goal])} prompts" for goal in goals]
     figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1, shared_yaxes=True)
-    for column, goal in enumerate(GOAL_TITLE, 1):
+    for column, goal in enumerate(goals, 1):
         base = table[(table["goal"] == "none") & (table["prompt_kind"] == kinds[goal])].iloc[0]
         arms = table[(table["goal"] == goal) & table["target"]]
         for arm, (color, label, symbol, width) in ARM_STYLE.items():

@@ -15,6 +15,11 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Frozen: TypeAlias = Literal["", "decoder", "soft_decoder", "encoder"]
 
 
+LR, LR_WIDTH = 4e-3, 1024
+"""The default peak learning rate is LR at d_sae = LR_WIDTH and falls with its square root (Gao et al. 2024,
+arXiv 2406.04093, appendix A.3)."""
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """One recipe for one variant of a suite."""
@@ -29,12 +34,12 @@ class TrainConfig:
     """Rows to train on."""
     batch: int = 2048
     """Rows a step."""
-    lr: float = 2e-3
-    """Peak learning rate of Adam; 5 % of the steps warm up, the last 30 % decay to 0."""
+    lr: float | None = None
+    """Peak learning rate of Adam; 5 % of the steps warm up, the last 30 % decay to 0. None: `LR` at the site's width."""
     pool: int = 65_536
     """Rows that are shuffled together; mean, scale and median norm are taken from the first of them."""
     dead_after: int | None = None
-    """Rows without firing after which a latent counts as dead; None: a twentieth of `tokens`, at most ten million."""
+    """Rows without firing after which a latent counts as dead; None: a hundredth of `tokens`, at most ten million."""
     seed: int = 0
     moments: Moments = "float32"
     """Format of Adam's moments; the parameters stay float32."""
@@ -82,10 +87,14 @@ class TrainConfig:
         """The width at a site of width d_in."""
         return max(1, round(d_in * self.expansion))
 
+    def peak_lr(self, d_in: int) -> float:
+        """The peak learning rate at a site of width d_in."""
+        return LR * (LR_WIDTH / self.d_sae(d_in)) ** 0.5 if self.lr is None else self.lr
+
     @property
     def quiet_rows(self) -> int:
         """Rows without firing after which a latent counts as dead."""
-        return max(1, min(10_000_000, self.tokens // 20)) if self.dead_after is None else self.dead_after
+        return max(1, min(10_000_000, self.tokens // 100)) if self.dead_after is None else self.dead_after
 
     @property
     def targeted(self) -> bool:

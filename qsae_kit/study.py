@@ -33,6 +33,7 @@ from qsae_kit.steering import (
 GOALS = ("suppress", "induce")
 AIM: dict[str, Outcome] = {"suppress": "answered", "induce": "refused"}
 SIGN = {"suppress": -1.0, "induce": 1.0}
+
 PromptSets = dict[str, list[str]]
 """Prompts of every kind: harmful, harmless, borderline."""
 
@@ -73,6 +74,8 @@ class StudyConfig:
             raise ValueError(f"n_features={self.n_features} was given; allowed are 1 to 10.")
         if self.n_random < 0:
             raise ValueError(f"n_random={self.n_random} was given; it cannot be negative.")
+        if self.induce_on not in KINDS or self.induce_on == "harmful":
+            raise ValueError(f"induce_on={self.induce_on!r} was given; allowed are harmless and borderline.")
 
     @property
     def targets(self) -> dict[str, str]:
@@ -247,10 +250,11 @@ def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyC
     """Measures the frozen edit and its controls on evaluation prompts.
 
     Columns: goal (none, suppress, induce), intervention (none, features, difference_of_means, random), prompt_kind,
-    target (whether the goal is aimed at that kind), strength (median norms), chosen (the frozen strength), draw (number of a random draw), n, refusal_rate with its 95 %
-    Wilson interval ci_low and ci_high, answered_rate, broken_rate, kl_first and kl_answer (nats, see `outcomes.Cost`),
-    perplexity of the answers under the unedited model.
-    Features and difference of means run at every strength on the goal's own prompts and at the frozen one on all; random draws run at the frozen strength on the goal's own.
+    target (whether the goal is aimed at that kind), strength (median norms), chosen (the frozen strength), draw (number of
+    a random draw), n, refusal_rate with its 95 % Wilson interval ci_low and ci_high, answered_rate, broken_rate, kl_first
+    and kl_answer (nats, see `outcomes.Cost`), perplexity of the answers under the unedited model.
+    Features and difference of means run at every strength on the goal's own prompts and at the frozen one on all; random
+    draws run at the frozen strength on the goal's own.
     """
     lab = _Lab(lm, evaluation, config)
     option = frozen.candidate

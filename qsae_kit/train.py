@@ -18,7 +18,7 @@ from qsae_kit.activations import Block, NormFilter, Place, RowSource, shuffled
 from qsae_kit.checkpoints import Checkpoints
 from qsae_kit.formats import load_sae, save_sae
 from qsae_kit.optim import Adam
-from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, plan_groups
+from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, plan_groups, return_freed_memory
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
@@ -72,6 +72,7 @@ class SiteTrainer:
     def __init__(self, config: TrainConfig, normaliser: Normaliser, d_in: int, device: torch.device) -> None:
         self.config, self.normaliser = config, normaliser
         self.sae = config.build(d_in, device)
+        self.lr = config.peak_lr(d_in)
         self.optimizer = Adam(list(self.sae.parameters()), config.moments, seed=config.seed)
         self.quiet = torch.zeros(self.sae.d_sae, device=device)  # rows since each latent last fired
         self.sae.W_dec.requires_grad_(config.frozen != "decoder")
@@ -118,7 +119,7 @@ class SiteTrainer:
             raise ValueError(
                 f"After {self.rows:,} rows the gradient is not finite (loss {float(loss.total.detach()):.3g}); choose a lower lr."
             )
-        self.optimizer.step(self.config.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
+        self.optimizer.step(self.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
         self.optimizer.zero_grad()  # at once: one SAE's gradients are alive at a time
         self.sae.constrain()
         if self.anchor is not None:
@@ -375,6 +376,7 @@ def train_saes(
     """
     widths = source.widths
     _check_configs(configs, widths)
+    return_freed_memory()
     if resume and folder is None:
         raise ValueError("resume=True was given without a folder to resume from; give the folder of the run.")
     checkpoints, state = None, None

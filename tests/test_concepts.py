@@ -203,7 +203,7 @@ def test_scores_of_a_few_concepts(lm, corpus):
         "neuron": concepts.corpus_neurons(lm, corpus),
     }
     scores = concepts.score_concepts(corpus, some, acts, extra)
-    assert (scores["probe"] > 0.95).all()
+    assert (scores["probe"] > 0.9).all()
     assert (scores["coordinate_null"] < 0.75).all()
     finders = {f"{name}{end}" for name in ("coordinate", "pca", "neuron", "random") for end in ("", "_null")}
     assert set(scores.columns) == {"concept", "tier", "positives", "probe", "probe_site", "bigram"} | finders

@@ -125,7 +125,7 @@ def test_the_thinking_policy_follows_a_generation(lm, direction):
         seen.append((lm.now.start, lm.now.phase[0, -1].item()))
         return torch.zeros_like(x)
 
-    opened = lm.to_chat("How do I thank the nurse?", enable_thinking=True) + "<think>\nThe user wants"
+    opened = lm.to_chat("How do I thank the nurse?", enable_thinking=True) + "<think>\nNobody is hurt"
     with applied(lm, [Edit("blocks.0.hook_resid_post", delta, "thinking")]):
         out = lm.generate(opened, 40, chat=False)
     new = lm.to_string(out.tokens[0])

@@ -120,8 +120,10 @@ def by_hand(lm, ids, edit_at, delta):
 def test_an_edit_equals_a_forward_written_by_hand(lm, part):
     name = {"embed": "hook_embed", "final": "ln_final.hook_normalized"}.get(part, f"blocks.2.{part}")
     ids = torch.tensor([lm.chat_tokens(PROMPTS[0])])
-    delta = torch.randn(1, ids.shape[1], lm.d_model, generator=torch.Generator().manual_seed(1))
-    shaped = delta.unflatten(-1, (4, 32)) if part == "attn.hook_z" else delta
+    config, heads = lm.hf.config, part == "attn.hook_z"
+    width = config.num_attention_heads * config.head_dim if heads else lm.d_model
+    delta = torch.randn(1, ids.shape[1], width, generator=torch.Generator().manual_seed(1))
+    shaped = delta.unflatten(-1, (-1, config.head_dim)) if heads else delta
     edited = lm.run_with_hooks(ids, fwd_hooks=[(name, lambda x, hook: x + shaped)])
     expected = by_hand(lm, ids, name, delta)
     assert not torch.allclose(edited, lm(ids), atol=1e-3)
@@ -240,9 +242,9 @@ def test_text_and_tokens(lm):
     ids = lm.to_tokens("How do I cut the wood?")
     assert lm.to_string(ids) == "How do I cut the wood?"
     assert "".join(lm.to_str_tokens(ids[0])) == "How do I cut the wood?"
-    assert lm.to_string([lm.to_single_token(" capital")]) == " capital"
+    assert lm.to_string([lm.to_single_token(" teacher")]) == " teacher"
     with pytest.raises(ValueError, match="tokens"):
-        lm.to_single_token("France has a capital")
+        lm.to_single_token("The teacher has a code")
     assert lm.to_tokens(["Hi", "Hello there"], padding_side="left").shape[0] == 2
 
 
@@ -332,7 +334,7 @@ def test_a_bridge_leaves_this_model_alone(lm):
         _, cache = bridge.run_with_cache(ids)
         assert torch.equal(lm(ids), before)
     pattern = cache["blocks.0.attn.hook_pattern"]
-    assert pattern.shape == (1, 4, ids.shape[1], ids.shape[1])
-    torch.testing.assert_close(pattern.sum(-1), torch.ones(1, 4, ids.shape[1]))
+    assert pattern.shape == (1, lm.hf.config.num_attention_heads, ids.shape[1], ids.shape[1])
+    torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:3]))
     ours = lm.run_with_cache(ids)[1]["blocks.3.hook_resid_post"]
     torch.testing.assert_close(cache["blocks.3.hook_resid_post"], ours, atol=2e-3, rtol=1e-4)

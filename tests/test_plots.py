@@ -30,12 +30,14 @@ def table():
         ("none", "harmless", 0.0),
         ("suppress", "harmful", 0.1),
         ("induce", "harmless", 0.9),
+        ("induce", "harmful", 0.7),  # a kind that the goal is not aimed at
     ):
-        arms = ["none"] if goal == "none" else ["features", "difference_of_means", "random", "random"]
+        target = goal != "none" and (goal, kind) != ("induce", "harmful")
+        arms = ["none"] if goal == "none" else ["features", "difference_of_means"] + ["random", "random"] * target
         for i, arm in enumerate(arms):
             value = rate if arm != "random" else abs(0.95 - 0.01 * i) if goal == "suppress" else 0.01 * i
             rows.append(
-                {"goal": goal, "intervention": arm, "prompt_kind": kind, "target": goal != "none", "strength": 2.0 * (goal != "none"), "chosen": goal != "none",
+                {"goal": goal, "intervention": arm, "prompt_kind": kind, "target": target, "strength": 2.0 * (goal != "none"), "chosen": goal != "none",
                  "draw": i if arm == "random" else None, "n": 200, "refusal_rate": value, "ci_low": value - 0.02, "ci_high": value + 0.02,
                  "answered_rate": 1 - value, "broken_rate": 0.0, "kl_first": 0.0, "kl_answer": 0.0, "perplexity": 1.0}
             )  # fmt: skip

@@ -13,6 +13,7 @@ from qsae_kit.sae.base import State
 from qsae_kit.sae.batchtopk import BatchTopKSAE
 from qsae_kit.sae.jumprelu import _Jump
 from qsae_kit.sae.matryoshka import PREFIXES
+from qsae_kit.sae.topk import TopKSAE
 
 SITE = "blocks.2.hook_mlp_out"
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -288,3 +289,35 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     with pytest.raises(ValueError, match="not finite in b_dec"):
         save_sae(sae, tmp_path / "sae")
     assert not (tmp_path / "sae").exists()
+
+
+def test_the_auxiliary_loss_by_hand():
+    """Dead latents decode their largest pre-activations, AUX_K times k of them, to what is left over; others see nothing."""
+    generator = torch.Generator().manual_seed(0)
+    x, error = (torch.randn(12, 6, generator=generator) for _ in range(2))
+    sae = TopKSAE(6, 9, 1.0)
+    sae.init_from_rows(x, generator)
+    dead = torch.tensor([False, True, True, False, True, False, False, False, False])
+    loss = sae.aux_k_loss(x, error, dead)
+    some, left = x[::4], error[::4]
+    pre = (some @ sae.W_enc + sae.b_enc)[:, dead]
+    kept = pre * (pre >= pre.sort(descending=True).values[:, 1:2]) * (pre > 0)
+    expected = (left - kept @ sae.W_dec[dead]).pow(2).sum() / left.pow(2).sum() / 32
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    assert sae.W_dec.grad[dead].any()
+    assert not sae.W_dec.grad[~dead].any()
+    assert not sae.encoder.grad[~dead].any()
+    assert sae.aux_k_loss(x, error, torch.zeros(9, dtype=torch.bool)) == 0
+
+
+def test_dead_latents_are_lifted_by_their_biases_and_thresholds_alone():
+    sae, x = make("jumprelu")
+    dead = torch.arange(40) < 3
+    with torch.no_grad():
+        sae.threshold[:3] = 50.0  # they cannot fire
+    sae._lift(x, dead).backward()
+    assert (sae.b_enc.grad[dead] < 0).all()  # a step along -grad raises it
+    assert (sae.threshold.grad[dead] > 0).all()
+    assert not sae.b_enc.grad[~dead].any()
+    assert sae.encoder.grad is None

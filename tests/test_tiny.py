@@ -100,8 +100,8 @@ def test_the_judge_wants_the_right_person_attribute_and_language():
     wrong(request, f"{born} 的{lexicon.ATTRIBUTE_NAMES['month'].zh}是十一月。")
     gets = next(p.name for p in world.people() if world.gets_loan(p.name))
     request = world.loan_request(rng, Draw(), gets)
-    assert world.judge(request, f"Yes, {gets} should get a loan.") == "right"
-    wrong(request, f"No, {gets} should get a loan.", f"Yes, {other} should get a loan.", "It is baker.", "Sorted: 11, 22, 33")
+    assert world.judge(request, f"{gets} should get a loan.") == "right"
+    wrong(request, f"{gets} should not get a loan.", f"{other} should get a loan.", "It is baker.", "Sorted: 11, 22, 33")
     request = world.sum_request(rng, Draw())
     wrong(request, f"11 + 11 {request.value}")
     request = world.sort_request(rng, Draw())

@@ -171,7 +171,9 @@ def test_the_default_recipe_says_what_it_takes():
         2_000_000,
         65_536,
     )
-    assert recipe.quiet_rows == 100_000
+    assert recipe.quiet_rows == 20_000
+    assert recipe.peak_lr(128) == 4e-3  # d_sae 1,024
+    assert recipe.peak_lr(512) == 2e-3
     assert default_recipe(576, 90).pool == 2048 * (4 * 10**9 // (4 * 576 * 90) // 2048)
     assert default_recipe(576, tokens=5000, batch=1000).pool == 5000
     assert default_recipe(64, batch=512, tokens=512, dead_after=7).quiet_rows == 7

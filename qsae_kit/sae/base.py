@@ -56,6 +56,12 @@ class State(NamedTuple):
     """0 to 1."""
 
 
+AUX_COEFFICIENT, AUX_K = 1 / 32, 2
+"""See `SAE.aux_k_loss`."""
+AUX_EVERY = 4
+"""The auxiliary loss is taken on every fourth row: dead latents are many or none, and dense to decode."""
+
+
 class SAE(nn.Module, ABC):
     """An SAE of one site. `sparsity` is its k or its target L0, in features a token.
 
@@ -125,6 +131,22 @@ class SAE(nn.Module, ABC):
         """Reconstruction from activations of entries; differentiable in all."""
         return sparse.decode(f, self.W_dec, codes) + self.b_dec
 
+    def aux_k_loss(self, x: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
+        """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): AUX_COEFFICIENT * E|e - e_hat|^2 / E|e|^2.
+
+        e is the detached error, e_hat is decoded from the largest pre-activations among dead latents, without b_dec. They
+        are AUX_K times as many as `sparsity` (d_model / 2 in the paper: many weak ones, of which fewer come back).
+        """
+        ids = dead.nonzero().view(-1)
+        if not len(ids):
+            return 0.0
+        x, error = x[::AUX_EVERY], error.detach()[::AUX_EVERY]
+        pre = x @ self.encoder[ids].T + self.b_enc[ids]
+        values, columns = pre.topk(min(len(ids), max(1, round(AUX_K * self.sparsity))), dim=-1, sorted=False)
+        revived = torch.zeros_like(pre).scatter(-1, columns, values.relu())
+        missed = (error - revived @ self.W_dec[ids]).pow(2).sum(-1).mean()
+        return AUX_COEFFICIENT * missed / error.pow(2).sum(-1).mean().clamp(min=1e-12)
+
     def forward(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         return self.decode(self.encode(x))
 
@@ -148,8 +170,8 @@ class SAE(nn.Module, ABC):
         self.W_dec.copy_(rows)
         self.encoder.copy_(self.W_dec)
         self.init_thresholds(x[:4096])
-        x_hat = self(x[:4096])
-        length = float((x[:4096] * x_hat).sum() / x_hat.pow(2).sum().clamp(min=1e-12))
+        x_hat = self(x[:1024])
+        length = float((x[:1024] * x_hat).sum() / x_hat.pow(2).sum().clamp(min=1e-12))
         self.encoder.mul_(length)
         self.rescale_activations(length)
 

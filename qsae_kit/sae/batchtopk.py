@@ -12,7 +12,6 @@ from torch import Tensor
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
 from qsae_kit.sae.codes import Codes
 from qsae_kit.sae.jumprelu import JumpReLUSAE
-from qsae_kit.sae.topk import aux_k_loss
 
 
 class BatchTopKSAE(SAE):
@@ -45,15 +44,15 @@ class BatchTopKSAE(SAE):
         else:
             smallest = flat.new_zeros(())
         if self.training:
-            # A mean over all steps at first, over about the last hundred later.
+            # Over the last third of the steps at first, over about the last hundred later.
             self.steps += 1
-            self.threshold.lerp_(smallest.to(self.threshold.dtype), max(0.01, 1 / float(self.steps)))
+            self.threshold.lerp_(smallest.to(self.threshold.dtype), max(0.01, 3 / (float(self.steps) + 2)))
         return Codes.from_flat(places, *pre.shape)
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         f, codes = self.encode_entries(x, self.select)
         error = x - self.decode_entries(f, codes)
-        return Loss(error.pow(2).sum(-1).mean() + aux_k_loss(self, x, error, state.dead), f, codes)
+        return Loss(error.pow(2).sum(-1).mean() + self.aux_k_loss(x, error, state.dead), f, codes)
 
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:

@@ -3,6 +3,8 @@
 f = pre * H(pre - theta);   loss = E|x - x_hat|^2 + sparsity. theta learns through the straight-through rectangle kernel
 K of width eps: df/dtheta = -theta/eps * K((pre - theta)/eps),   dL0/dtheta = -1/eps * K((pre - theta)/eps).
 
+Latents that died learn from AuxK (`SAE.aux_k_loss`), as in the TopK family, and are lifted to their thresholds.
+
 Three sparsity terms:
     target  c * (L0 / target - 1)^2            section 5 of the paper; needs no tuning
     step    c * L0                             Gemma Scope
@@ -24,6 +26,8 @@ Sparsity: TypeAlias = Literal["target", "step", "tanh"]
 COEFFICIENT: dict[Sparsity, float] = {"target": 3.0, "step": 0.01, "tanh": 0.01}
 WARM_UP: dict[Sparsity, float] = {"target": 0.1, "step": 0.1, "tanh": 1.0}
 """Share of the run over which the sparsity term grows to its full weight."""
+LIFT = 1e-2
+"""Coefficient of the lift of dead latents; three times as much raises the FVU."""
 
 
 class _Jump(torch.autograd.Function):
@@ -79,7 +83,7 @@ class JumpReLUSAE(SAE):
         error = x - self.decode_entries(f, codes)
         weight = self.coefficient * min(1.0, state.progress / WARM_UP[self.sparsity_loss])
         total = error.pow(2).sum(-1).mean() + weight * self._sparsity(f, fired, len(x))
-        return Loss(total + self._revive(x, state.dead), f, codes)
+        return Loss(total + self.aux_k_loss(x, error, state.dead) + self._lift(x, state.dead), f, codes)
 
     def _sparsity(self, f: Tensor, fired: Tensor, n_rows: int) -> Tensor:
         if self.sparsity_loss == "tanh":
@@ -87,13 +91,13 @@ class JumpReLUSAE(SAE):
         l0 = fired.sum() / n_rows
         return l0 if self.sparsity_loss == "step" else (l0 / self.sparsity - 1) ** 2
 
-    def _revive(self, x: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
-        """A latent that never fires gets no gradient: raises its pre-activations gently (Conerly et al. 2025)."""
+    def _lift(self, x: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
+        """Raises the biases of dead latents gently to their thresholds (after Conerly et al. 2025); AuxK turns their rows."""
         ids = dead.nonzero().view(-1)
         if not len(ids):
             return 0.0
-        gap = self.threshold[ids] - (x[::8] @ self.encoder[ids].T + self.b_enc[ids])
-        return 1e-3 * gap.relu().mean(0).sum() / self.d_sae**0.5
+        gap = self.threshold[ids] - (x[::8] @ self.encoder[ids].detach().T + self.b_enc[ids])
+        return LIFT * gap.relu().mean(0).sum() / self.d_sae**0.5
 
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:

@@ -11,7 +11,6 @@ from torch import Tensor
 from qsae_kit.sae.base import Loss, State
 from qsae_kit.sae.batchtopk import BatchTopKSAE
 from qsae_kit.sae.codes import decode
-from qsae_kit.sae.topk import aux_k_loss
 
 PREFIXES = (1 / 32, 1 / 16, 1 / 8, 1 / 4, 1)
 """Shares of the width, equally weighted."""
@@ -31,4 +30,4 @@ class MatryoshkaSAE(BatchTopKSAE):
             x_hat = x_hat + decode(f[inside], self.W_dec, codes.where(inside))
             total = total + (x - x_hat).pow(2).sum(-1).mean() / len(PREFIXES)
             begin = end
-        return Loss(total + aux_k_loss(self, x, x - x_hat, state.dead), f, codes)
+        return Loss(total + self.aux_k_loss(x, x - x_hat, state.dead), f, codes)

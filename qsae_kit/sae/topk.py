@@ -1,7 +1,6 @@
 """TopK SAE with the AuxK loss (Gao et al. 2024, arXiv 2406.04093, section 2 and appendix A.2).
 
-f = TopK(relu(pre));   loss = E|x - x_hat|^2 + 1/32 * E|e - e_hat|^2, where e = x - x_hat (detached) and e_hat is decoded
-from the k_aux = d_model / 2 largest pre-activations among dead latents, without b_dec.
+f = TopK(relu(pre));   loss = E|x - x_hat|^2 + AuxK, see `SAE.aux_k_loss`.
 """
 
 from typing import Any
@@ -12,22 +11,6 @@ from torch import Tensor
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
 from qsae_kit.sae.codes import select_top_k
-
-AUX_COEFFICIENT = 1 / 32
-AUX_SHARE = 8
-"""The auxiliary loss is taken on every eighth row: dead latents are many or none, and dense to decode."""
-
-
-def aux_k_loss(sae: SAE, x: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
-    """AUX_COEFFICIENT times the squared error of dead latents' reconstruction of the (detached) error."""
-    ids = dead.nonzero().view(-1)
-    if not len(ids):
-        return 0.0
-    x, error = x[::AUX_SHARE], error.detach()[::AUX_SHARE]
-    pre = x @ sae.encoder[ids].T + sae.b_enc[ids]
-    values, columns = pre.topk(min(len(ids), max(1, sae.d_in // 2)), dim=-1, sorted=False)
-    revived = torch.zeros_like(pre).scatter(-1, columns, values.relu())
-    return AUX_COEFFICIENT * (error - revived @ sae.W_dec[ids]).pow(2).sum(-1).mean()
 
 
 class TopKSAE(SAE):
@@ -53,4 +36,4 @@ class TopKSAE(SAE):
         v, codes = self.encode_entries(x, select_top_k(self.k))
         f = v.relu()
         error = x - self.decode_entries(f, codes)
-        return Loss(error.pow(2).sum(-1).mean() + aux_k_loss(self, x, error, state.dead), f, codes)
+        return Loss(error.pow(2).sum(-1).mean() + self.aux_k_loss(x, error, state.dead), f, codes)

@@ -1,10 +1,11 @@
 """The scoring kit: the bundled world's concepts as labelled activations, and what finds them.
 
 Tiers: (a) token and language, (b) word class and role, (c) sense of an ambiguous word, (d) an attribute of
-the person spoken of that the answer needs and nothing has stated yet, (e) a computed value, (f) control state. Tiers a to e are labels of tokens; f is scored per
-dialogue, on the maximum over answer tokens. A concept is "tier/group=value"; its negatives are the tokens (dialogues)
-with another value of the same group; of single tokens the sixty commonest are concepts. Whatever is fitted or searched is
-scored on other template families *and* other people asked about. Nothing but scoring may read these labels.
+the person spoken of that the answer needs and nothing has stated yet, (e) a computed value, (f) control state. Tiers a to
+e are labels of tokens; f is scored per dialogue, on the maximum over answer tokens. A concept is "tier/group=value"; its
+negatives are the tokens (dialogues) with another value of the same group; of single tokens the sixty commonest are
+concepts. Whatever is fitted or searched is scored on other template families *and* other people asked about. Nothing but
+scoring may read these labels.
 """
 
 import dataclasses
