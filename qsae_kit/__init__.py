@@ -1,13 +1,24 @@
 """Sparse autoencoders for chat models: hooks, training, evaluation and steering, from a notebook."""
 
 from qsae_kit.activations import LiveRows, StoredRows
+from qsae_kit.data import token_batches
 from qsae_kit.demo import DemoConfig, default_config, run_demo
 from qsae_kit.edits import Edit, applied
+from qsae_kit.eval_plots import (
+    baseline_figure,
+    concept_figure,
+    frontier_figure,
+    needed_l0_figure,
+    recovery_by_frequency_figure,
+    scaling_figure,
+)
 from qsae_kit.evaluate import evaluate_suite
+from qsae_kit.fit import sites_of
 from qsae_kit.formats import load_sae, load_suite, save_sae
 from qsae_kit.models import HookedLM, load_model
 from qsae_kit.plots import reconstruction_figure, steering_figure, training_figure
 from qsae_kit.recipe import TrainConfig, default_recipe
+from qsae_kit.scaling import fit_scaling
 from qsae_kit.sites import Site
 from qsae_kit.steering import ablate_features, add_direction, add_features, clamp_features
 from qsae_kit.study import StudyConfig, steering_study
@@ -16,6 +27,8 @@ from qsae_kit.watch import LiveFigure, read_log
 
 __all__ = [
     "DemoConfig", "Edit", "HookedLM", "LiveFigure", "LiveRows", "Site", "StoredRows", "StudyConfig", "TrainConfig",
-    "ablate_features", "add_direction", "add_features", "applied", "clamp_features", "default_config", "default_recipe", "evaluate_suite", "load_model", "load_sae", "load_suite", "read_log",
-    "reconstruction_figure", "run_demo", "save_sae", "steering_figure", "steering_study", "train_saes", "training_figure",
+    "ablate_features", "add_direction", "add_features", "applied", "baseline_figure", "clamp_features", "concept_figure",
+    "default_config", "default_recipe", "evaluate_suite", "fit_scaling", "frontier_figure", "load_model", "load_sae",
+    "load_suite", "needed_l0_figure", "read_log", "reconstruction_figure", "recovery_by_frequency_figure", "run_demo", "save_sae",
+    "scaling_figure", "sites_of", "steering_figure", "steering_study", "token_batches", "train_saes", "training_figure",
 ]  # fmt: skip

@@ -11,6 +11,7 @@ second_seed     the recipe under another seed
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -22,6 +23,7 @@ from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE, Provenance, ReLUSAE, TopKSAE
 from qsae_kit.train import SiteTrainer, fit_normaliser, train_saes
 
+PairedSAE = TypeVar("PairedSAE", bound=SAE)
 FOUND_AGAIN = 0.7
 """Cosine from which a feature counts as found again under another seed."""
 
@@ -41,7 +43,7 @@ def neurons_sae(x: Float[Tensor, "row d_model"], k: int, provenance: Provenance)
 
 
 @torch.no_grad()
-def _paired(sae: SAE, rows: Float[Tensor, "half d_model"], mean: Float[Tensor, " d_model"]) -> SAE:
+def _paired(sae: PairedSAE, rows: Float[Tensor, "half d_model"], mean: Float[Tensor, " d_model"]) -> PairedSAE:
     both = torch.cat([rows, -rows])
     sae.to(rows.device)
     sae.encoder.copy_(both)

@@ -173,7 +173,8 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens (20,000 by default).", min=1)] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Train and evaluate what an SAE has to beat, too.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for evaluation.csv, .parquet and .html.")] = Path("runs/eval"),
+    concepts: Annotated[bool, typer.Option("--concepts", help="Tiny only: which planted concepts are recovered.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path("runs/eval"),
     acts: Annotated[Path | None, typer.Option(help="Instead: stored activations, acts [row, d_model].")] = None,
     sae: Annotated[Path | None, typer.Option(help="With --acts: the SAE's folder.")] = None,
     rows: Annotated[int | None, typer.Option(help="With --acts: only the last so many rows.", min=1)] = None,
@@ -184,14 +185,22 @@ def evaluate(
 
     import pandas as pd
 
+    from qsae_kit.evaluate import CATEGORIES
     from qsae_kit.fit import read_rows
     from qsae_kit.formats import load_sae, load_suite
     from qsae_kit.models import load_model
-    from qsae_kit.score import score_stored, score_suite
+    from qsae_kit.score import score_stored, score_suite, smallest_differences
 
     _refuse((acts is None) != (sae is None), "--acts and --sae belong together; give both, or --suite.")
     if acts is not None and sae is not None:
-        live = (("--model", model), ("--suite", suite), ("--data", data), ("--tokens", tokens), ("--baselines", baselines))
+        live = (
+            ("--model", model),
+            ("--suite", suite),
+            ("--data", data),
+            ("--tokens", tokens),
+            ("--baselines", baselines),
+            ("--concepts", concepts),
+        )
         given = [name for name, value in live if value]
         _refuse(bool(given), f"--acts takes rows from a file, so {', '.join(given)} would have no effect.")
         figures = score_stored(read_rows(acts), load_sae(sae), rows)
@@ -202,12 +211,27 @@ def evaluate(
     assert suite is not None
     _check_out(out)
     trained = load_suite(suite)
-    table = score_suite(load_model(model or "tiny"), trained, data, tokens or 20_000, out, baselines=baselines)
+    scores = score_suite(
+        load_model(model or "tiny"), trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts
+    )
+    table = scores.evaluation
     columns = ["variant", "site", "fvu", "l0", "dead", "delta_ce", "kl_nats", "ce_score", "top_1", "tokens", "spliced_tokens"]
     headline = "assistant" if (table["category"] == "assistant").any() else "all"
     with pd.option_context("display.width", 250, "display.max_rows", 500):
         typer.echo(f"Category: {headline}\n" + table.loc[table["category"] == headline, columns].round(4).to_string(index=False))
-    typer.echo(f"Every category and figure: {out / 'evaluation.csv'}; figure: {out / 'evaluation.html'}")
+        missing = [name for name in CATEGORIES if name not in set(table["category"])]
+        if missing:
+            typer.echo(f"No tokens: {', '.join(missing)}.")
+        if scores.seeds is not None:
+            smallest = ", ".join(f"{name} {value:.2g}" for name, value in smallest_differences(scores.seeds).items())
+            again = scores.seeds["found_again"].mean()
+            typer.echo(
+                f"A second seed finds {again:.0%} of the features again; smallest difference to be told from it: {smallest}"
+            )
+        if scores.summary is not None and scores.interchange is not None:
+            typer.echo("Concepts told by one feature\n" + scores.summary.round(3).to_string(index=False))
+            typer.echo("Features swapped between prompts\n" + scores.interchange.round(3).to_string(index=False))
+    typer.echo(f"Every table and figure: {out}")
 
 
 @app.command()
@@ -219,10 +243,10 @@ def sweep(
     arch: Annotated[str, typer.Option(help="jumprelu, topk, batchtopk, matryoshka, standard or gated.")] = "jumprelu",
     target_l0: Annotated[str, typer.Option(help="Comma-separated L0s (or k).")] = "4,8,16,32,64",
     expansion: Annotated[str, typer.Option(help="Comma-separated widths as multiples of d_model.")] = "8",
-    tokens: Annotated[int, typer.Option(help="Rows to train on.", min=1)] = 500_000,
+    tokens: Annotated[str, typer.Option(help="Comma-separated numbers of rows to train on.")] = "500000",
     held_out: Annotated[int, typer.Option(help="Held-out tokens.", min=1)] = 20_000,
     batch: Annotated[int, typer.Option(help="Rows a step.", min=1)] = 2048,
-    out: Annotated[Path, typer.Option(help="Folder for suite/, sweep.csv, .parquet and .html.")] = Path("runs/sweep"),
+    out: Annotated[Path, typer.Option(help="Folder for tokens_N/suite/, sweep.csv, .parquet and .html.")] = Path("runs/sweep"),
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
 ) -> None:
     """Train several sparsities and widths from one stream, and plot sparsity against fidelity."""
@@ -235,11 +259,12 @@ def sweep(
     lm = load_model(model)
     names = fit.sites_of(lm, sites, layers)
     l0s, widths = _numbers("--target-l0", target_l0), _numbers("--expansion", expansion)
+    lengths = [int(n) for n in _numbers("--tokens", tokens)]
     config = default_recipe(
-        lm.d_model, len(names), architecture=arch, sparsity=l0s[0], expansion=widths[0], tokens=tokens, batch=batch
+        lm.d_model, len(names), architecture=arch, sparsity=l0s[0], expansion=widths[0], tokens=max(lengths), batch=batch
     )
-    table = run_sweep(lm, data, names, config, l0s, widths, held_out, out, resume=resume)
-    columns = ["site", "expansion", "target", "l0", "fvu", "delta_ce", "dead", "effective_rank", "tokens"]
+    table = run_sweep(lm, data, names, config, l0s, widths, lengths, held_out, out, resume=resume)
+    columns = ["site", "expansion", "trained_tokens", "target", "l0", "fvu", "delta_ce", "dead", "effective_rank", "tokens"]
     typer.echo(table.loc[table["category"] == "all", columns].round(4).to_string(index=False))
     typer.echo(f"Every figure: {out / 'sweep.csv'}; frontier: {out / 'sweep.html'}")
 

@@ -101,14 +101,14 @@ def evaluate_suite(
     spliced_batches: int | None = None,
     bar: bool = True,
 ) -> pd.DataFrame:
-    """One row per variant, site and category of tokens; categories without a token have no row.
+    """One row per variant, site and category of tokens; a category that no token or no spliced prediction has gets no row.
 
     batches: held-out tokens. Reconstruction uses all, splicing the first `spliced_batches` (None: all) of them.
     Columns: variant, site (hook name), layer, kind, category; `metrics.Reconstruction.figures` (tokens: rows behind them);
     ce, delta_ce and kl_nats (nats a token, spliced against clean), top_1 (share of equal predictions), the same deltas of
     zero and mean ablation (delta_ce_zero, kl_zero, delta_ce_mean, kl_mean), and how much of each is recovered: ce_score,
-    kl_score (against zero), ce_score_mean, kl_score_mean; spliced_tokens (predictions behind these); target, and the
-    decoder's cosines. Raises ValueError where an SAE does not fit the model or no token is left.
+    kl_score (against zero), ce_score_mean, kl_score_mean; spliced_tokens (predictions behind these); target, d_sae,
+    trained_tokens, and the decoder's cosines. Raises ValueError where an SAE does not fit the model or no token is left.
     """
     saes = [(variant, name, sae) for variant, site_saes in suite.items() for name, sae in site_saes.items()]
     for _, _, sae in saes:
@@ -120,9 +120,10 @@ def evaluate_suite(
     with tqdm(total=passes, desc="evaluating", disable=not bar) as meter:
         for batch in batches:
             acts = site_activations(lm, names, batch)
-            for category, inside in categories_of(lm, batch).items():
-                for variant, name, sae in saes:
-                    _reconstruct(sae, acts[name][batch.keep & inside].float(), rebuilt[variant, name, category])
+            inside = {category: mask[batch.keep] for category, mask in categories_of(lm, batch).items()}
+            for variant, name, sae in saes:
+                for category, parts in _reconstruct(sae, acts[name][batch.keep].float(), inside).items():
+                    rebuilt[variant, name, category].add(*parts)
             meter.update()
         if not all(rebuilt[variant, name, "all"].rows for variant, name, _ in saes):
             raise ValueError("There are no tokens to evaluate; give data whose keep-mask and norm filter leave some.")
@@ -133,21 +134,29 @@ def evaluate_suite(
         site, cosines = parse_hook_name(name), decoder_cosines(sae.W_dec)
         for category in ("all", *CATEGORIES):
             reconstruction = rebuilt[variant, name, category]
-            if not reconstruction.rows:
+            if not reconstruction.rows or not spliced[variant, name, category].tokens:
                 continue
             rows.append(
                 {"variant": variant, "site": name, "layer": site.layer, "kind": site.kind, "category": category}
                 | reconstruction.figures() | _model_figures(spliced, variant, name, category)
-                | {"target": sae.sparsity} | cosines
+                | {"target": sae.sparsity, "d_sae": sae.d_sae, "trained_tokens": _tokens(sae)} | cosines
             )  # fmt: skip
     return pd.DataFrame(rows)
 
 
-def _reconstruct(sae: SAE, x: Tensor, into: Reconstruction) -> None:
+def _tokens(sae: SAE) -> int:
     assert sae.provenance is not None
-    x = x[sae.provenance.filter.keeps(x)]
+    return sae.provenance.tokens
+
+
+def _reconstruct(sae: SAE, x: Tensor, inside: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Rows that pass the filter, their reconstructions and features, by category."""
+    assert sae.provenance is not None
+    kept = sae.provenance.filter.keeps(x)
+    x = x[kept]
     f = sae.encode(x)
-    into.add(x, sae.decode(f), f)
+    x_hat = sae.decode(f)
+    return {category: (x[mask[kept]], x_hat[mask[kept]], f[mask[kept]]) for category, mask in inside.items()}
 
 
 def _splice_all(
@@ -183,8 +192,6 @@ def _splice_all(
 
 def _model_figures(sums: dict[Key, Losses], variant: str, name: str, category: str) -> dict[str, float]:
     own, zero, mean = (sums[v, name, category] for v in (variant, "zero", "mean"))
-    if not own.tokens:
-        return {"spliced_tokens": 0}
     n = own.tokens
     return {
         "ce": own.ce_clean / n, "delta_ce": (own.ce - own.ce_clean) / n, "kl_nats": own.kl / n, "top_1": own.agree / n,

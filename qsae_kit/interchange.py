@@ -1,22 +1,30 @@
 """Causal recovery: does giving a prompt another prompt's feature give it the other's answer?
 
-On a pair of prompts of the bundled world that differ in one thing, chosen features at one site take, at every token, the
-activations that they have at the matching token of the other prompt; everything else stays (delta form). The answer
-flips where the other's answer then is the likelier one. An edit that flips everything proves nothing, so what should stay
-is asked as well: another attribute of the same person.
+On a pair of prompts of the bundled world that differ in one thing, chosen features take, at every token, the activations
+that they have at the matching token of the other prompt; everything else stays (delta form). The answer flips where the
+other's answer then is the likelier one. An edit that flips everything proves nothing: the same features are swapped while
+another attribute of the same person is asked for, and that answer should stay.
 """
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
+import pandas as pd
 import torch
 from torch import Tensor
 
 from qsae_kit.edits import Edit, applied
+from qsae_kit.metrics import wilson
 from qsae_kit.models import HookedLM
+from qsae_kit.recovery import recovered
 from qsae_kit.sae import SAE
+from qsae_kit.tiny import world
 from qsae_kit.tiny.world import Pair, Request, right_answers
+
+Chosen: TypeAlias = Sequence[tuple[SAE, Sequence[int]]]
+"""SAEs of different sites with the features that are swapped."""
 
 
 class Interchange(NamedTuple):
@@ -56,16 +64,9 @@ def _log_probability(lm: HookedLM, ids: list[int], start: int, edits: Sequence[E
     return float(torch.log_softmax(logits, -1).gather(1, tokens[0, start:, None]).sum())
 
 
-def _swap(lm: HookedLM, sae: SAE, features: Tensor, base: list[int], other: list[int]) -> "_Swap":
-    assert sae.provenance is not None
-    site = sae.provenance.hook_name
-    ids = torch.tensor([other], device=lm.device)
-    _, cache = lm.run_with_cache(ids, torch.ones_like(ids), names_filter=[site], return_type=None)
-    return _Swap(site, sae, features, sae.encode(cache[site][0].float())[:, features], matching(base, other))
-
-
 class _Swap(NamedTuple):
-    site: str
+    """Features of one SAE with the activations that they shall have."""
+
     sae: SAE
     features: Tensor
     wanted: Tensor
@@ -74,6 +75,7 @@ class _Swap(NamedTuple):
 
     def edit(self, length: int) -> Edit:
         """For a sequence of `length` tokens that begins with the base prompt."""
+        assert self.sae.provenance is not None
         at, source = (torch.tensor(side) for side in zip(*self.pairs, strict=True))
 
         def delta(x: Tensor) -> Tensor:
@@ -84,32 +86,43 @@ class _Swap(NamedTuple):
 
         positions = torch.zeros(1, length, dtype=torch.bool)
         positions[0, at] = True
-        return Edit(self.site, delta, positions)
+        return Edit(self.sae.provenance.hook_name, delta, positions)
 
 
-def interchange(lm: HookedLM, sae: SAE, features: Sequence[int], pair: Pair) -> Interchange:
-    """Swaps features into the base prompt of a pair.
+@torch.no_grad()
+def _swaps(lm: HookedLM, chosen: Chosen, base: list[int], other: list[int]) -> list[_Swap]:
+    ids = torch.tensor([other], device=lm.device)
+    names = [sae.provenance.hook_name for sae, _ in chosen if sae.provenance]
+    _, cache = lm.run_with_cache(ids, torch.ones_like(ids), names_filter=names, return_type=None)
+    pairs, out = matching(base, other), []
+    for (sae, features), name in zip(chosen, names, strict=True):
+        wanted = torch.tensor(list(features), device=lm.device)
+        out.append(_Swap(sae, wanted, sae.encode(cache[name][0].float())[:, wanted], pairs))
+    return out
+
+
+def interchange(lm: HookedLM, chosen: Chosen, pair: Pair) -> Interchange:
+    """Swaps features into the base prompt of a pair; several sites at once are each given the other prompt's activations.
 
     For a changed person or attribute both answers are put as the base's sentence with either value, and the sentence up to
     the value is swapped too (the record is looked up at the name); for a changed asker or object, as refusal and disclosure.
     """
-    chosen = torch.tensor(list(features))
     if pair.changed in ("person", "attribute"):
         stems = [_stem(request) for request in pair[:2]]
         base, other = (_ids(lm, request, stem) for request, stem in zip(pair[:2], stems, strict=True))
-        full = stems[0]
-        ends = [full + request.value for request in pair[:2]]
+        ends = [stems[0] + request.value for request in pair[:2]]
     else:
         base, other = (_ids(lm, request, "") for request in pair[:2])
         ends = ["".join(piece.text for piece in request.answer) for request in pair[:2]]
-    swap = _swap(lm, sae, chosen, base, other)
+    swaps = _swaps(lm, chosen, base, other)
     scores = []
     for edited in (False, True):
         values = []
         for end in ends:
             ids = _ids(lm, pair.base, end)
             start = next(i for i in range(len(ids)) if i >= len(base) or ids[i] != base[i])
-            values.append(_log_probability(lm, ids, start, [swap.edit(len(ids))] if edited else []))
+            edits = [swap.edit(len(ids)) for swap in swaps] if edited else []
+            values.append(_log_probability(lm, ids, start, edits))
         scores.append(values[1] - values[0])
     return Interchange(*scores)
 
@@ -118,3 +131,89 @@ def _stem(request: Request) -> str:
     """A right answer up to its value."""
     answer = max(right_answers(request), key=len)
     return answer[: answer.rindex(request.value)]
+
+
+# --- for the concepts that were recovered
+
+
+def interchange_table(
+    lm: HookedLM,
+    found: pd.DataFrame,
+    suite: Mapping[str, SAE],
+    finder: str,
+    n: int = 60,
+) -> pd.DataFrame:
+    """What swapping the features of recovered concepts changes: one row per thing swapped.
+
+    found: the table of `recovery.recover`; suite: the finder's {hook name: SAE}. Swapped are, for two people, the features
+    of both their values of the attribute asked for ("attribute value"), and for two askers or two objects of a dangerous
+    verb those of refusing and answering ("refusal by asker", "refusal by object"). Pairs count where the model, left alone,
+    prefers the base's own answer. Columns: swapped, pairs, flipped (share, with ci_low and ci_high), kept (share of answers
+    that stay when the same features are swapped while another attribute is asked for), and pairs_kept behind it. A row
+    without pairs says so by pairs = 0 and has no shares (None).
+    """
+    own = recovered(found)
+    own = own[(own["finder"] == finder) & own["recovered"]].set_index("concept")
+
+    def chosen(*concepts: str) -> Chosen | None:
+        if not all(concept in own.index for concept in concepts):
+            return None
+        features: dict[str, list[int]] = {}
+        for concept in concepts:
+            features.setdefault(str(own.loc[concept, "site"]), []).append(int(own.loc[concept, "feature"]))  # type: ignore[arg-type]
+        return [(suite[site], sorted(set(ids))) for site, ids in features.items()]
+
+    rows = []
+    for name, cases in (
+        ("attribute value", _people_pairs([c for c in own.index if c.startswith("d/")])),
+        ("refusal by asker", ((pair, None) for pair in world.pairs("asker", 4 * n, SEED))),
+        ("refusal by object", ((pair, None) for pair in world.pairs("object", 4 * n, SEED))),
+    ):
+        flips: list[bool] = []
+        stays: list[bool] = []
+        for pair, another in cases:
+            labels = ["f/refuse=yes", "f/refuse=no"] if another is None else [f"d/{r.attribute}={r.value}" for r in pair[:2]]
+            swap = chosen(*labels)
+            if swap is None or len(flips) == n:
+                break
+            result = interchange(lm, swap, pair)
+            if result.before < 0:
+                flips.append(result.flipped)
+                if another is not None and (kept := interchange(lm, swap, another)).before < 0:
+                    stays.append(kept.after < 0)
+        rate = wilson(sum(flips), len(flips)) if flips else (None, None, None)
+        rows.append(
+            {"swapped": name, "pairs": len(flips), "flipped": rate[0], "ci_low": rate[1], "ci_high": rate[2],
+             "kept": sum(stays) / len(stays) if stays else None, "pairs_kept": len(stays)}
+        )  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+SEED = 7
+DRAW = world.Draw("en", split="evaluation", seen=True)
+
+
+def _people_pairs(concepts: Sequence[str]) -> Iterator[tuple[Pair, Pair]]:
+    """Without end: two people with different values of an attribute, both among the concepts; and the same two people asked
+    for another attribute, where they differ too. Nothing where no attribute has two such values."""
+    values: dict[str, set[str]] = {}
+    for concept in concepts:
+        attribute, _, value = concept.removeprefix("d/").partition("=")
+        if attribute in world.PUBLIC:
+            values.setdefault(attribute, set()).add(value)
+    values = {attribute: some for attribute, some in values.items() if len(some) > 1}
+    rng = random.Random(SEED)
+    while values:
+        first = rng.choice(sorted(values))
+        second = rng.choice([a for a in world.PUBLIC if a != first])
+        people = [p for p in world.people() if p.record[first].en in values[first]]
+        one, two = rng.sample(people, 2)
+        pairs = [_person_pair(rng.random(), one.name, two.name, attribute) for attribute in (first, second)]
+        if all(pair.base.value != pair.other.value for pair in pairs):
+            yield pairs[0], pairs[1]
+
+
+def _person_pair(state: float, one: str, two: str, attribute: str) -> Pair:
+    """The same wording about either person."""
+    base, other = (world.attribute_request(random.Random(state), DRAW, name, attribute) for name in (one, two))
+    return Pair(base, other, "person")

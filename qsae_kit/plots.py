@@ -26,7 +26,7 @@ def plot_text(text: str) -> str:
     return escaped.replace("$", "&#36;").replace("%{", "%&#123;").replace("\n", "\u21b5")
 
 
-def _style(figure: go.Figure, title: str, height: int = 420) -> go.Figure:
+def style(figure: go.Figure, title: str, height: int = 420) -> go.Figure:
     figure.update_layout(
         title={"text": title, "x": 0.01, "y": 0.97, "yanchor": "top"}, template="plotly_white", height=height,
         margin={"l": 70, "r": 20, "t": 90, "b": 60}, legend={"orientation": "v"}, font={"size": 13},
@@ -64,39 +64,8 @@ def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "", catego
     figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
     where = f" of {plot_text(model_name)}" if model_name else ""
     tokens = f"{int(evaluation['tokens'].max()):,} and {int(evaluation['spliced_tokens'].max()):,} held-out tokens"
-    _style(figure, f"Reconstruction loss per layer and site{where} ({tokens})", height=460)
+    style(figure, f"Reconstruction loss per layer and site{where} ({tokens})", height=460)
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
-    return figure
-
-
-def frontier_figure(table: pd.DataFrame, model_name: str = "", category: str = "all") -> go.Figure:
-    """Sparsity against fidelity: FVU at the left and the rise of cross-entropy at the right against L0, a line a site and width.
-
-    table: the table of `score.sweep`. Sites of a later layer are drawn darker.
-    """
-    table = table[table["category"] == category]
-    figure = make_subplots(1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12)
-    widths = list(dict.fromkeys(table["expansion"]))
-    n_layers = int(table["layer"].max()) + 1
-    for (site, expansion), rows in table.groupby(["site", "expansion"], sort=False):
-        rows = rows.sort_values("l0")
-        kind, layer = rows["kind"].iloc[0], int(rows["layer"].iloc[0])
-        for column, metric in ((1, "fvu"), (2, "delta_ce")):
-            figure.add_trace(
-                go.Scatter(
-                    x=rows["l0"].tolist(), y=rows[metric].tolist(), mode="lines+markers", name=plot_text(f"{site}, x{expansion:g}"),
-                    legendgroup=f"{site}/{expansion}", showlegend=column == 1, opacity=0.35 + 0.65 * (layer + 1) / n_layers,
-                    line={"color": KIND_COLORS[kind], "dash": DASHES[widths.index(expansion) % len(DASHES)]},
-                    marker={"symbol": KIND_SYMBOLS[kind], "size": 7},
-                    hovertemplate=plot_text(str(site)) + ": L0 %{x:.1f}, %{y:.4f}<extra></extra>",
-                ),
-                row=1, col=column,
-            )  # fmt: skip
-    figure.update_xaxes(title="L0 (features a token)", type="log")
-    figure.update_yaxes(title="fraction of variance unexplained", type="log", row=1, col=1)
-    figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
-    where = f" of {plot_text(model_name)}" if model_name else ""
-    _style(figure, f"Sparsity against fidelity{where} ({int(table['tokens'].max()):,} held-out tokens)", height=520)
     return figure
 
 
@@ -133,7 +102,7 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
     figure.update_yaxes(title="features a token", rangemode="tozero", row=1, col=2)
     figure.update_yaxes(title="share", rangemode="tozero", row=1, col=3)
     n_sites = log["hook_name"].nunique()
-    _style(figure, f"Training at {n_sites} site{'s' if n_sites > 1 else ''}", height=400)
+    style(figure, f"Training at {n_sites} site{'s' if n_sites > 1 else ''}", height=400)
     figure.update_layout(legend={"orientation": "h", "y": -0.22, "yanchor": "top"})
     return figure
 
@@ -187,6 +156,6 @@ def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
     figure.update_xaxes(title="strength (median norms; dashed: frozen)", rangemode="tozero")
     figure.update_yaxes(title="share of prompts (bars: 95 % interval)", range=[-0.04, 1.06], row=1, col=1)
     where = f" of {plot_text(model_name)}" if model_name else ""
-    _style(figure, f"Refusal steered both ways{where} (n = {int(table['n'].max())} a kind)", height=460)
+    style(figure, f"Refusal steered both ways{where} (n = {int(table['n'].max())} a kind)", height=460)
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure

@@ -7,102 +7,178 @@ principal components and frozen dictionaries go through the same lines.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.sparse import csr_matrix, vstack
+from scipy.sparse import csc_matrix, csr_matrix, vstack
 from torch import Tensor
 
 from qsae_kit.models import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.tiny.concepts import Corpus, Units, corpus_activations, ngram_scores, per_unit, permuted, probe_direction
 
-CANDIDATES = 32
-"""Features whose threshold is searched, by each of two first looks."""
 ENOUGH = 0.8
 """Share of the probe's F1 from which a concept counts as recovered; F1 of the n-gram from which it is left out."""
-
-
-class Found(NamedTuple):
-    """The best of many columns on the fit part, and what it scores on the test part."""
-
-    column: int
-    threshold: float
-    fit: float
-    f1: float
-
-
-def f1_by_threshold(scores: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best F1 of every column over thresholds, and the threshold: positive is what lies above it. [column] each"""
-    order = np.argsort(-scores, axis=0, kind="stable")
-    ranked = np.take_along_axis(scores, order, axis=0)
-    hits = value[order].cumsum(axis=0)
-    f1 = 2 * hits / (np.arange(1, len(value) + 1)[:, None] + value.sum())
-    f1[:-1][ranked[1:] == ranked[:-1]] = -1  # a threshold cannot part what is equal
-    at = f1.argmax(axis=0)
-    columns = np.arange(scores.shape[1])
-    below = np.where(at + 1 < len(value), ranked[np.minimum(at + 1, len(value) - 1), columns], ranked[-1] - 1)
-    return f1[at, columns], (ranked[at, columns] + below) / 2
-
-
-def f1_at(scores: np.ndarray, value: np.ndarray, threshold: float) -> float:
-    """F1 of `scores` above a threshold."""
-    on = scores > threshold
-    return float(2 * (on & (value == 1)).sum() / max(1, on.sum() + value.sum()))
+PERMUTATIONS = 100
+"""Of the labels, whose best features are the null."""
 
 
 class Split(NamedTuple):
-    """A concept's units with their scores: the fit and the test part."""
+    """A concept's units (tokens, or answers by their maximum) with the features of each: the fit and the test part."""
 
-    fit: np.ndarray
-    """[unit, column]"""
+    fit: csr_matrix
+    """[unit, feature], not negative."""
     fit_value: np.ndarray
-    test: np.ndarray
+    """[unit, labelling]: 1 positive, 0 negative."""
+    test: csr_matrix
     test_value: np.ndarray
 
 
-def split(scores: np.ndarray, u: Units, value: np.ndarray) -> Split:
-    """Rows to units (by their maximum) and to parts."""
+class Found(NamedTuple):
+    """The best feature for each labelling on the fit part, and what it scores on the test part. [labelling] each"""
+
+    column: np.ndarray
+    threshold: np.ndarray
+    fit: np.ndarray
+    f1: np.ndarray
+
+
+def pooled(matrix: csr_matrix, unit: np.ndarray) -> csr_matrix:
+    """Maximum over the rows of each unit; rows of a unit follow one another. [unit, feature]"""
+    new = np.r_[True, unit[1:] != unit[:-1]]
+    if new.all():
+        return matrix
+    entries, columns = matrix.tocoo(), matrix.shape[1]
+    cell = (new.cumsum() - 1)[entries.row].astype(np.int64) * columns + entries.col
+    order = np.argsort(cell, kind="stable")
+    cell = cell[order]
+    first = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]][: len(cell)])
+    largest = np.maximum.reduceat(entries.data[order], first) if len(first) else entries.data
+    return csr_matrix((largest, (cell[first] // columns, cell[first] % columns)), shape=(int(new.sum()), columns))
+
+
+def split(matrix: csr_matrix, u: Units, values: np.ndarray) -> Split:
+    """Rows to units and to parts. values: [row, labelling]"""
+    parts: list[object] = []
+    for rows in (u.fit, ~u.fit):
+        first = np.flatnonzero(np.r_[True, u.unit[rows][1:] != u.unit[rows][:-1]])
+        parts += [pooled(matrix[np.flatnonzero(rows)], u.unit[rows]), values[rows][first]]
+    return Split(*parts)  # type: ignore[arg-type]
+
+
+def best_feature(s: Split, chunk: int = 20) -> Found:
+    """For each labelling, the feature and threshold (above 0) with the best F1 on the fit part, among all features.
+
+    Zeros never reach a threshold, so only the entries that fire are sorted, once for all labellings.
+    """
+    entries = s.fit.tocoo()
+    order = np.lexsort((-entries.data, entries.col))
+    rows, columns, values = entries.row[order], entries.col[order], entries.data[order]
+    if not len(rows):
+        none = np.zeros(s.fit_value.shape[1])
+        return Found(none.astype(int), none, none, none)
+    first = np.r_[True, columns[1:] != columns[:-1]]
+    start = np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))
+    taken = np.arange(len(rows)) - start + 1
+    tied = np.r_[(columns[1:] == columns[:-1]) & (values[1:] == values[:-1]), False]  # a threshold cannot part these
+    best, score = [], []
+    for begin in range(0, s.fit_value.shape[1], chunk):
+        labels = s.fit_value[:, begin : begin + chunk].astype(np.int32)
+        running = np.vstack([np.zeros((1, labels.shape[1]), np.int32), labels[rows].cumsum(axis=0, dtype=np.int32)])
+        hits = running[1:] - running[start]
+        f1 = 2 * hits / (taken[:, None] + labels.sum(0)).astype(np.float32)
+        f1[tied] = -1
+        best.append(f1.argmax(axis=0))
+        score.append(f1.max(axis=0))
+    at, fit = np.concatenate(best), np.concatenate(score)
+    below = np.where(np.r_[first[1:], True][at], 0.0, values[np.minimum(at + 1, len(values) - 1)])
+    threshold = (values[at] + below) / 2
+    on = csc_matrix(s.test)[:, columns[at]].toarray() > threshold
+    return Found(columns[at], threshold, fit, f1_of(on, s.test_value))
+
+
+def f1_of(on: np.ndarray, value: np.ndarray) -> np.ndarray:
+    """F1 of what is on, per column. on, value: [unit, column]"""
+    return 2 * (on & (value == 1)).sum(0) / np.maximum(1, on.sum(0) + value.sum(0))
+
+
+def on_scores(fit: np.ndarray, fit_value: np.ndarray, test: np.ndarray, test_value: np.ndarray) -> tuple[float, float]:
+    """F1 on the fit and test part of one score per unit, at the threshold that is best on the fit part."""
+    low = min(fit.min(), test.min()) - 1  # thresholds lie above 0
+    s = Split(csr_matrix(fit[:, None] - low), fit_value[:, None], csr_matrix(test[:, None] - low), test_value[:, None])
+    found = best_feature(s)
+    return float(found.fit[0]), float(found.f1[0])
+
+
+def best_of_k(s: Split, k: int) -> tuple[float, float]:
+    """F1 (fit, test) of a linear probe on the `k` features with the largest standardised difference of means."""
+    y = s.fit_value[:, 0] == 1
+    mean, square = np.asarray(s.fit.mean(0))[0], np.asarray(s.fit.multiply(s.fit).mean(0))[0]
+    apart = np.asarray(s.fit[y].mean(0) - s.fit[~y].mean(0))[0]
+    columns = np.argsort(-np.abs(apart) / (np.sqrt(np.maximum(0, square - mean**2)) + 1e-9))[:k]
+    fit, test = s.fit[:, columns].toarray().astype(np.float64), s.test[:, columns].toarray().astype(np.float64)
+    direction = probe_direction(fit, s.fit_value[:, 0])
+    return on_scores(fit @ direction, s.fit_value[:, 0], test @ direction, s.test_value[:, 0])
+
+
+def probe(x: np.ndarray, u: Units) -> tuple[float, float]:
+    """F1 (fit, test) of a linear probe on rows, units scored by their maximum. x: [row, d_model]
+
+    The F1 on the fit part, by which the site is chosen, is of two probes on half of its owners each, scored on the other
+    half: one on all of them tells its own rows perfectly at any site.
+    """
+    halves = u.owner % 2 == 0
+    crossed = np.zeros(len(x))
+    for half in (halves, ~halves):
+        known = u.fit & half
+        if len(set(u.value[known])) == 2:
+            crossed[u.fit & ~half] = x[u.fit & ~half] @ probe_direction(x[known], u.value[known])
+    score = x @ probe_direction(x[u.fit], u.value[u.fit])
+    return _row_score(np.where(u.fit, crossed, score), u)[0], _row_score(score, u)[1]
+
+
+def _row_score(score: np.ndarray, u: Units) -> tuple[float, float]:
     parts = []
     for rows in (u.fit, ~u.fit):
         first = np.flatnonzero(np.r_[True, u.unit[rows][1:] != u.unit[rows][:-1]])
-        parts += [per_unit(scores[rows], u.unit[rows]), value[rows][first]]
-    return Split(*parts)
-
-
-def best_feature(s: Split) -> Found:
-    """The feature that tells the concept best. First looks: F1 of firing at all, and difference of means."""
-    on, y = s.fit > 0, s.fit_value == 1
-    firing = 2 * on[y].sum(0) / np.maximum(1, on.sum(0) + y.sum())
-    apart = s.fit[y].mean(0) - s.fit[~y].mean(0)
-    columns = np.union1d(np.argsort(-firing)[:CANDIDATES], np.argsort(-apart)[:CANDIDATES])
-    f1, thresholds = f1_by_threshold(s.fit[:, columns], s.fit_value)
-    best = int(f1.argmax())
-    column, threshold = int(columns[best]), float(thresholds[best])
-    return Found(column, threshold, float(f1[best]), f1_at(s.test[:, column], s.test_value, threshold))
-
-
-def best_of_k(s: Split, k: int) -> Found:
-    """A linear probe on the `k` features with the largest standardised difference of means."""
-    y = s.fit_value == 1
-    apart = np.abs(s.fit[y].mean(0) - s.fit[~y].mean(0)) / (s.fit.std(0) + 1e-9)
-    columns = np.argsort(-apart)[:k]
-    return on_direction(Split(s.fit[:, columns], s.fit_value, s.test[:, columns], s.test_value))
-
-
-def on_direction(s: Split) -> Found:
-    """A linear probe on all columns."""
-    direction = probe_direction(s.fit.astype(np.float64), s.fit_value)
-    f1, thresholds = f1_by_threshold((s.fit @ direction)[:, None], s.fit_value)
-    return Found(-1, float(thresholds[0]), float(f1[0]), f1_at(s.test @ direction, s.test_value, float(thresholds[0])))
+        parts += [per_unit(score[rows][:, None], u.unit[rows])[:, 0], u.value[rows][first]]
+    return on_scores(*parts)
 
 
 @torch.no_grad()
 def feature_matrix(sae: SAE, x: Tensor, batch: int = 8192) -> csr_matrix:
     """Features of rows, sparse. [row, d_sae]"""
     return vstack([csr_matrix(sae.encode(part.to(sae.b_dec.device)).cpu().numpy()) for part in x.split(batch)], format="csr")
+
+
+@dataclass
+class _Best:
+    """What is best on the fit part, over sites."""
+
+    site: str = ""
+    feature: int = -1
+    threshold: float = 0.0
+    fit: float = -1.0
+    f1: float = 0.0
+    k_fit: float = -1.0
+    k_f1: float = 0.0
+    null_fit: np.ndarray = field(default_factory=lambda: np.full(PERMUTATIONS, -1.0))
+    null_f1: np.ndarray = field(default_factory=lambda: np.zeros(PERMUTATIONS))
+
+    def one(self, site: str, fit: float, f1: float, feature: int = -1, threshold: float = 0.0) -> None:
+        if fit > self.fit:
+            self.site, self.fit, self.f1, self.feature, self.threshold = site, fit, f1, feature, threshold
+
+    def several(self, fit: float, f1: float) -> None:
+        if fit > self.k_fit:
+            self.k_fit, self.k_f1 = fit, f1
+
+    def nothing(self, fit: np.ndarray, f1: np.ndarray) -> None:
+        better = fit > self.null_fit
+        self.null_fit[better], self.null_f1[better] = fit[better], f1[better]
 
 
 def recover(
@@ -113,65 +189,71 @@ def recover(
     k: int = 5,
     bar: Callable[[Iterable[str]], Iterable[str]] = lambda x: x,
 ) -> pd.DataFrame:
-    """One row per concept and finder: concept, tier, finder, site, feature, fit, f1, k_fit, k_f1, null_fit, null_f1.
+    """One row per concept and finder: concept, tier, finder, site, feature, threshold, fit, f1, k_fit, k_f1, null_p99.
 
     suites: {finder: {hook name: SAE}}. Further finders: "probe" (linear, at the same sites) and "ngram". fit and f1 are of
-    the best single feature on either part, k_ of a probe on `k` features, null_ of the best feature for permuted labels.
+    the best single feature on either part, k_ of a probe on `k` features; null_p99 is the 99th percentile of the test F1 of
+    the best feature for `PERMUTATIONS` permuted labellings.
     """
     sites = list(dict.fromkeys(site for saes in suites.values() for site in saes))
-    best: dict[tuple[str, str], dict[str, object]] = {}
-    shuffled = {concept: permuted(u, seed=i) for i, (concept, u) in enumerate(units.items())}
-
-    def keep(concept: str, finder: str, prefix: str, found: Found, site: str = "") -> None:
-        """Keeps what is best on the fit part, over sites."""
-        row = best.setdefault((concept, finder), {})
-        if found.fit > float(row.get(f"{prefix}fit", -1.0)):  # type: ignore[arg-type]
-            row |= {f"{prefix}fit": found.fit, f"{prefix}f1": found.f1}
-            row |= {"site": site, "feature": found.column} if not prefix else {}
-
+    best: dict[tuple[str, str], _Best] = {}
+    needed = np.unique(np.concatenate([u.rows for u in units.values()]))
+    rows_of = {concept: np.searchsorted(needed, u.rows) for concept, u in units.items()}
+    shuffled = [
+        np.stack([permuted(u, seed=1000 * i + draw) for draw in range(PERMUTATIONS)], axis=1).astype(np.int8)
+        for i, u in enumerate(units.values())
+    ]
+    acts = corpus_activations(lm, corpus._replace(where=corpus.where[needed]), sites)
     for site in bar(sites):
-        x = corpus_activations(lm, corpus, [site])[site]
+        x = acts.pop(site)
         features = {name: feature_matrix(saes[site], x) for name, saes in suites.items() if site in saes}
         rows = x.numpy()
-        for concept, u in units.items():
-            keep(concept, "probe", "", on_direction(split(rows[u.rows], u, u.value)), site)
+        for (concept, u), null in zip(units.items(), shuffled, strict=True):
+            at = rows_of[concept]
+            best.setdefault((concept, "probe"), _Best()).one(site, *probe(rows[at].astype(np.float64), u))
             for name, matrix in features.items():
-                scores = matrix[u.rows].toarray()
-                s = split(scores, u, u.value)
-                keep(concept, name, "", best_feature(s), site)
-                keep(concept, name, "k_", best_of_k(s, k))
-                keep(concept, name, "null_", best_feature(split(scores, u, shuffled[concept])))
+                own = best.setdefault((concept, name), _Best())
+                s = split(matrix[at], u, np.concatenate([u.value[:, None], null], axis=1))
+                found = best_feature(s)
+                own.one(site, float(found.fit[0]), float(found.f1[0]), int(found.column[0]), float(found.threshold[0]))
+                own.nothing(found.fit[1:], found.f1[1:])
+                own.several(*best_of_k(s, k))
     for concept, u in units.items():
-        gram = ngram_scores(corpus, u)
-        s = split(gram, u, u.value)
-        f1, thresholds = f1_by_threshold(s.fit, s.fit_value)
-        threshold = float(thresholds[0])
-        keep(concept, "ngram", "", Found(0, threshold, float(f1[0]), f1_at(s.test[:, 0], s.test_value, threshold)))
-    return pd.DataFrame(
-        [{"concept": concept, "tier": concept[0], "finder": finder, **row} for (concept, finder), row in best.items()]
-    )
+        best[concept, "ngram"] = gram = _Best()
+        gram.one("", *_row_score(ngram_scores(corpus, u)[:, 0], u))
+    return pd.DataFrame([_row(concept, finder, b) for (concept, finder), b in best.items()])
+
+
+def _row(concept: str, finder: str, b: _Best) -> dict[str, object]:
+    row: dict[str, object] = {"concept": concept, "tier": concept[0], "finder": finder, "site": b.site, "fit": b.fit, "f1": b.f1}
+    if b.feature >= 0:
+        row |= {"feature": b.feature, "threshold": b.threshold, "k_fit": b.k_fit, "k_f1": b.k_f1}
+        row |= {"null_p99": float(np.quantile(b.null_f1, 0.99))}
+    return row
+
+
+def recovered(found: pd.DataFrame) -> pd.DataFrame:
+    """Per finder and concept: f1, k_f1, probe (the ceiling's F1), null_p99, easy (the n-gram gets it) and recovered.
+
+    Recovered: the test F1 of a single feature is at least `ENOUGH` of the probe's and above the null.
+    """
+    f1 = found.pivot(index="concept", columns="finder", values="f1")
+    own = found[~found["finder"].isin(["probe", "ngram"])].copy()
+    own["probe"], own["ngram"] = own["concept"].map(f1["probe"]), own["concept"].map(f1["ngram"])
+    own["easy"] = own["ngram"] >= ENOUGH
+    own["recovered"] = (own["f1"] >= ENOUGH * own["probe"]) & (own["f1"] > own["null_p99"])
+    return own
 
 
 def summarise(found: pd.DataFrame, tiers: Iterable[str] = "cdef") -> pd.DataFrame:
-    """One row per tier and finder: concepts counted, mean F1 (one feature, k features), and the share recovered.
-
-    Left out are concepts that the n-gram gets at an F1 of `ENOUGH`. A concept is recovered where the test F1 of a single
-    feature is at least `ENOUGH` of the probe's and above the 99th percentile of the finder's null over all concepts.
+    """One row per finder and tier, and one for all tiers together: concepts counted, mean F1 (one feature, k features, the
+    probe), and the share recovered. Concepts that the n-gram gets at an F1 of `ENOUGH` are left out.
     """
-    by = found.set_index(["finder", "concept"])
-    easy = set(by.loc["ngram"].index[by.loc["ngram", "f1"] >= ENOUGH])
+    own = recovered(found)
+    own = own[own["tier"].isin(list(tiers)) & ~own["easy"]]
     rows = []
-    for finder in [name for name in dict.fromkeys(found["finder"]) if name not in ("probe", "ngram")]:
-        own = by.loc[finder]
-        null = float(own["null_f1"].quantile(0.99))
-        for tier in tiers:
-            some = own[(own["tier"] == tier) & ~own.index.isin(easy)]
-            if some.empty:
-                continue
-            ceiling = by.loc["probe"].loc[some.index, "f1"]
-            recovered = (some["f1"] >= ENOUGH * ceiling) & (some["f1"] > null)
-            rows.append(
-                {"finder": finder, "tier": tier, "concepts": len(some), "f1": some["f1"].mean(), "k_f1": some["k_f1"].mean(),
-                 "probe": ceiling.mean(), "null_p99": null, "recovered": recovered.mean()}
-            )  # fmt: skip
+    for finder, mine in own.groupby("finder", sort=False):
+        for tier, some in [*mine.groupby("tier"), ("all", mine)]:
+            means = some[["f1", "k_f1", "probe", "null_p99", "recovered"]].mean()
+            rows.append({"finder": finder, "tier": tier, "concepts": len(some)} | means.to_dict())
     return pd.DataFrame(rows)

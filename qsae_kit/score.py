@@ -1,27 +1,34 @@
 """`qsae eval` and `qsae sweep`: from flags to tables and figures in a folder."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 from jaxtyping import Float
+from plotly.graph_objects import Figure
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from qsae_kit.activations import LiveRows
-from qsae_kit.baselines import baseline_suite
+from qsae_kit.baselines import baseline_suite, found_again
 from qsae_kit.data import Document, TokenBatch, read_documents, repeat, split_documents, token_batches
+from qsae_kit.eval_plots import baseline_figure, concept_figure, frontier_figure
 from qsae_kit.evaluate import evaluate_suite
 from qsae_kit.files import atomic_file, write_text
 from qsae_kit.fit import StoredFile, fit_live
+from qsae_kit.interchange import interchange_table
 from qsae_kit.metrics import Reconstruction
 from qsae_kit.models import HookedLM
-from qsae_kit.plots import frontier_figure, reconstruction_figure
+from qsae_kit.plots import reconstruction_figure
 from qsae_kit.recipe import TrainConfig, default_recipe
+from qsae_kit.recovery import recover, recovered, summarise
 from qsae_kit.sae import SAE
+from qsae_kit.tiny import concepts as planted
 from qsae_kit.tiny import world
 
 SPLICED_SHARE = 0.2
@@ -57,7 +64,7 @@ def score_stored(file: StoredFile, sae: SAE, n_rows: int | None = None, batch: i
     }  # fmt: skip
 
 
-def documents_of(lm: HookedLM, data: str | None) -> tuple[list[Document], Any]:
+def documents_of(lm: HookedLM, data: str | None) -> tuple[list[Document], Callable[[], Iterator[Document]]]:
     """Held-out documents, and a function that gives the others without end."""
     if data is not None:
         path = data
@@ -68,8 +75,8 @@ def documents_of(lm: HookedLM, data: str | None) -> tuple[list[Document], Any]:
         return split_documents(read_documents(path), HELD_OUT_DOCUMENTS)[0], others
     if lm.model_name != "tiny":
         raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
-    held_out = [dialogue.messages for dialogue in world.dialogues(4 * HELD_OUT_DOCUMENTS, seed=1_000_008)]
-    return held_out, lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_007))
+    held_out: list[Document] = [d.messages for d in world.dialogues(4 * HELD_OUT_DOCUMENTS, seed=1_000_008)]
+    return held_out, lambda: (d.messages for d in world.dialogues(10**9, seed=1_000_007))
 
 
 def batches_of(lm: HookedLM, documents: Sequence[Document], tokens: int) -> list[TokenBatch]:
@@ -86,6 +93,17 @@ def batches_of(lm: HookedLM, documents: Sequence[Document], tokens: int) -> list
     return out
 
 
+@dataclass
+class Scores:
+    """The tables of an evaluation."""
+
+    evaluation: pd.DataFrame
+    seeds: pd.DataFrame | None = None
+    concepts: pd.DataFrame | None = None
+    summary: pd.DataFrame | None = None
+    interchange: pd.DataFrame | None = None
+
+
 def score_suite(
     lm: HookedLM,
     suite: Mapping[str, Mapping[str, SAE]],
@@ -94,12 +112,16 @@ def score_suite(
     out: Path,
     *,
     baselines: bool = False,
+    concepts: bool = False,
     bar: bool = True,
-) -> pd.DataFrame:
-    """Evaluates a suite, with its baselines where wanted, on held-out tokens; writes evaluation.csv, .parquet and .html.
+) -> Scores:
+    """Evaluates a suite, with its baselines where wanted, on held-out tokens; writes tables (.csv, .parquet) and figures (.html).
 
-    Baselines are trained like the suite's first variant, on the documents that are not held out.
+    Baselines are trained like the suite's first variant, on the documents that are not held out. concepts: which planted
+    concepts of the bundled model are recovered, by the suite and by every baseline; ValueError for another model.
     """
+    if concepts and lm.model_name != "tiny":
+        raise ValueError(f"The concepts of {lm.model_name!r} are not known; --concepts is for the bundled model, tiny.")
     held_out, training = documents_of(lm, data)
     everything: dict[str, dict[str, SAE]] = {variant: dict(saes) for variant, saes in suite.items()}
     if baselines:
@@ -108,9 +130,54 @@ def score_suite(
         everything |= baseline_suite(source, recipe_of(next(iter(suite.values()))), lm.model_name, bar=bar)
     batches = batches_of(lm, held_out, tokens)
     table = evaluate_suite(lm, everything, batches, _share(batches, SPLICED_SHARE), bar)
+    scores = Scores(table)
     save_tables(table, out / "evaluation")
-    write_text(out / "evaluation.html", reconstruction_figure(table, lm.model_name).to_html(include_plotlyjs=True))
-    return table
+    own = table[table["variant"].isin(suite)]
+    _save_figure(reconstruction_figure(own, lm.model_name), out / "evaluation.html")
+    if baselines:
+        _save_figure(baseline_figure(table, lm.model_name), out / "baselines.html")
+        scores.seeds = seeds(table, next(iter(suite)), everything)
+        save_tables(scores.seeds, out / "seeds")
+    if concepts:
+        score_planted(lm, everything, next(iter(suite)), out, scores, bar)
+    return scores
+
+
+def score_planted(
+    lm: HookedLM, everything: Mapping[str, Mapping[str, SAE]], variant: str, out: Path, scores: Scores, bar: bool = True
+) -> None:
+    """Concept recovery of every variant, and interchange with the features of one; fills and writes the tables."""
+    corpus = planted.build_corpus(lm)
+    units = {name: u for name, u in planted.concept_units(corpus).items() if name[0] in "cdef"}
+    scores.concepts = recover(lm, corpus, units, everything, bar=partial(tqdm, desc="concepts", disable=not bar))
+    scores.summary = summarise(scores.concepts)
+    scores.interchange = interchange_table(lm, scores.concepts, everything[variant], variant)
+    for name in ("concepts", "summary", "interchange"):
+        save_tables(getattr(scores, name), out / ("concept_summary" if name == "summary" else name))
+    _save_figure(concept_figure(recovered(scores.concepts)), out / "concepts.html")
+
+
+SEED_METRICS = ("fvu", "delta_ce", "kl_nats", "ce_score", "kl_score", "top_1", "dead")
+
+
+def seeds(evaluation: pd.DataFrame, variant: str, everything: Mapping[str, Mapping[str, SAE]]) -> pd.DataFrame:
+    """What a second seed of the recipe changes, per site: pw_mcc and found_again (`baselines.found_again`), and for every
+    score the difference between the seeds (d_...). All sites together give the smallest difference that can be told from
+    reseeding: `smallest_differences`.
+    """
+    whole = evaluation[evaluation["category"] == "all"]
+    first, second = (whole[whole["variant"] == name].set_index("site")[list(SEED_METRICS)] for name in (variant, "second_seed"))
+    again = {site: found_again(sae, everything["second_seed"][site]) for site, sae in everything[variant].items()}
+    return pd.DataFrame.from_dict(again, orient="index").join((second - first).add_prefix("d_")).rename_axis("site").reset_index()
+
+
+def smallest_differences(seeds: pd.DataFrame) -> dict[str, float]:
+    """1.96 times the root mean square of the difference between two seeds, over sites: what lies below it is no finding."""
+    return {m: 1.96 * float((seeds[f"d_{m}"] ** 2).mean() ** 0.5) for m in SEED_METRICS}
+
+
+def _save_figure(figure: Figure, path: Path) -> None:
+    write_text(path, figure.to_html(include_plotlyjs=True))
 
 
 def recipe_of(saes: Mapping[str, SAE]) -> TrainConfig:
@@ -147,25 +214,32 @@ def sweep(
     config: TrainConfig,
     l0s: Sequence[float],
     expansions: Sequence[float],
+    lengths: Sequence[int],
     tokens: int,
     out: Path,
     *,
     resume: bool = False,
     bar: bool = True,
 ) -> pd.DataFrame:
-    """Trains every L0 at every width from one stream, evaluates them, and writes the suite, sweep.csv, .parquet and .html.
+    """Trains every L0 at every width from one stream, evaluates them, and writes sweep.csv, .parquet and .html.
 
+    lengths: numbers of training tokens, each a run of its own in tokens_<n>/ (a decayed learning rate has no useful middle).
     tokens: held-out ones. The table is `evaluate_suite`'s with the columns expansion and target, and effective_rank.
     """
     recipes = [replace(config, sparsity=l0, expansion=x) for x in expansions for l0 in l0s]
-    suite = fit_live(lm, data, sites, recipes, out, resume=resume, bar=bar).suite
     batches = batches_of(lm, documents_of(lm, data)[0], tokens)
-    table = evaluate_suite(lm, suite, batches, _share(batches, SPLICED_SHARE), bar)
+    tables = []
+    for n in lengths:
+        some = [replace(recipe, tokens=n) for recipe in recipes]
+        suite = fit_live(lm, data, sites, some, out / f"tokens_{n}", resume=resume, bar=bar).suite
+        tables.append(evaluate_suite(lm, suite, batches, _share(batches, SPLICED_SHARE), bar))
+    table = pd.concat(tables, ignore_index=True)
     width = {recipe.variant: recipe.expansion for recipe in recipes}
     ranks = effective_ranks(lm, sites, batches)
     table = table.assign(expansion=table["variant"].map(width), effective_rank=table["site"].map(ranks))
     save_tables(table, out / "sweep")
-    write_text(out / "sweep.html", frontier_figure(table, lm.model_name).to_html(include_plotlyjs=True))
+    longest = table[table["trained_tokens"] == table["trained_tokens"].max()]
+    _save_figure(frontier_figure(longest, lm.model_name), out / "sweep.html")
     return table
 
 

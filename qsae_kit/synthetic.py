@@ -5,7 +5,7 @@ z_i feature i fires follows from three things:
     frequency    p_i falls with rank as a power law between `max_prob` and `min_prob` (Zipf)
     correlation  features fire where a Gaussian of low rank plus noise passes their threshold (a Gaussian copula)
     hierarchy    a child fires only where its parent does; some families allow one child at a time
-Magnitudes a_i are 1 + std * noise, cut at 0. Directions are random, then pushed apart by gradient descent on their
+Magnitudes a_i are 1 + std * noise, at least a tenth. Directions are random, then pushed apart by gradient descent on their
 largest cosines. After SAELens's synthetic module (2025) and Chanin & Garriga-Alonso (arXiv 2508.16560).
 """
 
@@ -102,7 +102,7 @@ class Synthetic:
         """Rows and magnitudes; another seed gives other rows of the same world."""
         generator = torch.Generator().manual_seed((self.config.seed + 1) * 1_000_003 + seed)
         fires = self._fires(n_rows, generator)
-        sizes = (1 + self.config.std * torch.randn(n_rows, len(self.frequency), generator=generator)).clamp(min=0)
+        sizes = (1 + self.config.std * torch.randn(n_rows, len(self.frequency), generator=generator)).clamp(min=0.1)
         z = fires * sizes
         return Sample(z @ self.directions, z)
 

@@ -8,7 +8,7 @@ import json
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import pandas as pd
 from IPython.display import display
@@ -35,6 +35,7 @@ def read_log(folder: Path) -> pd.DataFrame:
     return pd.DataFrame([row for line in lines for row in _rows(line["group"], line["rows"], line["sites"])])
 
 
+@runtime_checkable
 class Watcher(Protocol):
     """Anything that is called after each step."""
 

@@ -68,7 +68,7 @@ def test_what_is_frozen_stays_where_it_was(rows):
     start = torch.nn.functional.normalize(torch.randn(48, 16, generator=generator), dim=-1)
     trained = {}
     for frozen in ("decoder", "soft_decoder", "encoder"):
-        config = TrainConfig("topk", 4, 3, 6000, 200, 3e-3, 2000, frozen=frozen)
+        config = TrainConfig("topk", 4, 3, 20_000, 200, 2e-2, 2000, frozen=frozen)
         trained[frozen] = train_saes(StoredRows({SITE: rows}), [config], model_name="t", bar=False)[config.variant][SITE]
     torch.testing.assert_close(trained["decoder"].W_dec, start)
     cosines = (trained["soft_decoder"].W_dec * start).sum(-1)

@@ -100,7 +100,7 @@ def test_columns_and_order(lm, batches):
     wanted = (
         "variant site layer kind category fvu mse cosine l2_ratio relative_bias l0 l0_p10 l0_p90 dead denser_than_1_percent "
         "denser_than_10_percent tokens ce delta_ce kl_nats top_1 delta_ce_zero kl_zero delta_ce_mean kl_mean ce_score kl_score "
-        "ce_score_mean kl_score_mean spliced_tokens target mean_cosine nearest_median nearest_p99"
+        "ce_score_mean kl_score_mean spliced_tokens target d_sae trained_tokens mean_cosine nearest_median nearest_p99"
     )
     assert list(table.columns) == wanted.split()
     assert list(table["kind"].unique()) == list(HOOKS)

@@ -31,11 +31,11 @@ def test_swapping_the_whole_last_layer_flips_and_nothing_keeps(lm, changed):
     sae = whole(lm, lm.n_layers - 1)
     pairs = list(world.pairs(changed, 12))
     everything, nothing = range(sae.d_sae), [0]
-    none = [interchange(lm, sae, nothing, pair) for pair in pairs]
+    none = [interchange(lm, [(sae, nothing)], pair) for pair in pairs]
     right = [n.before < 0 for n in none]
     assert sum(right) >= 8  # the model gives the base answer
     assert sum(n.flipped for n in none) <= 2
-    swapped = [interchange(lm, sae, everything, pair) for pair in pairs]
+    swapped = [interchange(lm, [(sae, everything)], pair) for pair in pairs]
     if changed != "object":  # there the tool is named after the swapped tokens
         assert sum(s.flipped for s, r in zip(swapped, right, strict=True) if r) >= 0.7 * sum(right)
     for before, after in zip(none, swapped, strict=True):

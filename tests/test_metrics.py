@@ -26,10 +26,10 @@ def test_by_hand():
     assert s.dead == pytest.approx(1 / 3)
     assert s.rows == 2
     assert s.mse == pytest.approx(1.0, abs=1e-12)
-    cosines = (3 / (5 * 2) ** 0.5, 33 / (45 * 34) ** 0.5)
+    cosines = (3 / (5 * 2) ** 0.5, 39 / (45 * 34) ** 0.5)
     assert s.cosine == pytest.approx(sum(cosines) / 2, abs=1e-12)
     assert s.l2_ratio == pytest.approx(((2 / 5) ** 0.5 + (34 / 45) ** 0.5) / 2, abs=1e-12)
-    assert s.relative_bias == pytest.approx(36 / 36, abs=1e-12)  # |x_hat|^2 = 2 + 34, x . x_hat = 3 + 33
+    assert s.relative_bias == pytest.approx(36 / 42, abs=1e-12)  # |x_hat|^2 = 2 + 34, x . x_hat = 3 + 39
     assert s.density.tolist() == [1.0, 0.5, 0.0]
     assert (s.denser(0.6), s.denser(0.1)) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert (s.l0_quantile(0.5), s.l0_quantile(0.9)) == (1, 2)

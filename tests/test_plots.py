@@ -17,7 +17,7 @@ def evaluation():
         {
             "variant": ["topk"] * 4, "layer": [0, 1, 0, 1], "kind": ["resid", "resid", "mlp", "mlp"],
             "site": ["a", "b", "c", "d"], "fvu": [0.1, 0.2, 0.3, 0.4], "delta_ce": [0.01, 0.02, 0.03, 0.04],
-            "l0": [16.0] * 4, "tokens": [1000] * 4, "spliced_tokens": [200] * 4,
+            "category": ["all"] * 4, "l0": [16.0] * 4, "tokens": [1000] * 4, "spliced_tokens": [200] * 4,
         }
     )  # fmt: skip
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "sites", "files", "chat", "sources", "models", "edits", "data", "activations", "sae", "formats", "optim", "recipe", "plan",
     "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "tiny", "prompts", "steering", "outcomes", "study", "plots", "report",
-    "recovery", "interchange", "watch", "harvest", "fit", "score", "demo", "cli",
+    "recovery", "interchange", "scaling", "eval_plots", "watch", "harvest", "fit", "score", "demo", "cli",
 )  # fmt: skip
 
 

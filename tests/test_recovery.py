@@ -3,33 +3,47 @@
 import numpy as np
 import pytest
 import torch
+from scipy.sparse import csr_matrix
 
 from qsae_kit.activations import NormFilter
-from qsae_kit.recovery import Split, best_feature, best_of_k, f1_at, f1_by_threshold, on_direction, recover, split, summarise
+from qsae_kit.recovery import Split, best_feature, best_of_k, f1_of, pooled, probe, recover, recovered, split, summarise
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.tiny import concepts
 from qsae_kit.tiny.concepts import Units
 
 
+def whole(scores, values):
+    """A split whose test part is its fit part."""
+    matrix = csr_matrix(scores)
+    return Split(matrix, values, matrix, values)
+
+
 def test_the_best_threshold_by_hand():
     scores = np.array([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.0, 5.0]])
-    value = np.array([1, 0, 1, 0])
-    f1, thresholds = f1_by_threshold(scores, value)
-    assert f1[0] == pytest.approx(0.8)  # above 0.5: two hits, one miss
-    assert thresholds[0] == pytest.approx(0.5)
-    assert f1[1] == pytest.approx(2 / 3)  # everything: nothing else parts the ties
-    for column in (0, 1):
-        assert f1_at(scores[:, column], value, thresholds[column]) == pytest.approx(f1[column])
+    found = best_feature(whole(scores, np.array([[1, 0], [0, 0], [1, 0], [0, 1]])))
+    assert found.column.tolist() == [0, 1]
+    assert found.fit.tolist() == pytest.approx([0.8, 1.0])  # above 0.5: two hits, one miss
+    assert found.threshold.tolist() == pytest.approx([0.5, 2.5])
+    assert found.f1.tolist() == pytest.approx([0.8, 1.0])
 
 
-def test_thresholds_against_a_search():
+def test_all_features_and_thresholds_against_a_search():
     rng = np.random.default_rng(0)
-    scores = np.round(rng.normal(size=(60, 5)), 1)
-    value = rng.integers(0, 2, 60)
-    f1, _ = f1_by_threshold(scores, value)
-    for column in range(5):
-        cuts = [-9.0, *np.unique(scores[:, column])]
-        assert f1[column] == pytest.approx(max(f1_at(scores[:, column], value, cut) for cut in cuts))
+    scores = np.maximum(0, np.round(rng.normal(size=(60, 7)), 1))  # with ties
+    values = rng.integers(0, 2, (60, 45))
+    found = best_feature(whole(scores, values))
+    for i in range(45):
+        searched = {
+            (column, cut): f1_of(scores[:, [column]] > cut, values[:, [i]])[0]
+            for column in range(7) for cut in [0.0, *np.unique(scores[:, column])]
+        }  # fmt: skip
+        assert found.fit[i] == pytest.approx(max(searched.values()))
+        assert found.f1[i] == pytest.approx(found.fit[i])
+
+
+def test_features_that_never_fire():
+    found = best_feature(whole(np.zeros((5, 3)), np.ones((5, 2), int)))
+    assert found.f1.tolist() == [0, 0]
 
 
 def noise(n=800, columns=60, seed=0):
@@ -39,38 +53,46 @@ def noise(n=800, columns=60, seed=0):
 
 
 def as_split(scores, value, fit):
-    u = Units(np.arange(len(value)), np.arange(len(value)), value, fit)
-    return split(scores, u, value)
+    each = np.arange(len(value))
+    return split(csr_matrix(scores), Units(each, each, value, fit, each), value[:, None])
 
 
 def test_a_planted_feature_is_found_and_noise_is_not():
     scores, value, fit = noise()
-    found = best_feature(as_split(scores, value, fit))
-    assert found.f1 < 0.75
+    assert best_feature(as_split(scores, value, fit)).f1[0] < 0.75
     scores[:, 17] += 2 * value
     found = best_feature(as_split(scores, value, fit))
-    assert found.column == 17
-    assert found.f1 > 0.85
-    assert best_of_k(as_split(scores, value, fit), 5).f1 > 0.85
-    assert on_direction(as_split(scores, value, fit)).f1 > 0.85
+    assert found.column[0] == 17
+    assert found.f1[0] > 0.85
+    assert best_of_k(as_split(scores, value, fit), 5)[1] > 0.85
+    each = np.arange(len(value))
+    assert probe(scores, Units(each, each, value, fit, each))[1] > 0.85
 
 
 def test_the_test_part_never_decides():
     scores, value, fit = noise()
     scores[~fit, 3] = value[~fit] * 9
     s = as_split(scores, value, fit)
-    found = best_feature(s)
-    assert found == best_feature(s._replace(test=np.zeros_like(s.test)))._replace(f1=found.f1)
-    assert found.column != 3 or found.fit < 0.8
+    found, blind = best_feature(s), best_feature(s._replace(test=csr_matrix(s.test.shape)))
+    assert (found.column, found.threshold, found.fit) == (blind.column, blind.threshold, blind.fit)
+    assert found.column[0] != 3 or found.fit[0] < 0.8
 
 
 def test_units_are_scored_by_their_maximum():
-    u = Units(np.arange(5), np.array([0, 0, 1, 2, 3]), np.array([1, 1, 0, 1, 0]), np.array([True, True, True, False, False]))
-    s = split(np.array([[1.0], [4.0], [2.0], [3.0], [0.0]]), u, u.value)
-    assert s.fit[:, 0].tolist() == [4.0, 2.0]
-    assert s.fit_value.tolist() == [1, 0]
-    assert s.test[:, 0].tolist() == [3.0, 0.0]
-    assert isinstance(s, Split)
+    unit = np.array([0, 0, 1, 2, 3])
+    u = Units(np.arange(5), unit, np.array([1, 1, 0, 1, 0]), np.array([True, True, True, False, False]), unit)
+    s = split(csr_matrix(np.array([[1.0], [4.0], [2.0], [3.0], [0.0]])), u, u.value[:, None])
+    assert s.fit.toarray()[:, 0].tolist() == [4.0, 2.0]
+    assert s.fit_value[:, 0].tolist() == [1, 0]
+    assert s.test.toarray()[:, 0].tolist() == [3.0, 0.0]
+
+
+def test_pooling_by_hand():
+    rng = np.random.default_rng(0)
+    unit, x = np.sort(rng.integers(0, 40, 300)), np.maximum(0, rng.normal(size=(300, 6)))
+    wanted = np.stack([x[unit == u].max(0) for u in np.unique(unit)])
+    np.testing.assert_array_equal(pooled(csr_matrix(x), unit).toarray(), wanted)
+    assert pooled(csr_matrix((4, 3)), np.array([0, 0, 1, 1])).shape == (2, 3)  # nothing fires
 
 
 def test_recovery_on_the_bundled_model(lm):
@@ -86,12 +108,16 @@ def test_recovery_on_the_bundled_model(lm):
     table = recover(lm, corpus, units, {"untrained": {site: sae.requires_grad_(False)}})
     by = table.set_index(["concept", "finder"])
     assert set(table["finder"]) == {"probe", "untrained", "ngram"}
-    assert by.loc[("a/language=zh", "probe"), "f1"] > 0.95
+    assert by.loc[("a/language=zh", "probe"), "f1"] > 0.85
     assert (by["f1"].dropna() <= 1).all()
     for concept in units:
         own = by.loc[(concept, "untrained")]
-        assert 0 <= own["null_f1"] <= own["null_fit"] <= 1
+        assert 0 <= own["null_p99"] < 0.9
         assert own["site"] == site
+    told = recovered(table).set_index("concept")
+    assert told.loc["a/language=zh", "ngram"] > 0.8  # so it does not count
+    assert told.loc["a/language=zh", "easy"]
     summary = summarise(table, tiers="f")
-    assert summary["finder"].tolist() == ["untrained"]
-    assert 0 <= summary["recovered"].item() <= 1
+    assert summary["tier"].tolist() == ["f", "all"]
+    assert summary["concepts"].nunique() == 1
+    assert summary["recovered"].between(0, 1).all()

@@ -88,7 +88,7 @@ def test_a_sweep(tmp_path):
     table = pd.read_parquet(tmp_path / "sweep.parquet")
     own = table[table["category"] == "all"]
     assert sorted(zip(own["expansion"], own["target"], strict=True)) == [(4, 4), (4, 16), (8, 4), (8, 16)]
-    assert len(load_suite(tmp_path / "suite")) == 4
+    assert len(load_suite(tmp_path / "tokens_8192" / "suite")) == 4
     for _, some in own.groupby("expansion"):
         assert some.sort_values("target")["fvu"].is_monotonic_decreasing
     assert own["effective_rank"].nunique() == 1
