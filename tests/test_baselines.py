@@ -16,7 +16,7 @@ CONFIG = TrainConfig("topk", sparsity=4, expansion=3, tokens=20_000, batch=200, 
 
 @pytest.fixture(scope="module")
 def rows():
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(77)  # not the recipe's seed: frozen directions must not be the true ones
     directions = torch.nn.functional.normalize(torch.randn(48, 16, generator=generator), dim=1)
     active = torch.rand(6000, 48, generator=generator) < 3 / 48
     return (active * (1 + torch.rand(6000, 48, generator=generator))) @ directions * 5 + 3
@@ -73,7 +73,7 @@ def test_what_is_frozen_stays_where_it_was(rows):
     torch.testing.assert_close(trained["decoder"].W_dec, start)
     cosines = (trained["soft_decoder"].W_dec * start).sum(-1)
     assert cosines.min() > 0.8 - 1e-4
-    assert cosines.min() < 0.9
+    assert cosines.min() < 0.81  # the edge of the cone is reached
     encoder = torch.nn.functional.normalize(trained["encoder"].encoder, dim=-1)
     torch.testing.assert_close(encoder, start, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(trained["encoder"].W_dec, start, atol=0.1)
