@@ -21,26 +21,29 @@ def frontier_figure(table: pd.DataFrame, model_name: str = "", category: str = "
     table = table[table["category"] == category]
     figure = make_subplots(1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12)
     widths = list(dict.fromkeys(table["expansion"]))
-    n_layers = int(table["layer"].max()) + 1
+    n_layers, named = int(table["layer"].max()) + 1, set()
     for (site, expansion), rows in table.groupby(["site", "expansion"], sort=False):
         rows = rows.sort_values("l0")
         kind, layer = rows["kind"].iloc[0], int(rows["layer"].iloc[0])
         for column, metric in ((1, "fvu"), (2, "delta_ce")):
             figure.add_trace(
                 go.Scatter(
-                    x=rows["l0"].tolist(), y=rows[metric].tolist(), mode="lines+markers", name=plot_text(f"{site}, x{expansion:g}"),
-                    legendgroup=f"{site}/{expansion}", showlegend=column == 1, opacity=0.35 + 0.65 * (layer + 1) / n_layers,
+                    x=rows["l0"].tolist(), y=rows[metric].tolist(), mode="lines+markers", name=f"{KIND_NAMES[kind]}, x{expansion:g}",
+                    legendgroup=f"{kind}/{expansion}", showlegend=column == 1 and (kind, expansion) not in named, opacity=0.35 + 0.65 * (layer + 1) / n_layers,
                     line={"color": KIND_COLORS[kind], "dash": DASHES[widths.index(expansion) % len(DASHES)]},
                     marker={"symbol": KIND_SYMBOLS[kind], "size": 7},
                     hovertemplate=plot_text(str(site)) + ": L0 %{x:.1f}, %{y:.4f}<extra></extra>",
                 ),
                 row=1, col=column,
             )  # fmt: skip
-    figure.update_xaxes(title="L0 (features a token)", type="log")
-    figure.update_yaxes(title="fraction of variance unexplained", type="log", row=1, col=1)
+        named.add((kind, expansion))
+    figure.update_xaxes(title="L0 (features a token)", type="log", dtick="D2")
+    figure.update_yaxes(title="fraction of variance unexplained", type="log", dtick="D2", row=1, col=1)
     figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
     where = f" of {plot_text(model_name)}" if model_name else ""
-    style(figure, f"Sparsity against fidelity{where} ({int(table['tokens'].max()):,} held-out tokens)", height=520)
+    tokens = f"{int(table['tokens'].max()):,} and {int(table['spliced_tokens'].max()):,} held-out tokens"
+    style(figure, f"Sparsity against fidelity{where}, later layers darker ({tokens})", height=480)
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure
 
 
@@ -79,7 +82,7 @@ def baseline_figure(evaluation: pd.DataFrame, model_name: str = "", category: st
             row=1, col=column,
         )  # fmt: skip
     figure.update_yaxes(categoryorder="array", categoryarray=[labels[v] for v in order])
-    figure.update_xaxes(title="fraction of variance unexplained", type="log", row=1, col=1)
+    figure.update_xaxes(title="fraction of variance unexplained", type="log", dtick="D2", row=1, col=1)
     figure.update_xaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
     where = f" of {plot_text(model_name)}" if model_name else ""
     tokens = f"{int(table['tokens'].max()):,} and {int(table['spliced_tokens'].max()):,} held-out tokens"
@@ -91,7 +94,7 @@ def baseline_figure(evaluation: pd.DataFrame, model_name: str = "", category: st
 def concept_figure(own: pd.DataFrame, tiers: str = "cdef") -> go.Figure:
     """Share of concepts recovered by a single feature, per tier and finder, with 95 % intervals.
 
-    own: the table of `recovery.recovered`; concepts that an n-gram gets are left out.
+    own: the table of `recovery.judge`; concepts that an n-gram gets are left out.
     """
     own = own[~own["easy"] & own["tier"].isin(list(tiers))]
     names = list(dict.fromkeys(own["finder"]))
@@ -178,8 +181,8 @@ def scaling_figure(table: pd.DataFrame, fit: ScalingFit, site: str, beyond: floa
                     showlegend=dash == "dash" and i == 0, hovertemplate="d_sae %{x:.0f}: %{y:.4f}<extra></extra>",
                 )
             )  # fmt: skip
-    figure.update_xaxes(title="d_sae (features)", type="log")
-    figure.update_yaxes(title="fraction of variance unexplained", type="log")
+    figure.update_xaxes(title="d_sae (features)", type="log", dtick="D2")
+    figure.update_yaxes(title="fraction of variance unexplained", type="log", dtick="D2")
     return style(
         figure, f"FVU against width at {plot_text(site)} (bands: 95 %, residuals resampled; dashed: extrapolation)", height=440
     )
@@ -200,7 +203,7 @@ def recovery_by_frequency_figure(features: pd.DataFrame) -> go.Figure:
             ),
             row=1, col=column,
         )  # fmt: skip
-    figure.update_xaxes(title="share of rows that it fires on", type="log")
+    figure.update_xaxes(title="share of rows that it fires on", type="log", dtick="D2")
     figure.update_yaxes(title="|cosine| with its latent", range=[0, 1.05], row=1, col=1)
     figure.update_yaxes(title="F1 of firing", range=[0, 1.05], row=1, col=2)
     return style(figure, f"{len(features):,} known features, each with the latent matched to it", height=400)

@@ -18,7 +18,7 @@ from torch import Tensor
 from qsae_kit.edits import Edit, applied
 from qsae_kit.metrics import wilson
 from qsae_kit.models import HookedLM
-from qsae_kit.recovery import recovered
+from qsae_kit.recovery import judge
 from qsae_kit.sae import SAE
 from qsae_kit.tiny import world
 from qsae_kit.tiny.world import Pair, Request, right_answers
@@ -152,7 +152,7 @@ def interchange_table(
     that stay when the same features are swapped while another attribute is asked for), and pairs_kept behind it. A row
     without pairs says so by pairs = 0 and has no shares (None).
     """
-    own = recovered(found)
+    own = judge(found)
     own = own[(own["finder"] == finder) & own["recovered"]].set_index("concept")
 
     def chosen(*concepts: str) -> Chosen | None:

@@ -120,7 +120,7 @@ def best_of_k(s: Split, k: int) -> tuple[float, float]:
     apart = np.asarray(s.fit[y].mean(0) - s.fit[~y].mean(0))[0]
     columns = np.argsort(-np.abs(apart) / (np.sqrt(np.maximum(0, square - mean**2)) + 1e-9))[:k]
     fit, test = s.fit[:, columns].toarray().astype(np.float64), s.test[:, columns].toarray().astype(np.float64)
-    direction = probe_direction(fit, s.fit_value[:, 0])
+    direction = probe_direction(fit, s.fit_value[:, 0]) if fit.any() else np.zeros(len(columns))
     return on_scores(fit @ direction, s.fit_value[:, 0], test @ direction, s.test_value[:, 0])
 
 
@@ -232,7 +232,7 @@ def _row(concept: str, finder: str, b: _Best) -> dict[str, object]:
     return row
 
 
-def recovered(found: pd.DataFrame) -> pd.DataFrame:
+def judge(found: pd.DataFrame) -> pd.DataFrame:
     """Per finder and concept: f1, k_f1, probe (the ceiling's F1), null_p99, easy (the n-gram gets it) and recovered.
 
     Recovered: the test F1 of a single feature is at least `ENOUGH` of the probe's and above the null.
@@ -249,7 +249,7 @@ def summarise(found: pd.DataFrame, tiers: Iterable[str] = "cdef") -> pd.DataFram
     """One row per finder and tier, and one for all tiers together: concepts counted, mean F1 (one feature, k features, the
     probe), and the share recovered. Concepts that the n-gram gets at an F1 of `ENOUGH` are left out.
     """
-    own = recovered(found)
+    own = judge(found)
     own = own[own["tier"].isin(list(tiers)) & ~own["easy"]]
     rows = []
     for finder, mine in own.groupby("finder", sort=False):

@@ -26,7 +26,7 @@ from qsae_kit.metrics import Reconstruction
 from qsae_kit.models import HookedLM
 from qsae_kit.plots import reconstruction_figure
 from qsae_kit.recipe import TrainConfig, default_recipe
-from qsae_kit.recovery import recover, recovered, summarise
+from qsae_kit.recovery import judge, recover, summarise
 from qsae_kit.sae import SAE
 from qsae_kit.tiny import concepts as planted
 from qsae_kit.tiny import world
@@ -154,7 +154,7 @@ def score_planted(
     scores.interchange = interchange_table(lm, scores.concepts, everything[variant], variant)
     for name in ("concepts", "summary", "interchange"):
         save_tables(getattr(scores, name), out / ("concept_summary" if name == "summary" else name))
-    _save_figure(concept_figure(recovered(scores.concepts)), out / "concepts.html")
+    _save_figure(concept_figure(judge(scores.concepts)), out / "concepts.html")
 
 
 SEED_METRICS = ("fvu", "delta_ce", "kl_nats", "ce_score", "kl_score", "top_1", "dead")
@@ -232,7 +232,8 @@ def sweep(
     for n in lengths:
         some = [replace(recipe, tokens=n) for recipe in recipes]
         suite = fit_live(lm, data, sites, some, out / f"tokens_{n}", resume=resume, bar=bar).suite
-        tables.append(evaluate_suite(lm, suite, batches, _share(batches, SPLICED_SHARE), bar))
+        own = evaluate_suite(lm, suite, batches, _share(batches, SPLICED_SHARE), bar)
+        tables.append(own.assign(trained_tokens=n))  # asked for: sites skip different numbers of rows
     table = pd.concat(tables, ignore_index=True)
     width = {recipe.variant: recipe.expansion for recipe in recipes}
     ranks = effective_ranks(lm, sites, batches)
@@ -262,10 +263,11 @@ def needed_l0(table: pd.DataFrame, metric: str, level: float) -> pd.DataFrame:
     """The L0 at which each site's frontier reaches `level` of a metric that falls with L0 (fvu, delta_ce).
 
     Interpolated along log L0 between trained SAEs, never beyond them: outside it is None, with `beyond` saying on which
-    side. One row per site and expansion.
+    side. One row per site and expansion, of the SAEs that were trained longest.
     """
     rows = []
-    for (site, expansion), some in table[table["category"] == "all"].groupby(["site", "expansion"], sort=False):
+    longest = table[(table["category"] == "all") & (table["trained_tokens"] == table["trained_tokens"].max())]
+    for (site, expansion), some in longest.groupby(["site", "expansion"], sort=False):
         curve = some.sort_values("l0")
         l0, value = curve["l0"].to_numpy(), curve[metric].to_numpy()
         found, beyond = None, "more" if value.min() > level else "less" if value.max() < level else ""

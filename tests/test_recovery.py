@@ -6,7 +6,7 @@ import torch
 from scipy.sparse import csr_matrix
 
 from qsae_kit.activations import NormFilter
-from qsae_kit.recovery import Split, best_feature, best_of_k, f1_of, pooled, probe, recover, recovered, split, summarise
+from qsae_kit.recovery import Split, best_feature, best_of_k, f1_of, judge, pooled, probe, recover, split, summarise
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.tiny import concepts
 from qsae_kit.tiny.concepts import Units
@@ -44,6 +44,8 @@ def test_all_features_and_thresholds_against_a_search():
 def test_features_that_never_fire():
     found = best_feature(whole(np.zeros((5, 3)), np.ones((5, 2), int)))
     assert found.f1.tolist() == [0, 0]
+    y = np.array([[1], [0], [1], [0]])
+    assert best_of_k(Split(csr_matrix((4, 3)), y, csr_matrix((4, 3)), y), 2) == pytest.approx((2 / 3, 2 / 3))  # says yes always
 
 
 def noise(n=800, columns=60, seed=0):
@@ -114,7 +116,7 @@ def test_recovery_on_the_bundled_model(lm):
         own = by.loc[(concept, "untrained")]
         assert 0 <= own["null_p99"] < 0.9
         assert own["site"] == site
-    told = recovered(table).set_index("concept")
+    told = judge(table).set_index("concept")
     assert told.loc["a/language=zh", "ngram"] > 0.8  # so it does not count
     assert told.loc["a/language=zh", "easy"]
     summary = summarise(table, tiers="f")

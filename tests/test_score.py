@@ -1,6 +1,7 @@
 """`qsae eval` and `qsae sweep`."""
 
 import json
+from functools import partial
 
 import pandas as pd
 import pytest
@@ -12,7 +13,8 @@ from qsae_kit.activations import NormFilter
 from qsae_kit.cli import app
 from qsae_kit.formats import load_suite, save_sae
 from qsae_kit.sae import JumpReLUSAE, Provenance, ReLUSAE, TopKSAE
-from qsae_kit.score import effective_rank, needed_l0
+from qsae_kit.score import effective_rank, needed_l0, smallest_differences
+from qsae_kit.tiny import concepts
 
 SITE = "blocks.2.hook_resid_post"
 
@@ -65,28 +67,38 @@ def test_a_suite_with_its_baselines(run, tmp_path):
     assert own["fvu"].drop("untrained").idxmin() != "frozen_decoder"
     assert own.loc["jumprelu-x8-l0_16", "fvu"] < own.loc["untrained", "fvu"]
     assert "Category: assistant" in done.stdout
+    assert "smallest difference to be told from it" in done.stdout
+    seeds = pd.read_parquet(tmp_path / "out" / "seeds.parquet")
+    assert 0 < seeds["pw_mcc"].item() < 1
+    both = own.loc[["second_seed", "jumprelu-x8-l0_16"], "fvu"]
+    assert seeds["d_fvu"].item() == pytest.approx(both.iloc[0] - both.iloc[1])
+    assert smallest_differences(seeds)["fvu"] == pytest.approx(1.96 * abs(seeds["d_fvu"].item()))
+    assert (tmp_path / "out" / "baselines.html").stat().st_size > 1e6
     assert (tmp_path / "out" / "evaluation.html").stat().st_size > 1e6
 
 
+def test_planted_concepts(run, tmp_path, monkeypatch):
+    small = partial(concepts.build_corpus, n=700, seed=5)
+    monkeypatch.setattr(concepts, "build_corpus", lambda lm: small(lm))
+    monkeypatch.setattr("qsae_kit.recovery.PERMUTATIONS", 5)
+    done = qsae("eval", "--suite", run / "suite", "--tokens", "2000", "--concepts", "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.exception
+    assert "Concepts told by one feature" in done.stdout
+    table = pd.read_parquet(tmp_path / "out" / "concepts.parquet")
+    assert set(table["finder"]) == {"jumprelu-x8-l0_16", "probe", "ngram"}
+    swapped = pd.read_csv(tmp_path / "out" / "interchange.csv")
+    assert swapped["swapped"].tolist() == ["attribute value", "refusal by asker", "refusal by object"]
+    assert swapped["flipped"].isna().eq(swapped["pairs"] == 0).all()
+
+
 def test_a_sweep(tmp_path):
-    flags = [
-        "--layers",
-        "2",
-        "--target-l0",
-        "4,16",
-        "--expansion",
-        "4,8",
-        "--tokens",
-        "8192",
-        "--batch",
-        "256",
-        "--held-out",
-        "2000",
-    ]
+    flags = "--layers 2 --target-l0 4,16 --expansion 4,8 --tokens 4096,8192 --batch 256 --held-out 2000".split()
     done = qsae("sweep", *flags, "--out", tmp_path)
     assert done.exit_code == 0, done.exception
     table = pd.read_parquet(tmp_path / "sweep.parquet")
     own = table[table["category"] == "all"]
+    assert sorted(set(own["trained_tokens"])) == [4096, 8192]
+    own = own[own["trained_tokens"] == 8192]
     assert sorted(zip(own["expansion"], own["target"], strict=True)) == [(4, 4), (4, 16), (8, 4), (8, 16)]
     assert len(load_suite(tmp_path / "tokens_8192" / "suite")) == 4
     for _, some in own.groupby("expansion"):
@@ -96,7 +108,9 @@ def test_a_sweep(tmp_path):
 
 
 def test_the_l0_that_a_level_needs():
-    frame = pd.DataFrame({"category": "all", "site": "a", "expansion": 8.0, "l0": [10.0, 40.0], "fvu": [0.4, 0.2]})
+    frame = pd.DataFrame(
+        {"category": "all", "trained_tokens": 9, "site": "a", "expansion": 8.0, "l0": [10.0, 40.0], "fvu": [0.4, 0.2]}
+    )
     found = needed_l0(frame, "fvu", 0.3)
     assert found["l0_at_fvu_0.3"].item() == pytest.approx(20)  # half way along log L0
     assert needed_l0(frame, "fvu", 0.1)[["l0_at_fvu_0.1", "beyond"]].iloc[0].tolist() == [None, "more"]
@@ -116,6 +130,7 @@ def test_effective_ranks():
         (["--acts", "ACTS"], "belong together"),
         (["--acts", "ACTS", "--sae", "SAE", "--tokens", "5"], "--tokens would have no effect"),
         (["--suite", "SUITE", "--json"], "belong to --acts"),
+        (["--acts", "ACTS", "--sae", "SAE", "--concepts"], "--concepts would have no effect"),
         (["--acts", "ACTS", "--sae", "SAE"], "width 12, the SAE takes d_in=160"),
         (["--suite", "ACTS"], "holds no SAEs"),
     ],
