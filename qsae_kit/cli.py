@@ -187,7 +187,7 @@ def evaluate(
 
     from qsae_kit.evaluate import CATEGORIES
     from qsae_kit.fit import read_rows
-    from qsae_kit.formats import load_sae, load_suite
+    from qsae_kit.formats import is_saelens, load_sae, load_saelens, load_suite
     from qsae_kit.models import load_model
     from qsae_kit.score import score_stored, score_suite, smallest_differences
 
@@ -203,7 +203,7 @@ def evaluate(
         )
         given = [name for name, value in live if value]
         _refuse(bool(given), f"--acts takes rows from a file, so {', '.join(given)} would have no effect.")
-        figures = score_stored(read_rows(acts), load_sae(sae), rows)
+        figures = score_stored(read_rows(acts), load_saelens(sae) if is_saelens(sae) else load_sae(sae), rows)
         typer.echo(json.dumps(figures) if json_ else pd.Series(figures).to_string())
         return
     _refuse(suite is None, "No --suite was given; give the folder of a suite, or --acts and --sae.")

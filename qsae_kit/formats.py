@@ -94,6 +94,12 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     except KeyError as error:
         raise ValueError(f"{str(folder / CONFIG)!r} lacks {error}; train or save the SAE again.") from error
     parse_hook_name(provenance.hook_name)
+    sae.load_tensors(_read_weights(sae, folder))
+    return sae.to(device).eval().requires_grad_(False)
+
+
+def _read_weights(sae: SAE, folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors that an SAE needs, checked for shape before and for finiteness after they are read."""
     shapes = {name: tuple(parameter.shape) for name, parameter in sae.tensors().items()}
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
@@ -106,8 +112,41 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{str(folder / WEIGHTS)!r}: {name} has values that are not finite; train it again.")
+    return tensors
+
+
+def load_saelens(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
+    """Reads a folder written by SAELens 6 (standard, topk or jumprelu): weights only, it names no site and no filter here.
+
+    What SAELens applies on use (the decoder's bias taken off the input, activations scaled by decoder norms) is folded into
+    the weights. Raises ValueError for other architectures and for normalised inputs, which need their own data.
+    """
+    folder = Path(folder)
+    config = _read_config(folder)
+    architecture, normalised = config.get("architecture"), config.get("normalize_activations", "none")
+    if architecture not in ("standard", "topk", "jumprelu") or normalised != "none":
+        raise ValueError(
+            f"{str(folder)!r} holds a {architecture!r} SAE of inputs normalised by {normalised!r}; allowed are standard, topk and "
+            "jumprelu without normalisation."
+        )
+    try:
+        sae = ARCHITECTURES[architecture](int(config["d_in"]), int(config["d_sae"]), float(config.get("k", 1)))
+    except KeyError as error:
+        raise ValueError(f"{str(folder / CONFIG)!r} lacks {error}; copy the folder again.") from error
+    tensors = _read_weights(sae, folder)
+    if config.get("apply_b_dec_to_input"):
+        tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
+    if config.get("rescale_acts_by_decoder_norm"):
+        norms = tensors["W_dec"].norm(dim=-1)
+        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms, tensors["b_enc"] * norms
+        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
     sae.load_tensors(tensors)
     return sae.to(device).eval().requires_grad_(False)
+
+
+def is_saelens(folder: str | Path) -> bool:
+    """Whether an SAE folder was written by SAELens rather than by this package."""
+    return "qsae_kit" not in _read_config(Path(folder))["metadata"]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ other's answer then is the likelier one. An edit that flips everything proves no
 another attribute of the same person is asked for, and that answer should stay.
 """
 
+import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
@@ -135,6 +136,8 @@ def _stem(request: Request) -> str:
 
 # --- for the concepts that were recovered
 
+EVERYWHERE = 0.5
+
 
 def interchange_table(
     lm: HookedLM,
@@ -147,7 +150,8 @@ def interchange_table(
 
     found: the table of `recovery.recover`; suite: the finder's {hook name: SAE}. Swapped are, for two people, the features
     of both their values of the attribute asked for ("attribute value"), and for two askers or two objects of a dangerous
-    verb those of refusing and answering ("refusal by asker", "refusal by object"). Pairs count where the model, left alone,
+    verb those of refusing and answering ("refusal by asker", "refusal by object"): of each concept one feature a site,
+    wherever its F1 on the fit part is at least `EVERYWHERE` of the best site's. Pairs count where the model, left alone,
     prefers the base's own answer. Columns: swapped, pairs, flipped (share, with ci_low and ci_high), kept (share of answers
     that stay when the same features are swapped while another attribute is asked for), and pairs_kept behind it. A row
     without pairs says so by pairs = 0 and has no shares (None).
@@ -160,7 +164,11 @@ def interchange_table(
             return None
         features: dict[str, list[int]] = {}
         for concept in concepts:
-            features.setdefault(str(own.loc[concept, "site"]), []).append(int(own.loc[concept, "feature"]))  # type: ignore[arg-type]
+            sites = json.loads(str(own.loc[concept, "sites"]))
+            best = max(fit for _, fit in sites.values())
+            for site, (feature, fit) in sites.items():
+                if fit >= EVERYWHERE * best:
+                    features.setdefault(site, []).append(feature)
         return [(suite[site], sorted(set(ids))) for site, ids in features.items()]
 
     rows = []

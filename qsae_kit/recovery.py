@@ -6,6 +6,7 @@ linear probe the ceiling, the last two tokens (an n-gram) the floor. Baselines a
 principal components and frozen dictionaries go through the same lines.
 """
 
+import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -167,8 +168,11 @@ class _Best:
     k_f1: float = 0.0
     null_fit: np.ndarray = field(default_factory=lambda: np.full(PERMUTATIONS, -1.0))
     null_f1: np.ndarray = field(default_factory=lambda: np.zeros(PERMUTATIONS))
+    sites: dict[str, tuple[int, float]] = field(default_factory=dict)
+    """The best feature of every site, and its F1 on the fit part."""
 
     def one(self, site: str, fit: float, f1: float, feature: int = -1, threshold: float = 0.0) -> None:
+        self.sites[site] = feature, fit
         if fit > self.fit:
             self.site, self.fit, self.f1, self.feature, self.threshold = site, fit, f1, feature, threshold
 
@@ -189,11 +193,11 @@ def recover(
     k: int = 5,
     bar: Callable[[Iterable[str]], Iterable[str]] = lambda x: x,
 ) -> pd.DataFrame:
-    """One row per concept and finder: concept, tier, finder, site, feature, threshold, fit, f1, k_fit, k_f1, null_p99.
+    """One row per concept and finder: concept, tier, finder, site, feature, threshold, fit, f1, k_fit, k_f1, null_p99, sites.
 
     suites: {finder: {hook name: SAE}}. Further finders: "probe" (linear, at the same sites) and "ngram". fit and f1 are of
     the best single feature on either part, k_ of a probe on `k` features; null_p99 is the 99th percentile of the test F1 of
-    the best feature for `PERMUTATIONS` permuted labellings.
+    the best feature for `PERMUTATIONS` permuted labellings; sites is JSON, {site: [best feature, its fit]}.
     """
     sites = list(dict.fromkeys(site for saes in suites.values() for site in saes))
     best: dict[tuple[str, str], _Best] = {}
@@ -228,7 +232,7 @@ def _row(concept: str, finder: str, b: _Best) -> dict[str, object]:
     row: dict[str, object] = {"concept": concept, "tier": concept[0], "finder": finder, "site": b.site, "fit": b.fit, "f1": b.f1}
     if b.feature >= 0:
         row |= {"feature": b.feature, "threshold": b.threshold, "k_fit": b.k_fit, "k_f1": b.k_f1}
-        row |= {"null_p99": float(np.quantile(b.null_f1, 0.99))}
+        row |= {"null_p99": float(np.quantile(b.null_f1, 0.99)), "sites": json.dumps(b.sites)}
     return row
 
 

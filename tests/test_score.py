@@ -57,6 +57,46 @@ def test_stored_rows_against_the_formulas(tmp_path, architecture):
         assert found[name] == pytest.approx(float(value), rel=1e-6), name
 
 
+@pytest.mark.parametrize("architecture", ["standard", "topk", "jumprelu"])
+def test_folders_of_saelens(tmp_path, architecture):
+    """As SAELens 6 lays them out, with what it does on use written out."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(200, 6, generator=generator) + 1
+    tensors = {
+        name: torch.randn(*shape, generator=generator)
+        for name, shape in (("W_enc", (6, 20)), ("W_dec", (20, 6)), ("b_enc", (20,)), ("b_dec", (6,)))
+    }
+    config = {
+        "architecture": architecture, "d_in": 6, "d_sae": 20, "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "metadata": {"sae_lens_version": "6.54.12"},
+    }  # fmt: skip
+    pre = (x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
+    norms = torch.ones(20)
+    if architecture == "topk":
+        config |= {"k": 4, "rescale_acts_by_decoder_norm": True}
+        norms = tensors["W_dec"].norm(dim=-1)
+        scaled = pre * norms
+        f = torch.zeros_like(pre).scatter(1, scaled.topk(4).indices, 1.0) * scaled.relu()
+    elif architecture == "jumprelu":
+        tensors["threshold"] = torch.rand(20, generator=generator)
+        f = pre * (pre > tensors["threshold"])
+    else:
+        f = pre.relu()
+    y = (f / norms) @ tensors["W_dec"] + tensors["b_dec"]
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "sae_weights.safetensors")
+    save_file({"acts": x}, tmp_path / "acts.safetensors")
+    done = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path, "--json")
+    assert done.exit_code == 0, done.exception
+    found = json.loads(done.stdout)
+    assert found["mse"] == pytest.approx(float((x - y).double().pow(2).sum(-1).mean()), rel=1e-4)
+    assert found["l0"] == pytest.approx(float((f != 0).sum(1).double().mean()))
+    config["normalize_activations"] = "layer_norm"
+    (tmp_path / "cfg.json").write_text(json.dumps(config))
+    refused = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path, "--json")
+    assert "normalised by 'layer_norm'" in str(refused.exception)
+
+
 def test_a_suite_with_its_baselines(run, tmp_path):
     done = qsae("eval", "--suite", run / "suite", "--tokens", "3000", "--baselines", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.exception
