@@ -37,8 +37,8 @@ def frontier_figure(table: pd.DataFrame, model_name: str = "", category: str = "
                 row=1, col=column,
             )  # fmt: skip
         named.add((kind, expansion))
-    figure.update_xaxes(title="L0 (features a token)", type="log", dtick="D2")
-    figure.update_yaxes(title="fraction of variance unexplained", type="log", dtick="D2", row=1, col=1)
+    figure.update_xaxes(title="L0 (features a token)", type="log", dtick="D2", tickformat="~g")
+    figure.update_yaxes(title="fraction of variance unexplained", type="log", dtick="D2", tickformat="~g", row=1, col=1)
     figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
     where = f" of {plot_text(model_name)}" if model_name else ""
     tokens = f"{int(table['tokens'].max()):,} and {int(table['spliced_tokens'].max()):,} held-out tokens"
@@ -82,7 +82,7 @@ def baseline_figure(evaluation: pd.DataFrame, model_name: str = "", category: st
             row=1, col=column,
         )  # fmt: skip
     figure.update_yaxes(categoryorder="array", categoryarray=[labels[v] for v in order])
-    figure.update_xaxes(title="fraction of variance unexplained", type="log", dtick="D2", row=1, col=1)
+    figure.update_xaxes(title="fraction of variance unexplained", type="log", dtick="D2", tickformat="~g", row=1, col=1)
     figure.update_xaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
     where = f" of {plot_text(model_name)}" if model_name else ""
     tokens = f"{int(table['tokens'].max()):,} and {int(table['spliced_tokens'].max()):,} held-out tokens"
@@ -181,8 +181,8 @@ def scaling_figure(table: pd.DataFrame, fit: ScalingFit, site: str, beyond: floa
                     showlegend=dash == "dash" and i == 0, hovertemplate="d_sae %{x:.0f}: %{y:.4f}<extra></extra>",
                 )
             )  # fmt: skip
-    figure.update_xaxes(title="d_sae (features)", type="log", dtick="D2")
-    figure.update_yaxes(title="fraction of variance unexplained", type="log", dtick="D2")
+    figure.update_xaxes(title="d_sae (features)", type="log", dtick="D2", tickformat="~g")
+    figure.update_yaxes(title="fraction of variance unexplained", type="log", dtick="D2", tickformat="~g")
     return style(
         figure, f"FVU against width at {plot_text(site)} (bands: 95 %, residuals resampled; dashed: extrapolation)", height=440
     )
@@ -203,7 +203,7 @@ def recovery_by_frequency_figure(features: pd.DataFrame) -> go.Figure:
             ),
             row=1, col=column,
         )  # fmt: skip
-    figure.update_xaxes(title="share of rows that it fires on", type="log", dtick="D2")
+    figure.update_xaxes(title="share of rows that it fires on", type="log", dtick="D2", tickformat="~g")
     figure.update_yaxes(title="|cosine| with its latent", range=[0, 1.05], row=1, col=1)
     figure.update_yaxes(title="F1 of firing", range=[0, 1.05], row=1, col=2)
     return style(figure, f"{len(features):,} known features, each with the latent matched to it", height=400)
