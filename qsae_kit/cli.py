@@ -35,6 +35,7 @@ def demo(
     import pandas as pd
 
     from qsae_kit.demo import default_config, run_demo
+    from qsae_kit.evaluate import headline
     from qsae_kit.models import load_model
     from qsae_kit.report import summary
     from qsae_kit.study import GOALS, verdict
@@ -47,7 +48,8 @@ def demo(
         config = replace(config, variants=tuple(replace(variant, tokens=tokens) for variant in config.variants))
     result = run_demo(lm, out, config, data)
     with pd.option_context("display.width", 250, "display.max_columns", 30, "display.max_rows", 100):
-        typer.echo("\nReconstruction per layer and site (evaluation.csv)\n" + result.evaluation.round(4).to_string(index=False))
+        page = headline(result.evaluation, ["all"]).round(4).to_string(index=False)
+        typer.echo(f"\nReconstruction per layer and site (evaluation.csv has tokens by category)\n{page}")
         typer.echo(
             "\nRefusal at the frozen strength (steering.csv has every row)\n"
             + summary(result.study.table).round(3).to_string(index=False)
@@ -185,7 +187,7 @@ def evaluate(
 
     import pandas as pd
 
-    from qsae_kit.evaluate import CATEGORIES
+    from qsae_kit.evaluate import CATEGORIES, headline
     from qsae_kit.fit import read_rows
     from qsae_kit.formats import is_saelens, load_sae, load_saelens, load_suite
     from qsae_kit.models import load_model
@@ -215,10 +217,9 @@ def evaluate(
         load_model(model or "tiny"), trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts
     )
     table = scores.evaluation
-    columns = ["variant", "site", "fvu", "l0", "dead", "delta_ce", "kl_nats", "ce_score", "top_1", "tokens", "spliced_tokens"]
-    headline = "assistant" if (table["category"] == "assistant").any() else "all"
+    shown = "assistant" if (table["category"] == "assistant").any() else "all"
     with pd.option_context("display.width", 250, "display.max_rows", 500):
-        typer.echo(f"Category: {headline}\n" + table.loc[table["category"] == headline, columns].round(4).to_string(index=False))
+        typer.echo(f"Category: {shown}\n" + headline(table, [shown]).round(4).to_string(index=False))
         missing = [name for name in CATEGORIES if name not in set(table["category"])]
         if missing:
             typer.echo(f"No tokens: {', '.join(missing)}.")

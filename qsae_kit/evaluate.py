@@ -75,6 +75,16 @@ def categories_of(lm: HookedLM, batch: TokenBatch) -> dict[str, Tensor]:
     return masks
 
 
+HEADLINE = ["variant", "site", "category", "fvu", "l0", "target", "dead", "delta_ce", "kl_nats", "ce_score", "top_1", "tokens",
+            "spliced_tokens"]  # fmt: skip
+"""Columns of `evaluate_suite` for a table that fits a page."""
+
+
+def headline(evaluation: pd.DataFrame, categories: Sequence[str] = ("all", "assistant")) -> pd.DataFrame:
+    """The columns and categories that a page has room for."""
+    return evaluation.loc[evaluation["category"].isin(categories), HEADLINE]
+
+
 @dataclass
 class Losses:
     """Sums over predictions, in nats, of a changed model and the clean one."""

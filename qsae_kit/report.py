@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from qsae_kit.evaluate import headline
 from qsae_kit.plots import reconstruction_figure, steering_figure
 from qsae_kit.study import GOALS, StudyResult, verdict
 
@@ -35,7 +36,7 @@ def render_report(model_name: str, evaluation: pd.DataFrame, study: StudyResult)
         model=model_name,
         quantised=model_name == "smollm2",
         reconstruction=reconstruction_figure(evaluation, model_name).to_html(full_html=False, include_plotlyjs=True),
-        evaluation=evaluation.round(4).to_html(index=False, border=0, escape=True),
+        evaluation=headline(evaluation).round(4).to_html(index=False, border=0, escape=True),
         verdicts=[verdict(study.table, goal) for goal in GOALS],
         site=frozen.candidate.hook_name,
         features=", ".join(map(str, frozen.candidate.chosen.features)),

@@ -115,7 +115,7 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     }
     evaluation, steering = pd.read_csv(out / "evaluation.csv"), pd.read_csv(out / "steering.csv")
     assert {"site", "layer", "kind", "fvu", "l0", "dead", "delta_ce", "kl_nats", "ce_score", "tokens"} <= set(evaluation.columns)
-    assert (evaluation["fvu"] < 0.3).all()
+    assert (evaluation.loc[evaluation["category"] == "all", "fvu"] < 0.3).all()
     wanted = "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate broken_rate kl_first kl_answer perplexity"
     assert set(wanted.split()) <= set(steering.columns)
     assert set(steering["intervention"]) == {"none", "features", "difference_of_means", "random"}
