@@ -175,6 +175,20 @@ def _group(rows: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:
     return [group for group in groups if group]
 
 
+def held_out_batches(lm: HookedLM, documents: Iterable[Document], tokens: int) -> list[TokenBatch]:
+    """Small batches until they hold `tokens` kept tokens. Raises ValueError where there are none."""
+    out: list[TokenBatch] = []
+    taken = 0
+    for batch in token_batches(lm, documents, batch_tokens=1024):
+        out.append(batch)
+        taken += int(batch.keep.sum())
+        if taken >= tokens:
+            break
+    if not taken:
+        raise ValueError("There are no tokens to evaluate; give longer texts.")
+    return out
+
+
 def repeat(documents: Iterable[Document]) -> Iterator[Document]:
     """The documents over and over; what has been seen is kept in memory for the next round."""
     kept: list[Document] = []

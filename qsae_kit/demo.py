@@ -10,9 +10,10 @@ from tqdm.auto import trange
 
 from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import LiveRows
-from qsae_kit.data import Document, TokenBatch, read_documents, repeat, split_documents, token_batches
+from qsae_kit.data import Document, held_out_batches, read_documents, repeat, split_documents, token_batches
 from qsae_kit.evaluate import evaluate_suite
-from qsae_kit.files import atomic_file, write_text
+from qsae_kit.files import write_table, write_text
+from qsae_kit.fit import documents_of
 from qsae_kit.formats import save_suite
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import AnswerForm, answer_all
@@ -105,8 +106,8 @@ def _all_prompts(lm: HookedLM, kind: str) -> list[str]:
 def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
     """Training documents without end, the same at each call, and held-out ones."""
     if config.own_dialogues == 0:
-        held_out: Sequence[Document] = [dialogue.messages for dialogue in world.dialogues(400, seed=1_000_008)]
-        return lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_007)), held_out
+        held_out, endless = documents_of(lm, None, 100)
+        return endless, held_out
     written = list(own_dialogues(lm, config.own_dialogues))
     held_out, training = split_documents(written, len(written) // 6)
     rest = list(training)
@@ -141,39 +142,19 @@ def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: st
         if Path(data).is_file():
             for _ in read_documents(data):  # a malformed line is better found now than in the middle of the training
                 pass
-        path = data
-        held_out = split_documents(read_documents(path), 64)[0]
-
-        def training() -> Iterator[Document]:
-            return repeat(split_documents(read_documents(path), 64)[1])
+        held_out, training = documents_of(lm, data, 64)
 
     source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
     suite = train_saes(source, list(config.variants), model_name=lm.model_name, context_size=min(512, lm.context_size), bar=bar)
     save_suite(suite, out / "suite")
-    batches = list(_take_tokens(lm, held_out, config.evaluation_tokens))
+    batches = held_out_batches(lm, held_out, config.evaluation_tokens)
     kept = [int(batch.keep.sum()) for batch in batches]
     n_spliced = next((i + 1 for i in range(len(kept)) if sum(kept[: i + 1]) >= config.spliced_tokens), len(kept))
     evaluation = evaluate_suite(lm, suite, batches, n_spliced, bar)
-    save_table(evaluation, out / "evaluation.csv")
+    write_table(evaluation, out / "evaluation.csv")
     steered = [sae for name, sae in suite[config.variants[0].variant].items() if name.endswith("hook_resid_post")]
     study = steering_study(lm, steered, selection, evaluation_prompts, config.study, bar)
-    save_table(study.table, out / "steering.csv")
-    save_table(study.frozen.selection, out / "selection.csv")
+    write_table(study.table, out / "steering.csv")
+    write_table(study.frozen.selection, out / "selection.csv")
     write_text(out / "report.html", render_report(lm.model_name, evaluation, study))
     return DemoResult(suite, evaluation, study)
-
-
-def _take_tokens(lm: HookedLM, documents: Sequence[Document], n_tokens: int) -> Iterator[TokenBatch]:
-    """Small batches until they hold `n_tokens` kept tokens."""
-    taken = 0
-    for batch in token_batches(lm, documents, batch_tokens=1024):
-        yield batch
-        taken += int(batch.keep.sum())
-        if taken >= n_tokens:
-            return
-
-
-def save_table(table: pd.DataFrame, path: Path) -> None:
-    """A DataFrame as CSV, whole or not at all."""
-    with atomic_file(path) as part:
-        table.to_csv(part, index=False, float_format="%.6g")

@@ -8,6 +8,7 @@ per category: template tokens are easily reconstructed and predicted, and inflat
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeAlias
 
 import pandas as pd
@@ -26,10 +27,12 @@ from qsae_kit.sites import parse_hook_name
 
 
 def check_fit(lm: HookedLM, sae: SAE) -> None:
-    """ValueError unless an SAE has a site that the model has, of the model's width."""
+    """ValueError unless an SAE is of this model, at a site that it has, of its width."""
     if sae.provenance is None:
         raise ValueError("This SAE names no site; load it from its folder.")
-    site = parse_hook_name(sae.provenance.hook_name)
+    site, trained_on = parse_hook_name(sae.provenance.hook_name), sae.provenance.model_name
+    if trained_on != "stored" and Path(trained_on).name != Path(lm.model_name).name:  # the same model may lie elsewhere
+        raise ValueError(f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}; give the SAE's own model.")
     if site.layer >= lm.n_layers:
         raise ValueError(f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to {lm.n_layers - 1}.")
     if sae.d_in != lm.d_model:

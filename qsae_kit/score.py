@@ -1,7 +1,7 @@
 """`qsae eval` and `qsae sweep`: from flags to tables and figures in a folder."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 
 from qsae_kit.activations import LiveRows
 from qsae_kit.baselines import baseline_suite, found_again
-from qsae_kit.data import Document, TokenBatch, read_documents, repeat, split_documents, token_batches
+from qsae_kit.data import TokenBatch, held_out_batches, token_batches
 from qsae_kit.eval_plots import baseline_figure, concept_figure, frontier_figure
-from qsae_kit.evaluate import evaluate_suite
-from qsae_kit.files import atomic_file, write_text
-from qsae_kit.fit import StoredFile, fit_live
+from qsae_kit.evaluate import check_fit, evaluate_suite
+from qsae_kit.files import write_table, write_text
+from qsae_kit.fit import StoredFile, documents_of, fit_live
 from qsae_kit.interchange import interchange_table
 from qsae_kit.metrics import Reconstruction
 from qsae_kit.models import HookedLM
@@ -29,11 +29,9 @@ from qsae_kit.recipe import TrainConfig, default_recipe
 from qsae_kit.recovery import judge, recover, summarise
 from qsae_kit.sae import SAE
 from qsae_kit.tiny import concepts as planted
-from qsae_kit.tiny import world
 
 SPLICED_SHARE = 0.2
 """Of the held-out tokens, those that are spliced: a pass a site instead of one for all."""
-HELD_OUT_DOCUMENTS = 256
 
 
 @torch.no_grad()
@@ -62,35 +60,6 @@ def score_stored(file: StoredFile, sae: SAE, n_rows: int | None = None, batch: i
         "mse": total.mse, "l0": total.l0, "cossim": total.cosine, "l2_ratio": total.l2_ratio, "alive": 1 - total.dead,
         "hook_name": named, "model_name": sae.provenance.model_name if sae.provenance else "",
     }  # fmt: skip
-
-
-def documents_of(lm: HookedLM, data: str | None) -> tuple[list[Document], Callable[[], Iterator[Document]]]:
-    """Held-out documents, and a function that gives the others without end."""
-    if data is not None:
-        path = data
-
-        def others() -> Iterator[Document]:
-            return repeat(split_documents(read_documents(path), HELD_OUT_DOCUMENTS)[1])
-
-        return split_documents(read_documents(path), HELD_OUT_DOCUMENTS)[0], others
-    if lm.model_name != "tiny":
-        raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
-    held_out: list[Document] = [d.messages for d in world.dialogues(4 * HELD_OUT_DOCUMENTS, seed=1_000_008)]
-    return held_out, lambda: (d.messages for d in world.dialogues(10**9, seed=1_000_007))
-
-
-def batches_of(lm: HookedLM, documents: Sequence[Document], tokens: int) -> list[TokenBatch]:
-    """Small batches until they hold `tokens` kept tokens. Raises ValueError where there are none."""
-    out: list[TokenBatch] = []
-    taken = 0
-    for batch in token_batches(lm, documents, batch_tokens=1024):
-        out.append(batch)
-        taken += int(batch.keep.sum())
-        if taken >= tokens:
-            break
-    if not taken:
-        raise ValueError("There are no tokens to evaluate; give longer texts.")
-    return out
 
 
 @dataclass
@@ -122,13 +91,16 @@ def score_suite(
     """
     if concepts and lm.model_name != "tiny":
         raise ValueError(f"The concepts of {lm.model_name!r} are not known; --concepts is for the bundled model, tiny.")
+    for saes in suite.values():
+        for sae in saes.values():
+            check_fit(lm, sae)  # before anything is trained
     held_out, training = documents_of(lm, data)
     everything: dict[str, dict[str, SAE]] = {variant: dict(saes) for variant, saes in suite.items()}
     if baselines:
         sites = list(next(iter(suite.values())))
         source = LiveRows(lm, sites, lambda: token_batches(lm, training()))
         everything |= baseline_suite(source, recipe_of(next(iter(suite.values()))), lm.model_name, bar=bar)
-    batches = batches_of(lm, held_out, tokens)
+    batches = held_out_batches(lm, held_out, tokens)
     table = evaluate_suite(lm, everything, batches, _share(batches, SPLICED_SHARE), bar)
     scores = Scores(table)
     save_tables(table, out / "evaluation")
@@ -198,10 +170,8 @@ def _share(batches: Sequence[TokenBatch], share: float) -> int:
 
 def save_tables(table: pd.DataFrame, path: Path) -> None:
     """A DataFrame as <path>.csv and <path>.parquet, each whole or not at all."""
-    with atomic_file(path.with_suffix(".csv")) as part:
-        table.to_csv(part, index=False, float_format="%.6g")
-    with atomic_file(path.with_suffix(".parquet")) as part:
-        table.to_parquet(part, index=False)
+    for suffix in (".csv", ".parquet"):
+        write_table(table, path.with_suffix(suffix))
 
 
 # --- the sweep
@@ -227,7 +197,7 @@ def sweep(
     tokens: held-out ones. The table is `evaluate_suite`'s with the columns expansion and target, and effective_rank.
     """
     recipes = [replace(config, sparsity=l0, expansion=x) for x in expansions for l0 in l0s]
-    batches = batches_of(lm, documents_of(lm, data)[0], tokens)
+    batches = held_out_batches(lm, documents_of(lm, data)[0], tokens)
     tables = []
     for n in lengths:
         some = [replace(recipe, tokens=n) for recipe in recipes]

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from itertools import islice
 
 import pandas as pd
 import pytest
@@ -9,9 +10,12 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from qsae_kit import fit
 from qsae_kit.activations import NormFilter
 from qsae_kit.cli import app
+from qsae_kit.evaluate import check_fit
 from qsae_kit.formats import load_suite, save_sae
+from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import JumpReLUSAE, Provenance, ReLUSAE, TopKSAE
 from qsae_kit.score import effective_rank, needed_l0, smallest_differences
 from qsae_kit.tiny import concepts
@@ -129,6 +133,28 @@ def test_planted_concepts(run, tmp_path, monkeypatch):
     swapped = pd.read_csv(tmp_path / "out" / "interchange.csv")
     assert swapped["swapped"].tolist() == ["attribute value", "refusal by asker", "refusal by object"]
     assert swapped["flipped"].isna().eq(swapped["pairs"] == 0).all()
+
+
+def test_what_is_held_out_is_not_trained_on(lm, tmp_path, monkeypatch):
+    chats = [f"Question number {i} about the nurse and the branch." for i in range(40)]
+    data = tmp_path / "chats.txt"
+    data.write_text("\n".join(chats))
+    held_out, training = fit.documents_of(lm, str(data), 10)
+    assert len(held_out) == 10
+    assert set(islice(training(), 90)) == set(chats) - set(held_out)  # three rounds
+    seen = []
+    monkeypatch.setattr(fit, "token_batches", lambda lm, documents: seen.append(documents) or iter(()))
+    config = TrainConfig("topk", 4, 2, 256, 64, 1e-3, 128)
+    with pytest.raises(ValueError, match="data ended after 0"):
+        fit.fit_live(lm, str(data), [SITE], [config], tmp_path / "run", bar=False)
+    assert not set(islice(seen[0], 90)) & set(fit.documents_of(lm, str(data))[0])
+
+
+def test_an_sae_of_another_model(lm):
+    sae = TopKSAE(lm.d_model, 200, 5.0, Provenance("Qwen/Qwen3-0.6B", SITE, NormFilter(9.0)))
+    with pytest.raises(ValueError, match=r"SAE is of 'Qwen/Qwen3-0\.6B', the model is 'tiny'"):
+        check_fit(lm, sae)
+    check_fit(lm, TopKSAE(lm.d_model, 200, 5.0, Provenance("/models/tiny", SITE, NormFilter(9.0))))
 
 
 def test_a_sweep(tmp_path):

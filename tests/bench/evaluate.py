@@ -17,8 +17,8 @@ import torch
 from qsae_kit import default_recipe, evaluate_suite, load_model, sites_of
 from qsae_kit.activations import LiveRows
 from qsae_kit.baselines import untrained_saes
-from qsae_kit.data import token_batches
-from qsae_kit.score import batches_of, documents_of
+from qsae_kit.data import held_out_batches, token_batches
+from qsae_kit.fit import documents_of
 
 TOKENS, SITES = (4_000, 8_000, 16_000, 32_000), (3, 6, 12, 18)
 
@@ -32,7 +32,7 @@ def main() -> None:
     names = sites_of(lm, "resid,mlp,attn", "all")
     source = LiveRows(lm, names, lambda: token_batches(lm, training()))
     saes = untrained_saes(source, default_recipe(lm.d_model, len(names), tokens=40_000, batch=512), lm.model_name)
-    batches = batches_of(lm, held_out, max(TOKENS))
+    batches = held_out_batches(lm, held_out, max(TOKENS))
     counts = np.cumsum([int(batch.keep.sum()) for batch in batches])
     rows = []
     for n_sites in SITES:
