@@ -20,7 +20,7 @@ from qsae_kit.activations import site_activations
 from qsae_kit.chat import Phase, phases
 from qsae_kit.data import TokenBatch
 from qsae_kit.edits import Edit, applied
-from qsae_kit.metrics import Reconstruction, cross_entropy, decoder_cosines, kl_divergence, recovered, top_1_agreement
+from qsae_kit.metrics import Reconstruction, compare, cross_entropy, decoder_cosines, recovered
 from qsae_kit.models import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
@@ -133,11 +133,15 @@ def evaluate_suite(
     with tqdm(total=passes, desc="evaluating", disable=not bar) as meter:
         for batch in batches:
             acts = site_activations(lm, names, batch)
-            inside = {category: mask[batch.keep] for category, mask in categories_of(lm, batch).items()}
+            masks = categories_of(lm, batch)
+            inside = {category: masks[category][batch.keep] for category in (CATEGORIES if lm.markers else masks)}
             for variant, name, sae in saes:
                 for category, parts in _reconstruct(sae, acts[name][batch.keep].float(), inside).items():
                     rebuilt[variant, name, category].add(*parts)
             meter.update()
+        if lm.markers is not None:  # every token is in one category
+            for variant, name, _ in saes:
+                rebuilt[variant, name, "all"] = sum((rebuilt[variant, name, c] for c in CATEGORIES), Reconstruction())
         if not all(rebuilt[variant, name, "all"].rows for variant, name, _ in saes):
             raise ValueError("There are no tokens to evaluate; give data whose keep-mask and norm filter leave some.")
         means = {name: rebuilt[variant, name, "all"].mean.float() for variant, name, _ in saes}
@@ -188,7 +192,7 @@ def _splice_all(
         def run(variant: str, name: str, edit: Edit) -> None:
             with applied(lm, [edit]):
                 logits = lm(batch.ids, batch.mask)[:, :-1][counted]  # noqa: B023
-            ce, kl, agree = cross_entropy(logits, targets), kl_divergence(clean, logits), top_1_agreement(clean, logits)  # noqa: B023
+            ce, kl, agree = compare(clean, logits, targets)  # noqa: B023
             for category, mask in inside.items():  # noqa: B023
                 sums[variant, name, category].add(int(mask.sum()), ce_clean[mask], ce[mask], kl[mask], agree[mask])  # noqa: B023
             meter.update()

@@ -54,6 +54,16 @@ class Reconstruction:
         self.fired = _added(self.fired, on.sum(0).cpu())
         self.l0_counts = _added(self.l0_counts, torch.bincount(on.sum(1)).cpu())
 
+    def __add__(self, other: "Reconstruction") -> "Reconstruction":
+        """What both took in."""
+        if self.total is None or other.total is None:
+            return other if self.total is None else self
+        sums = {
+            name: getattr(self, name) + getattr(other, name) for name in ("rows", "error", "square", "total", "cosines", "ratios")
+        }
+        sums |= {name: getattr(self, name) + getattr(other, name) for name in ("reconstructed", "products")}
+        return Reconstruction(**sums, fired=_added(self.fired, other.fired), l0_counts=_added(self.l0_counts, other.l0_counts))
+
     def _some(self) -> None:
         if not self.rows:
             raise ValueError("There are no tokens to evaluate; give data whose keep-mask leaves some.")
@@ -193,6 +203,26 @@ def recovered(spliced: float, clean: float, ablated: float) -> float:
 def top_1_agreement(clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
     """1 where both predict the same next token."""
     return (clean.argmax(-1) == changed.argmax(-1)).double()
+
+
+class Change(NamedTuple):
+    """What a change does to each row's next-token distribution; see the functions of these names."""
+
+    cross_entropy: Float[Tensor, " row"]
+    """Of the changed one."""
+    kl_divergence: Float[Tensor, " row"]
+    top_1_agreement: Float[Tensor, " row"]
+
+
+def compare(clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]) -> Change:
+    """All three at once: each row's log-probabilities are taken only once."""
+    ce, kl = [], []
+    for before, after, target in zip(clean.split(CHUNK), changed.split(CHUNK), targets.split(CHUNK), strict=True):
+        p, q = log_softmax(before), log_softmax(after)
+        ce.append(-q.gather(-1, target[:, None])[:, 0])
+        gap = q.neg_().add_(p)
+        kl.append(p.exp_().mul_(gap).sum(-1))
+    return Change(torch.cat(ce), torch.cat(kl), top_1_agreement(clean, changed))
 
 
 class Interval(NamedTuple):

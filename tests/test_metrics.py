@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from qsae_kit.metrics import Reconstruction, cross_entropy, decoder_cosines, kl_divergence, recovered, top_1_agreement, wilson
+from qsae_kit.metrics import (
+    Reconstruction,
+    compare,
+    cross_entropy,
+    decoder_cosines,
+    kl_divergence,
+    recovered,
+    top_1_agreement,
+    wilson,
+)
 
 X = torch.tensor([[1.0, 2.0], [3.0, 6.0]])  # mean (2, 4): variance sum 1+4+1+4 = 10
 X_HAT = torch.tensor([[1.0, 1.0], [3.0, 5.0]])  # squared errors 1 + 1
@@ -124,3 +133,21 @@ def test_wilson_against_published_values():
     assert wilson(0, 20).low == 0
     with pytest.raises(ValueError, match="at least one"):
         wilson(0, 0)
+
+
+def test_all_losses_at_once_and_parts_put_together():
+    generator = torch.Generator().manual_seed(3)
+    a, b = torch.randn(1100, 7, generator=generator), torch.randn(1100, 7, generator=generator)
+    targets = torch.randint(0, 7, (1100,), generator=generator)
+    change = compare(a, b, targets)
+    torch.testing.assert_close(change.cross_entropy, cross_entropy(b, targets))
+    torch.testing.assert_close(change.kl_divergence, kl_divergence(a, b))
+    torch.testing.assert_close(change.top_1_agreement, top_1_agreement(a, b))
+    x, f = torch.randn(50, 4, generator=generator), torch.randn(50, 9, generator=generator).relu()
+    whole, parts = Reconstruction(), [Reconstruction() for _ in range(3)]
+    whole.add(x, x / 2, f)
+    for part, rows in zip(parts, (slice(0, 20), slice(20, 50), slice(50, 50)), strict=True):  # the last one is empty
+        part.add(x[rows], x[rows] / 2, f[rows])
+    together = sum(parts, Reconstruction())
+    assert together.figures() == pytest.approx(whole.figures(), rel=1e-12)
+    torch.testing.assert_close(together.mean, whole.mean)
