@@ -13,8 +13,11 @@ from qsae_kit.eval_plots import (
     scaling_figure,
 )
 from qsae_kit.evaluate import evaluate_suite
+from qsae_kit.explain import explain, openai_chat
+from qsae_kit.features import IndexConfig, build_index
 from qsae_kit.fit import sites_of
 from qsae_kit.formats import load_sae, load_suite, save_sae
+from qsae_kit.index import FeatureIndex, load_index
 from qsae_kit.models import HookedLM, load_model
 from qsae_kit.plots import reconstruction_figure, steering_figure, training_figure
 from qsae_kit.recipe import TrainConfig, default_recipe
@@ -24,11 +27,14 @@ from qsae_kit.steering import ablate_features, add_direction, add_features, clam
 from qsae_kit.study import StudyConfig, steering_study
 from qsae_kit.train import train_saes
 from qsae_kit.watch import LiveFigure, read_log
+from qsae_kit.widgets import FeatureExplorer, LayerLoss, TokenActivations, TrainingMonitor
 
 __all__ = [
-    "DemoConfig", "Edit", "HookedLM", "LiveFigure", "LiveRows", "Site", "StoredRows", "StudyConfig", "TrainConfig",
-    "ablate_features", "add_direction", "add_features", "applied", "baseline_figure", "clamp_features", "concept_figure",
-    "default_config", "default_recipe", "evaluate_suite", "fit_scaling", "frontier_figure", "load_model", "load_sae",
-    "load_suite", "needed_l0_figure", "read_log", "reconstruction_figure", "recovery_by_frequency_figure", "run_demo", "save_sae",
-    "scaling_figure", "sites_of", "steering_figure", "steering_study", "token_batches", "train_saes", "training_figure",
+    "DemoConfig", "Edit", "FeatureExplorer", "FeatureIndex", "HookedLM", "IndexConfig", "LayerLoss", "LiveFigure",
+    "LiveRows", "Site", "StoredRows", "StudyConfig", "TokenActivations", "TrainConfig", "TrainingMonitor", "ablate_features",
+    "add_direction", "add_features", "applied", "baseline_figure", "build_index", "clamp_features", "concept_figure",
+    "default_config", "default_recipe", "evaluate_suite", "explain", "fit_scaling", "frontier_figure", "load_index",
+    "load_model", "load_sae", "load_suite", "needed_l0_figure", "openai_chat", "read_log", "reconstruction_figure",
+    "recovery_by_frequency_figure", "run_demo", "save_sae", "scaling_figure", "sites_of", "steering_figure",
+    "steering_study", "token_batches", "train_saes", "training_figure",
 ]  # fmt: skip

@@ -101,6 +101,7 @@ class LiveRows:
     def __init__(self, lm: HookedLM, sites: Sequence[str], batches: Callable[[], Iterable[TokenBatch]]) -> None:
         lm.check_hook_names(list(sites))
         self.lm, self.batches, self.device = lm, batches, lm.device
+        self._head: list[TokenBatch] = []
         self.widths = dict.fromkeys(sites, lm.d_model)
 
     @property
@@ -109,19 +110,27 @@ class LiveRows:
 
     @property
     def forward_rows(self) -> int:
-        return max((batch.ids.numel() for batch in islice(self.batches(), 4)), default=0)
+        return max((batch.ids.numel() for batch in self.head), default=0)
+
+    @property
+    def head(self) -> list[TokenBatch]:
+        """The first four token batches, made once: there may be many documents to be read and sorted before the first."""
+        self._head = self._head or list(islice(self.batches(), 4))
+        return self._head
 
     def fingerprint(self) -> str:
         """Of the first four token batches and of a few of the model's weights."""
         digest = hashlib.sha256()
-        for batch in islice(self.batches(), 4):
+        for batch in self.head:
             digest.update(batch.ids.cpu().numpy().tobytes())
         for parameter in self.lm.hf.parameters():
             digest.update(parameter.detach().view(-1)[:8].float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def only(self, sites: Sequence[str]) -> "LiveRows":
-        return LiveRows(self.lm, sites, self.batches)
+        some = LiveRows(self.lm, sites, self.batches)
+        some._head = self._head
+        return some
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
         pool: Rows = {}

@@ -270,6 +270,38 @@ def sweep(
     typer.echo(f"Every figure: {out / 'sweep.csv'}; frontier: {out / 'sweep.html'}")
 
 
+@app.command()
+def features(
+    suite: Annotated[Path, typer.Option(help="Folder of a suite.")],
+    model: Model = "tiny",
+    data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to look at.", min=1)] = 200_000,
+    top: Annotated[int, typer.Option(help="Strongest dialogues kept of each feature.", min=1)] = 12,
+    sampled: Annotated[int, typer.Option(help="Firing tokens drawn at random of each feature.", min=1)] = 24,
+    out: Annotated[Path, typer.Option(help="Folder of the index.")] = Path("runs/features"),
+    resume: Annotated[bool, typer.Option(help="Go on with the build in --out.")] = False,
+) -> None:
+    """Index what every feature of a suite does: densities, examples, promoted tokens, neighbours."""
+    from qsae_kit.corpus import stream_of
+    from qsae_kit.features import IndexConfig, build_index
+    from qsae_kit.formats import load_suite
+    from qsae_kit.index import load_index
+    from qsae_kit.models import load_model
+
+    _check_out(out)
+    trained = load_suite(suite)
+    lm = load_model(model)
+    config = IndexConfig(tokens=tokens, top=top, sampled=sampled)
+    build_index(lm, trained, stream_of(lm, data), out, config, data=data or "the bundled model's world", resume=resume)
+    index = load_index(out)
+    seen = index.manifest["tokens"]
+    for variant, hook_name in index.keys:
+        figures = index.site(hook_name, variant).figures
+        dead, dense = ((figures["warnings"].str.contains(w)).mean() for w in ("dead", "dense"))
+        typer.echo(f"{variant}/{hook_name}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%} dense")
+    typer.echo(f"{seen:,} tokens. Open it in a notebook: qsae_kit.FeatureExplorer(qsae_kit.load_index({str(out)!r}))")
+
+
 def _numbers(flag: str, text: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",")]

@@ -10,10 +10,10 @@ from tqdm.auto import trange
 
 from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import LiveRows
+from qsae_kit.corpus import documents_of
 from qsae_kit.data import Document, held_out_batches, read_documents, repeat, split_documents, token_batches
 from qsae_kit.evaluate import evaluate_suite
 from qsae_kit.files import write_table, write_text
-from qsae_kit.fit import documents_of
 from qsae_kit.formats import save_suite
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import AnswerForm, answer_all

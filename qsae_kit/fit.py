@@ -1,6 +1,6 @@
 """`qsae train`: from flags to a run, on a live model or on stored activations."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,13 +10,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qsae_kit.activations import LiveRows, StoredRows
-from qsae_kit.data import Document, read_documents, repeat, split_documents, token_batches
+from qsae_kit.corpus import documents_of
+from qsae_kit.data import token_batches
 from qsae_kit.metrics import Reconstruction
 from qsae_kit.models import HookedLM
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE
 from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
-from qsae_kit.tiny import world
 from qsae_kit.train import Progress, train_saes
 from qsae_kit.watch import Watcher
 
@@ -39,28 +39,6 @@ class FitResult:
 def sites_of(lm: HookedLM, kinds: str, layers: str) -> list[str]:
     """Hook names of kinds ("resid,mlp,attn") at layers ("all", "0,2", "1-3")."""
     return [site.hook_name for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))]
-
-
-HELD_OUT_DOCUMENTS = 256
-
-
-def documents_of(
-    lm: HookedLM, data: str | None, n_held_out: int = HELD_OUT_DOCUMENTS
-) -> tuple[list[Document], Callable[[], Iterator[Document]]]:
-    """Held-out documents, and a function that gives the others without end; training and evaluation both cut here.
-
-    data: a file or data set; None: the bundled model's world. Raises ValueError for another model without data.
-    """
-    if data is not None:
-        path = data
-        return (
-            split_documents(read_documents(path), n_held_out)[0],
-            lambda: repeat(split_documents(read_documents(path), n_held_out)[1]),
-        )
-    if lm.model_name != "tiny":
-        raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
-    held_out: list[Document] = [d.messages for d in world.dialogues(4 * n_held_out, seed=1_000_008)]
-    return held_out, lambda: (d.messages for d in world.dialogues(10**9, seed=1_000_007))
 
 
 class Meter:

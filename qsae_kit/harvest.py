@@ -6,11 +6,11 @@ import torch
 from tqdm.auto import tqdm
 
 from qsae_kit.activations import stream_rows
-from qsae_kit.data import read_documents, token_batches
+from qsae_kit.corpus import HARVEST, stream_of
+from qsae_kit.data import token_batches
 from qsae_kit.formats import save_rows
 from qsae_kit.models import HookedLM
 from qsae_kit.sites import parse_hook_name
-from qsae_kit.tiny import world
 
 
 def harvest_rows(lm: HookedLM, data: str | None, hook_name: str, tokens: int, out: Path, drop_template: bool = False) -> int:
@@ -20,12 +20,7 @@ def harvest_rows(lm: HookedLM, data: str | None, hook_name: str, tokens: int, ou
     data.
     """
     lm.check_hook_names([parse_hook_name(hook_name).hook_name])
-    if data is not None:
-        documents = read_documents(data)
-    elif lm.model_name == "tiny":
-        documents = (dialogue.messages for dialogue in world.dialogues(10**9, seed=1_000_009))
-    else:
-        raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
+    documents = stream_of(lm, data, HARVEST)()
     parts, size = [], 0
     with tqdm(total=tokens, unit="tok", desc="harvesting") as bar:
         for rows in stream_rows(lm, [hook_name], token_batches(lm, documents, drop_template=drop_template)):

@@ -16,11 +16,12 @@ from tqdm.auto import tqdm
 
 from qsae_kit.activations import LiveRows
 from qsae_kit.baselines import baseline_suite, found_again
+from qsae_kit.corpus import documents_of
 from qsae_kit.data import TokenBatch, held_out_batches, token_batches
 from qsae_kit.eval_plots import baseline_figure, concept_figure, frontier_figure
 from qsae_kit.evaluate import check_fit, evaluate_suite
 from qsae_kit.files import write_table, write_text
-from qsae_kit.fit import StoredFile, documents_of, fit_live
+from qsae_kit.fit import StoredFile, fit_live
 from qsae_kit.interchange import interchange_table
 from qsae_kit.metrics import Reconstruction
 from qsae_kit.models import HookedLM

@@ -209,8 +209,14 @@ def _say(text: str) -> None:
 class _Interrupts:
     """Within it, an interrupt (Ctrl-C, a notebook's stop button) is noted and waits; a second one does not wait."""
 
+    def __init__(self, stop: threading.Event | None) -> None:
+        self._stop = stop or threading.Event()
+
+    @property
+    def asked(self) -> bool:
+        return self._stop.is_set()
+
     def __enter__(self) -> "_Interrupts":
-        self.asked = False
         self._before: Any = None
         if threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGINT, self._note)
@@ -219,7 +225,7 @@ class _Interrupts:
     def _note(self, *_: object) -> None:
         if self.asked:
             raise KeyboardInterrupt
-        self.asked = True
+        self._stop.set()
         _say("Stopping after this step; interrupt again to stop at once.")
 
     def __exit__(self, *_: object) -> None:
@@ -356,6 +362,7 @@ def train_saes(
     checkpoint_seconds: float = 120.0,
     memory: int | None = None,
     watch: Sequence[Callable[[Progress], None]] = (),
+    stop: threading.Event | None = None,
     bar: bool = True,
 ) -> dict[str, dict[str, SAE]]:
     """Trains every variant at every site of the source; the SAEs of a group see the same batches.
@@ -369,6 +376,7 @@ def train_saes(
     memory: bytes that may be used beside the model, by default most of what is free; sites that do not fit together are
     trained one group after another, each with a pass over the data, and are returned on the CPU.
     watch: called with the `Progress` after each step, such as `watch.LiveFigure()`.
+    stop: an event that works like an interrupt, from another thread.
     An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they are.
 
     Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together, too little data, a
@@ -397,7 +405,7 @@ def train_saes(
         sizes = ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
         _say(f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows")
     suite: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
-    with _Interrupts() as interrupts:
+    with _Interrupts(stop) as interrupts:
         if checkpoints is not None and state is None:  # so that a run can be resumed from its first moment
             checkpoints.save(_GroupRun(configs, 0, groups[0], groups, None, interrupts).state(), {})
         for number, group in enumerate(groups):

@@ -21,7 +21,8 @@ Figures: TypeAlias = Mapping[str, Mapping[str, float]]
 """What `Progress.figures` gives: loss, L0 and dead share by "variant/hook name"."""
 
 
-def _rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
+def log_rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
+    """Rows of the table that `read_log` gives."""
     out = []
     for key, own in figures.items():
         variant, _, hook_name = key.partition("/")
@@ -32,7 +33,7 @@ def _rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
 def read_log(folder: Path) -> pd.DataFrame:
     """The log of a run as a table: group, rows, variant, hook_name, loss, l0, dead."""
     lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
-    return pd.DataFrame([row for line in lines for row in _rows(line["group"], line["rows"], line["sites"])])
+    return pd.DataFrame([row for line in lines for row in log_rows(line["group"], line["rows"], line["sites"])])
 
 
 @runtime_checkable
@@ -60,7 +61,7 @@ class LiveFigure:
         self._steps += 1
         due = time.monotonic() - self._drawn >= self.seconds
         if self._steps % LOG_EVERY == 1 or due or progress.last:
-            self.table += _rows(progress.group, progress.rows, progress.figures())
+            self.table += log_rows(progress.group, progress.rows, progress.figures())
         if due or progress.last:
             configs = {variant: trainer.config for (variant, _), trainer in progress.trainers.items()}
             self._draw({variant: config.sparsity for variant, config in configs.items() if config.targeted})

@@ -7,10 +7,14 @@ import sys
 
 import pandas as pd
 import pytest
+import torch
 from safetensors import safe_open
 
 import qsae_kit
-from qsae_kit.formats import load_suite
+from qsae_kit import cli
+from qsae_kit.activations import NormFilter
+from qsae_kit.formats import load_suite, save_suite
+from qsae_kit.sae import Provenance, TopKSAE
 
 
 def qsae(*arguments, cwd=None, limit=None):
@@ -44,6 +48,7 @@ def complaint(done):
         (["demo", "--tokens", "5"], "less than one batch"),
         (["demo", "--data", "EMPTY_FILE"], "holds no dialogues"),
         (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2: not JSON"),
+        (["features", "--suite", "EMPTY"], "holds no SAE"),
         (["train", "--moments", "int4"], "moments='int4' was given"),
         (["train", "--precision", "int4"], "precision='int4' was given"),
         (["train", "--layers", "99"], "layers 0 to 5"),
@@ -53,7 +58,7 @@ def complaint(done):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input(tmp_path, arguments, message):
+def test_bad_input(unchecked, tmp_path, monkeypatch, capsys, arguments, message):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
@@ -61,7 +66,14 @@ def test_bad_input(tmp_path, arguments, message):
     before = sorted(p.name for p in tmp_path.iterdir())
     given = [names.get(a, a) for a in arguments]
     out = [] if "--out" in given else ["--out", "out/x.safetensors" if "harvest" in given else "out"]
-    assert message in complaint(qsae(*given, *out, cwd=tmp_path))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["qsae", *given, *out])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("qsae: ")]
+    assert ended.value.code == 1
+    assert len(said) == 1
+    assert message in said[0]
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
@@ -101,6 +113,20 @@ def test_harvest(tmp_path):
     assert acts.shape == expected.shape
     assert (acts.float() / float(header["scale"]) - expected).abs().max() < 1e-2 * expected.abs().max()
     assert header["hook_name"] == "blocks.2.hook_mlp_out"
+
+
+def test_features(lm, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    name = "blocks.2.hook_mlp_out"
+    sae = TopKSAE(lm.d_model, 100, 5, Provenance(lm.model_name, name, NormFilter(9.0)))
+    sae.init_from_rows(torch.randn(500, lm.d_model, generator=generator), generator)
+    save_suite({"topk": {name: sae}}, tmp_path / "suite")
+    done = qsae("features", "--suite", tmp_path / "suite", "--tokens", "2000", "--top", "3", "--out", tmp_path / "index")
+    assert done.returncode == 0, done.stderr
+    assert "topk/blocks.2.hook_mlp_out: 100 features" in done.stdout
+    index = qsae_kit.load_index(tmp_path / "index")
+    assert index.manifest["tokens"] >= 2000
+    assert len(index.site().examples(int(index.site().figures["max"].idxmax()))[0]) == 3
 
 
 @pytest.mark.slow

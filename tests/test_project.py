@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from those before it.
 ORDER = (
     "sites", "files", "chat", "sources", "models", "edits", "data", "activations", "sae", "formats", "optim", "recipe", "plan",
-    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "tiny", "prompts", "steering", "outcomes", "study", "plots", "report",
-    "recovery", "interchange", "scaling", "eval_plots", "watch", "harvest", "fit", "score", "demo", "cli",
+    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "index", "explain", "tiny", "corpus", "prompts", "steering", "outcomes", "study", "plots", "report",
+    "recovery", "interchange", "scaling", "eval_plots", "watch", "widgets", "harvest", "fit", "score", "demo", "cli",
 )  # fmt: skip
 
 

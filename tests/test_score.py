@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from qsae_kit import fit
 from qsae_kit.activations import NormFilter
 from qsae_kit.cli import app
+from qsae_kit.corpus import documents_of
 from qsae_kit.evaluate import check_fit
 from qsae_kit.formats import load_suite, save_sae
 from qsae_kit.recipe import TrainConfig
@@ -139,7 +140,7 @@ def test_what_is_held_out_is_not_trained_on(lm, tmp_path, monkeypatch):
     chats = [f"Question number {i} about the nurse and the branch." for i in range(40)]
     data = tmp_path / "chats.txt"
     data.write_text("\n".join(chats))
-    held_out, training = fit.documents_of(lm, str(data), 10)
+    held_out, training = documents_of(lm, str(data), 10)
     assert len(held_out) == 10
     assert set(islice(training(), 90)) == set(chats) - set(held_out)  # three rounds
     seen = []
@@ -147,7 +148,7 @@ def test_what_is_held_out_is_not_trained_on(lm, tmp_path, monkeypatch):
     config = TrainConfig("topk", 4, 2, 256, 64, 1e-3, 128)
     with pytest.raises(ValueError, match="data ended after 0"):
         fit.fit_live(lm, str(data), [SITE], [config], tmp_path / "run", bar=False)
-    assert not set(islice(seen[0], 90)) & set(fit.documents_of(lm, str(data))[0])
+    assert not set(islice(seen[0], 90)) & set(documents_of(lm, str(data))[0])
 
 
 def test_an_sae_of_another_model(lm):

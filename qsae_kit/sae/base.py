@@ -113,7 +113,7 @@ class SAE(nn.Module, ABC):
     # --- what all share
 
     def pre_activations(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_sae"]:
-        return x @ self.W_enc + self.b_enc
+        return nn.functional.linear(x, self.encoder, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_sae"]:
         """Feature activations of raw activations."""

@@ -25,7 +25,7 @@ class BatchTopKSAE(SAE):
         self.steps: Tensor
 
     def activate(self, pre: Float[Tensor, "*row d_sae"]) -> Float[Tensor, "*row d_sae"]:
-        return pre * (pre > self.threshold.clamp(min=0))
+        return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
 
     def select(self, pre: Float[Tensor, "row d_sae"]) -> Codes:
         """The k * rows largest entries that are positive; only entries above a guess from earlier steps are sorted."""

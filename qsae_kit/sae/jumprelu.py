@@ -74,7 +74,7 @@ class JumpReLUSAE(SAE):
         self.threshold = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
 
     def activate(self, pre: Float[Tensor, "*row d_sae"]) -> Float[Tensor, "*row d_sae"]:
-        return pre * (pre > self.threshold)
+        return torch.where(pre > self.threshold, pre, 0.0)  # several times faster than a product with a mask
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         near = self.threshold.detach() - self.bandwidth / 2  # below it there is neither value nor gradient

@@ -1,0 +1,127 @@
+// Shared by every widget. Text reaches the page through textContent alone.
+
+/** An element with a class, text and attributes. */
+function make(tag, className = "", text = null, attributes = {}) {
+  const e = document.createElement(tag);
+  if (className) e.className = className;
+  if (text !== null) e.textContent = text;
+  for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value);
+  return e;
+}
+
+/** Invisible characters get a visible sign, so that two different tokens never look alike. */
+const SIGNS = { "\n": "\u23ce", "\r": "\u240d", "\t": "\u21e5" };
+function visible(text) {
+  return text.replace(/[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g, (c) =>
+    SIGNS[c] || "\u27e8" + c.codePointAt(0).toString(16).padStart(4, "0") + "\u27e9");
+}
+
+/** A number in three significant digits. */
+function number(x) {
+  if (x === null || x === undefined || Number.isNaN(x)) return "\u2013";
+  if (Number.isInteger(x)) return x.toLocaleString("en");
+  const a = Math.abs(x);
+  return a !== 0 && (a < 1e-3 || a >= 1e5) ? x.toExponential(2) : String(+x.toPrecision(3));
+}
+const percent = (x) => (x === 0 ? "0 %" : `${number(100 * x)} %`);
+
+/** Shades a token: orange by its share of the largest activation; black letters where the shade is strong. */
+function shade(span, act, largest) {
+  const share = largest > 0 ? Math.max(0, Math.min(1, act / largest)) : 0;
+  span.style.backgroundColor = share > 0 ? `rgba(230,159,0,${(0.12 + 0.88 * share).toFixed(3)})` : "";
+  span.style.color = share > 0.35 ? "#000" : "";
+}
+
+/** Tokens in a line: focus it and walk with the arrows, or point; `show(i)` is told where one is. */
+function tokenLine(tokens, acts, largest, { at = -1, show = () => {}, label = "tokens" } = {}) {
+  const line = make("div", "toks", null, { tabindex: "0", role: "listbox", "aria-label": label });
+  const spans = tokens.map((text, i) => {
+    const span = make("span", i === at ? "at" : "", visible(text), { role: "option", "aria-label": `${visible(text)} ${number(acts[i] || 0)}` });
+    if (text.includes("\n")) span.append("\n");
+    shade(span, acts[i] || 0, largest);
+    span.dataset.i = i;
+    line.append(span);
+    return span;
+  });
+  let on = -1;
+  const go = (i) => {
+    if (on >= 0) { spans[on].classList.remove("on"); spans[on].setAttribute("aria-selected", "false"); }
+    on = i;
+    if (i >= 0) { spans[i].classList.add("on"); spans[i].setAttribute("aria-selected", "true"); }
+    show(i);
+  };
+  line.addEventListener("pointerover", (e) => { const i = e.target.dataset?.i; if (i !== undefined) go(+i); });
+  line.addEventListener("pointerleave", () => go(-1));
+  line.addEventListener("focus", () => go(at >= 0 ? at : 0));
+  line.addEventListener("blur", () => go(-1));
+  line.addEventListener("keydown", (e) => {
+    const step = { ArrowRight: 1, ArrowLeft: -1, Home: -1e9, End: 1e9 }[e.key];
+    if (step === undefined) return;
+    e.preventDefault();
+    e.stopPropagation();
+    go(Math.max(0, Math.min(spans.length - 1, on + step)));
+  });
+  return line;
+}
+
+/** Bars of a histogram, as an SVG with a title, axis ends and a text for those who do not see it. */
+function histogram(counts, edges, { width = 300, height = 96, unit = "" } = {}) {
+  const NS = "http://www.w3.org/2000/svg";
+  const svg = document.createElementNS(NS, "svg");
+  const first = counts.findIndex((c) => c > 0), last = counts.length - 1 - [...counts].reverse().findIndex((c) => c > 0);
+  const put = (tag, attributes, text) => {
+    const e = document.createElementNS(NS, tag);
+    for (const [name, value] of Object.entries(attributes)) e.setAttribute(name, value);
+    if (text !== undefined) e.textContent = text;
+    svg.append(e);
+    return e;
+  };
+  svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+  svg.setAttribute("width", width);
+  svg.setAttribute("height", height);
+  svg.setAttribute("role", "img");
+  if (first < 0) {
+    svg.setAttribute("aria-label", "never fired");
+    put("text", { x: 4, y: 20 }, "never fired");
+    return svg;
+  }
+  const shown = counts.slice(first, last + 1), most = Math.max(...shown), w = (width - 8) / shown.length, base = height - 30;
+  const total = counts.reduce((a, b) => a + b, 0);
+  svg.setAttribute("aria-label", `${total} firing tokens, activations from ${number(edges[first])} to ${number(edges[last + 1])}`);
+  shown.forEach((count, i) => {
+    const h = (count / most) * (base - 14);
+    const bar = put("rect", { x: 4 + i * w, y: base - h, width: Math.max(1, w - 1), height: h });
+    const tip = document.createElementNS(NS, "title");
+    tip.textContent = `${number(edges[first + i])} to ${number(edges[first + i + 1])}: ${count.toLocaleString("en")} tokens`;
+    bar.append(tip);
+  });
+  put("line", { class: "axis", x1: 4, x2: width - 4, y1: base, y2: base });
+  put("text", { x: 4, y: 10 }, `${most.toLocaleString("en")} tokens`);
+  put("text", { x: 4, y: base + 13 }, number(edges[first]));
+  put("text", { x: width - 4, y: base + 13, "text-anchor": "end" }, number(edges[last + 1]));
+  put("text", { x: width / 2, y: base + 26, "text-anchor": "middle" }, `activation${unit} (each bar \u00d7 1.19)`);
+  return svg;
+}
+
+/** Listens to a model until the view goes; tells when the kernel does. Returns what to call at the end. */
+function listen(model, root, handlers) {
+  for (const [event, handler] of Object.entries(handlers)) model.on(event, handler);
+  return () => { for (const [event, handler] of Object.entries(handlers)) model.off(event, handler); };
+}
+
+/** Keeps JupyterLab's shortcuts away from what is typed here. */
+function ownKeys(element) {
+  for (const type of ["keydown", "keypress", "keyup"]) element.addEventListener(type, (e) => e.stopPropagation());
+}
+
+/** Waits for an answer from Python; without one the page says that the kernel is gone and stays readable. */
+function watchdog(root, seconds = 8) {
+  const notice = make("div", "gone", "The kernel does not answer: what is shown stays readable, but nothing new can be asked for. "
+    + "Start the kernel and run the cell again.", { role: "alert" });
+  let timer = null;
+  return {
+    asked() { if (timer === null) timer = setTimeout(() => { if (!notice.isConnected) root.prepend(notice); }, seconds * 1000); },
+    answered() { clearTimeout(timer); timer = null; notice.remove(); },
+    stop() { clearTimeout(timer); notice.remove(); },
+  };
+}

@@ -1,0 +1,107 @@
+"""TrainingMonitor: a training in a thread of its own, drawn while it runs, with a button that stops it."""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import pandas as pd
+import traitlets as T
+
+from qsae_kit.plots import training_figure
+from qsae_kit.sae import SAE
+from qsae_kit.train import LOG_EVERY, Progress
+from qsae_kit.watch import log_rows
+from qsae_kit.widgets.base import source
+from qsae_kit.widgets.plots import PlotView
+
+Suite: TypeAlias = dict[str, dict[str, SAE]]
+
+
+class TrainingMonitor(PlotView):
+    """Runs a training beside the notebook: cells can be run meanwhile, and Stop leaves valid SAEs (and a checkpoint).
+
+    train: takes keyword arguments `watch` and `stop` and trains, such as `functools.partial(train_saes, source, configs,
+    model_name="tiny", bar=False)`. It starts at once, or with `autostart=False` at the button. `result()` waits for it and
+    returns what it trained, or raises what it raised.
+    """
+
+    _esm = source("common.js", "monitor.js", "plots.js")
+    running = T.Bool(False).tag(sync=True)
+
+    def __init__(self, train: Callable[..., Suite], seconds: float = 2.0, autostart: bool = True) -> None:
+        self._train, self._seconds = train, seconds
+        self._stop, self._thread = threading.Event(), None
+        self._table: list[dict[str, Any]] = []
+        self._steps, self._drawn = 0, -float("inf")
+        self._suite: Suite | None = None
+        self._error: BaseException | None = None
+        super().__init__(status="Not started.")
+        if autostart:
+            self.start()
+
+    _thread: threading.Thread | None
+
+    def start(self) -> None:
+        """Starts, or goes on where the training can; ValueError while it runs."""
+        if self.running:
+            raise ValueError("The training is running; stop it before you start it again.")
+        self._stop.clear()
+        self._suite, self._error = None, None
+        self.running, self.status = True, "Starting."
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Asks the training to end after its step."""
+        self._stop.set()
+        if self.running:
+            self.status = "Stopping after this step."
+
+    def result(self, timeout: float | None = None) -> Suite:
+        """The trained SAEs by variant and hook name, when the training has ended. Raises TimeoutError where it has not."""
+        if self._thread is not None:
+            self._thread.join(timeout)
+        if self.running or self._thread is None:
+            raise TimeoutError("The training has not ended; wait longer, or stop it.")
+        if self._error is not None:
+            raise self._error
+        assert self._suite is not None
+        return self._suite
+
+    def _work(self) -> None:
+        try:
+            self._suite = self._train(watch=[self._watch], stop=self._stop)
+            self.status = "Stopped: the SAEs are as they were then." if self._stop.is_set() else "Done."
+        except BaseException as error:  # shown here and raised again by result()
+            self._error = error
+            self.status = f"{type(error).__name__}: {error}"
+        finally:
+            self.running = False
+
+    def _watch(self, progress: Progress) -> None:
+        self._steps += 1
+        due = time.monotonic() - self._drawn >= self._seconds
+        if self._steps % LOG_EVERY == 1 or due or progress.last:
+            self._table += log_rows(progress.group, progress.rows, progress.figures())
+        if due or progress.last:
+            configs = {variant: trainer.config for (variant, _), trainer in progress.trainers.items()}
+            targets = {variant: config.sparsity for variant, config in configs.items() if config.targeted}
+            self.show(training_figure(self.to_frame(), targets))
+            total = next(iter(configs.values())).tokens
+            self.status = f"{progress.rows:,} of {total:,} rows, {progress.rows / max(progress.seconds, 1e-9):,.0f} a second."
+            self._drawn = time.monotonic()
+
+    def to_frame(self) -> pd.DataFrame:
+        """The log so far: group, rows, variant, hook_name, loss, l0, dead."""
+        return pd.DataFrame(list(self._table))  # a copy: the training adds to it
+
+    def handle(self, message: Mapping[str, Any]) -> None:
+        super().handle(message)
+        if message.get("op") == "stop":
+            self.stop()
+        elif message.get("op") == "start":
+            self.start()
+
+    def __repr__(self) -> str:
+        return f"TrainingMonitor({'running' if self.running else self.status})"

@@ -1,0 +1,168 @@
+"""TokenActivations: type a chat and see which features fire on which token."""
+
+import html
+import re
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+import traitlets as T
+
+from qsae_kit.activations import site_activations
+from qsae_kit.data import ROLES, Document, TokenBatch, keep_mask, tokenize_document
+from qsae_kit.evaluate import check_fit
+from qsae_kit.features import Key
+from qsae_kit.index import FeatureIndex
+from qsae_kit.models import HookedLM
+from qsae_kit.sae import SAE
+from qsae_kit.widgets.base import View, source
+
+TOP, HEAT = 8, 16
+"""Features that are shown of each token, and in the heat map."""
+TURN = re.compile(rf"^({'|'.join(ROLES)}):[ \t]*", re.MULTILINE | re.IGNORECASE)
+
+
+def read_chat(text: str) -> Document:
+    """A chat written as lines that begin with `user:` or `assistant:`; a text without such lines is one user turn."""
+    turns = list(TURN.finditer(text))
+    if not turns or text[: turns[0].start()].strip():
+        return [{"role": "user", "content": text}]
+    ends = [*(turn.start() for turn in turns[1:]), len(text)]
+    return [{"role": turn[1].lower(), "content": text[turn.end() : end].strip()} for turn, end in zip(turns, ends, strict=True)]
+
+
+class TokenActivations(View):
+    """The features of a chat's tokens, at any SAE of a suite, computed as one types.
+
+    suite: variant -> hook name -> SAE. index: shows its labels and strongest tokens beside the features' numbers.
+    Traits to observe: `text`, `site` (number of the SAE in `choices`) and `feature`, the one that tokens are shaded by
+    (-1: the one with the largest activation).
+    """
+
+    _esm = source("common.js", "tokens.js")
+    sites = T.List(T.Unicode()).tag(sync=True)
+    site = T.Int(0).tag(sync=True)
+    text = T.Unicode("").tag(sync=True)
+    feature = T.Int(-1).tag(sync=True)
+    result = T.Dict().tag(sync=True)
+    """What is shown, with the number of the request that it answers."""
+
+    def __init__(
+        self, lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], text: str, index: FeatureIndex | None = None,
+        hook_name: str | None = None, variant: str | None = None,
+    ) -> None:  # fmt: skip
+        self.lm, self.index = lm, index
+        self.saes: dict[Key, SAE] = {(v, name): sae for v, saes in suite.items() for name, sae in saes.items()}
+        self.choices = list(self.saes)
+        for sae in self.saes.values():
+            check_fit(lm, sae)
+        fitting = [i for i, key in enumerate(self.choices) if variant in (None, key[0]) and hook_name in (None, key[1])]
+        if not fitting:
+            raise ValueError(
+                f"The suite has no SAE of {hook_name or variant!r}; it has {', '.join('/'.join(k) for k in self.choices)}."
+            )
+        self._guard, self._asked = threading.RLock(), 0
+        self._frame = pd.DataFrame()
+        super().__init__(sites=["/".join(key) for key in self.choices], site=fitting[0], text=text)
+        self.on_msg(lambda _widget, message, _buffers: self.answer(message))
+        self._compute(0)
+
+    @T.observe("text", "site", "feature")
+    def _changed(self, _change: Any) -> None:
+        if self.result:  # from Python; what is typed comes as a message with a number
+            self.answer({"op": "look", "seq": self.result["seq"], "text": self.text, "site": self.site, "feature": self.feature})
+
+    def handle(self, message: Mapping[str, Any]) -> None:
+        if message.get("op") != "look":
+            return
+        number = int(message["seq"])
+        self._asked = max(self._asked, number)
+        with self._guard:
+            if number < self._asked:  # a newer one waits: nobody will look at this one
+                return
+            with self.hold_trait_notifications():
+                self.set_trait("result", {})
+                self.text, self.site, self.feature = str(message["text"]), int(message["site"]), int(message["feature"])
+            self._compute(number)
+
+    def _compute(self, number: int) -> None:
+        if not self.text.strip():
+            self.result = {
+                "seq": number,
+                "tokens": [],
+                "acts": [],
+                "feature": self.feature,
+                "top": [],
+                "heat": [],
+                "features": [],
+                "names": {},
+            }
+            self._frame = pd.DataFrame()
+            return
+        tokens, f = self.activations()
+        largest = f.amax(0)
+        ids = largest.topk(min(HEAT, int((largest > 0).sum()))).indices
+        feature = self.feature if 0 <= self.feature < f.shape[1] else int(largest.argmax())
+        best = f.topk(min(TOP, f.shape[1]), dim=1)
+        top = [
+            [[int(i), _short(v)] for i, v in zip(own, values, strict=True) if v > 0]
+            for own, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+        shown = {feature, *ids.tolist(), *(i for own in top for i, _ in own)}
+        self._frame = pd.DataFrame(
+            f[:, ids].numpy(), index=pd.Index(tokens, name="token"), columns=pd.Index(ids.tolist(), name="feature")
+        )
+        self.result = {
+            "seq": number, "tokens": tokens, "feature": feature, "acts": [_short(v) for v in f[:, feature].tolist()], "top": top,
+            "features": ids.tolist(), "heat": [[_short(v) for v in row] for row in f[:, ids].tolist()],
+            "names": {str(i): self.name(i) for i in sorted(shown)},
+        }  # fmt: skip
+        self.status = ""
+
+    @torch.no_grad()
+    def activations(self) -> tuple[list[str], torch.Tensor]:
+        """The text's tokens and their features [pos, d_sae], 0 at tokens that do not count. Raises ValueError for a bad chat."""
+        _, hook_name = self.choices[self.site]
+        sae = self.saes[self.choices[self.site]]
+        assert sae.provenance is not None
+        document = read_chat(self.text) if self.lm.tokenizer.chat_template else self.text
+        ids, mask = self.lm.pad([tokenize_document(self.lm, document, self.lm.context_size)])
+        batch = TokenBatch(ids, mask, keep_mask(self.lm, ids, mask))
+        x = site_activations(self.lm, [hook_name], batch)[hook_name]
+        f = sae.encode(x.float()) * (batch.keep & sae.provenance.filter.keeps(x))[..., None]
+        return self.lm.to_str_tokens(ids[0]), f[0].cpu()
+
+    def name(self, feature: int) -> str:
+        """A feature's label, or its strongest token, where the index knows the SAE."""
+        variant, hook_name = self.choices[self.site]
+        if self.index is None or (variant, hook_name) not in self.index.keys:
+            return ""
+        own = self.index.site(hook_name, variant)
+        return self.index.labels_of(own).get(feature) or str(own.figures["top_token"].iloc[feature])
+
+    def to_frame(self) -> pd.DataFrame:
+        """Activations of the heat map's features, a row a token."""
+        return self._frame
+
+    def offline(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        state, _ = super().offline()
+        return state, {"look": {}}
+
+    def fallback(self) -> str:
+        acts = np.array(self.result["acts"])
+        largest = acts.max(initial=0)
+        spans = "".join(
+            f'<span style="background-color:rgba(230,159,0,{a / largest if largest > 0 else 0:.2f})">{html.escape(t)}</span>'
+            for t, a in zip(self.result["tokens"], acts, strict=True)
+        )
+        return f'<p>{html.escape(repr(self))}</p><p style="white-space:pre-wrap">{spans}</p>'
+
+    def __repr__(self) -> str:
+        return f"TokenActivations({self.sites[self.site]}, {len(self.result['tokens'])} tokens, feature {self.result['feature']})"
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")

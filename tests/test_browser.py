@@ -1,0 +1,394 @@
+"""What is on the screen: widgets in a real JupyterLab and on pages of their own, in headless Chromium.
+
+Screenshots are kept in the folder that QSAE_SCREENSHOTS names.
+"""
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import lab
+import pandas as pd
+import plotly
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from playwright.sync_api import sync_playwright
+
+from qsae_kit import FeatureExplorer, LayerLoss, TokenActivations, build_index, load_index
+from qsae_kit.activations import NormFilter, kept_rows
+from qsae_kit.data import token_batches
+from qsae_kit.features import IndexConfig
+from qsae_kit.formats import save_suite
+from qsae_kit.plots import plot_text
+from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.tiny import world
+
+pytestmark = [pytest.mark.browser, pytest.mark.skipif(lab.CHROMIUM is None, reason="there is no Chromium on this machine")]
+
+ATTACKS = [*(Path(__file__).parent / "data" / "attacks.txt").read_text(encoding="utf-8").splitlines(), "<b>long</b>" * 1000]
+SITES = ("blocks.1.hook_resid_post", "blocks.4.hook_mlp_out")
+
+
+def dialogues():
+    return (dialogue.messages for dialogue in world.dialogues(80, seed=1_000_014))
+
+
+def shot(seen, name):
+    if folder := os.environ.get("QSAE_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        seen.page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def clean(seen):
+    assert seen.page.evaluate("() => window.PWN") is None
+    assert seen.errors == []
+    assert seen.outside == []
+
+
+@pytest.fixture(scope="module")
+def suite(lm):
+    rows = kept_rows(lm, SITES, next(iter(token_batches(lm, dialogues(), batch_tokens=2048))))
+    out = {}
+    for name in SITES:
+        sae = TopKSAE(lm.d_model, 400, 8, Provenance(lm.model_name, name, NormFilter(float(rows[name].norm(dim=-1).median()))))
+        sae.init_from_rows(rows[name], torch.Generator().manual_seed(3))
+        out[name] = sae.requires_grad_(False)
+    return {"topk": out}
+
+
+@pytest.fixture(scope="module")
+def folder(lm, suite, tmp_path_factory):
+    """A folder for JupyterLab with a suite and its index."""
+    out = tmp_path_factory.mktemp("lab")
+    save_suite(suite, out / "suite")
+    build_index(lm, suite, dialogues, out / "index", IndexConfig(tokens=4000, top=4, sampled=8, batch_tokens=2048), bar=False)
+    return out
+
+
+@pytest.fixture(scope="module")
+def evaluation():
+    rows = [
+        {"variant": v, "site": f"blocks.{layer}.{hook}", "layer": layer, "kind": kind, "category": "all", "fvu": 0.1 * layer + 0.05,
+         "delta_ce": 0.02 * layer, "l0": 8.0 + i, "tokens": 100, "spliced_tokens": 90}
+        for i, v in enumerate(("topk", "b")) for layer in range(5) for kind, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"))
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+SETUP = """
+import pandas as pd, qsae_kit, IPython
+lm = qsae_kit.load_model("tiny")
+suite = qsae_kit.load_suite("suite")
+index = qsae_kit.load_index("index", lm, suite)
+evaluation = pd.read_parquet("evaluation.parquet")
+"""
+
+
+@pytest.fixture(scope="module")
+def playwright():
+    with sync_playwright() as playwright:
+        yield playwright
+
+
+@pytest.fixture(scope="module")
+def notebook(folder, evaluation, playwright):
+    """JupyterLab with a notebook of every widget, all cells run."""
+    evaluation.to_parquet(folder / "evaluation.parquet")
+    cells = [
+        SETUP, "explorer = qsae_kit.FeatureExplorer(index)\nexplorer",
+        "tokens = qsae_kit.TokenActivations(lm, suite, 'How do I thank the nurse?', index)\ntokens",
+        "layers = qsae_kit.LayerLoss(evaluation, explorer=explorer)\nlayers",
+        """
+import functools, torch
+rows = qsae_kit.StoredRows({"blocks.0.hook_resid_post": torch.randn(2000, 12)})
+config = qsae_kit.TrainConfig("topk", sparsity=3, expansion=4, tokens=64 * 10**6, batch=64, pool=640)
+monitor = qsae_kit.TrainingMonitor(functools.partial(qsae_kit.train_saes, rows, [config], model_name="t", bar=False), seconds=0.5, autostart=False)
+monitor""",
+        "from IPython.display import HTML\nprint('selected', explorer.selected, explorer.site, tokens.feature)",
+    ]  # fmt: skip
+    lab.write_notebook(folder / "all.ipynb", cells)
+    with lab.jupyter_lab(folder) as address, lab.browser(playwright, height=4200) as seen:
+        lab.open_notebook(seen.page, address("all.ipynb"))
+        lab.run_all(seen.page)
+        seen.page.wait_for_selector(".qsae-explorer[data-page]")
+        seen.page.wait_for_selector(".qsae-tokens[data-seq]")
+        seen.page.wait_for_selector(".qsae-plots[data-drawn] .main-svg")
+        yield seen
+
+
+def printed(seen):
+    """What the last cell prints now."""
+    lab.run_cell(seen.page, 5)
+    return seen.page.locator(".jp-Cell").nth(5).locator(".jp-OutputArea-output").inner_text()
+
+
+def test_the_explorer_in_jupyterlab(notebook, folder):
+    page = notebook.page
+    root = page.locator(".qsae-explorer")
+    shot(notebook, "lab")
+    assert "400 of 400 features" in root.inner_text()
+    # sort with the mouse, walk with the keyboard
+    root.get_by_role("columnheader", name="density").click()
+    page.wait_for_function("() => document.querySelector('.qsae-explorer [aria-sort=descending]')")
+    root.locator(".view").focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowDown")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer .row[aria-selected=true]')?.dataset.place === '3'")
+    chosen = root.locator(".row[aria-selected=true]").get_attribute("data-feature")
+    page.wait_for_function(f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{chosen}'")
+    assert f"selected {chosen} 0" in printed(notebook)
+    # a neighbour and back, by keyboard alone
+    page.keyboard.press("Tab")
+    link = root.get_by_role("button", name="go to feature").first
+    target = link.inner_text().removeprefix("feature ")
+    link.focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{target}'")
+    root.get_by_role("button", name="back").focus()
+    page.keyboard.press("Enter")
+    page.wait_for_function(f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{chosen}'")
+    # an example's tokens by keyboard
+    line = root.locator(".toks").first
+    line.focus()
+    page.keyboard.press("Home")
+    assert line.locator("span.on").inner_text() == line.locator("span").first.inner_text()
+    # label it; then find it by the label
+    box = root.get_by_label("label of this feature")
+    box.fill("<i>my label</i>")
+    box.press("Enter")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is labelled')")
+    search = root.get_by_label("search features")
+    search.fill("MY LABEL")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer').textContent.includes('1 of 400 features')")
+    assert root.locator(".row").inner_text().startswith(chosen)
+    assert "<i>my label</i>" in root.locator(".row").inner_text()
+    search.fill("density>abc")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is no number')")
+    search.fill("density>0.5")
+    page.wait_for_function("() => / [0-9] of 400/.test(' ' + document.querySelector('.qsae-explorer .soft').textContent)")
+    search.fill("")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer').textContent.includes('400 of 400 features')")
+    # scroll to the end: rows come on demand
+    root.locator(".view").evaluate("(v) => { v.scrollTop = v.scrollHeight }")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer .row[data-place=\"399\"]')")
+    # what fires on a text
+    root.locator("select").nth(1).select_option("fires on")
+    search.fill("How do I thank the nurse?")
+    page.wait_for_function(
+        "() => [...document.querySelectorAll('.qsae-explorer [role=columnheader]')].some((c) => c.textContent === 'tokens')"
+    )
+    root.locator("select").nth(1).select_option("text")
+    search.fill("")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer').textContent.includes('400 of 400 features')")
+    shot(notebook, "explorer")
+    clean(notebook)
+
+
+def test_token_activations_in_jupyterlab(notebook):
+    page = notebook.page
+    root = page.locator(".qsae-tokens")
+    box = root.get_by_label("chat:")
+    box.fill("user: What is 2 + 2?\nassistant: It is four.")
+    page.wait_for_function("() => document.querySelector('.qsae-tokens .toks').textContent.includes('four')")
+    line = root.locator(".toks").first
+    line.focus()
+    page.keyboard.press("End")
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowLeft")
+    on = line.locator("span.on").inner_text()
+    assert on.strip() in root.locator("p.soft").first.inner_text()
+    other = root.locator(".heat th button").nth(3)
+    feature = other.inner_text()
+    other.click()
+    page.wait_for_function(
+        f"() => document.querySelector('.qsae-tokens .toks').getAttribute('aria-label').endsWith(' {feature}')"
+    )
+    assert printed(notebook).strip().endswith(feature)
+    root.get_by_role("button", name="site →").click()
+    page.wait_for_function("() => document.querySelector('.qsae-tokens select').value === '1'")
+    # typing: the last state is what is shown
+    before = int(root.get_attribute("data-seq"))
+    box.fill("")
+    box.press_sequentially("How do I thank the nurse and the teacher?", delay=15)
+    page.wait_for_function("() => document.querySelector('.qsae-tokens .toks')?.textContent.includes('teacher?')")
+    assert int(root.get_attribute("data-seq")) > before
+    shot(notebook, "tokens")
+    clean(notebook)
+
+
+def test_layers_and_training_in_jupyterlab(notebook):
+    page = notebook.page
+    root = page.locator(".qsae-plots").first
+    menu = root.locator("select")
+    menu.select_option("topk/blocks.4.hook_mlp_out")
+    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[0].textContent.includes('MLP output of layer 4')")
+    page.wait_for_function("() => document.querySelector('.qsae-explorer select').value === '1'")  # the explorer goes along
+    assert " 1 " in printed(notebook)
+    root.locator(".scatterlayer .point").nth(2).click(force=True)
+    page.wait_for_function(
+        "() => document.querySelectorAll('.qsae-plots')[0].querySelector('select').value !== 'topk/blocks.4.hook_mlp_out'"
+    )
+    training = page.locator(".qsae-plots").nth(1)
+    training.get_by_role("button", name="Start").click()
+    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('rows,')")
+    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[1].querySelector('.main-svg')")
+    printed(notebook)  # a cell runs beside the training
+    training.get_by_role("button", name="Stop").click()
+    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('Stopped')")
+    shot(notebook, "layers")
+    clean(notebook)
+
+
+def test_cells_run_again_leave_nothing_behind(notebook):
+    page = notebook.page
+    models = "() => [...window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel._comms.keys()].length"
+
+    def counts():
+        nodes = page.evaluate("() => [...document.querySelectorAll('.qsae')].length")
+        return nodes, page.evaluate("() => document.querySelectorAll('*').length")
+
+    lab.run_cell(page, 1)
+    lab.run_cell(page, 2)
+    page.wait_for_function("() => document.querySelectorAll('.qsae-explorer[data-page]').length === 1")
+    nodes, elements = counts()
+    comms = page.evaluate(models)
+    for _ in range(10):
+        lab.run_cell(page, 1)
+        lab.run_cell(page, 2)
+        page.wait_for_function("() => document.querySelectorAll('.qsae-explorer[data-page]').length === 1")
+        page.wait_for_function("() => document.querySelectorAll('.qsae-tokens[data-seq]').length === 1")
+    assert counts()[0] == nodes
+    assert abs(counts()[1] - elements) < 50
+    assert page.evaluate(models) == comms
+    clean(notebook)
+
+
+def test_without_a_kernel_the_page_stays_readable(notebook):
+    page = notebook.page
+    page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown() }")
+    root = page.locator(".qsae-explorer")
+    root.get_by_role("columnheader", name="max").click()
+    page.wait_for_selector(".qsae-explorer .gone", timeout=15_000)
+    assert "kernel does not answer" in root.inner_text()
+    assert root.locator(".row").count() > 5
+    assert root.locator(".toks").count() > 3
+    shot(notebook, "gone")
+
+
+# --- text stays text
+
+
+@pytest.fixture(scope="module")
+def hostile(folder, tmp_path_factory):
+    """An index whose vocabulary, label and names are attacks."""
+    out = tmp_path_factory.mktemp("hostile") / "index"
+    shutil.copytree(folder / "index", out)
+    table = pq.read_table(out / "tokens.parquet")
+    texts = [f"{ATTACKS[i % len(ATTACKS)]}" for i in range(len(table))]
+    pq.write_table(pa.table({"id": table["id"], "text": texts}), out / "tokens.parquet")
+    path = next(out.rglob("features.parquet"))
+    features = pq.read_table(path)
+    column = pa.array([ATTACKS[i % len(ATTACKS)] for i in range(len(features))])
+    place = features.column_names.index("top_token")
+    pq.write_table(features.set_column(place, "top_token", column), path)
+    index = load_index(out)
+    for i, attack in enumerate(ATTACKS[:-1]):
+        index.label(index.site(), i, attack)
+    return index
+
+
+INVISIBLE = re.compile("[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+
+
+def legible(text):
+    """What a reader must find of a text, spaces left out: what is invisible has its number, as `common.js` writes it."""
+    signs = INVISIBLE.sub(lambda m: f"\u27e8{ord(m[0]):04x}\u27e9", text)
+    return bare(signs)[:200]
+
+
+def bare(text):
+    return "".join(c for c in text if (c.isascii() or c in "\u27e8\u27e9") and c.isprintable() and c != " ")
+
+
+def plain(text):
+    return re.sub("\u27e8[0-9a-f]{4}\u27e9", "", text)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+def test_attacks_in_the_explorer(hostile, tmp_path, dark, playwright):
+    explorer = FeatureExplorer(hostile)
+    explorer.sort_by, explorer.ascending = "feature", True
+    found = pd.DataFrame({attack: [0.5, 0.4] for attack in ATTACKS[:2]}, index=pd.Index([3, 5], name="feature"))
+    with lab.browser(playwright, dark=dark) as seen:
+        explorer.to_html(tmp_path / "explorer.html")
+        seen.page.goto((tmp_path / "explorer.html").as_uri())
+        seen.page.wait_for_selector(".qsae-explorer[data-page]")
+        view = seen.page.locator(".view")
+        shown = ""
+        for top in range(0, len(ATTACKS) * 24, 200):
+            view.evaluate(f"(v) => {{ v.scrollTop = {top} }}")
+            seen.page.wait_for_timeout(30)
+            shown += view.inner_text()
+        for attack in ATTACKS[:-1]:
+            assert legible(attack) in bare(shown), attack
+        sheet = bare(seen.page.locator(".sheet").inner_text())
+        page = hostile.site().page(explorer.selected)
+        for token in page.top[0].tokens:
+            assert legible(token) in sheet or len(token) > 200
+        shot(seen, "hostile-dark" if dark else "hostile")
+        clean(seen)
+        explorer.show(found)
+        seen.page.goto("about:blank")
+        explorer.to_html(tmp_path / "columns.html")
+        seen.page.goto((tmp_path / "columns.html").as_uri())
+        seen.page.wait_for_selector(".qsae-explorer[data-page]")
+        heads = seen.page.locator(".head").inner_text()
+        assert ATTACKS[0] in heads
+        assert ATTACKS[1] in heads
+        clean(seen)
+
+
+def test_attacks_in_the_other_widgets(lm, suite, evaluation, tmp_path, monkeypatch, playwright):
+    with lab.browser(playwright) as seen:
+        for i in range(0, len(ATTACKS) - 1, 6):  # as many as fit the model's context
+            attack = "\n".join(ATTACKS[i : i + 6])
+            view = TokenActivations(lm, suite, attack)
+            monkeypatch.setattr(TokenActivations, "name", lambda self, feature: ATTACKS[feature % len(ATTACKS)])
+            view.feature = 3
+            view.to_html(tmp_path / f"tokens{i}.html")
+            seen.page.goto((tmp_path / f"tokens{i}.html").as_uri())
+            seen.page.wait_for_selector(".qsae-tokens[data-seq]")
+            shown = "".join(seen.page.locator(".toks span").all_inner_texts())
+            for line in attack.split("\n"):
+                assert plain(legible(line)) in plain(bare(shown)), line  # a tokenizer may cut what is invisible into bytes
+            clean(seen)
+        table = evaluation.assign(variant=[ATTACKS[i % 60].replace("/", "|") for i in range(len(evaluation))])
+        layers = LayerLoss(table, model_name=ATTACKS[0])
+        layers.status = ATTACKS[1]
+        layers.to_html(tmp_path / "layers.html")
+        seen.page.goto((tmp_path / "layers.html").as_uri())
+        seen.page.wait_for_selector(".qsae-plots[data-drawn] .main-svg")
+        assert ATTACKS[0] in seen.page.locator(".gtitle").first.text_content()
+        assert seen.page.locator("[role=status]").inner_text() == ATTACKS[1]
+        clean(seen)
+
+
+def test_attacks_in_figures_and_tables(tmp_path, playwright):
+    """Labels of figures read as they were written; DataFrames escape on their own."""
+    texts = [plot_text(attack) for attack in ATTACKS[:-1]]
+    figure = plotly.graph_objects.Figure(plotly.graph_objects.Bar(x=list(range(len(texts))), y=[1] * len(texts), text=texts))
+    figure.update_layout(title={"text": texts[0]})
+    figure.write_html(tmp_path / "figure.html", include_plotlyjs=True)
+    table = pd.DataFrame({ATTACKS[0]: ATTACKS}, index=ATTACKS)
+    (tmp_path / "table.html").write_text(f'<meta charset="utf-8">{table._repr_html_()}', encoding="utf-8")
+    with lab.browser(playwright) as seen:
+        seen.page.goto((tmp_path / "figure.html").as_uri())
+        seen.page.wait_for_selector(".main-svg")
+        assert ATTACKS[0] in seen.page.locator(".gtitle").text_content()
+        clean(seen)
+        seen.page.goto((tmp_path / "table.html").as_uri())
+        assert ATTACKS[0] in seen.page.locator("th").nth(1).inner_text()
+        clean(seen)
