@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from jaxtyping import Int
+from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
@@ -429,7 +430,15 @@ class HookedLM(HookedRootModule):
         return self._render(messages, add_generation_prompt, flags)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, flags: dict[str, bool]) -> str:
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt, **flags)
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **flags
+            )
+        except TemplateError as error:
+            roles = [message.get("role") for message in messages]
+            raise ValueError(
+                f"The chat template of {self.model_name!r} refuses messages of the roles {roles} ({error}); change their order."
+            ) from error
 
     def chat_tokens(self, prompt: Prompt, enable_thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of `to_chat`; no special token is added to what the template wrote."""

@@ -253,6 +253,21 @@ def test_an_older_question_is_not_answered(lm, suite):
     assert view.text == "xxx"
 
 
+def test_a_chat_that_the_template_refuses(lm, suite, monkeypatch):
+    view = TokenActivations(lm, suite, "Hello")
+    shown = view.result
+    refusing = "{{ raise_exception('roles must alternate') }}"
+    monkeypatch.setattr(lm.tokenizer, "chat_template", refusing)
+    message(view, op="look", seq=4, text="assistant: me first", site=0, feature=-1)
+    assert "roles must alternate" in view.status
+    assert "['assistant']" in view.status
+    assert view.result == shown | {"seq": 4}
+    monkeypatch.undo()
+    message(view, op="look", seq=5, text="Good day", site=0, feature=-1)
+    assert view.status == ""
+    assert "Good" in "".join(view.result["tokens"])
+
+
 def test_how_a_chat_is_read():
     assert read_chat("Hello: you") == [{"role": "user", "content": "Hello: you"}]
     assert read_chat("System: Be kind.\nUSER: a\nb\nassistant: c") == [

@@ -83,10 +83,15 @@ class TokenActivations(View):
         with self._guard:
             if number < self._asked:  # a newer one waits: nobody will look at this one
                 return
+            before = self.result
             with self.hold_trait_notifications():
                 self.set_trait("result", {})
                 self.text, self.site, self.feature = str(message["text"]), int(message["site"]), int(message["feature"])
-            self._compute(number)
+            try:
+                self._compute(number)
+            except ValueError:  # what was shown stays, beside the reason
+                self.result = before | {"seq": number}
+                raise
 
     def _compute(self, number: int) -> None:
         if not self.text.strip():
