@@ -36,7 +36,7 @@ from tqdm.auto import tqdm
 from qsae_kit.activations import site_activations
 from qsae_kit.chat import Phase, phases
 from qsae_kit.checkpoints import Checkpoints
-from qsae_kit.data import Document, TokenBatch, token_batches
+from qsae_kit.data import Document, TokenBatch, keep_mask, token_batches
 from qsae_kit.evaluate import CATEGORIES, check_fit
 from qsae_kit.files import atomic_file, write_text
 from qsae_kit.models import HookedLM
@@ -563,6 +563,22 @@ def example_table(tally: Tally) -> pa.Table:
             "act": pa.ListArray.from_arrays(ends, pa.array(acts[row, offset], pa.float32())),
         }
     )  # fmt: skip
+
+
+@torch.no_grad()
+def token_features(lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d_sae"]]:
+    """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
+    assert sae.provenance is not None
+    out: list[Tensor] = []
+    for start in range(0, len(rows), 32):
+        some = rows[start : start + 32]
+        ids, mask = lm.pad(some)
+        batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask))
+        x = site_activations(lm, [sae.provenance.hook_name], batch)[sae.provenance.hook_name]
+        counted = batch.keep & sae.provenance.filter.keeps(x)
+        f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)
+        out += [f[r, : len(own)] for r, own in enumerate(some)]
+    return out
 
 
 # --- building

@@ -20,9 +20,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.activations import site_activations
 from qsae_kit.chat import answer_start
-from qsae_kit.data import Document, TokenBatch, keep_mask, tokenize_document
+from qsae_kit.data import Document, tokenize_document
 from qsae_kit.features import (
     BINS,
     BINS_PER_OCTAVE,
@@ -36,6 +35,7 @@ from qsae_kit.features import (
     VERSION,
     Key,
     checksum,
+    token_features,
 )
 from qsae_kit.files import atomic_file
 from qsae_kit.models import HookedLM
@@ -293,20 +293,9 @@ class SiteFeatures:
         lm = self.index.model
         return self.activations_of([tokenize_document(lm, document, lm.context_size) for document in documents])
 
-    @torch.no_grad()
     def activations_of(self, rows: Sequence[list[int]]) -> list[Float[Tensor, "pos d_sae"]]:
         """The same of token ids."""
-        lm, sae = self.index.model, self.sae
-        assert sae.provenance is not None
-        out: list[Tensor] = []
-        for start in range(0, len(rows), 32):
-            some = rows[start : start + 32]
-            ids, mask = lm.pad(some)
-            batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask))
-            x = site_activations(lm, [self.hook_name], batch)[self.hook_name]
-            f = sae.encode(x.float()) * (batch.keep & sae.provenance.filter.keeps(x))[..., None]
-            out += [f[r, : len(ids)] for r, ids in enumerate(some)]
-        return out
+        return token_features(self.index.model, self.sae, rows)
 
 
 class FeatureIndex:

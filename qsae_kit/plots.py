@@ -103,7 +103,7 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
     figure.update_yaxes(title="share", rangemode="tozero", row=1, col=3)
     n_sites = log["hook_name"].nunique()
     style(figure, f"Training at {n_sites} site{'s' if n_sites > 1 else ''}", height=400)
-    figure.update_layout(legend={"orientation": "h", "y": -0.22, "yanchor": "top"})
+    figure.update_layout(legend={"orientation": "h", "y": -0.32, "yanchor": "top"})
     return figure
 
 

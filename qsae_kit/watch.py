@@ -6,11 +6,12 @@ Each is called with every `train.Progress` (give them to `train_saes` as `watch`
 import importlib.util
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import pandas as pd
+import plotly.graph_objects as go
 from IPython.display import display
 
 from qsae_kit.checkpoints import LOG
@@ -21,8 +22,7 @@ Figures: TypeAlias = Mapping[str, Mapping[str, float]]
 """What `Progress.figures` gives: loss, L0 and dead share by "variant/hook name"."""
 
 
-def log_rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
-    """Rows of the table that `read_log` gives."""
+def _rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
     out = []
     for key, own in figures.items():
         variant, _, hook_name = key.partition("/")
@@ -33,7 +33,7 @@ def log_rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
 def read_log(folder: Path) -> pd.DataFrame:
     """The log of a run as a table: group, rows, variant, hook_name, loss, l0, dead."""
     lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
-    return pd.DataFrame([row for line in lines for row in log_rows(line["group"], line["rows"], line["sites"])])
+    return pd.DataFrame([row for line in lines for row in _rows(line["group"], line["rows"], line["sites"])])
 
 
 @runtime_checkable
@@ -50,8 +50,9 @@ class LiveFigure:
     its step and leaves its SAEs, and a checkpoint where it has a folder.
     """
 
-    def __init__(self, seconds: float = 3.0) -> None:
-        self.seconds = seconds
+    def __init__(self, seconds: float = 3.0, show: Callable[[go.Figure], None] | None = None) -> None:
+        """show: what to do with each figure, in place of drawing it in the cell."""
+        self.seconds, self.show = seconds, show or self._in_cell
         self.table: list[dict[str, Any]] = []
         self._steps = 0
         self._drawn = -float("inf")
@@ -61,14 +62,16 @@ class LiveFigure:
         self._steps += 1
         due = time.monotonic() - self._drawn >= self.seconds
         if self._steps % LOG_EVERY == 1 or due or progress.last:
-            self.table += log_rows(progress.group, progress.rows, progress.figures())
+            self.table += _rows(progress.group, progress.rows, progress.figures())
         if due or progress.last:
             configs = {variant: trainer.config for (variant, _), trainer in progress.trainers.items()}
             self._draw({variant: config.sparsity for variant, config in configs.items() if config.targeted})
             self._drawn = time.monotonic()
 
     def _draw(self, targets: Mapping[str, float]) -> None:
-        figure = training_figure(pd.DataFrame(self.table), targets)
+        self.show(training_figure(pd.DataFrame(self.table), targets))
+
+    def _in_cell(self, figure: go.Figure) -> None:
         if self._handle is None:
             self._handle = display(figure, display_id=True)
         else:

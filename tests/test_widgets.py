@@ -94,6 +94,9 @@ def test_sorting_and_conditions(index, sent):
     before = explorer.version
     explorer.query = "colour>3"
     assert "no column 'colour'" in explorer.status
+    sent.clear()
+    explorer.query = "colour>3 "  # the same complaint: the page is told that there is an answer
+    assert sent[-1][0] == {"op": "answered"}
     explorer.query = "top_token>3"
     assert "holds text" in explorer.status
     explorer.query = "density>1e"

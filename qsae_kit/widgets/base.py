@@ -97,15 +97,17 @@ class View(anywidget.AnyWidget):
             data = {**data, "text/html": html}
         return data, metadata
 
-    def _say(self, text: str) -> None:
-        self.status = text
+    def complain(self, error: ValueError) -> None:
+        """Says what is wrong below the widget; and answers, for the same words twice are no change that the page is told of."""
+        self.status = str(error)
+        self.send({"op": "answered"})
 
     def answer(self, message: Mapping[str, Any]) -> None:
         """What the page asks for; errors go to the status line, where a cell would not show them."""
         try:
             self.handle(message)
         except ValueError as error:
-            self.status = str(error)
+            self.complain(error)
 
     def handle(self, message: Mapping[str, Any]) -> None:
         """Answers one message of the page."""

@@ -129,14 +129,14 @@ class FeatureExplorer(View):
             try:
                 self.page = page_state(self.features.page(self.selected))
             except ValueError as error:
-                self.status = str(error)
+                self.complain(error)
 
     def _reorder(self) -> None:
         with self._guard:
             try:
                 order, extra = self._find()
             except ValueError as error:
-                self.status = str(error)
+                self.complain(error)
                 return
             self._order, self._extra = order, extra
             with self.hold_sync():
@@ -218,8 +218,6 @@ class FeatureExplorer(View):
             self.send(reply)
         elif message.get("op") == "label":
             self.label(int(message["feature"]), str(message["text"]))
-        elif message.get("op") == "ping":
-            self.send({"op": "pong"})
 
     def label(self, feature: int, text: str) -> None:
         """Labels a feature of the SAE that is shown; kept with the index."""
@@ -240,7 +238,7 @@ class FeatureExplorer(View):
         nothing: dict[str, Any] = {}
         return state | {"live": False}, {
             "selected": pages, "rows": blocks, "label": nothing, "query": nothing, "sort_by": nothing, "site": nothing,
-            "ascending": nothing, "mode": nothing, "ping": {"": {"op": "pong"}},
+            "ascending": nothing, "mode": nothing,
         }  # fmt: skip
 
     def fallback(self) -> str:

@@ -1,17 +1,16 @@
 """TrainingMonitor: a training in a thread of its own, drawn while it runs, with a button that stops it."""
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import pandas as pd
+import plotly.graph_objects as go
 import traitlets as T
 
-from qsae_kit.plots import training_figure
 from qsae_kit.sae import SAE
-from qsae_kit.train import LOG_EVERY, Progress
-from qsae_kit.watch import log_rows
+from qsae_kit.train import Progress
+from qsae_kit.watch import LiveFigure
 from qsae_kit.widgets.base import source
 from qsae_kit.widgets.plots import PlotView
 
@@ -32,8 +31,8 @@ class TrainingMonitor(PlotView):
     def __init__(self, train: Callable[..., Suite], seconds: float = 2.0, autostart: bool = True) -> None:
         self._train, self._seconds = train, seconds
         self._stop, self._thread = threading.Event(), None
-        self._table: list[dict[str, Any]] = []
-        self._steps, self._drawn = 0, -float("inf")
+        self._live = LiveFigure(seconds, self._draw)
+        self._progress: Progress | None = None
         self._suite: Suite | None = None
         self._error: BaseException | None = None
         super().__init__(status="Not started.")
@@ -48,6 +47,7 @@ class TrainingMonitor(PlotView):
             raise ValueError("The training is running; stop it before you start it again.")
         self._stop.clear()
         self._suite, self._error = None, None
+        self._live = LiveFigure(self._seconds, self._draw)
         self.running, self.status = True, "Starting."
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -80,21 +80,18 @@ class TrainingMonitor(PlotView):
             self.running = False
 
     def _watch(self, progress: Progress) -> None:
-        self._steps += 1
-        due = time.monotonic() - self._drawn >= self._seconds
-        if self._steps % LOG_EVERY == 1 or due or progress.last:
-            self._table += log_rows(progress.group, progress.rows, progress.figures())
-        if due or progress.last:
-            configs = {variant: trainer.config for (variant, _), trainer in progress.trainers.items()}
-            targets = {variant: config.sparsity for variant, config in configs.items() if config.targeted}
-            self.show(training_figure(self.to_frame(), targets))
-            total = next(iter(configs.values())).tokens
-            self.status = f"{progress.rows:,} of {total:,} rows, {progress.rows / max(progress.seconds, 1e-9):,.0f} a second."
-            self._drawn = time.monotonic()
+        self._progress = progress
+        self._live(progress)
+
+    def _draw(self, figure: go.Figure) -> None:
+        assert self._progress is not None
+        rows, total = self._progress.rows, next(iter(self._progress.trainers.values())).config.tokens
+        self.show(figure)
+        self.status = f"{rows:,} of {total:,} rows, {rows / max(self._progress.seconds, 1e-9):,.0f} a second."
 
     def to_frame(self) -> pd.DataFrame:
         """The log so far: group, rows, variant, hook_name, loss, l0, dead."""
-        return pd.DataFrame(list(self._table))  # a copy: the training adds to it
+        return pd.DataFrame(list(self._live.table))  # a copy: the training adds to it
 
     def handle(self, message: Mapping[str, Any]) -> None:
         super().handle(message)

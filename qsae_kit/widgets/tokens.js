@@ -87,6 +87,7 @@ function render({ model, el }) {
   }
   const off = listen(model, root, {
     "change:result": draw,
+    "msg:custom": () => dog.answered(),
     "change:status": () => { dog.answered(); status.textContent = model.get("status"); },
   });
   draw();

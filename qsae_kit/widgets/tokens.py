@@ -11,10 +11,9 @@ import pandas as pd
 import torch
 import traitlets as T
 
-from qsae_kit.activations import site_activations
-from qsae_kit.data import ROLES, Document, TokenBatch, keep_mask, tokenize_document
+from qsae_kit.data import ROLES, Document, tokenize_document
 from qsae_kit.evaluate import check_fit
-from qsae_kit.features import Key
+from qsae_kit.features import Key, token_features
 from qsae_kit.index import FeatureIndex
 from qsae_kit.models import HookedLM
 from qsae_kit.sae import SAE
@@ -95,16 +94,8 @@ class TokenActivations(View):
 
     def _compute(self, number: int) -> None:
         if not self.text.strip():
-            self.result = {
-                "seq": number,
-                "tokens": [],
-                "acts": [],
-                "feature": self.feature,
-                "top": [],
-                "heat": [],
-                "features": [],
-                "names": {},
-            }
+            nothing: dict[str, Any] = {name: [] for name in ("tokens", "acts", "top", "heat", "features")}
+            self.result = nothing | {"seq": number, "feature": self.feature, "names": {}}
             self._frame = pd.DataFrame()
             return
         tokens, f = self.activations()
@@ -127,18 +118,12 @@ class TokenActivations(View):
         }  # fmt: skip
         self.status = ""
 
-    @torch.no_grad()
     def activations(self) -> tuple[list[str], torch.Tensor]:
         """The text's tokens and their features [pos, d_sae], 0 at tokens that do not count. Raises ValueError for a bad chat."""
-        _, hook_name = self.choices[self.site]
-        sae = self.saes[self.choices[self.site]]
-        assert sae.provenance is not None
         document = read_chat(self.text) if self.lm.tokenizer.chat_template else self.text
-        ids, mask = self.lm.pad([tokenize_document(self.lm, document, self.lm.context_size)])
-        batch = TokenBatch(ids, mask, keep_mask(self.lm, ids, mask))
-        x = site_activations(self.lm, [hook_name], batch)[hook_name]
-        f = sae.encode(x.float()) * (batch.keep & sae.provenance.filter.keeps(x))[..., None]
-        return self.lm.to_str_tokens(ids[0]), f[0].cpu()
+        ids = tokenize_document(self.lm, document, self.lm.context_size)
+        (f,) = token_features(self.lm, self.saes[self.choices[self.site]], [ids])
+        return self.lm.to_str_tokens(ids), f.cpu()
 
     def name(self, feature: int) -> str:
         """A feature's label, or its strongest token, where the index knows the SAE."""
