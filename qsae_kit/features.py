@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -57,6 +58,8 @@ NEAR = 8
 """Nearest and co-firing features that are kept of each."""
 LOGIT_TOKENS = 10
 """Promoted and suppressed tokens that are kept of each feature."""
+PAIRS = 20_000_000
+"""Pairs of features that are held at once while it is counted how often both fire."""
 ENTRIES = 4_000_000
 """Entries of the sampled tokens' activations that are kept of an SAE; a denser SAE keeps fewer tokens."""
 
@@ -208,7 +211,7 @@ class Tally:
         batch, d_sae = seen.batch, self.sae.d_sae
         real = batch.mask.bool()
         counted = batch.keep & self.sae.provenance.filter.keeps(x)
-        f = self.sae.encode(x.float())
+        f = self._encode(x.float())
         flat = places_of(f > 0)
         cell = flat.div(d_sae, rounding_mode="floor")
         ok = counted.view(-1)[cell]
@@ -221,6 +224,14 @@ class Tally:
         self._offer_top(seen, f)
         self._offer_sampled(seen, f, cell, cols)
         self._keep_sample(seen, cell, cols, values)
+
+    def _encode(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_sae"]:
+        """All features, a part that fits a processor's cache at a time."""
+        f = x.new_empty(*x.shape[:2], self.sae.d_sae)
+        rows = max(1, 2**20 // self.sae.d_sae) if x.device.type == "cpu" else len(f.view(-1, f.shape[-1]))
+        for part, own in zip(x.flatten(0, 1).split(rows), f.flatten(0, 1).split(rows), strict=True):
+            own.copy_(self.sae.encode(part))
+        return f
 
     def _count(self, seen: Seen, counted: Tensor, cell: Tensor, cols: Tensor, values: Tensor) -> None:
         assert self.sae.provenance is not None
@@ -352,20 +363,23 @@ def decoder_neighbours(W_dec: Float[Tensor, "d_sae d_model"]) -> Nearest:
 
 def firing_together(f: csr_matrix) -> Nearest:
     """The features with the largest Jaccard index |i and j| / |i or j| of their firing tokens, of those that share two or more."""
-    fires = f.astype(bool).astype(np.int32).tocsc()
-    count = np.diff(fires.indptr)
+    fires = f.astype(bool).astype(np.int32)
+    by_feature = fires.T.tocsr()
+    count = np.diff(by_feature.indptr)
     d_sae = fires.shape[1]
     ids, scores = np.full((d_sae, NEAR), -1), np.zeros((d_sae, NEAR), np.float32)
-    step = max(1, 20_000_000 // max(1, d_sae))
-    for start in range(0, d_sae, step):
-        both = (fires[:, start : start + step].T @ fires).tocoo()
-        some = (both.row + start != both.col) & (both.data > 1)
-        row, col, shared = both.row[some], both.col[some], both.data[some]
+    pairs = np.minimum(by_feature @ fires.sum(1), d_sae).A1.cumsum()  # at most, up to each feature
+    edges = np.unique(np.searchsorted(pairs, np.arange(PAIRS, pairs[-1] + PAIRS, PAIRS)).clip(max=d_sae - 1) + 1)
+    for start, stop in pairwise([0, *edges.tolist()]):
+        both = by_feature[start:stop] @ fires
+        some = np.flatnonzero(both.data > 1)
+        row, col, shared = np.searchsorted(both.indptr, some, "right") - 1, both.indices[some], both.data[some]
         jaccard = shared / (count[row + start] + count[col] - shared)
+        jaccard[row + start == col] = -1
         order = np.lexsort((col, -jaccard, row))
         row, col, jaccard = row[order], col[order], jaccard[order]
         rank = np.arange(len(row)) - np.searchsorted(row, row)
-        best = rank < NEAR
+        best = (rank < NEAR) & (jaccard > 0)
         ids[row[best] + start, rank[best]] = col[best]
         scores[row[best] + start, rank[best]] = jaccard[best]
     return Nearest(ids, scores)
