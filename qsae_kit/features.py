@@ -598,14 +598,6 @@ def token_features(lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]) -> lis
 # --- building
 
 
-def checksum(sae: SAE) -> str:
-    """SHA-256 of the SAE's weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(sae.tensors().items()):
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _batches(lm: HookedLM, documents: Iterable[Document], config: IndexConfig) -> Iterator[tuple[int, Seen]]:
     """Batches up to the config's number of tokens, each with the tokens up to its end."""
     tokens, document = 0, 0
@@ -714,7 +706,7 @@ def build_index(
     for sae in saes.values():
         check_fit(lm, sae)
     memory = free_memory(lm.device) // 2 if memory is None else memory
-    checksums = {"/".join(key): checksum(sae) for key, sae in saes.items()}
+    checksums = {"/".join(key): sae.checksum() for key, sae in saes.items()}
     work = out / ".building"
     identity = {"index": VERSION, "settings": asdict(config), "suite": checksums, "model": lm.model_name, "data": data}
     checkpoints = Checkpoints(work, identity)

@@ -34,7 +34,6 @@ from qsae_kit.features import (
     TOKENS,
     VERSION,
     Key,
-    checksum,
     token_features,
 )
 from qsae_kit.files import atomic_file
@@ -386,7 +385,7 @@ class FeatureIndex:
         """Gives the index its model and SAEs, for what is computed live. Raises ValueError where they are others."""
         if Path(lm.model_name).name != Path(self.manifest["model"]).name:
             raise ValueError(f"The index is of {self.manifest['model']!r}, the model is {lm.model_name!r}; give the index's own.")
-        given = {checksum(sae): sae for saes in suite.values() for sae in saes.values()}
+        given = {sae.checksum(): sae for saes in suite.values() for sae in saes.values()}
         missing = ["/".join(k) for k, e in zip(self.keys, self.manifest["suite"], strict=True) if e["checksum"] not in given]
         if missing:
             raise ValueError(f"The suite lacks the SAEs that {', '.join(missing)} were indexed with; give the same suite.")

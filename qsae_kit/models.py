@@ -2,6 +2,7 @@
 
 import copy
 import queue
+import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -9,12 +10,21 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
-from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from qsae_kit.chat import Markers, answer_start, find_markers, phases
 from qsae_kit.sources import load_source
@@ -43,6 +53,15 @@ class Generation(NamedTuple):
     """The new token ids, up to and with the end-of-turn token."""
     finished: list[bool]
     """Whether the model ended its turn within `max_new_tokens`."""
+    logprobs: list[list[float]]
+    """Of the new tokens, in nats, under the model with its edits, before temperature and cuts."""
+
+
+class Step(NamedTuple):
+    """One step of a generation, an entry a prompt; rows that have ended get padding."""
+
+    tokens: Int[Tensor, " batch"]
+    logprobs: Float[Tensor, " batch"]
 
 
 class Now(NamedTuple):
@@ -93,15 +112,36 @@ class _Stop(StoppingCriteria):
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
 
-class _Steps:
-    """A transformers streamer that hands every step's new tokens [batch] to a function."""
+class _Chooser(LogitsProcessor):
+    """Samples in every row by itself: logits after temperature and cuts plus Gumbel noise of the row's own generator.
 
-    def __init__(self, on_step: Callable[[Tensor], None]) -> None:
-        self.on_step, self.seen_prompt = on_step, False
+    The largest is a draw of the softmax, so that a greedy search over them samples; and a row gets the same draws whatever
+    else is in the batch. Without generators the largest logit is taken.
+    """
+
+    def __init__(self, warpers: LogitsProcessorList, generators: Sequence[torch.Generator]) -> None:
+        self.warpers, self.generators = warpers, generators
+        self.logprobs: list[Tensor] = []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        logits, scores = scores.float(), self.warpers(input_ids, scores.float())
+        if self.generators:
+            noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
+            scores = scores - noise.clamp(min=1e-30).log().to(scores.device)
+        chosen = scores.argmax(-1, keepdim=True)
+        self.logprobs.append(logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1))
+        return scores
+
+
+class _Steps:
+    """A transformers streamer that hands every step to a function."""
+
+    def __init__(self, on_step: Callable[[Step], None], chooser: _Chooser) -> None:
+        self.on_step, self.chooser, self.seen_prompt = on_step, chooser, False
 
     def put(self, value: Tensor) -> None:
         if self.seen_prompt:
-            self.on_step(value)
+            self.on_step(Step(value, self.chooser.logprobs[-1].cpu()))
         self.seen_prompt = True
 
     def end(self) -> None:
@@ -184,6 +224,10 @@ class HookedLM(HookedRootModule):
             for part in ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post"):
                 yield f"blocks.{i}.attn.hook_z" if part == "z" else f"blocks.{i}.hook_{part}"
         yield "ln_final.hook_normalized"
+
+    def order_of(self, hook_name: str) -> int:
+        """How early a forward pass reaches a hook point."""
+        return self._order[hook_name]
 
     # --- running it
 
@@ -458,15 +502,16 @@ class HookedLM(HookedRootModule):
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         use_cache: bool = True,
-        on_step: Callable[[Tensor], None] | None = None,
+        on_step: Callable[[Step], None] | None = None,
         stop: threading.Event | None = None,
     ) -> Generation:
         """Answers prompts in one left-padded batch, under whatever hooks are set.
 
         prompts: a text, messages, or a list of either; `chat=False` continues plain texts without the template.
-        on_step: called with every step's new token ids [batch]; rows that have ended get padding.
+        seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows, whatever else is in the batch.
+        on_step: called with every step.
         stop: an event that ends the generation at the next token.
         Raises ValueError for a prompt that is empty or does not fit the context with its answer.
         """
@@ -474,21 +519,19 @@ class HookedLM(HookedRootModule):
         ids, mask = self.pad(rows, "left")
         self._check_length(ids.shape[1], max_new_tokens)
         ends = self._end_ids()
-        sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k} if do_sample else {}
+        chooser = _Chooser(*_sampling(len(rows), do_sample, temperature, top_p, top_k, seed))
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=do_sample, **sampling,
-            repetition_penalty=1.0, num_beams=1, use_cache=use_cache, eos_token_id=sorted(ends),
-            pad_token_id=int(ids[0, 0]) if not mask[0, 0] else (self.tokenizer.pad_token_id or min(ends)),
+            max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, num_beams=1, use_cache=use_cache,
+            eos_token_id=sorted(ends), pad_token_id=int(ids[0, 0]) if not mask[0, 0] else (self.tokenizer.pad_token_id or min(ends)),
         )  # fmt: skip
-        streamer = _Steps(on_step) if on_step else None
+        streamer = _Steps(on_step, chooser) if on_step else None
         criteria = [_Stop(stop)] if stop else None
-        with self.lock, torch.no_grad(), self._connected(), torch.random.fork_rng(enabled=seed is not None):
-            if seed is not None:
-                torch.manual_seed(seed)
+        with self.lock, torch.no_grad(), self._connected():
             out = self.hf.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, stopping_criteria=criteria
-            )
-        return self._collect(out[:, ids.shape[1] :].tolist(), ends)
+                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, stopping_criteria=criteria,
+                logits_processor=LogitsProcessorList([chooser]),
+            )  # fmt: skip
+        return self._collect(out[:, ids.shape[1] :].tolist(), torch.stack(chooser.logprobs, 1).tolist(), ends)
 
     def stream(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
@@ -517,7 +560,7 @@ class HookedLM(HookedRootModule):
                 if isinstance(step, BaseException):
                     raise step
                 if step is not None:
-                    for row, token in enumerate(step.tolist()):
+                    for row, token in enumerate(step.tokens.tolist()):
                         done[row] = done[row] or token in ends
                         if not done[row]:
                             tokens[row].append(token)
@@ -546,14 +589,14 @@ class HookedLM(HookedRootModule):
         ids = configured if isinstance(configured, list) else [configured]
         return {i for i in (*ids, self.tokenizer.eos_token_id) if i is not None}
 
-    def _collect(self, rows: list[list[int]], ends: set[int]) -> Generation:
+    def _collect(self, rows: list[list[int]], logprobs: list[list[float]], ends: set[int]) -> Generation:
         tokens, finished = [], []
         for row in rows:
             end = next((i for i, token in enumerate(row) if token in ends), None)
             tokens.append(row if end is None else row[: end + 1])
             finished.append(end is not None)
         text = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-        return Generation(text, tokens, finished)
+        return Generation(text, tokens, finished, [p[: len(row)] for p, row in zip(logprobs, tokens, strict=True)])
 
     def _check_length(self, n_tokens: int, n_new: int = 0) -> None:
         if n_tokens + n_new > self.context_size:
@@ -577,6 +620,31 @@ class HookedLM(HookedRootModule):
 
     def __repr__(self) -> str:
         return f"HookedLM({self.model_name!r}, {self.n_layers} layers, d_model {self.d_model}, {self.dtype}, {self.device})"
+
+
+def _sampling(
+    n_rows: int, do_sample: bool, temperature: float, top_p: float, top_k: int, seed: int | Sequence[int] | None
+) -> tuple[LogitsProcessorList, list[torch.Generator]]:
+    """What cuts the logits, and a generator a row. Raises ValueError for settings that are impossible or have no effect."""
+    if not do_sample:
+        if (temperature, top_p, top_k) != (1.0, 1.0, 0):
+            raise ValueError("temperature, top_p and top_k have no effect on a greedy answer; pass do_sample=True.")
+        return LogitsProcessorList(), []
+    if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
+        raise ValueError(
+            f"temperature={temperature}, top_p={top_p}, top_k={top_k} were given; allowed are temperature > 0, "
+            "0 < top_p <= 1 and top_k >= 0 (0: no cut)."
+        )
+    if isinstance(seed, Sequence) and len(seed) != n_rows:
+        raise ValueError(f"{len(seed)} seeds were given for {n_rows} prompts; give one each, or a single number.")
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
+    if top_k:
+        warpers.append(TopKLogitsWarper(top_k))
+    if top_p < 1:
+        warpers.append(TopPLogitsWarper(top_p))
+    first = secrets.randbelow(2**31) if seed is None else seed
+    seeds = list(first) if isinstance(first, Sequence) else [first + r for r in range(n_rows)]
+    return warpers, [torch.Generator().manual_seed(s) for s in seeds]
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -118,14 +118,14 @@ def answer_all(
     """
     batch = batch or (256 if lm.hf.num_parameters() < 50_000_000 else 48)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    text, tokens, finished = [""] * len(prompts), [[0]] * len(prompts), [False] * len(prompts)
+    rows: list[tuple[str, list[int], bool, list[float]]] = [("", [0], False, [])] * len(prompts)
     for start in range(0, len(order), batch):
         which = order[start : start + batch]
         with applied(lm, edits):
             out = lm.generate([prompts[i] for i in which], max_new_tokens, enable_thinking=enable_thinking)
-        for i, t, ids, done in zip(which, *out, strict=True):
-            text[i], tokens[i], finished[i] = t, ids, done
-    return Generation(text, tokens, finished)
+        for i, *row in zip(which, *out, strict=True):
+            rows[i] = tuple(row)
+    return Generation(*map(list, zip(*rows, strict=True)))
 
 
 def _answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,21 +1,27 @@
-"""Steering: how features are chosen, and the edits that add, clamp or ablate them.
+"""Steering: edits that add, clamp, scale or ablate features, or add and project out directions, as values that compose.
 
-Strengths are in median norms of the site (sinks left out), so that they mean the same at every site and model.
+A `Steering` says what is changed and is saved as JSON; `Steering.edits(suite)` makes the edits that a model runs under
+(`edits.applied`). Strengths are in median norms of the site (sinks left out), so that they mean the same at every site and
+model; factors of `scale` have no unit; thresholds of conditions are activations, as an index shows them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
 
-import numpy as np
 import torch
-from jaxtyping import Float, Int
-from scipy.optimize import nnls
+from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.edits import Edit, Policy
-from qsae_kit.models import HookedLM
+from qsae_kit.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
+from qsae_kit.files import write_text
 from qsae_kit.sae import SAE
+
+Suite: TypeAlias = Mapping[str, Mapping[str, SAE]]
+"""Variant -> hook name -> SAE."""
 
 
 @dataclass(frozen=True)
@@ -32,41 +38,60 @@ class FeatureSet:
 
 
 def add_direction(
-    hook_name: str,
-    direction: Float[Tensor, " d_model"],
-    strength: float,
-    median_norm: float,
-    positions: Policy | Tensor = "header",
+    hook_name: str, direction: Float[Tensor, " d_model"], strength: float, median_norm: float, positions: Positions = "header"
 ) -> Edit:
     """x + strength * median_norm * direction, with a unit `direction`."""
     step = strength * median_norm * direction
-    return Edit(hook_name, lambda x: step.to(x.dtype).expand_as(x), positions)
+    return Edit(hook_name, lambda x: step.to(x).expand_as(x), positions)
 
 
-def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Policy | Tensor = "header") -> Edit:
+def project_out(
+    hook_name: str, direction: Float[Tensor, " d_model"], positions: Positions = "header", share: float = 1.0
+) -> Edit:
+    """x - share * (x . direction) direction, with a unit `direction`: its part of x is gone at a share of 1."""
+
+    def delta(x: Tensor) -> Tensor:
+        unit = direction.to(x)
+        return -share * (x @ unit)[..., None] * unit
+
+    return Edit(hook_name, delta, positions)
+
+
+def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Positions = "header") -> Edit:
     """Adds a feature set's direction; a negative strength takes it away."""
     check_features(sae, chosen.features)
-    assert sae.provenance is not None
-    origin = sae.provenance
-    return add_direction(origin.hook_name, chosen.direction(sae), strength, origin.filter.median, positions)
+    return add_direction(_site(sae), chosen.direction(sae), strength, _median(sae), positions)
 
 
-def clamp_features(sae: SAE, features: Sequence[int], value: float, positions: Policy | Tensor = "header") -> Edit:
+def clamp_features(sae: SAE, features: Sequence[int], value: float, positions: Positions = "header") -> Edit:
     """x + sum_i (value - f_i(x)) W_dec[i]: the features read `value` (activation units), the rest of x stays."""
+    return _set_features(sae, features, lambda f: value - f, positions)
+
+
+def scale_features(sae: SAE, features: Sequence[int], factor: float, positions: Positions = "header") -> Edit:
+    """x + sum_i (factor - 1) f_i(x) W_dec[i]: what the features contribute, times a factor."""
+    return _set_features(sae, features, lambda f: (factor - 1) * f, positions)
+
+
+def ablate_features(sae: SAE, features: Sequence[int], positions: Positions = "header") -> Edit:
+    """Takes what the features contribute out of x."""
+    return scale_features(sae, features, 0.0, positions)
+
+
+def _set_features(sae: SAE, features: Sequence[int], change: Any, positions: Positions) -> Edit:
     check_features(sae, features)
-    assert sae.provenance is not None
     ids = torch.tensor(list(features), device=sae.W_dec.device)
 
     def delta(x: Tensor) -> Tensor:
-        f = sae.encode(x.float())[..., ids]
-        return (value - f) @ sae.W_dec[ids]
+        return change(sae.encode(x.float())[..., ids]) @ sae.W_dec[ids]
 
-    return Edit(sae.provenance.hook_name, delta, positions)
+    return Edit(_site(sae), delta, positions)
 
 
-def ablate_features(sae: SAE, features: Sequence[int], positions: Policy | Tensor = "header") -> Edit:
-    """Takes what the features contribute out of x."""
-    return clamp_features(sae, features, 0.0, positions)
+def detector(sae: SAE, feature: int, threshold: float = 0.0, span: Span = "so_far", positions: Positions = "all") -> Detector:
+    """Holds where a feature's activation is above a threshold."""
+    check_features(sae, [feature])
+    return Detector(_site(sae), lambda x: sae.encode(x.float())[..., feature], threshold, span, positions)
 
 
 def check_features(sae: SAE, features: Sequence[int]) -> None:
@@ -78,114 +103,179 @@ def check_features(sae: SAE, features: Sequence[int]) -> None:
             raise ValueError(f"Feature {feature} was asked for, but this SAE has features 0 to {sae.d_sae - 1}.")
 
 
-# --- choosing features
+def _site(sae: SAE) -> str:
+    assert sae.provenance is not None
+    return sae.provenance.hook_name
 
 
-@torch.no_grad()
-def decision_activations(
-    lm: HookedLM, hook_names: Sequence[str], prompts: Sequence[str], enable_thinking: bool | None = None, batch: int = 64
-) -> dict[str, Float[Tensor, "prompt d_model"]]:
-    """Activations at each chat prompt's last token, from which the first answer token is predicted."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in hook_names}
-    for start in range(0, len(prompts), batch):
-        ids, mask = lm.pad([lm.chat_tokens(p, enable_thinking) for p in prompts[start : start + batch]], "left")
-        _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
-        for name in hook_names:
-            parts[name].append(cache[name][:, -1].float())
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+def _median(sae: SAE) -> float:
+    assert sae.provenance is not None
+    return sae.provenance.filter.median
 
 
-@torch.no_grad()
-def answer_activations(
-    lm: HookedLM,
-    hook_names: Sequence[str],
-    prompts: Sequence[str],
-    answers: Sequence[list[int]],
-    enable_thinking: bool | None = None,
-    batch: int = 32,
-) -> dict[str, Float[Tensor, "row d_model"]]:
-    """Activations from which given answers (token ids) are predicted: each prompt's last token and all but the answer's last."""
-    parts: dict[str, list[Tensor]] = {name: [] for name in hook_names}
-    rows = [(lm.chat_tokens(p, enable_thinking), a) for p, a in zip(prompts, answers, strict=True)]
-    for start in range(0, len(rows), batch):
-        some = rows[start : start + batch]
-        ids, mask = lm.pad([p + a for p, a in some])
-        _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
-        for name in hook_names:
-            parts[name] += [cache[name][r, len(p) - 1 : len(p) + len(a) - 1].float() for r, (p, a) in enumerate(some)]
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
+# --- as values
+
+Action: TypeAlias = Literal["add", "clamp", "scale", "ablate", "project_out"]
+ACTIONS: tuple[Action, ...] = get_args(Action)
 
 
-class Contrast(NamedTuple):
-    """What differs between two groups of tokens at one site."""
+@dataclass(frozen=True)
+class Condition:
+    """A feature is active: the change is made only then."""
 
-    feature_gap: Float[Tensor, " d_sae"]
-    """Mean activation in the first group minus that in the second."""
-    mean_gap: Float[Tensor, " d_model"]
-    """Difference of means of the activations: the usual steering direction."""
-    alive: Int[Tensor, " feature"]
-    """Features that fired there in either group: what random controls are drawn from."""
-
-
-@torch.no_grad()
-def contrast(sae: SAE, first: Float[Tensor, "row_a d_model"], second: Float[Tensor, "row_b d_model"]) -> Contrast:
-    """Compares two groups of activations, as `decision_activations` or `answer_activations` give them."""
-    f_first, f_second = sae.encode(first), sae.encode(second)
-    alive = (f_first > 0).any(0) | (f_second > 0).any(0)
-    return Contrast(f_first.mean(0) - f_second.mean(0), first.mean(0) - second.mean(0), alive.nonzero()[:, 0])
+    variant: str
+    hook_name: str
+    feature: int
+    threshold: float = 0.0
+    """In activation units."""
+    span: Span = "so_far"
+    positions: Policy | tuple[int, ...] = "all"
 
 
-def choose_features(found: Contrast, n_features: int = 10) -> FeatureSet:
-    """The `n_features` features with the largest gap of either sign, weighted by it.
+@dataclass(frozen=True)
+class Change:
+    """One change at one site, of features of an SAE or along a direction."""
 
-    Raises ValueError where no feature differs.
-    """
-    top = found.feature_gap.abs().topk(min(n_features, len(found.feature_gap)))
-    ids = [int(i) for i, size in zip(top.indices, top.values, strict=True) if size > 0]
-    if not ids:
-        raise ValueError("No feature differs between the two groups; train the SAE longer or at another site.")
-    return FeatureSet(tuple(ids), tuple(float(found.feature_gap[i]) for i in ids))
+    action: Action
+    hook_name: str
+    variant: str = ""
+    """Of the SAE; without features it says nothing."""
+    features: tuple[int, ...] = ()
+    weights: tuple[float, ...] = ()
+    """add: what the features' decoder rows are weighed with before the sum is made a unit vector; empty: alike."""
+    direction: tuple[float, ...] = ()
+    """Instead of features, for add and project_out: a vector [d_model], of which the length says nothing."""
+    strength: float = 1.0
+    """add: median norms of the site along the direction; clamp: what the features read, in median norms; scale: the factor;
+    project_out: the share taken away; ablate ignores it."""
+    median_norm: float = 0.0
+    """Of the site, where a direction is added; with features the SAE knows it."""
+    positions: Policy | tuple[int, ...] = "header"
+    when: Condition | None = None
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ValueError(f"There is no action {self.action!r}; choose from {', '.join(ACTIONS)}.")
+        if not math.isfinite(self.strength):
+            raise ValueError(f"A strength of {self.strength} was given; it must be a finite number.")
+        if bool(self.features) == bool(self.direction):
+            raise ValueError(f"{self.action} needs features or a direction, and one of them only.")
+        if self.direction and self.action not in ("add", "project_out"):
+            raise ValueError(f"{self.action} is for features; a direction can be added or projected out.")
+        if self.direction and not (all(map(math.isfinite, self.direction)) and any(self.direction)):
+            raise ValueError("The direction has no length, or values that are not finite; give another one.")
+        if self.direction and self.action == "add" and not self.median_norm > 0:
+            raise ValueError(f"Adding a direction needs the site's median norm; {self.median_norm} was given.")
+        if self.weights and (len(self.weights) != len(self.features) or not all(map(math.isfinite, self.weights))):
+            raise ValueError(f"{len(self.features)} features need as many finite weights; {self.weights} was given.")
+        check_positions(self.positions)
+        if self.when is not None:
+            check_positions(self.when.positions)
+            if self.when.span not in SPANS or not math.isfinite(self.when.threshold):
+                raise ValueError(f"The condition {self.when} needs a finite threshold and a span of {' or '.join(SPANS)}.")
+
+    def edit(self, suite: Suite) -> Edit:
+        """As the model runs under it. Raises ValueError for SAEs or features that the suite does not have."""
+        made = self._along(suite) if self.direction or self.action in ("add", "project_out") else self._of_features(suite)
+        made = replace(made, positions=self.positions)
+        if self.when is None:
+            return made
+        own = sae_of(suite, self.when.variant, self.when.hook_name)
+        when = detector(own, self.when.feature, self.when.threshold, self.when.span, self.when.positions)
+        return replace(made, when=when)
+
+    def _along(self, suite: Suite) -> Edit:
+        if self.direction:
+            unit, median = torch.nn.functional.normalize(torch.tensor(self.direction), dim=0), self.median_norm
+        else:
+            sae = sae_of(suite, self.variant, self.hook_name)
+            check_features(sae, self.features)
+            unit, median = FeatureSet(self.features, self.weights or (1.0,) * len(self.features)).direction(sae), _median(sae)
+        if self.action == "add":
+            return add_direction(self.hook_name, unit, self.strength, median)
+        return project_out(self.hook_name, unit, share=self.strength)
+
+    def _of_features(self, suite: Suite) -> Edit:
+        sae = sae_of(suite, self.variant, self.hook_name)
+        if self.action == "clamp":
+            return clamp_features(sae, self.features, self.strength * _median(sae))
+        return scale_features(sae, self.features, self.strength if self.action == "scale" else 0.0)
 
 
-def fit_features(sae: SAE, found: Contrast, n_features: int = 10, n_candidates: int = 40) -> FeatureSet:
-    """At most `n_features` features that together account for the difference of means.
-
-    Candidates are the `n_candidates` features with the largest gap of either sign. They are taken one by one by how
-    much of what is left of the mean gap their decoder row explains, and refitted each time with non-negative least
-    squares (orthogonal matching pursuit), so that a feature only pushes the way in which it differs.
-    Raises ValueError where no feature differs.
-    """
-    top = found.feature_gap.abs().topk(min(n_candidates, len(found.feature_gap)))
-    ids = top.indices[top.values > 0]
-    signs = found.feature_gap[ids].sign()
-    rows = (signs[:, None] * sae.W_dec[ids]).detach().double().cpu().numpy()
-    target = found.mean_gap.double().cpu().numpy()
-    taken: list[int] = []
-    weights, rest = np.zeros(0), target
-    for _ in range(min(n_features, len(ids))):
-        explains = rows @ rest
-        explains[taken] = -np.inf
-        if explains.max() <= 0:
-            break
-        taken.append(int(explains.argmax()))
-        weights, _ = nnls(rows[taken].T, target)
-        rest = target - weights @ rows[taken]
-    kept = [(int(ids[i]), float(signs[i]) * float(w)) for i, w in zip(taken, weights, strict=True) if w > 0]
-    if not kept:
-        raise ValueError("No feature differs between the two groups; train the SAE longer or at another site.")
-    return FeatureSet(tuple(i for i, _ in kept), tuple(w for _, w in kept))
+def sae_of(suite: Suite, variant: str, hook_name: str) -> SAE:
+    """An SAE of a suite; ValueError where there is none."""
+    if hook_name not in suite.get(variant, {}):
+        known = ", ".join(f"{v}/{name}" for v, saes in suite.items() for name in saes)
+        raise ValueError(f"The suite has no SAE {variant}/{hook_name}; it has {known or 'none'}.")
+    return suite[variant][hook_name]
 
 
-def random_features(found: Contrast, like: FeatureSet, generator: torch.Generator) -> FeatureSet:
-    """A control draw: as many other live features, with the same weights in a random order and random signs.
+FORMAT = 1
 
-    `add_features` gives it the same length of change as the chosen set. Raises ValueError for too few live features.
-    """
-    pool = [int(i) for i in found.alive if int(i) not in like.features]
-    if len(pool) < len(like.features):
-        raise ValueError(f"Only {len(pool)} other features are alive; a control needs {len(like.features)}.")
-    ids = torch.randperm(len(pool), generator=generator)[: len(like.features)]
-    order = torch.randperm(len(like.weights), generator=generator)
-    signs = torch.randint(0, 2, (len(like.weights),), generator=generator) * 2 - 1
-    weights = tuple(float(sign) * like.weights[int(i)] for i, sign in zip(order, signs, strict=True))
-    return FeatureSet(tuple(pool[int(i)] for i in ids), weights)
+
+@dataclass(frozen=True)
+class Steering:
+    """Changes that are made together, in their order."""
+
+    changes: tuple[Change, ...] = ()
+
+    def edits(self, suite: Suite) -> list[Edit]:
+        """What a model runs under: `with applied(lm, steering.edits(suite)): ...`."""
+        return [change.edit(suite) for change in self.changes]
+
+    def __add__(self, other: "Steering") -> "Steering":
+        return Steering(self.changes + other.changes)
+
+    def times(self, factor: float) -> "Steering":
+        """The same with every strength multiplied (ablations stay as they are)."""
+        return Steering(tuple(replace(change, strength=change.strength * factor) for change in self.changes))
+
+    def saes(self) -> set[tuple[str, str]]:
+        """Variant and hook name of every SAE that is needed."""
+        used = {(change.variant, change.hook_name) for change in self.changes if change.features}
+        return used | {(change.when.variant, change.when.hook_name) for change in self.changes if change.when}
+
+    def to_json(self, suite: Suite) -> str:
+        """With the checksums of the SAEs that it is for."""
+        self.edits(suite)  # every feature exists
+        saes = {"/".join(key): sae_of(suite, *key).checksum() for key in sorted(self.saes())}
+        about = {"qsae_kit_steering": FORMAT, "saes": saes, "changes": [asdict(change) for change in self.changes]}
+        return json.dumps(about, indent=1, allow_nan=False) + "\n"
+
+    def save(self, path: str | Path, suite: Suite) -> None:
+        write_text(Path(path), self.to_json(suite))
+
+
+def read_steering(text: str, suite: Suite) -> Steering:
+    """What `Steering.to_json` wrote. Raises ValueError for another format, and for other SAEs than it was made for."""
+    try:
+        about = json.loads(text)
+        if about["qsae_kit_steering"] != FORMAT:
+            raise ValueError(f"The steering has format {about['qsae_kit_steering']}; this version reads {FORMAT}.")
+        saes, steering = about["saes"], Steering(tuple(_change(entry) for entry in about["changes"]))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"This is no steering that was saved by this package ({error!r}); save it again.") from error
+    for variant, hook_name in sorted(steering.saes()):
+        key = f"{variant}/{hook_name}"
+        if sae_of(suite, variant, hook_name).checksum() != saes.get(key):
+            raise ValueError(f"The steering was made for another SAE at {key}; load the suite that it was made with.")
+    steering.edits(suite)
+    return steering
+
+
+def load_steering(path: str | Path, suite: Suite) -> Steering:
+    """A file of `Steering.save`; ValueError as for `read_steering`, or where there is none."""
+    if not Path(path).is_file():
+        raise ValueError(f"There is no file {path}; give one that Steering.save wrote.")
+    return read_steering(Path(path).read_text(encoding="utf-8"), suite)
+
+
+def _change(entry: dict[str, Any]) -> Change:
+    known = {field.name for field in fields(Change)}
+    if not set(entry) <= known:
+        raise TypeError(f"unknown {', '.join(sorted(set(entry) - known))}")
+    lists = {name: tuple(value) for name, value in entry.items() if isinstance(value, list)}
+    when = entry.get("when")
+    if when is not None:
+        when = Condition(**{**when, **{name: tuple(value) for name, value in when.items() if isinstance(value, list)}})
+    return Change(**{**entry, **lists, "when": when})

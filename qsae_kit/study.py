@@ -11,24 +11,22 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.edits import Edit, Policy
-from qsae_kit.metrics import wilson
-from qsae_kit.models import HookedLM
-from qsae_kit.outcomes import AnswerForm, Outcome, answer_all, classify, cost, surprise
-from qsae_kit.prompts import KINDS, STOCK_REFUSALS
-from qsae_kit.sae import SAE
-from qsae_kit.steering import (
+from qsae_kit.choosing import (
     Contrast,
-    FeatureSet,
-    add_direction,
-    add_features,
     answer_activations,
     choose_features,
     contrast,
     decision_activations,
     fit_features,
     random_features,
-)
+)  # fmt: skip
+from qsae_kit.edits import Edit, Policy
+from qsae_kit.metrics import wilson
+from qsae_kit.models import HookedLM
+from qsae_kit.outcomes import AnswerForm, Outcome, answer_all, classify, cost, surprise
+from qsae_kit.prompts import KINDS, STOCK_REFUSALS
+from qsae_kit.sae import SAE
+from qsae_kit.steering import FeatureSet, add_direction, add_features
 
 GOALS = ("suppress", "induce")
 AIM: dict[str, Outcome] = {"suppress": "answered", "induce": "refused"}

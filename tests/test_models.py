@@ -215,6 +215,51 @@ def test_sampling_repeats_under_its_seed_and_leaves_the_global_one_alone(lm):
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_row_draws_the_same_whatever_else_is_in_the_batch(lm):
+    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.3, "top_k": 20, "enable_thinking": True}
+    batched = lm.generate(PROMPTS, seed=7, **options)
+    for i, prompt in enumerate(PROMPTS):
+        assert lm.generate(prompt, seed=7 + i, **options).tokens[0] == batched.tokens[i]
+    twins = lm.generate([PROMPTS[0]] * 2, seed=[3, 3], **options)
+    assert twins.tokens[0] == twins.tokens[1]
+
+
+@torch.no_grad()
+def test_draws_follow_the_distribution_and_its_cuts(lm):
+    prompt, n = lm.to_chat("How do I thank the nurse?", enable_thinking=True), 3000
+    logits = lm(prompt)[0, -1] / 3.0
+    expected = logits.topk(5).values.softmax(0)
+    out = lm.generate([prompt] * n, 1, chat=False, do_sample=True, temperature=3.0, top_k=5, seed=0)
+    drawn = torch.tensor([row[0] for row in out.tokens])
+    shares = torch.stack([(drawn == i).float().mean() for i in logits.topk(5).indices])
+    torch.testing.assert_close(shares.sum(), torch.tensor(1.0))
+    assert ((shares - expected).abs() < 4 * (expected * (1 - expected) / n).sqrt() + 1e-3).all()
+
+
+@torch.no_grad()
+def test_logprobs_are_the_models_own(lm):
+    out = lm.generate(PROMPTS, 20, enable_thinking=False, do_sample=True, temperature=2.0, seed=1)
+    for prompt, tokens, logprobs in zip(PROMPTS, out.tokens, out.logprobs, strict=True):
+        ids = lm.chat_tokens(prompt, enable_thinking=False)
+        logits = lm(torch.tensor([ids + tokens]))[0, len(ids) - 1 : -1]
+        direct = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(logprobs), direct, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": 0.5}, "no effect on a greedy answer"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature > 0"),
+        ({"do_sample": True, "top_p": 1.5}, "0 < top_p <= 1"),
+        ({"do_sample": True, "seed": [1, 2]}, "2 seeds were given for 1 prompts"),
+    ],
+)
+def test_impossible_sampling(unchecked, lm, options, message):
+    with pytest.raises(ValueError, match=message):
+        lm.generate("Hi", **options)
+
+
 def test_closing_a_stream_stops_the_model(lm):
     stream = lm.stream("How do I thank the nurse?", 400, enable_thinking=False)
     next(stream)

@@ -5,21 +5,17 @@ import torch
 
 from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import NormFilter
-from qsae_kit.demo import default_config, demo_prompts
-from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.steering import (
+from qsae_kit.choosing import (
     Contrast,
-    FeatureSet,
-    ablate_features,
-    add_features,
-    check_features,
     choose_features,
-    clamp_features,
     contrast,
     decision_activations,
     fit_features,
     random_features,
 )
+from qsae_kit.demo import default_config, demo_prompts
+from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.steering import FeatureSet, ablate_features, add_features, check_features, clamp_features
 from qsae_kit.study import StudyConfig, check_prompts, verdict
 
 SITE = "blocks.3.hook_resid_post"

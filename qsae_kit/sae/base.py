@@ -6,6 +6,7 @@ A trained SAE takes raw activations: mean and scale of training are folded into 
 unit norm, so a feature's activation is its length in the units of the activations.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -214,6 +215,13 @@ class SAE(nn.Module, ABC):
         """Takes over stored tensors in place."""
         for name, own in self.tensors().items():
             own.copy_(tensors[name])
+
+    def checksum(self) -> str:
+        """SHA-256 of the weights."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.tensors().items()):
+            digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
 
     def describe(self) -> dict[str, Any]:
         """What identifies the architecture in a file."""

@@ -21,11 +21,10 @@ from qsae_kit.plots import style
 def one(suite: Path, out: Path, tokens: int) -> None:
     from qsae_kit import IndexConfig, build_index, load_model, load_suite
     from qsae_kit.corpus import stream_of
-    from qsae_kit.features import checksum
     from qsae_kit.plan import Peak
 
     lm, saes = load_model("tiny"), load_suite(suite)
-    n = sum(bool(checksum(sae)) for own in saes.values() for sae in own.values())  # and the weights are in memory
+    n = sum(bool(sae.checksum()) for own in saes.values() for sae in own.values())  # and the weights are in memory
     peak, began = Peak(lm.device), time.perf_counter()
     build_index(lm, saes, stream_of(lm, None), out, IndexConfig(tokens=tokens), bar=False)
     print(json.dumps({"tokens": tokens, "saes": n, "seconds": time.perf_counter() - began, "peak_bytes": peak.bytes}))

@@ -1,0 +1,234 @@
+"""Steering as values: what each change does, conditions, composition, files."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from qsae_kit.activations import NormFilter
+from qsae_kit.choosing import decision_activations
+from qsae_kit.edits import POLICIES, Detector, Edit, applied, selected
+from qsae_kit.models import Now
+from qsae_kit.sae import JumpReLUSAE, Provenance
+from qsae_kit.steering import ACTIONS, Change, Condition, Steering, load_steering, read_steering
+
+SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
+PROMPTS = ["How do I thank the nurse?", "Which illness does Ada Reyes have?", "I want to cut the wood. How?"]
+
+
+@pytest.fixture(scope="module")
+def suite(lm):
+    saes = {}
+    for i, name in enumerate(SITES):
+        x = decision_activations(lm, [name], PROMPTS * 30, False)[name]
+        x = x + 0.3 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
+        sae = JumpReLUSAE(lm.d_model, 64, 8.0, Provenance("tiny", name, NormFilter(float(x.norm(dim=-1).median()))))
+        sae.init_from_rows(x, torch.Generator().manual_seed(i))
+        saes[name] = sae.requires_grad_(False)
+    return {"v": saes}
+
+
+def delta(change, suite, x):
+    return change.edit(suite).delta(x)
+
+
+def test_every_action_by_its_formula(suite):
+    sae = suite["v"][SITES[1]]
+    x = 20 * torch.randn(2, 3, sae.d_in, generator=torch.Generator().manual_seed(0))
+    f, rows, median = sae.encode(x)[..., [3, 5]], sae.W_dec[[3, 5]], sae.provenance.filter.median
+    at = {"hook_name": SITES[1], "variant": "v", "features": (3, 5)}
+    unit = torch.nn.functional.normalize(2 * rows[0] - rows[1], dim=0)
+    expected = {
+        "add": (0.7 * median * unit).expand_as(x),
+        "clamp": (0.7 * median - f) @ rows,
+        "scale": (0.7 - 1) * f @ rows,
+        "ablate": -f @ rows,
+        "project_out": -0.7 * (x @ unit)[..., None] * unit,
+    }
+    assert set(expected) == set(ACTIONS)
+    for action, wanted in expected.items():
+        weights = {"weights": (2.0, -1.0)} if action in ("add", "project_out") else {}
+        torch.testing.assert_close(delta(Change(action, strength=0.7, **at, **weights), suite, x), wanted, atol=1e-4, rtol=1e-5)
+    direction = tuple((3 * unit).tolist())
+    added = Change("add", SITES[1], direction=direction, strength=0.7, median_norm=median)
+    torch.testing.assert_close(delta(added, {}, x), expected["add"], atol=1e-4, rtol=1e-5)
+    gone = Change("project_out", SITES[1], direction=direction)
+    assert ((x + delta(gone, {}, x)) @ unit).abs().max() < 1e-4
+
+
+@torch.no_grad()
+def test_changes_of_several_sites_compose(lm, suite):
+    one = Steering((Change("add", SITES[0], "v", (1,), strength=0.5, positions="all"),))
+    two = Steering((Change("ablate", SITES[1], "v", (0, 2), positions="all"),))
+    ids, mask = lm.pad([lm.chat_tokens(PROMPTS[0], False)])
+    both = one + two
+    with applied(lm, both.edits(suite)):
+        together = lm(ids, mask)
+    with applied(lm, one.edits(suite)), applied(lm, two.edits(suite)):
+        assert torch.equal(lm(ids, mask), together)
+    with applied(lm, both.times(0).edits(suite)), applied(lm, two.edits(suite)):
+        pass
+    assert both.times(2).changes[0].strength == 1.0
+
+
+def test_chosen_positions_are_counted_without_padding(lm):
+    for side in ("left", "right"):
+        ids, mask = lm.pad([lm.chat_tokens(p, False) for p in PROMPTS], side)
+        now = Now(ids, mask, 0, lm.markers)
+        where = selected(now, (2, 5))
+        assert [sorted(now.logical[r][where[r]].tolist()) for r in range(3)] == [[2, 5]] * 3
+    for wrong in ((), (0, 3), (-1,)):
+        with pytest.raises(ValueError, match="from 1 on"):
+            selected(now, wrong)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("span", ["token", "so_far"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_condition_opens_where_its_detector_fires(lm, span, side):
+    ids, mask = lm.pad([lm.chat_tokens(p, False) for p in PROMPTS], side)
+    token = lm.to_single_token(" the")
+    seen = Detector(SITES[0], lambda x: (lm.now.ids[:, lm.now.start :] == token).float(), 0.5, span)
+    plain = lm(ids, mask)
+    edit = Edit("blocks.5.hook_resid_post", lambda x: 30 * torch.ones_like(x), "all", seen)
+    with applied(lm, [edit]):
+        changed = (lm(ids, mask) != plain).any(-1)
+    now = Now(ids, mask, 0, lm.markers)
+    fires = (ids == token) & selected(now, "all")
+    wanted = (fires.cummax(1).values if span == "so_far" else fires) & selected(now, "all")
+    assert torch.equal(changed, wanted)
+    assert (wanted[0].any() and not wanted[1].any()) or span == "token"
+
+
+@torch.no_grad()
+def test_a_detector_may_not_come_after_its_edit_and_rows_can_be_chosen(unchecked, lm, suite):
+    late = Change("add", SITES[0], "v", (1,), when=Condition("v", SITES[1], 3))
+    with pytest.raises(ValueError, match="too late"), applied(lm, [late.edit(suite)]):
+        pass
+    ids, mask = lm.pad([lm.chat_tokens(PROMPTS[0], False)] * 2)
+    plain = lm(ids, mask)
+    with applied(lm, [Change("add", SITES[0], "v", (1,)).edit(suite)], rows=torch.tensor([False, True])):
+        changed = (lm(ids, mask) != plain).any(-1).any(-1)
+    assert changed.tolist() == [False, True]
+
+
+def random_steering(rng, suite):
+    """One to three changes at random sites, policies, strengths and conditions."""
+    changes = []
+    for _ in range(rng.randint(1, 3)):
+        action, name = rng.choice(ACTIONS), rng.choice(SITES)
+        policy = rng.choice([*POLICIES, "answer", "header", "all", tuple(rng.sample(range(1, 30), 4))])
+        when = None
+        if rng.random() < 0.3:
+            early = [
+                site
+                for site in SITES
+                if site <= name and not (site.endswith("resid_post") and name.endswith("mlp_out") and site[7] == name[7])
+            ]
+            when = Condition(
+                "v", rng.choice(early), rng.randrange(64), rng.random(), rng.choice(["token", "so_far"]), rng.choice(POLICIES)
+            )
+        features = tuple(rng.sample(range(64), rng.randint(1, 4)))
+        strength = {"add": rng.choice((-1, 1)) * rng.uniform(1, 4), "clamp": rng.uniform(0, 2), "scale": rng.uniform(0, 9)}.get(action, 1.0)
+        changes.append(Change(action, name, "v", features, strength=strength, positions=policy, when=when))
+    return Steering(tuple(changes))
+
+
+@pytest.mark.slow
+def test_two_hundred_random_steerings_act_alike_with_the_cache_on_off_streamed_and_batched(lm, suite):
+    """Top-2 gaps under 1e-4 may go either way; they are counted."""
+    rng, ties, changed = random.Random(0), 0, 0
+    for _ in range(200):
+        steering = read_steering(random_steering(rng, suite).to_json(suite), suite)
+        options = {"max_new_tokens": 6, "enable_thinking": rng.random() < 0.3}
+        one = rng.randrange(len(PROMPTS))
+        with applied(lm, steering.edits(suite), rows=torch.tensor([False, True, True, True])):
+            plain, *cached = lm.generate([PROMPTS[one], *PROMPTS], **options).tokens
+        with applied(lm, steering.edits(suite)):
+            uncached = lm.generate(PROMPTS, use_cache=False, **options).tokens
+            streamed = "".join(part for (part,) in lm.stream(PROMPTS[one], **options))
+        changed += cached[one] != plain
+        others = [*enumerate(uncached), (one, _ids_of(lm, streamed, cached[one]))]
+        for i, other in others:
+            if cached[i] != other:
+                first = next(k for k, (a, b) in enumerate(zip(cached[i], other, strict=False)) if a != b)
+                ids = lm.chat_tokens(PROMPTS[i], options["enable_thinking"]) + cached[i][:first]
+                with torch.no_grad(), applied(lm, steering.edits(suite)):
+                    best = lm(torch.tensor([ids]))[0, -1].topk(2).values
+                assert best[0] - best[1] < 1e-4
+                ties += 1
+    assert changed > 60
+    assert ties <= 5
+
+
+def _ids_of(lm, text, tokens):
+    """The tokens where a text is theirs, else the text's own."""
+    same = lm.tokenizer.decode(tokens, skip_special_tokens=True) == text
+    return tokens if same else lm.tokenizer(text, add_special_tokens=False).input_ids
+
+
+def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, tmp_path):
+    steering = Steering(
+        (
+            Change(
+                "add",
+                SITES[1],
+                "v",
+                (1, 2),
+                (1.0, -2.0),
+                strength=-0.5,
+                positions="answer",
+                when=Condition("v", SITES[0], 4, 1.5),
+            ),
+            Change("project_out", SITES[0], direction=tuple(range(1, 161)), positions=(3, 4)),
+        )
+    )
+    steering.save(tmp_path / "s.json", suite)
+    assert load_steering(tmp_path / "s.json", suite) == steering
+    other = {"v": {name: JumpReLUSAE(160, 64, 8.0, sae.provenance) for name, sae in suite["v"].items()}}
+    with pytest.raises(ValueError, match="made for another SAE"):
+        load_steering(tmp_path / "s.json", other)
+    with pytest.raises(ValueError, match="has no SAE"):
+        load_steering(tmp_path / "s.json", {"v": {}})
+    with pytest.raises(ValueError, match="no file"):
+        load_steering(tmp_path / "none.json", suite)
+    about = json.loads((tmp_path / "s.json").read_text())
+    for wrong in (
+        "[]",
+        "{",
+        "{}",
+        json.dumps(about | {"qsae_kit_steering": 9}),
+        json.dumps(about | {"changes": [{"action": "add", "x": 1}]}),
+    ):
+        with pytest.raises(ValueError, match=r"no steering|format 9"):
+            read_steering(wrong, suite)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"action": "melt", "features": (1,)}, "no action"),
+        ({"action": "add", "features": (1,), "strength": float("nan")}, "finite number"),
+        ({"action": "add"}, "features or a direction"),
+        ({"action": "clamp", "direction": (1.0,)}, "is for features"),
+        ({"action": "add", "direction": (0.0, 0.0), "median_norm": 1.0}, "no length"),
+        ({"action": "add", "direction": (1.0,)}, "median norm"),
+        ({"action": "add", "features": (1, 2), "weights": (1.0,)}, "as many finite weights"),
+        ({"action": "add", "features": (1,), "positions": "everywhere"}, "no position policy"),
+        ({"action": "add", "features": (1,), "when": Condition("v", SITES[0], 1, float("inf"))}, "finite threshold"),
+    ],
+)
+def test_impossible_changes(change, message):
+    with pytest.raises(ValueError, match=message):
+        Change(hook_name=SITES[1], **change)
+
+
+def test_features_that_the_sae_does_not_have(unchecked, suite):
+    for change in (
+        Change("add", SITES[1], "v", (64,)),
+        Change("ablate", SITES[1], "v", (-1,)),
+        Change("add", SITES[1], "v", (1,), when=Condition("v", SITES[0], 99)),
+    ):
+        with pytest.raises(ValueError, match="features 0 to 63"):
+            change.edit(suite)
