@@ -145,7 +145,9 @@ def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | 
             assert lm.now is not None
             where = selected(lm.now, edit.positions)
             if edit.when is not None:
-                where = where & gates[edit.when].open
+                opened = gates[edit.when].open
+                assert opened is not None
+                where = where & opened
             if rows is not None:
                 where = where & rows[:, None]
             return torch.where(where[..., None], x + edit.delta(x).to(x.dtype), x) if where.any() else x

@@ -38,6 +38,7 @@ from qsae_kit.features import (
 )
 from qsae_kit.files import atomic_file
 from qsae_kit.models import HookedLM
+from qsae_kit.recovery import judge
 from qsae_kit.sae import SAE
 
 LABELS = "labels.jsonl"
@@ -428,6 +429,24 @@ class FeatureIndex:
             file.flush()
             os.fsync(file.fileno())
         self.labels = _read_labels(self.folder / LABELS)
+
+    def label_concepts(self, table: pd.DataFrame) -> int:
+        """Labels features with the planted concepts that they tell by themselves; returns how many.
+
+        table: concepts.csv of `qsae eval --concepts` (`recovery.recover`). A feature that tells several takes the one that it
+        tells best; features that have a label keep it. Only concepts that count as recovered, at the site where they are told
+        best, are named, with the F1 on dialogues that the choice did not see.
+        """
+        told = judge(table)
+        count = 0
+        for row in told[told["recovered"]].sort_values("f1", ascending=False).to_dict("records"):
+            if (row["finder"], row["site"]) not in self.keys:
+                continue
+            site = self.site(row["site"], row["finder"])
+            if int(row["feature"]) not in self.labels_of(site):
+                self.label(site, int(row["feature"]), f"planted: {row['concept']} (F1 {row['f1']:.2f})")
+                count += 1
+        return count
 
     def merge_labels(self, other: str | Path) -> int:
         """Takes the labels of another file over; of two for one feature the later one counts. Returns how many came anew.

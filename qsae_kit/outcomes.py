@@ -6,7 +6,7 @@ A phrase matcher is a measuring instrument with an error: `matcher_error` states
 import re
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -118,14 +118,14 @@ def answer_all(
     """
     batch = batch or (256 if lm.hf.num_parameters() < 50_000_000 else 48)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    rows: list[tuple[str, list[int], bool, list[float]]] = [("", [0], False, [])] * len(prompts)
+    parts = []
     for start in range(0, len(order), batch):
-        which = order[start : start + batch]
         with applied(lm, edits):
-            out = lm.generate([prompts[i] for i in which], max_new_tokens, enable_thinking=enable_thinking)
-        for i, *row in zip(which, *out, strict=True):
-            rows[i] = tuple(row)
-    return Generation(*map(list, zip(*rows, strict=True)))
+            some = [prompts[i] for i in order[start : start + batch]]
+            parts.append(lm.generate(some, max_new_tokens, enable_thinking=enable_thinking))
+    fields: list[list[Any]] = [[value for part in column for value in part] for column in zip(*parts, strict=True)]
+    place = sorted(range(len(order)), key=order.__getitem__)
+    return Generation(*([values[i] for i in place] for values in fields)) if parts else Generation([], [], [], [])
 
 
 def _answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:

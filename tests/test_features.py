@@ -4,6 +4,7 @@ import json
 from itertools import islice
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -297,6 +298,26 @@ def test_live_search(index, suite, lm):
     )
     with pytest.raises(ValueError, match="both sides"):
         site.separating(first, [])
+
+
+def test_recovered_concepts_are_labels(index):
+    variant, hook_name = index.keys[0]
+    site = index.site(hook_name, variant)
+    rows = [
+        {"concept": concept, "finder": finder, "site": hook_name, "f1": f1, "feature": feature, "null_p99": 0.2}
+        for concept, finder, f1, feature in (
+            ("c/Rome=city", "probe", 0.9, None), ("c/Rome=city", "ngram", 0.1, None), ("c/Rome=city", variant, 0.85, 7),
+            ("c/Oslo=city", "probe", 0.9, None), ("c/Oslo=city", "ngram", 0.1, None), ("c/Oslo=city", variant, 0.95, 7),
+            ("d/job=nurse", "probe", 0.9, None), ("d/job=nurse", "ngram", 0.1, None), ("d/job=nurse", variant, 0.5, 8),
+            ("d/pet=cat", "probe", 0.9, None), ("d/pet=cat", "ngram", 0.1, None), ("d/pet=cat", "neurons", 0.9, 9),
+        )
+    ]  # fmt: skip
+    try:
+        assert index.label_concepts(pd.DataFrame(rows)) == 1
+        assert index.labels_of(site) == {7: "planted: c/Oslo=city (F1 0.95)"}
+    finally:
+        (index.folder / "labels.jsonl").unlink()
+        index.labels.clear()
 
 
 def test_labels_are_merged(index, suite, built, tmp_path):

@@ -130,7 +130,9 @@ def random_steering(rng, suite):
                 "v", rng.choice(early), rng.randrange(64), rng.random(), rng.choice(["token", "so_far"]), rng.choice(POLICIES)
             )
         features = tuple(rng.sample(range(64), rng.randint(1, 4)))
-        strength = {"add": rng.choice((-1, 1)) * rng.uniform(1, 4), "clamp": rng.uniform(0, 2), "scale": rng.uniform(0, 9)}.get(action, 1.0)
+        strength = {"add": rng.choice((-1, 1)) * rng.uniform(1, 4), "clamp": rng.uniform(0, 2), "scale": rng.uniform(0, 9)}.get(
+            action, 1.0
+        )
         changes.append(Change(action, name, "v", features, strength=strength, positions=policy, when=when))
     return Steering(tuple(changes))
 
