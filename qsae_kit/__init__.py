@@ -1,6 +1,7 @@
 """Sparse autoencoders for chat models: hooks, training, evaluation and steering, from a notebook."""
 
 from qsae_kit.activations import LiveRows, StoredRows
+from qsae_kit.answers import answer_pair, token_table
 from qsae_kit.data import token_batches
 from qsae_kit.demo import DemoConfig, default_config, run_demo
 from qsae_kit.edits import Edit, applied
@@ -23,18 +24,28 @@ from qsae_kit.plots import reconstruction_figure, steering_figure, training_figu
 from qsae_kit.recipe import TrainConfig, default_recipe
 from qsae_kit.scaling import fit_scaling
 from qsae_kit.sites import Site
-from qsae_kit.steering import ablate_features, add_direction, add_features, clamp_features
+from qsae_kit.steering import (
+    Change,
+    Condition,
+    Steering,
+    ablate_features,
+    add_direction,
+    add_features,
+    clamp_features,
+    load_steering,
+)
 from qsae_kit.study import StudyConfig, steering_study
 from qsae_kit.train import train_saes
 from qsae_kit.watch import LiveFigure, read_log
-from qsae_kit.widgets import FeatureExplorer, LayerLoss, TokenActivations, TrainingMonitor
+from qsae_kit.widgets import FeatureExplorer, LayerLoss, SteeringLab, TokenActivations, TrainingMonitor
 
 __all__ = [
-    "DemoConfig", "Edit", "FeatureExplorer", "FeatureIndex", "HookedLM", "IndexConfig", "LayerLoss", "LiveFigure",
-    "LiveRows", "Site", "StoredRows", "StudyConfig", "TokenActivations", "TrainConfig", "TrainingMonitor", "ablate_features",
-    "add_direction", "add_features", "applied", "baseline_figure", "build_index", "clamp_features", "concept_figure",
-    "default_config", "default_recipe", "evaluate_suite", "explain", "fit_scaling", "frontier_figure", "load_index",
-    "load_model", "load_sae", "load_suite", "needed_l0_figure", "openai_chat", "read_log", "reconstruction_figure",
-    "recovery_by_frequency_figure", "run_demo", "save_sae", "scaling_figure", "sites_of", "steering_figure",
-    "steering_study", "token_batches", "train_saes", "training_figure",
+    "Change", "Condition", "DemoConfig", "Edit", "FeatureExplorer", "FeatureIndex", "HookedLM", "IndexConfig", "LayerLoss",
+    "LiveFigure", "LiveRows", "Site", "Steering", "SteeringLab", "StoredRows", "StudyConfig", "TokenActivations",
+    "TrainConfig", "TrainingMonitor", "ablate_features", "add_direction", "add_features", "answer_pair", "applied",
+    "baseline_figure", "build_index", "clamp_features", "concept_figure", "default_config", "default_recipe",
+    "evaluate_suite", "explain", "fit_scaling", "frontier_figure", "load_index", "load_model", "load_sae", "load_steering",
+    "load_suite", "needed_l0_figure", "openai_chat", "read_log", "reconstruction_figure", "recovery_by_frequency_figure",
+    "run_demo", "save_sae", "scaling_figure", "sites_of", "steering_figure", "steering_study", "token_batches", "token_table",
+    "train_saes", "training_figure",
 ]  # fmt: skip

@@ -120,7 +120,7 @@ class _Gate:
 def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | None = None) -> Iterator[HookedLM]:
     """Runs everything inside the `with` under the edits, in the order given where they share a hook point.
 
-    rows: which rows of a batch are edited (None: all). A detector reads what arrives at its hook point, before edits there.
+    rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads wait. A detector reads what arrives at its hook point, before edits there.
     Raises ValueError for an unknown hook point or policy, and for a detector that comes after the edit it decides on.
     """
     lm.check_hook_names(hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit)))
@@ -155,7 +155,7 @@ def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | 
         return hook
 
     first: list[tuple[str, Callable[..., Any]]] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
-    with lm.hooks(fwd_hooks=[*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]):
+    with lm.lock, lm.hooks(fwd_hooks=[*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]):
         yield lm
 
 

@@ -1,5 +1,6 @@
 """HookedLM: TransformerLens hook points over an untouched Hugging Face causal language model."""
 
+import contextvars
 import copy
 import queue
 import secrets
@@ -27,6 +28,7 @@ from transformers import (
 )
 
 from qsae_kit.chat import Markers, answer_start, find_markers, phases
+from qsae_kit.locks import ContextLock
 from qsae_kit.sources import load_source
 
 Message: TypeAlias = dict[str, Any]
@@ -55,6 +57,10 @@ class Generation(NamedTuple):
     """Whether the model ended its turn within `max_new_tokens`."""
     logprobs: list[list[float]]
     """Of the new tokens, in nats, under the model with its edits, before temperature and cuts."""
+
+    def one(self, row: int) -> "Generation":
+        """The entry of one prompt."""
+        return Generation([self.text[row]], [self.tokens[row]], [self.finished[row]], [self.logprobs[row]])
 
 
 class Step(NamedTuple):
@@ -184,7 +190,7 @@ class HookedLM(HookedRootModule):
         self.tokenizer = tokenizer
         self.model_name = name or hf_model.config._name_or_path or type(hf_model).__name__
         self.markers = find_markers(tokenizer)
-        self.lock = threading.RLock()
+        self.lock = ContextLock()
         self.now: Now | None = None
         self._order = {hook_name: rank for rank, hook_name in enumerate(self._hook_names())}
         if self.device.type != "meta":
@@ -518,7 +524,7 @@ class HookedLM(HookedRootModule):
         rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
         ids, mask = self.pad(rows, "left")
         self._check_length(ids.shape[1], max_new_tokens)
-        ends = self._end_ids()
+        ends = self.end_ids()
         chooser = _Chooser(*_sampling(len(rows), do_sample, temperature, top_p, top_k, seed))
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, num_beams=1, use_cache=use_cache,
@@ -548,9 +554,9 @@ class HookedLM(HookedRootModule):
             except BaseException as error:  # handed to the reader, who raises it
                 steps.put(error)
 
-        thread = threading.Thread(target=work, daemon=True)
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
         thread.start()
-        ends = self._end_ids()
+        ends = self.end_ids()
         tokens: list[list[int]] = [[] for _ in _as_prompts(prompts)]
         shown = [""] * len(tokens)
         done = [False] * len(tokens)
@@ -584,7 +590,8 @@ class HookedLM(HookedRootModule):
             raise ValueError("Messages need the chat template; pass a text, or chat=True.")
         return self.tokenizer(prompt).input_ids
 
-    def _end_ids(self) -> set[int]:
+    def end_ids(self) -> set[int]:
+        """Ids that end a turn."""
         configured = getattr(self.hf.generation_config, "eos_token_id", None)
         ids = configured if isinstance(configured, list) else [configured]
         return {i for i in (*ids, self.tokenizer.eos_token_id) if i is not None}

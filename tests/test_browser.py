@@ -107,6 +107,7 @@ rows = qsae_kit.StoredRows({"blocks.0.hook_resid_post": torch.randn(2000, 12)})
 config = qsae_kit.TrainConfig("topk", sparsity=3, expansion=4, tokens=64 * 10**6, batch=64, pool=640)
 monitor = qsae_kit.TrainingMonitor(functools.partial(qsae_kit.train_saes, rows, [config], model_name="t", bar=False), seconds=0.5, autostart=False)
 monitor""",
+        "steering = qsae_kit.SteeringLab(lm, suite, 'How do I thank the nurse?', index)\nsteering.policy = 'answer'\nsteering",
         "from IPython.display import HTML\nprint('selected', explorer.selected, explorer.site, tokens.feature)",
     ]  # fmt: skip
     lab.write_notebook(folder / "all.ipynb", cells)
@@ -121,8 +122,8 @@ monitor""",
 
 def printed(seen):
     """What the last cell prints now."""
-    lab.run_cell(seen.page, 5)
-    return seen.page.locator(".jp-Cell").nth(5).locator(".jp-OutputArea-output").inner_text()
+    lab.run_cell(seen.page, 6)
+    return seen.page.locator(".jp-Cell").nth(6).locator(".jp-OutputArea-output").inner_text()
 
 
 def test_the_explorer_in_jupyterlab(notebook, folder):
@@ -239,6 +240,54 @@ def test_layers_and_training_in_jupyterlab(notebook):
     training.get_by_role("button", name="Stop").click()
     page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('Stopped')")
     shot(notebook, "layers")
+    clean(notebook)
+
+
+def test_the_steering_lab(notebook):
+    page = notebook.page
+    root = page.locator(".qsae-lab")
+    root.scroll_into_view_if_needed()
+    root.get_by_role("textbox", name="prompt").fill("How do I cut the wood?")
+    root.locator(".found button").first.click()
+    page.wait_for_selector(".qsae-lab .slider")
+    box = root.get_by_role("searchbox", name="find features")
+    box.fill("17")
+    page.wait_for_function("() => document.querySelectorAll('.qsae-lab .found button').length === 1")
+    root.get_by_role("button", name="add feature 17").click()
+    page.wait_for_function("() => document.querySelectorAll('.qsae-lab .slider').length === 2")
+    root.get_by_role("button", name="Run", exact=True).click()
+    settled = "() => { const r = document.querySelector('.qsae-lab'); return r.dataset.number && r.dataset.running === 'false' }"
+    page.wait_for_function(settled)
+    first = root.locator("[data-text]").first.get_attribute("data-text")
+    assert first == root.locator("[data-text]").nth(1).get_attribute("data-text")  # strength 0 changes nothing
+    slider = root.get_by_role("slider", name="strength of feature 17")
+    slider.focus()
+    for _ in range(5):  # five quick moves by keyboard; focus stays where it was
+        page.keyboard.press("PageUp")
+    page.wait_for_function("() => document.querySelector('.qsae-lab').dataset.number === '6'", timeout=20_000)
+    page.wait_for_function(settled)
+    assert slider.evaluate("(e) => e === document.activeElement")
+    strength = float(slider.input_value())
+    assert strength > 0.5
+    assert f"17 {strength:+.2f}" in root.locator(".history li").first.inner_text()
+    assert root.locator("[data-text]").first.get_attribute("data-text") == first
+    for by in ("feature activation", "nothing", "change of log-probability"):
+        root.get_by_role("combobox", name="shade answers by").select_option(by)
+    root.locator(".pane .toks").nth(1).focus()
+    assert "log-probability" in root.inner_text()
+    root.get_by_role("textbox", name="name of the preset").fill("<b>mine</b>")
+    root.get_by_role("button", name="Keep as preset").click()
+    page.wait_for_function("() => document.querySelector('.qsae-lab').textContent.includes('<b>mine</b>')")
+    root.get_by_role("spinbutton", name="tokens at most").fill("400")
+    root.get_by_role("checkbox", name="thinking").check()
+    page.wait_for_function("() => document.querySelector('.qsae-lab').dataset.running === 'true'")
+    root.get_by_role("textbox", name="prompt").fill("<img src=x onerror=PWN=1> and <b>bold</b>")
+    root.get_by_role("button", name="Run", exact=True).click()
+    page.wait_for_timeout(300)
+    root.get_by_role("button", name="Stop").click()
+    page.wait_for_function("() => document.querySelector('.qsae-lab').dataset.running === 'false'", timeout=20_000)
+    printed(notebook)
+    shot(notebook, "lab")
     clean(notebook)
 
 

@@ -5,28 +5,22 @@ import random
 
 import pytest
 import torch
+from small import SITES, small_suite
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.choosing import decision_activations
+from qsae_kit.activations import NormFilter, kept_rows
+from qsae_kit.choosing import find_detector, peak_activations
+from qsae_kit.data import token_batches
 from qsae_kit.edits import POLICIES, Detector, Edit, applied, selected
 from qsae_kit.models import Now
 from qsae_kit.sae import JumpReLUSAE, Provenance
 from qsae_kit.steering import ACTIONS, Change, Condition, Steering, load_steering, read_steering
 
-SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
 PROMPTS = ["How do I thank the nurse?", "Which illness does Ada Reyes have?", "I want to cut the wood. How?"]
 
 
 @pytest.fixture(scope="module")
 def suite(lm):
-    saes = {}
-    for i, name in enumerate(SITES):
-        x = decision_activations(lm, [name], PROMPTS * 30, False)[name]
-        x = x + 0.3 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-        sae = JumpReLUSAE(lm.d_model, 64, 8.0, Provenance("tiny", name, NormFilter(float(x.norm(dim=-1).median()))))
-        sae.init_from_rows(x, torch.Generator().manual_seed(i))
-        saes[name] = sae.requires_grad_(False)
-    return {"v": saes}
+    return small_suite(lm)
 
 
 def delta(change, suite, x):
@@ -111,6 +105,28 @@ def test_a_detector_may_not_come_after_its_edit_and_rows_can_be_chosen(unchecked
     with applied(lm, [Change("add", SITES[0], "v", (1,)).edit(suite)], rows=torch.tensor([False, True])):
         changed = (lm(ids, mask) != plain).any(-1).any(-1)
     assert changed.tolist() == [False, True]
+
+
+def test_a_detector_tells_two_kinds_of_prompts_apart(unchecked, lm):
+    chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": "Yes."}] for p in PROMPTS]
+    x = kept_rows(lm, [SITES[0]], next(iter(token_batches(lm, chats))))[SITES[0]]
+    sae = JumpReLUSAE(lm.d_model, 128, 2.0, Provenance("tiny", SITES[0], NormFilter(float(x.norm(dim=-1).median()))))
+    sae.init_from_rows(x, torch.Generator().manual_seed(0))
+    suite = {"v": {SITES[0]: sae.requires_grad_(False)}}
+    first, second = [PROMPTS[0], "How can I thank the nurse?"], PROMPTS[1:]
+    found = find_detector(lm, suite, first, second, "prompt", False)
+    own = suite["v"][found.condition.hook_name]
+    peaks = [peak_activations(lm, own, prompts, "prompt", False)[:, found.condition.feature] for prompts in (first, second)]
+    assert found.missed == float((peaks[0] <= found.condition.threshold).float().mean()) == 0
+    assert found.false_alarms == float((peaks[1] > found.condition.threshold).float().mean()) == 0
+    row = lm.chat_tokens(first[0], False)
+    with torch.no_grad():
+        _, cache = lm.run_with_cache(torch.tensor([row]), names_filter=[found.condition.hook_name])
+    where = selected(Now(*lm.pad([row]), 0, lm.markers), "prompt")[0]
+    direct = own.encode(cache[found.condition.hook_name][0])[where, found.condition.feature].max()
+    torch.testing.assert_close(peaks[0][0], direct)
+    with pytest.raises(ValueError, match="both kinds"):
+        find_detector(lm, suite, [], second)
 
 
 def random_steering(rng, suite):

@@ -3,6 +3,7 @@
 from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.layers import LayerLoss
 from qsae_kit.widgets.monitor import TrainingMonitor
+from qsae_kit.widgets.steering import SteeringLab
 from qsae_kit.widgets.tokens import TokenActivations
 
-__all__ = ["FeatureExplorer", "LayerLoss", "TokenActivations", "TrainingMonitor"]
+__all__ = ["FeatureExplorer", "LayerLoss", "SteeringLab", "TokenActivations", "TrainingMonitor"]

@@ -19,6 +19,7 @@ function visible(text) {
 /** A number in three significant digits. */
 function number(x) {
   if (x === null || x === undefined || Number.isNaN(x)) return "\u2013";
+  if (x === 0) return "0"; // not -0
   if (Number.isInteger(x)) return x.toLocaleString("en");
   const a = Math.abs(x);
   return a !== 0 && (a < 1e-3 || a >= 1e5) ? x.toExponential(2) : String(+x.toPrecision(3));

@@ -1,0 +1,403 @@
+"""SteeringLab: sliders for features, and the answers without and with them side by side as they are written."""
+
+import html
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import Any, get_args
+
+import pandas as pd
+import torch
+import traitlets as T
+
+from qsae_kit.answers import Pair, answer_pair, token_table
+from qsae_kit.edits import POLICIES, check_positions
+from qsae_kit.evaluate import check_fit
+from qsae_kit.features import Key, token_features
+from qsae_kit.index import FeatureIndex
+from qsae_kit.models import Generation, HookedLM, Step
+from qsae_kit.sae import SAE
+from qsae_kit.steering import Action, Change, Steering, check_features, read_steering
+from qsae_kit.widgets.base import View, source
+from qsae_kit.widgets.tokens import read_chat
+
+ACTIONS: tuple[str, ...] = tuple(action for action in get_args(Action) if action != "project_out")
+FOUND = 12
+"""Features that a search lists."""
+INTERVAL = 0.04
+"""Seconds between two messages to the page while an answer is written."""
+SETTINGS = ("prompt", "controls", "policy", "max_new_tokens", "sample", "seed", "thinking")
+KEPT = 200
+"""Tries that are remembered."""
+
+
+@dataclass(frozen=True)
+class _Try:
+    """What one answer is made with."""
+
+    number: int
+    prompt: str
+    steering: Steering
+    policy: str
+    max_new_tokens: int
+    seed: int | None
+    thinking: bool | None
+    stop: threading.Event = field(default_factory=threading.Event)
+
+
+class SteeringLab(View):
+    """Features to move with sliders, and what the model answers without and with them.
+
+    suite: variant -> hook name -> SAE. index: finds features by words and shows their labels; without one the search takes
+    a feature's number, and lists those that fire on the prompt. prompt: one question, or lines that begin with `user:`
+    and `assistant:`. Both answers draw the same random numbers, so that they differ by the setting alone.
+
+    Traits to observe: `prompt`, `controls`, `policy`, and `sent`, the JSON of the setting when "send to study" was pressed.
+    `steering` is the setting as a value; `to_frame()` the history of tries; `presets` the named settings.
+    """
+
+    _esm = source("common.js", "steering.js")
+    sites = T.List(T.Unicode()).tag(sync=True)
+    site = T.Int(0).tag(sync=True)
+    """Number of the SAE that is searched."""
+    prompt = T.Unicode("").tag(sync=True)
+    controls = T.List(T.Dict()).tag(sync=True)
+    """A dict a slider: site, feature, name, action, strength, on."""
+    actions = T.List(T.Unicode(), list(ACTIONS)).tag(sync=True)
+    policies = T.List(T.Unicode(), [str(policy) for policy in POLICIES]).tag(sync=True)
+    policy = T.Unicode("header").tag(sync=True)
+    max_new_tokens = T.Int(48).tag(sync=True)
+    sample = T.Bool(False).tag(sync=True)
+    seed = T.Int(0).tag(sync=True)
+    can_think = T.Bool(False).tag(sync=True)
+    thinking = T.Bool(False).tag(sync=True)
+    found = T.Dict().tag(sync=True)
+    """What the last search listed."""
+    answers = T.Dict().tag(sync=True)
+    """The last finished try: number, and base and steered with text, tokens, change and activation of each."""
+    running = T.Bool(False).tag(sync=True)
+    presets = T.Dict().tag(sync=True)
+    history: T.List[Any] = T.List(T.Any()).tag(sync=True)
+    """The last tries: setting, answer."""
+    sent = T.Unicode("").tag(sync=True)
+
+    def __init__(
+        self, lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], prompt: str = "", index: FeatureIndex | None = None,
+        hook_name: str | None = None, steering: Steering | None = None,
+    ) -> None:  # fmt: skip
+        self.lm, self.index, self.suite = lm, index, suite
+        self.saes: dict[Key, SAE] = {(v, name): sae for v, saes in suite.items() for name, sae in saes.items()}
+        for sae in self.saes.values():
+            check_fit(lm, sae)
+        self.choices = list(self.saes)
+        fitting = [i for i, (_, name) in enumerate(self.choices) if hook_name in (None, name)]
+        if not fitting:
+            raise ValueError(f"The suite has no SAE at {hook_name!r}; it has {', '.join('/'.join(k) for k in self.choices)}.")
+        self._guard, self._number = threading.RLock(), 0
+        self._now: _Try | None = None
+        self._base: tuple[Any, Generation] | None = None
+        self._thread: threading.Thread | None = None
+        self._tries: list[dict[str, Any]] = []
+        super().__init__(sites=["/".join(key) for key in self.choices], site=fitting[0], prompt=prompt, can_think=lm.has_thinking)
+        if steering is not None:
+            self.load(steering)
+        self.on_msg(lambda _widget, message, _buffers: self.answer(message))
+        self.find("")
+
+    # --- the setting
+
+    @property
+    def steering(self) -> Steering:
+        """The setting: every slider that is on, as a value that can be saved, applied and studied."""
+        return self._steering(self._settings())
+
+    def _settings(self) -> dict[str, Any]:
+        """All that decides on an answer. What the page asks for carries its own, for traits may reach Python later."""
+        return {name: getattr(self, name) for name in SETTINGS}
+
+    def _steering(self, settings: Mapping[str, Any]) -> Steering:
+        policy: Any = settings["policy"]
+        check_positions(policy)
+        changes = []
+        for control in settings["controls"]:
+            if control["on"]:
+                variant, hook_name = self.choices[control["site"]]
+                check_features(self.saes[variant, hook_name], [control["feature"]])
+                strength = float(control["strength"])
+                changes.append(
+                    Change(control["action"], hook_name, variant, (control["feature"],), (), (), strength, 0.0, policy)
+                )
+        return Steering(tuple(changes))
+
+    def load(self, steering: Steering) -> None:
+        """Takes a setting over. Raises ValueError for one that sliders cannot show."""
+        policies = {change.positions for change in steering.changes}
+        if any(len(c.features) != 1 or c.when or c.action not in ACTIONS for c in steering.changes) or len(policies) > 1:
+            raise ValueError("Sliders show changes of one feature each, all with one policy and none with a condition.")
+        steering.edits(self.suite)
+        self.controls = [
+            self._control(self.choices.index((c.variant, c.hook_name)), c.features[0], c.action, c.strength)
+            for c in steering.changes
+        ]
+        if policies:
+            policy = policies.pop()
+            if not isinstance(policy, str):
+                raise ValueError("Sliders know policies by name only; these are single positions.")
+            self.policy = policy
+
+    def add(self, feature: int, hook_name: str | None = None, strength: float = 0.0, action: str = "add") -> None:
+        """Adds a slider, at the searched site or another one."""
+        number = self.site if hook_name is None else [name for _, name in self.choices].index(hook_name)
+        check_features(self.saes[self.choices[number]], [feature])
+        self.controls = [*self.controls, self._control(number, feature, action, strength)]
+
+    def _control(self, site: int, feature: int, action: str, strength: float) -> dict[str, Any]:
+        name = self._name(site, feature)
+        return {"site": site, "feature": feature, "name": name, "action": action, "strength": strength, "on": True}
+
+    def _name(self, site: int, feature: int) -> str:
+        """A feature's label, or its strongest token, where the index knows the SAE."""
+        variant, hook_name = self.choices[site]
+        if self.index is None or (variant, hook_name) not in self.index.keys:
+            return ""
+        own = self.index.site(hook_name, variant)
+        return self.index.labels_of(own).get(feature) or str(own.figures["top_token"].iloc[feature])
+
+    # --- finding features
+
+    def find(self, text: str) -> None:
+        """Lists features of the searched site: by number, by words where there is an index, else by what fires on the prompt."""
+        key = self.choices[self.site]
+        sae, text = self.saes[key], text.strip()
+        if text.isdigit():
+            check_features(sae, [int(text)])
+            ids = [int(text)]
+        elif text and self.index is not None and key in self.index.keys:
+            variant, hook_name = key
+            ids = [int(i) for i in self.index.site(hook_name, variant).search(text).index[:FOUND]]
+        elif self.prompt.strip():
+            ids = self._firing()
+        else:
+            ids = []
+        self.found = {"site": self.site, "text": text, "features": [[i, self._name(self.site, i)] for i in ids]}
+
+    def _firing(self) -> list[int]:
+        """Features that fire on the prompt, by activation; where the index knows how rarely they fire, rare ones first."""
+        variant, hook_name = self.choices[self.site]
+        row = self.lm.chat_tokens(read_chat(self.prompt), self._thinking)
+        (f,) = token_features(self.lm, self.saes[variant, hook_name], [row])
+        weight = f.amax(0).cpu()
+        if self.index is not None and (variant, hook_name) in self.index.keys:
+            figures = self.index.site(hook_name, variant).figures
+            seen = torch.tensor(figures[["density", "max"]].to_numpy())
+            weight = torch.where(weight > 0, weight / seen[:, 1].clamp(min=1e-9) * -seen[:, 0].clamp(min=1e-6).log(), 0.0)
+        return weight.topk(min(FOUND, int((weight > 0).sum()))).indices.tolist()
+
+    @property
+    def _thinking(self) -> bool | None:
+        return self.thinking if self.can_think else None
+
+    # --- answering
+
+    def run(self, wait: bool = False) -> None:
+        """Answers the prompt without and with the setting, in a thread of its own; a run before it is stopped.
+
+        Raises ValueError for an empty prompt or an impossible setting.
+        """
+        thread = self._run(self._settings())
+        if wait:
+            thread.join()
+
+    def _run(self, settings: Mapping[str, Any]) -> threading.Thread:
+        with self._guard:
+            prompt, length = str(settings["prompt"]), int(settings["max_new_tokens"])
+            if not prompt.strip():
+                raise ValueError("The prompt is empty; write a question.")
+            if not 1 <= length <= self.lm.context_size:
+                raise ValueError(f"{length} new tokens were asked for; allowed are 1 to {self.lm.context_size}.")
+            steering = self._steering(settings)
+            steering.edits(self.suite)
+            self.halt()
+            self._number += 1
+            seed, thinking = int(settings["seed"]) if settings["sample"] else None, bool(settings["thinking"])
+            policy = str(settings["policy"])
+            asked = _Try(self._number, prompt, steering, policy, length, seed, thinking if self.can_think else None)
+            before = self._thread
+            self._now, self.running = asked, True
+            self._thread = threading.Thread(target=self._work, args=(asked, before), daemon=True)
+            self._thread.start()
+            return self._thread
+
+    def halt(self) -> None:
+        """Stops the answer that is being written."""
+        if self._now is not None:
+            self._now.stop.set()
+
+    def _work(self, asked: _Try, before: threading.Thread | None) -> None:
+        try:
+            if before is not None:
+                before.join()
+            if not asked.stop.is_set():
+                self._answer(asked)
+        except Exception as error:  # nobody above would show it
+            self.status = str(error) or type(error).__name__
+        finally:
+            with self._guard:
+                if self._now is asked:
+                    self.running = False
+            self.send({"op": "end", "number": asked.number})
+
+    def _answer(self, asked: _Try) -> None:
+        if not self.lm.lock.acquire(blocking=False):
+            self.status = "The model is busy in a cell; the answer comes after it."
+            self.lm.lock.acquire()
+        try:
+            self.status = ""
+            edits = asked.steering.edits(self.suite)
+            chat = read_chat(asked.prompt)
+            same = (asked.prompt, asked.max_new_tokens, asked.seed, asked.thinking)
+            base = self._base[1] if self._base and self._base[0] == same else None
+            sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20} if asked.seed is not None else {}
+            writer = _Writer(self, asked, ["steered"] if base else ["base", "steered"])
+            if base:
+                writer.say("base", base.text[0])
+            pair = answer_pair(
+                self.lm, chat, edits, asked.max_new_tokens, enable_thinking=asked.thinking, seed=asked.seed or 0, base=base,
+                on_step=writer.step, stop=asked.stop, **sampling,
+            )  # fmt: skip
+            if asked.stop.is_set():
+                writer.flush()
+                self.status = "Stopped."
+            elif base is None:
+                self._base = (same, pair.base)
+            self._finish(asked, pair)
+        finally:
+            self.lm.lock.release()
+
+    def _finish(self, asked: _Try, pair: Pair) -> None:
+        watch = None
+        if asked.steering.changes:
+            first = asked.steering.changes[0]
+            watch = (self.suite[first.variant][first.hook_name], first.features[0])
+        shown: dict[str, Any] = {"number": asked.number, "stopped": asked.stop.is_set()}
+        for name, out, edits in (("base", pair.base, []), ("steered", pair.steered, asked.steering.edits(self.suite))):
+            table = token_table(self.lm, pair.prompt, out.tokens[0], edits, watch)
+            shown[name] = {
+                "text": out.text[0], "tokens": list(table["token"]), "finished": out.finished[0],
+                "logprob": [round(float(v), 3) for v in table["logprob"]], "change": [round(float(v), 3) for v in table["change"]],
+                "activation": [round(float(v), 3) for v in table["activation"].fillna(0.0)],
+            }  # fmt: skip
+        self._tries.append(
+            {
+                "when": datetime.now(UTC).isoformat(timespec="seconds"), "prompt": asked.prompt, "policy": asked.policy,
+                "setting": describe(asked.steering), "seed": asked.seed, "base": pair.base.text[0],
+                "steered": pair.steered.text[0], "stopped": asked.stop.is_set(), "steering": asked.steering,
+            }
+        )  # fmt: skip
+        del self._tries[:-KEPT]
+        with self.hold_trait_notifications():
+            self.answers = shown
+            self.history = [[t["setting"], t["steered"]] for t in self._tries[-8:]][::-1]
+
+    # --- messages of the page
+
+    def handle(self, message: Mapping[str, Any]) -> None:
+        op = message.get("op")
+        if op == "run":
+            self.status = ""
+            self._run(self._settings() | {name: message[name] for name in SETTINGS if name in message})
+        elif op == "stop":
+            self.halt()
+        elif op == "find":
+            self.site = int(message["site"])
+            self.find(str(message["text"]))
+            self.send({"op": "answered"})
+        elif op == "add":
+            self.add(int(message["feature"]))
+        elif op == "keep":
+            self.keep(str(message["name"]), message.get("setting"))
+        elif op == "take":
+            self.take(str(message["name"]))
+        elif op == "study":
+            self.sent = self._steering(message.get("setting") or self._settings()).to_json(self.suite)
+            self.status = "The setting is in the trait `sent`."
+            self.send({"op": "answered"})
+
+    def keep(self, name: str, setting: Mapping[str, Any] | None = None) -> None:
+        """Keeps a setting (None: the present one) as a preset. Raises ValueError without a name."""
+        name = " ".join(name.split())[:80]
+        if not name:
+            raise ValueError("A preset needs a name; write one.")
+        setting = setting or self._settings()
+        self.presets = {**self.presets, name: {"controls": setting["controls"], "policy": setting["policy"]}}
+        self.send({"op": "answered"})
+
+    def take(self, name: str) -> None:
+        """Sets everything as in a preset. Raises ValueError for one that is not there."""
+        if name not in self.presets:
+            raise ValueError(f"There is no preset {name!r}; there are {', '.join(self.presets) or 'none'}.")
+        with self.hold_trait_notifications():
+            self.controls, self.policy = self.presets[name]["controls"], self.presets[name]["policy"]
+        self.send({"op": "answered"})
+
+    def read(self, text: str) -> None:
+        """Takes over a setting that was saved (`Steering.to_json`). Raises ValueError as `read_steering`."""
+        self.load(read_steering(text, self.suite))
+
+    def to_frame(self) -> pd.DataFrame:
+        """Every try: when, prompt, policy, setting, seed (None: greedy), base and steered answer, stopped."""
+        columns = ["when", "prompt", "policy", "setting", "seed", "base", "steered", "stopped"]
+        return pd.DataFrame(self._tries, columns=columns)
+
+    def close(self) -> None:
+        self.halt()
+        super().close()
+
+    def fallback(self) -> str:
+        rows = [(name, self.answers.get(name, {}).get("text", "")) for name in ("base", "steered")]
+        body = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
+        return f"<p>{html.escape(repr(self))}</p><p>{html.escape(self.prompt)}</p><table>{body}</table>"
+
+    def __repr__(self) -> str:
+        return f"SteeringLab({len(self.sites)} SAEs, {len(self.controls)} sliders, {len(self._tries)} tries)"
+
+
+def describe(steering: Steering) -> str:
+    """A setting in one line, such as "add at blocks.2.hook_resid_post: 110 -0.40, 790 +1.00"."""
+    parts = []
+    for (action, hook_name), changes in groupby(steering.changes, lambda c: (c.action, c.hook_name)):
+        features = ", ".join(f"{c.features[0]}" + ("" if action == "ablate" else f" {c.strength:+.2f}") for c in changes)
+        parts.append(f"{action} at {hook_name}: {features}")
+    return "; ".join(parts) or "nothing"
+
+
+class _Writer:
+    """Sends what is written to the page, at most every `INTERVAL` seconds, the first token at once."""
+
+    def __init__(self, lab: SteeringLab, asked: _Try, names: list[str]) -> None:
+        self.lab, self.asked, self.names = lab, asked, names
+        self.ends = lab.lm.end_ids()
+        self.tokens: dict[str, list[int]] = {name: [] for name in names}
+        self.done: set[str] = set()
+        self.sent = 0.0
+
+    def step(self, step: Step) -> None:
+        for name, token in zip(self.names, step.tokens.tolist(), strict=True):
+            if token in self.ends:
+                self.done.add(name)
+            if name not in self.done:
+                self.tokens[name].append(token)
+        if time.monotonic() - self.sent >= INTERVAL:
+            self.flush()
+
+    def flush(self) -> None:
+        self.sent = time.monotonic()
+        for name, tokens in self.tokens.items():
+            self.say(name, self.lab.lm.tokenizer.decode(tokens, skip_special_tokens=True).removesuffix("\ufffd"))
+
+    def say(self, name: str, text: str) -> None:
+        if not self.asked.stop.is_set():
+            self.lab.send({"op": "text", "number": self.asked.number, "name": name, "text": text})
