@@ -5,6 +5,7 @@ from itertools import islice
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -415,9 +416,10 @@ def test_dialogues_that_nothing_is_shown_of_are_forgotten(lm, suite, built, tmp_
     monkeypatch.setattr(
         features._Dialogues, "forget", lambda self, *a, **k: (original(self, *a, **k), most.append(len(self.ids)))[0]
     )
-    out = build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", bar=False)
+    out = build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", memory=1, bar=False)  # in two groups
     assert len(most) > 2
     assert tables(out) == tables(built)
+    assert pq.read_table(out / "documents.parquet") == pq.read_table(built / "documents.parquet")
 
 
 def test_what_cannot_be_indexed(lm, suite, tmp_path):

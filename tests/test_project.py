@@ -11,9 +11,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from those before it.
 ORDER = (
-    "sites", "files", "chat", "sources", "models", "edits", "data", "activations", "sae", "formats", "optim", "recipe", "plan",
-    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "index", "explain", "tiny", "corpus", "prompts", "steering", "outcomes", "study", "plots", "report",
-    "recovery", "interchange", "scaling", "eval_plots", "watch", "widgets", "harvest", "fit", "score", "demo", "cli",
+    "sites", "files", "chat", "sources", "locks", "models", "edits", "data", "activations", "sae", "formats", "optim", "recipe", "plan",
+    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "tiny", "recovery", "index", "explain", "corpus",
+    "prompts", "steering", "answers", "choosing", "outcomes", "study", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
+    "widgets", "harvest", "fit", "score", "demo", "cli",
 )  # fmt: skip
 
 
