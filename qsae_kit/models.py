@@ -132,8 +132,8 @@ class _Chooser(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits, scores = scores.float(), self.warpers(input_ids, scores.float())
         if self.generators:
-            noise = torch.stack([torch.empty(scores.shape[1]).exponential_(generator=g) for g in self.generators])
-            scores = scores - noise.clamp(min=1e-30).log().to(scores.device)
+            noise = torch.stack([torch.empty_like(scores[0]).exponential_(generator=g) for g in self.generators])
+            scores = scores - noise.clamp(min=1e-30).log()
         chosen = scores.argmax(-1, keepdim=True)
         self.logprobs.append(logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1))
         return scores
@@ -525,7 +525,7 @@ class HookedLM(HookedRootModule):
         ids, mask = self.pad(rows, "left")
         self._check_length(ids.shape[1], max_new_tokens)
         ends = self.end_ids()
-        chooser = _Chooser(*_sampling(len(rows), do_sample, temperature, top_p, top_k, seed))
+        chooser = _Chooser(*_sampling(len(rows), self.device, do_sample, temperature, top_p, top_k, seed))
         config = GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, num_beams=1, use_cache=use_cache,
             eos_token_id=sorted(ends), pad_token_id=int(ids[0, 0]) if not mask[0, 0] else (self.tokenizer.pad_token_id or min(ends)),
@@ -630,7 +630,13 @@ class HookedLM(HookedRootModule):
 
 
 def _sampling(
-    n_rows: int, do_sample: bool, temperature: float, top_p: float, top_k: int, seed: int | Sequence[int] | None
+    n_rows: int,
+    device: torch.device,
+    do_sample: bool,
+    temperature: float,
+    top_p: float,
+    top_k: int,
+    seed: int | Sequence[int] | None,
 ) -> tuple[LogitsProcessorList, list[torch.Generator]]:
     """What cuts the logits, and a generator a row. Raises ValueError for settings that are impossible or have no effect."""
     if not do_sample:
@@ -651,7 +657,7 @@ def _sampling(
         warpers.append(TopPLogitsWarper(top_p))
     first = secrets.randbelow(2**31) if seed is None else seed
     seeds = list(first) if isinstance(first, Sequence) else [first + r for r in range(n_rows)]
-    return warpers, [torch.Generator().manual_seed(s) for s in seeds]
+    return warpers, [torch.Generator(device).manual_seed(s) for s in seeds]
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "sites", "files", "chat", "sources", "locks", "models", "edits", "data", "activations", "sae", "formats", "optim", "recipe", "plan",
     "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "tiny", "recovery", "index", "explain", "corpus",
-    "prompts", "steering", "answers", "choosing", "outcomes", "study", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
+    "prompts", "steering", "answers", "choosing", "judges", "outcomes", "study", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
     "widgets", "harvest", "fit", "score", "demo", "cli",
 )  # fmt: skip
 
@@ -47,6 +47,7 @@ def test_nothing_interprets_text_as_markup():
         if path.suffix in (".py", ".js", ".jinja"):
             text = path.read_text()
             assert "innerHTML" not in text, path
+            assert not re.search(r"\b(window|document)\.addEventListener", text), path  # it would outlive its widget
             assert "escape=False" not in text, path
             assert "weights_only=False" not in text, path
 

@@ -134,9 +134,9 @@ function render({ model, el }) {
     shown = a.number;
     dog.answered();
     const by = color.value, field = by === "feature activation" ? "activation" : "change";
-    const largest = Math.max(1e-9, ...["base", "steered"].flatMap((k) => a[k][field].map(Math.abs)));
+    const largest = Math.max(1e-9, ...["base", "steered"].flatMap((k) => a[k][field].map((v) => Math.abs(v ?? 0))));
     for (const key of ["base", "steered"]) {
-      const part = a[key], values = by === "nothing" ? part.tokens.map(() => 0) : part[field];
+      const part = a[key], values = part.tokens.map((_, j) => (by === "nothing" ? 0 : part[field][j] ?? 0));
       const line = tokenLine(part.tokens, values, field === "activation" ? largest : 0, {
         label: `answer ${key === "base" ? "without" : "with"} the features`,
         show: (i) => { if (i >= 0) legend.textContent = `\u201c${visible(part.tokens[i])}\u201d: log-probability ${number(part.logprob[i])}, change by the features ${number(part.change[i])}, activation ${number(part.activation[i])}`; },

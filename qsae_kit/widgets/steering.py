@@ -1,6 +1,7 @@
 """SteeringLab: sliders for features, and the answers without and with them side by side as they are written."""
 
 import html
+import math
 import threading
 import time
 from collections.abc import Mapping
@@ -268,8 +269,9 @@ class SteeringLab(View):
                 self.lm, chat, edits, asked.max_new_tokens, enable_thinking=asked.thinking, seed=asked.seed or 0, base=base,
                 on_step=writer.step, stop=asked.stop, **sampling,
             )  # fmt: skip
+            if self._now is not asked:  # a newer one waits: nobody will look at this one
+                return
             if asked.stop.is_set():
-                writer.flush()
                 self.status = "Stopped."
             elif base is None:
                 self._base = (same, pair.base)
@@ -287,8 +289,7 @@ class SteeringLab(View):
             table = token_table(self.lm, pair.prompt, out.tokens[0], edits, watch)
             shown[name] = {
                 "text": out.text[0], "tokens": list(table["token"]), "finished": out.finished[0],
-                "logprob": [round(float(v), 3) for v in table["logprob"]], "change": [round(float(v), 3) for v in table["change"]],
-                "activation": [round(float(v), 3) for v in table["activation"].fillna(0.0)],
+                **{column: [_short(value) for value in table[column]] for column in ("logprob", "change", "activation")},
             }  # fmt: skip
         self._tries.append(
             {
@@ -372,6 +373,11 @@ def describe(steering: Steering) -> str:
         features = ", ".join(f"{c.features[0]}" + ("" if action == "ablate" else f" {c.strength:+.2f}") for c in changes)
         parts.append(f"{action} at {hook_name}: {features}")
     return "; ".join(parts) or "nothing"
+
+
+def _short(value: float) -> float | None:
+    """Three decimals; None for what is no number, which JSON could not say."""
+    return round(float(value), 3) if math.isfinite(value) else None
 
 
 class _Writer:

@@ -1,7 +1,8 @@
 """How fast the explorer is on an index of many features: python tests/bench/explorer.py --out DIR
 
 Builds an index of random SAEs (65,536 features at 10 sites), opens it in a JupyterLab of its own, and measures in the browser
-from event to paint: sort, search, a feature's page; and a keystroke of TokenActivations on the bundled model. Medians
+from event to paint: sort, search, a feature's page; and on the bundled model a keystroke of TokenActivations, and a slider of
+SteeringLab until the first steered token. Medians
 and 90th percentiles in ms, with the bytes that came over the kernel's connection for each.
 """
 
@@ -32,6 +33,7 @@ CELLS = [
     "import qsae_kit\nindex = qsae_kit.load_index('index')",
     "explorer = qsae_kit.FeatureExplorer(index)\nexplorer",
     "lm = qsae_kit.load_model('tiny')\nsmall = qsae_kit.load_suite('small')\ntokens = qsae_kit.TokenActivations(lm, small, 'How do I thank the nurse?')\ntokens",
+    "steering = qsae_kit.SteeringLab(lm, small, 'How do I thank the nurse?')\nsteering.add(0, strength=0.5)\nsteering.run(wait=True)\nsteering",
 ]
 # Does something, waits until the condition holds, then for the paint that shows it.
 MEASURE = """async ([act, done]) => {
@@ -122,6 +124,15 @@ def browse(out: Path) -> dict[str, dict[str, float]]:
         seq = (
             "(() => { const r = document.querySelector('.qsae-tokens'), v = r.dataset.seq; return () => r.dataset.seq !== v })()"
         )
+        lever = "document.querySelector('.qsae-lab .slider input[type=range]')"
+        move = (
+            "() => {{ const s = {lever}; s.value = {value}; for (const e of ['input', 'change']) s.dispatchEvent(new Event(e)) }}"
+        )
+        first = (
+            "(() => { const r = document.querySelector('.qsae-lab'), v = r.dataset.first; return () => r.dataset.first !== v })()"
+        )
+        moves = [(move.format(lever=lever, value=0.05 * (i % 40)), first) for i in range(REPEATS)]
+        measure("slider to the first steered token", moves)
         measure("keystroke", [(key.format(area=area, text=json.dumps(text[: 20 + i])), seq) for i in range(REPEATS)])
     return found
 
