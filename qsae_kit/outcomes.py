@@ -54,8 +54,9 @@ APOLOGY = re.compile(
 
 
 def sounds_sorry(text: str) -> bool:
-    """Whether an answer has any word that refusals have: the loose matcher, which "I'm sorry for the confusion" passes too."""
-    return APOLOGY.search(text.split("</think>")[-1].replace("\u2019", "'")) is not None
+    """Whether an answer refuses or apologises anywhere: the loose matcher, which "I'm sorry for the confusion" passes too."""
+    answer = text.split("</think>")[-1].replace("\u2019", "'")
+    return any(pattern.search(answer) for pattern in (REFUSAL, APOLOGY))
 
 
 def has_loop(text: str, times: int = 3) -> bool:
