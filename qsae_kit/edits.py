@@ -155,7 +155,7 @@ def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | 
         return hook
 
     first: list[tuple[str, Callable[..., Any]]] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
-    with lm.lock, lm.hooks(fwd_hooks=[*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]):
+    with lm.hooks(fwd_hooks=[*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]):
         yield lm
 
 

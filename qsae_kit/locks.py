@@ -12,6 +12,11 @@ class ContextLock:
         self._lock = threading.Lock()
         self._depth: ContextVar[int] = ContextVar("depth", default=0)
 
+    @property
+    def held(self) -> bool:
+        """Whether this context holds it."""
+        return self._depth.get() > 0
+
     def acquire(self, blocking: bool = True) -> bool:
         depth = self._depth.get()
         if depth == 0 and not self._lock.acquire(blocking):

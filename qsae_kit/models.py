@@ -286,6 +286,12 @@ class HookedLM(HookedRootModule):
             names = list(names)
         return super().run_with_cache(*model_args, names_filter=names, **kwargs)
 
+    @contextmanager
+    def hooks(self, *args: Any, **kwargs: Any) -> Iterator["HookedLM"]:
+        """TransformerLens's `hooks`; the model is held meanwhile, for hooks of two threads would take each other's away."""
+        with self.lock, super().hooks(*args, **kwargs):
+            yield self
+
     def check_hook_names(self, names: Iterable[str]) -> None:
         """ValueError for a name that is not a hook point of this model."""
         for name in names:
@@ -542,7 +548,7 @@ class HookedLM(HookedRootModule):
     def stream(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
 
-        Takes `generate`'s options. Closing the iterator stops the model.
+        Takes `generate`'s options. Closing the iterator stops the model; until then nothing else should run it in this context.
         """
         steps: queue.Queue[Any] = queue.Queue()
         stop = threading.Event()

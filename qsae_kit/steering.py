@@ -7,7 +7,7 @@ model; factors of `scale` have no unit; thresholds of conditions are activations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -34,7 +34,7 @@ class FeatureSet:
     def direction(self, sae: SAE) -> Float[Tensor, " d_model"]:
         """Unit vector sum_i w_i W_dec[i] / |...|."""
         rows = sae.W_dec[list(self.features)]
-        return torch.nn.functional.normalize(torch.tensor(self.weights, device=rows.device) @ rows, dim=0)
+        return torch.nn.functional.normalize(torch.tensor(self.weights, dtype=rows.dtype, device=rows.device) @ rows, dim=0)
 
 
 def add_direction(
@@ -91,7 +91,12 @@ def _set_features(sae: SAE, features: Sequence[int], change: Any, positions: Pos
 def detector(sae: SAE, feature: int, threshold: float = 0.0, span: Span = "so_far", positions: Positions = "all") -> Detector:
     """Holds where a feature's activation is above a threshold."""
     check_features(sae, [feature])
-    return Detector(_site(sae), lambda x: sae.encode(x.float())[..., feature], threshold, span, positions)
+
+    def read(x: Tensor) -> Tensor:
+        assert sae.provenance is not None
+        return torch.where(sae.provenance.filter.keeps(x), sae.encode(x.float())[..., feature], 0.0)  # silent at sinks
+
+    return Detector(_site(sae), read, threshold, span, positions)
 
 
 def check_features(sae: SAE, features: Sequence[int]) -> None:
@@ -166,8 +171,10 @@ class Change:
             raise ValueError("The direction has no length, or values that are not finite; give another one.")
         if self.direction and self.action == "add" and not self.median_norm > 0:
             raise ValueError(f"Adding a direction needs the site's median norm; {self.median_norm} was given.")
-        if self.weights and (len(self.weights) != len(self.features) or not all(map(math.isfinite, self.weights))):
-            raise ValueError(f"{len(self.features)} features need as many finite weights; {self.weights} was given.")
+        if self.weights and (
+            len(self.weights) != len(self.features) or not all(map(math.isfinite, self.weights)) or not any(self.weights)
+        ):
+            raise ValueError(f"{len(self.features)} features need as many finite weights, not all 0; {self.weights} was given.")
         check_positions(self.positions)
         if self.when is not None:
             check_positions(self.when.positions)
@@ -186,7 +193,10 @@ class Change:
 
     def _along(self, suite: Suite) -> Edit:
         if self.direction:
-            unit, median = torch.nn.functional.normalize(torch.tensor(self.direction), dim=0), self.median_norm
+            unit, median = (
+                torch.nn.functional.normalize(torch.tensor(self.direction, dtype=torch.float32), dim=0),
+                self.median_norm,
+            )
         else:
             sae = sae_of(suite, self.variant, self.hook_name)
             check_features(sae, self.features)
@@ -252,8 +262,8 @@ def read_steering(text: str, suite: Suite) -> Steering:
         about = json.loads(text)
         if about["qsae_kit_steering"] != FORMAT:
             raise ValueError(f"The steering has format {about['qsae_kit_steering']}; this version reads {FORMAT}.")
-        saes, steering = about["saes"], Steering(tuple(_change(entry) for entry in about["changes"]))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        saes, steering = dict(about["saes"]), Steering(tuple(_change(entry) for entry in about["changes"]))
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"This is no steering that was saved by this package ({error!r}); save it again.") from error
     for variant, hook_name in sorted(steering.saes()):
         key = f"{variant}/{hook_name}"
@@ -271,11 +281,41 @@ def load_steering(path: str | Path, suite: Suite) -> Steering:
 
 
 def _change(entry: dict[str, Any]) -> Change:
-    known = {field.name for field in fields(Change)}
-    if not set(entry) <= known:
-        raise TypeError(f"unknown {', '.join(sorted(set(entry) - known))}")
-    lists = {name: tuple(value) for name, value in entry.items() if isinstance(value, list)}
-    when = entry.get("when")
-    if when is not None:
-        when = Condition(**{**when, **{name: tuple(value) for name, value in when.items() if isinstance(value, list)}})
-    return Change(**{**entry, **lists, "when": when})
+    """One change of a file; TypeError for what this package would not have written."""
+    values = _typed(Change, entry)
+    when = values.get("when")
+    return Change(**{**values, "when": None if when is None else Condition(**_typed(Condition, when))})
+
+
+def _typed(kind: type, entry: Any) -> dict[str, Any]:
+    """The entry with tuples for lists, checked name by name."""
+    if not isinstance(entry, dict) or not set(entry) <= {field.name for field in fields(kind)}:
+        raise TypeError(f"{entry!r} is no {kind.__name__}")
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    for name, value in values.items():
+        if not CHECKS[name](value):
+            raise TypeError(f"{name} is {value!r}")
+    return values
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _real(value: Any) -> bool:
+    return isinstance(value, float) or _whole(value)
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, tuple) and all(map(check, value))
+
+
+CHECKS: dict[str, Callable[[Any], bool]] = {
+    "action": _text, "hook_name": _text, "variant": _text, "features": _all(_whole), "weights": _all(_real), "direction": _all(_real),
+    "strength": _real, "median_norm": _real, "feature": _whole, "threshold": _real, "span": _text,
+    "positions": lambda value: _text(value) or _all(_whole)(value), "when": lambda value: value is None or isinstance(value, dict),
+}  # fmt: skip

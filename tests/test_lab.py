@@ -160,6 +160,36 @@ def test_a_busy_model_is_waited_for(lm, lab):
     assert lab.status == ""
 
 
+def test_other_threads_wait_for_the_model_and_so_do_their_hooks(lm, lab, suite):
+    """A search or a cell beside an answer neither hangs the page nor gets hooks that are not its own."""
+    sae = suite["v"]["blocks.1.hook_resid_post"]
+    ids = torch.tensor([lm.chat_tokens(PROMPT, False)])
+    with torch.no_grad():
+        _, clean = lm.run_with_cache(ids, names_filter=["blocks.1.hook_resid_post"])
+    found = []
+
+    def cell():
+        with torch.no_grad():
+            found.append(lm.run_with_cache(ids, names_filter=["blocks.1.hook_resid_post"])[1]["blocks.1.hook_resid_post"])
+
+    edits = Steering((Change("add", "blocks.1.hook_resid_post", "v", (1,), strength=3.0, positions="all"),)).edits(suite)
+    other = threading.Thread(target=cell)
+    with applied(lm, edits):
+        other.start()
+        time.sleep(0.3)
+        assert not found
+        with pytest.raises(ValueError, match="holds the model"):
+            lab.run(wait=True)
+        blocked = threading.Thread(target=lambda: lab.answer({"op": "find", "site": 0, "text": ""}))
+        blocked.start()
+        blocked.join(5)
+        assert not blocked.is_alive()
+        assert "busy" in lab.status
+    other.join()
+    torch.testing.assert_close(found[0], clean["blocks.1.hook_resid_post"])
+    assert sae.d_sae == 64
+
+
 def test_settings_are_values_presets_and_files(lm, suite, lab):
     lab.add(3, "blocks.3.hook_resid_post", 1.0, "clamp")
     lab.policy = "all"
@@ -192,8 +222,10 @@ def test_finding_features(lab):
     assert [i for i, _ in lab.found["features"]] == f.amax(0).topk(len(lab.found["features"])).indices.tolist()
     lab.handle({"op": "find", "site": 1, "text": "7"})
     assert lab.found == {"site": 1, "text": "7", "features": [[7, ""]]}
-    lab.handle({"op": "add", "feature": 7})
-    assert lab.controls[0]["site"] == 1
+    lab.handle({"op": "add", "site": 1, "feature": 7})
+    assert messages(lab, "added")[0]["control"] | {"name": ""} == {
+        "site": 1, "feature": 7, "name": "", "action": "add", "strength": 0.0, "on": True
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

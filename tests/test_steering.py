@@ -224,6 +224,29 @@ def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, 
 
 
 @pytest.mark.parametrize(
+    "damage",
+    [
+        {"features": ["1"]}, {"features": "12"}, {"features": 5}, {"features": [[1]]}, {"features": [True]}, {"features": [1.0]},
+        {"hook_name": {}}, {"variant": 3}, {"strength": "1"}, {"strength": 10**400}, {"positions": [1.5]}, {"positions": None},
+        {"when": {"variant": "v", "hook_name": SITES[0], "feature": "3"}}, {"when": []}, {"weights": [None]}, {"direction": ["x"]},
+    ],
+)  # fmt: skip
+def test_a_damaged_file_is_said_to_be_one(unchecked, suite, damage):
+    about = json.loads(Steering((Change("add", SITES[1], "v", (1,)),)).to_json(suite))
+    about["changes"][0] |= damage
+    with pytest.raises(ValueError, match="no steering"):
+        read_steering(json.dumps(about), suite)
+    with pytest.raises(ValueError, match="no steering"):
+        read_steering(json.dumps(about | {"saes": 3}), suite)
+
+
+def test_whole_numbers_are_weights_too(unchecked, suite):
+    x = torch.ones(1, 1, 160)
+    whole = Change("add", SITES[1], "v", (1, 2), (1, -1)).edit(suite).delta(x)
+    torch.testing.assert_close(whole, Change("add", SITES[1], "v", (1, 2), (1.0, -1.0)).edit(suite).delta(x))
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"action": "melt", "features": (1,)}, "no action"),
@@ -237,7 +260,7 @@ def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, 
         ({"action": "add", "features": (1,), "when": Condition("v", SITES[0], 1, float("inf"))}, "finite threshold"),
     ],
 )
-def test_impossible_changes(change, message):
+def test_impossible_changes(unchecked, change, message):
     with pytest.raises(ValueError, match=message):
         Change(hook_name=SITES[1], **change)
 

@@ -117,7 +117,7 @@ function render({ model, el }) {
     const found = model.get("found"), features = found.features || [];
     results.replaceChildren(...features.map(([id, label]) => {
       const item = make("li"), add = make("button", "", `${id}` + (label ? ` \u00b7 ${visible(label).slice(0, 60)}` : ""), { type: "button", "aria-label": `add feature ${id}` });
-      add.onclick = () => send({ op: "add", feature: id });
+      add.onclick = () => send({ op: "add", site: found.site, feature: id });
       item.append(add);
       return item;
     }));
@@ -211,7 +211,11 @@ function render({ model, el }) {
     "change:presets": drawPresets,
     "change:prompt change:policy change:max_new_tokens change:sample change:seed change:thinking change:site change:running": drawSettings,
     "change:status": () => { dog.answered(); status.textContent = model.get("status"); },
-    "msg:custom": (message) => { if (message.op === "text") write(message); else dog.answered(); },
+    "msg:custom": (message) => {
+      if (message.op === "text") { write(message); return; }
+      dog.answered();
+      if (message.op === "added") { set({ controls: [...model.get("controls"), message.control] }); drawSliders(); }
+    },
   });
   drawSettings();
   drawSliders();

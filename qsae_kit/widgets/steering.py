@@ -180,7 +180,12 @@ class SteeringLab(View):
             variant, hook_name = key
             ids = [int(i) for i in self.index.site(hook_name, variant).search(text).index[:FOUND]]
         elif self.prompt.strip():
-            ids = self._firing()
+            if not self.lm.lock.acquire(blocking=False):  # waiting here would keep Stop from being heard
+                raise ValueError("The model is busy; search by what fires on the prompt when the answer is there.")
+            try:
+                ids = self._firing()
+            finally:
+                self.lm.lock.release()
         else:
             ids = []
         self.found = {"site": self.site, "text": text, "features": [[i, self._name(self.site, i)] for i in ids]}
@@ -206,8 +211,10 @@ class SteeringLab(View):
     def run(self, wait: bool = False) -> None:
         """Answers the prompt without and with the setting, in a thread of its own; a run before it is stopped.
 
-        Raises ValueError for an empty prompt or an impossible setting.
+        Raises ValueError for an empty prompt or an impossible setting, and for waiting while the model is held.
         """
+        if wait and self.lm.lock.held:
+            raise ValueError("This cell holds the model (`applied`), so that the answer could not come; run it outside.")
         thread = self._run(self._settings())
         if wait:
             thread.join()
@@ -299,9 +306,8 @@ class SteeringLab(View):
             }
         )  # fmt: skip
         del self._tries[:-KEPT]
-        with self.hold_trait_notifications():
-            self.answers = shown
-            self.history = [[t["setting"], t["steered"]] for t in self._tries[-8:]][::-1]
+        self.answers = shown  # one after the other: holding notifications in a thread would race with the page's updates
+        self.history = [[t["setting"], t["steered"]] for t in self._tries[-8:]][::-1]
 
     # --- messages of the page
 
@@ -317,7 +323,9 @@ class SteeringLab(View):
             self.find(str(message["text"]))
             self.send({"op": "answered"})
         elif op == "add":
-            self.add(int(message["feature"]))
+            control = self._control(int(message["site"]), int(message["feature"]), "add", 0.0)
+            check_features(self.saes[self.choices[control["site"]]], [control["feature"]])
+            self.send({"op": "added", "control": control})  # the page adds it to the sliders as they are there
         elif op == "keep":
             self.keep(str(message["name"]), message.get("setting"))
         elif op == "take":
