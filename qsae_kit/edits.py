@@ -68,11 +68,9 @@ def selected(now: Now, positions: Positions) -> Bool[Tensor, "batch chunk"]:
         if mask.shape != now.ids.shape:
             raise ValueError(f"The position mask has the shape {list(mask.shape)}, the tokens {list(now.ids.shape)}.")
         return mask[:, now.start :]
+    check_positions(positions)
     if isinstance(positions, tuple):
-        check_positions(positions)
         return torch.isin(now.logical, torch.tensor(positions, device=now.ids.device))
-    if positions not in POLICIES:
-        raise ValueError(f"There is no position policy {positions!r}; choose from {', '.join(POLICIES)}.")
     counted = now.logical > 0
     if now.markers is None and positions == "all":
         return counted
@@ -120,7 +118,8 @@ class _Gate:
 def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | None = None) -> Iterator[HookedLM]:
     """Runs everything inside the `with` under the edits, in the order given where they share a hook point.
 
-    rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads wait. A detector reads what arrives at its hook point, before edits there.
+    rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads wait. A detector reads what
+    arrives at its hook point, before edits there.
     Raises ValueError for an unknown hook point or policy, and for a detector that comes after the edit it decides on.
     """
     lm.check_hook_names(hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit)))

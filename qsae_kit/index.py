@@ -415,6 +415,14 @@ class FeatureIndex:
         """Labels of an SAE's features."""
         return self.labels.get(site.checksum, {})
 
+    def name_of(self, key: Key, feature: int) -> str:
+        """A feature's label, or the token of its largest activation; "" for an SAE that the index does not know."""
+        if key not in self.keys:
+            return ""
+        variant, hook_name = key
+        own = self.site(hook_name, variant)
+        return self.labels_of(own).get(feature) or str(own.figures["top_token"].iloc[feature])
+
     def label(self, site: SiteFeatures, feature: int, text: str) -> None:
         """Gives a feature a label, or takes it away with an empty one. Raises ValueError for one that is too long."""
         text = " ".join(text.split())

@@ -17,7 +17,7 @@ import pytest
 import torch
 from playwright.sync_api import sync_playwright
 
-from qsae_kit import FeatureExplorer, LayerLoss, TokenActivations, build_index, load_index
+from qsae_kit import FeatureExplorer, LayerLoss, SteeringLab, TokenActivations, build_index, load_index
 from qsae_kit.activations import NormFilter, kept_rows
 from qsae_kit.data import token_batches
 from qsae_kit.features import IndexConfig
@@ -414,6 +414,28 @@ def test_attacks_in_the_other_widgets(lm, suite, evaluation, tmp_path, monkeypat
             for line in attack.split("\n"):
                 assert plain(legible(line)) in plain(bare(shown)), line  # a tokenizer may cut what is invisible into bytes
             clean(seen)
+        view = SteeringLab(lm, suite, ATTACKS[0])
+        view.controls = [
+            {"site": 0, "feature": i, "name": attack, "action": "add", "strength": 0.0, "on": True}
+            for i, attack in enumerate(ATTACKS)
+        ]
+        view.found = {"site": 0, "text": "", "features": [[i, attack] for i, attack in enumerate(ATTACKS)]}
+        view.presets = {attack: {} for attack in ATTACKS}
+        view.history = [[attack, attack] for attack in ATTACKS]
+        view.status = ATTACKS[1]
+        numbers = dict.fromkeys(("logprob", "change", "activation"), [0.5] * len(ATTACKS))
+        answer = {"text": "".join(ATTACKS), "tokens": ATTACKS, "finished": True, **numbers}
+        view.answers = {"number": 1, "stopped": False, "base": answer, "steered": answer}
+        view.to_html(tmp_path / "steering.html")
+        seen.page.goto((tmp_path / "steering.html").as_uri())
+        seen.page.wait_for_selector(".qsae-lab[data-number]")
+        shown = bare(seen.page.locator(".qsae-lab").inner_text())
+        options = bare("".join(seen.page.locator(".qsae-lab option").all_inner_texts()))
+        for attack in ATTACKS[:-1]:
+            assert shown.count(legible(attack)[:40]) >= 4, attack  # slider, search, answers, tries
+            assert legible(attack)[:40] in options, attack
+        shot(seen, "hostile-lab")
+        clean(seen)
         table = evaluation.assign(variant=[ATTACKS[i % 60].replace("/", "|") for i in range(len(evaluation))])
         layers = LayerLoss(table, model_name=ATTACKS[0])
         layers.status = ATTACKS[1]

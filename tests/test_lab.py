@@ -162,7 +162,6 @@ def test_a_busy_model_is_waited_for(lm, lab):
 
 def test_other_threads_wait_for_the_model_and_so_do_their_hooks(lm, lab, suite):
     """A search or a cell beside an answer neither hangs the page nor gets hooks that are not its own."""
-    sae = suite["v"]["blocks.1.hook_resid_post"]
     ids = torch.tensor([lm.chat_tokens(PROMPT, False)])
     with torch.no_grad():
         _, clean = lm.run_with_cache(ids, names_filter=["blocks.1.hook_resid_post"])
@@ -187,7 +186,6 @@ def test_other_threads_wait_for_the_model_and_so_do_their_hooks(lm, lab, suite):
         assert "busy" in lab.status
     other.join()
     torch.testing.assert_close(found[0], clean["blocks.1.hook_resid_post"])
-    assert sae.d_sae == 64
 
 
 def test_settings_are_values_presets_and_files(lm, suite, lab):
@@ -254,6 +252,8 @@ def test_impossible_settings_are_said_and_nothing_runs(unchecked, lab, traits, m
     assert "features 0 to 63" in lab.status
     lab.answer({"op": "keep", "name": " "})
     assert "needs a name" in lab.status
+    with pytest.raises(ValueError, match=r"no SAE at 'blocks.77"):
+        lab.add(1, "blocks.77.hook_resid_post")
 
 
 def test_the_page_without_a_kernel_holds_the_last_try(lab, tmp_path):

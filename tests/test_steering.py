@@ -61,8 +61,6 @@ def test_changes_of_several_sites_compose(lm, suite):
         together = lm(ids, mask)
     with applied(lm, one.edits(suite)), applied(lm, two.edits(suite)):
         assert torch.equal(lm(ids, mask), together)
-    with applied(lm, both.times(0).edits(suite)), applied(lm, two.edits(suite)):
-        pass
     assert both.times(2).changes[0].strength == 1.0
 
 
@@ -93,6 +91,20 @@ def test_a_condition_opens_where_its_detector_fires(lm, span, side):
     wanted = (fires.cummax(1).values if span == "so_far" else fires) & selected(now, "all")
     assert torch.equal(changed, wanted)
     assert (wanted[0].any() and not wanted[1].any()) or span == "token"
+
+
+def test_a_condition_that_held_before_holds_with_a_cache_too(lm):
+    """The detector fires on a token of the prompt, the edit is made at answer tokens, one pass each."""
+    token = lm.to_single_token(" the")
+    seen = Detector(SITES[0], lambda x: (lm.now.ids[:, lm.now.start :] == token).float(), 0.5, "so_far", "prompt")
+    unit = torch.nn.functional.normalize(torch.ones(lm.d_model), dim=0)
+    edit = Edit("blocks.4.hook_resid_post", lambda x: (600.0 * unit).expand_as(x), "answer", seen)
+    plain = lm.generate(PROMPTS, 8, enable_thinking=False).tokens
+    with applied(lm, [edit]):
+        cached = lm.generate(PROMPTS, 8, enable_thinking=False).tokens
+        uncached = lm.generate(PROMPTS, 8, enable_thinking=False, use_cache=False).tokens
+    assert cached == uncached
+    assert [a != b for a, b in zip(cached, plain, strict=True)] == [True, False, True]
 
 
 @torch.no_grad()

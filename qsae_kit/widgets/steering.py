@@ -94,15 +94,13 @@ class SteeringLab(View):
         for sae in self.saes.values():
             check_fit(lm, sae)
         self.choices = list(self.saes)
-        fitting = [i for i, (_, name) in enumerate(self.choices) if hook_name in (None, name)]
-        if not fitting:
-            raise ValueError(f"The suite has no SAE at {hook_name!r}; it has {', '.join('/'.join(k) for k in self.choices)}.")
+        first = 0 if hook_name is None else self._number_of(hook_name)
         self._guard, self._number = threading.RLock(), 0
         self._now: _Try | None = None
         self._base: tuple[Any, Generation] | None = None
         self._thread: threading.Thread | None = None
         self._tries: list[dict[str, Any]] = []
-        super().__init__(sites=["/".join(key) for key in self.choices], site=fitting[0], prompt=prompt, can_think=lm.has_thinking)
+        super().__init__(sites=["/".join(key) for key in self.choices], site=first, prompt=prompt, can_think=lm.has_thinking)
         if steering is not None:
             self.load(steering)
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
@@ -150,10 +148,17 @@ class SteeringLab(View):
             self.policy = policy
 
     def add(self, feature: int, hook_name: str | None = None, strength: float = 0.0, action: str = "add") -> None:
-        """Adds a slider, at the searched site or another one."""
-        number = self.site if hook_name is None else [name for _, name in self.choices].index(hook_name)
+        """Adds a slider, at the searched site or another one. Raises ValueError for a site or feature that is not there."""
+        number = self.site if hook_name is None else self._number_of(hook_name)
         check_features(self.saes[self.choices[number]], [feature])
         self.controls = [*self.controls, self._control(number, feature, action, strength)]
+
+    def _number_of(self, hook_name: str) -> int:
+        """Of the first SAE at a site."""
+        for number, (_, name) in enumerate(self.choices):
+            if name == hook_name:
+                return number
+        raise ValueError(f"The suite has no SAE at {hook_name!r}; it has {', '.join('/'.join(k) for k in self.choices)}.")
 
     def _control(self, site: int, feature: int, action: str, strength: float) -> dict[str, Any]:
         name = self._name(site, feature)
@@ -161,11 +166,7 @@ class SteeringLab(View):
 
     def _name(self, site: int, feature: int) -> str:
         """A feature's label, or its strongest token, where the index knows the SAE."""
-        variant, hook_name = self.choices[site]
-        if self.index is None or (variant, hook_name) not in self.index.keys:
-            return ""
-        own = self.index.site(hook_name, variant)
-        return self.index.labels_of(own).get(feature) or str(own.figures["top_token"].iloc[feature])
+        return "" if self.index is None else self.index.name_of(self.choices[site], feature)
 
     # --- finding features
 
@@ -348,8 +349,7 @@ class SteeringLab(View):
         """Sets everything as in a preset. Raises ValueError for one that is not there."""
         if name not in self.presets:
             raise ValueError(f"There is no preset {name!r}; there are {', '.join(self.presets) or 'none'}.")
-        with self.hold_trait_notifications():
-            self.controls, self.policy = self.presets[name]["controls"], self.presets[name]["policy"]
+        self.controls, self.policy = self.presets[name]["controls"], self.presets[name]["policy"]
         self.send({"op": "answered"})
 
     def read(self, text: str) -> None:

@@ -127,11 +127,7 @@ class TokenActivations(View):
 
     def name(self, feature: int) -> str:
         """A feature's label, or its strongest token, where the index knows the SAE."""
-        variant, hook_name = self.choices[self.site]
-        if self.index is None or (variant, hook_name) not in self.index.keys:
-            return ""
-        own = self.index.site(hook_name, variant)
-        return self.index.labels_of(own).get(feature) or str(own.figures["top_token"].iloc[feature])
+        return "" if self.index is None else self.index.name_of(self.choices[self.site], feature)
 
     def to_frame(self) -> pd.DataFrame:
         """Activations of the heat map's features, a row a token."""
