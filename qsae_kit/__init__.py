@@ -2,6 +2,7 @@
 
 from qsae_kit.activations import LiveRows, StoredRows
 from qsae_kit.answers import answer_pair, token_table
+from qsae_kit.behaviours import Behaviour, refusal, tiny_study
 from qsae_kit.data import token_batches
 from qsae_kit.demo import DemoConfig, default_config, run_demo
 from qsae_kit.edits import Edit, applied
@@ -20,7 +21,7 @@ from qsae_kit.fit import sites_of
 from qsae_kit.formats import load_sae, load_suite, save_sae
 from qsae_kit.index import FeatureIndex, load_index
 from qsae_kit.models import HookedLM, load_model
-from qsae_kit.plots import reconstruction_figure, steering_figure, training_figure
+from qsae_kit.plots import controls_figure, dose_figure, reconstruction_figure, training_figure
 from qsae_kit.recipe import TrainConfig, default_recipe
 from qsae_kit.scaling import fit_scaling
 from qsae_kit.sites import Site
@@ -40,12 +41,12 @@ from qsae_kit.watch import LiveFigure, read_log
 from qsae_kit.widgets import FeatureExplorer, LayerLoss, SteeringLab, TokenActivations, TrainingMonitor
 
 __all__ = [
-    "Change", "Condition", "DemoConfig", "Edit", "FeatureExplorer", "FeatureIndex", "HookedLM", "IndexConfig", "LayerLoss",
+    "Behaviour", "Change", "Condition", "DemoConfig", "Edit", "FeatureExplorer", "FeatureIndex", "HookedLM", "IndexConfig", "LayerLoss",
     "LiveFigure", "LiveRows", "Site", "Steering", "SteeringLab", "StoredRows", "StudyConfig", "TokenActivations",
     "TrainConfig", "TrainingMonitor", "ablate_features", "add_direction", "add_features", "answer_pair", "applied",
-    "baseline_figure", "build_index", "clamp_features", "concept_figure", "default_config", "default_recipe",
+    "baseline_figure", "build_index", "clamp_features", "concept_figure", "controls_figure", "default_config", "default_recipe", "dose_figure",
     "evaluate_suite", "explain", "fit_scaling", "frontier_figure", "load_index", "load_model", "load_sae", "load_steering",
-    "load_suite", "needed_l0_figure", "openai_chat", "read_log", "reconstruction_figure", "recovery_by_frequency_figure",
-    "run_demo", "save_sae", "scaling_figure", "sites_of", "steering_figure", "steering_study", "token_batches", "token_table",
+    "load_suite", "needed_l0_figure", "openai_chat", "read_log", "reconstruction_figure", "recovery_by_frequency_figure", "refusal",
+    "run_demo", "save_sae", "scaling_figure", "sites_of", "steering_study", "tiny_study", "token_batches", "token_table",
     "train_saes", "training_figure",
 ]  # fmt: skip

@@ -1,17 +1,20 @@
-"""Choosing features: what differs between two groups of tokens, and the features that carry it."""
+"""Choosing features: what differs between two groups of tokens, the features that carry it, and sets confirmed by real passes."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import nnls
 from torch import Tensor
 
-from qsae_kit.edits import Policy, selected
+from qsae_kit.edits import Edit, Policy, applied, selected
 from qsae_kit.features import token_features
 from qsae_kit.models import HookedLM, Now
+from qsae_kit.outcomes import answer_logits, opening_log_odds
 from qsae_kit.sae import SAE
 from qsae_kit.steering import Condition, FeatureSet, Suite
 
@@ -177,3 +180,182 @@ def random_features(found: Contrast, like: FeatureSet, generator: torch.Generato
     signs = torch.randint(0, 2, (len(like.weights),), generator=generator) * 2 - 1
     weights = tuple(float(sign) * like.weights[int(i)] for i, sign in zip(order, signs, strict=True))
     return FeatureSet(tuple(pool[int(i)] for i in ids), weights)
+
+
+# --- by what features do
+
+
+@dataclass(frozen=True)
+class Aim:
+    """What a set of features should do to how answers begin, on prompts (token ids that end where the answer begins)."""
+
+    lm: HookedLM
+    target: Sequence[list[int]]
+    """Prompts at which the behaviour should come or go."""
+    others: Sequence[list[int]]
+    """Prompts at which nothing should change."""
+    openings: Int[Tensor, " token"]
+    """First tokens of answers that show the behaviour."""
+    sign: float
+    """1 to induce the behaviour, -1 to suppress it."""
+    wanted: Sequence[list[int]] | None = None
+    """Answers (token ids) that are wanted on the target prompts, where they are known."""
+
+    def odds(self, edits: Sequence[Edit] = ()) -> tuple[Float[Tensor, " target"], Float[Tensor, " other"]]:
+        """Log-odds (nats) of a first token out of `openings`, on the target prompts and on the others."""
+        both = opening_log_odds(self.lm, [*self.target, *self.others], self.openings, edits)
+        return both[: len(self.target)], both[len(self.target) :]
+
+    def merit(self, edits: Sequence[Edit], clean_others: Float[Tensor, " other"]) -> float:
+        """How far the target prompts get what is wanted, less the mean change of the others' probability; at most 1.
+
+        What is wanted: the geometric mean probability a token of the wanted answers, or where none are known the probability of
+        the wanted beginning.
+        """
+        if self.wanted is None:
+            target, others = self.odds(edits)
+            gained = (self.sign * target).sigmoid()
+        else:
+            others = opening_log_odds(self.lm, self.others, self.openings, edits)
+            gained = self._wanted(edits)
+        return float(gained.mean() - (others.sigmoid() - clean_others.sigmoid()).abs().mean())
+
+    @torch.no_grad()
+    def _wanted(self, edits: Sequence[Edit], batch: int = 64) -> Float[Tensor, " target"]:
+        assert self.wanted is not None
+        out = []
+        for start in range(0, len(self.target), batch):
+            with applied(self.lm, edits):
+                rows = slice(start, start + batch)
+                logits, answers = answer_logits(self.lm, list(self.target[rows]), list(self.wanted[rows]))
+            for row, answer in zip(logits, answers, strict=True):
+                out.append(row.float().log_softmax(-1).gather(1, answer[:, None]).mean().exp())
+        return torch.stack(out).cpu()
+
+
+def log_odds_gradient(
+    lm: HookedLM, hook_name: str, prompts: Sequence[list[int]], openings: Int[Tensor, " token"], batch: int = 32
+) -> Float[Tensor, " d_model"]:
+    """Gradient of the mean log-odds of `openings` at the first answer token by the activations at the prompts' last token."""
+    total = torch.zeros(lm.d_model, device=lm.device)
+    for start in range(0, len(prompts), batch):
+        ids, mask = lm.pad(prompts[start : start + batch], "left")
+        zero = torch.zeros(len(ids), lm.d_model, device=lm.device, requires_grad=True)
+        last = torch.zeros_like(ids, dtype=torch.bool)
+        last[:, -1] = True
+
+        def delta(x: Tensor, zero: Tensor = zero) -> Tensor:
+            return zero[:, None].expand_as(x)
+
+        with torch.enable_grad(), applied(lm, [Edit(hook_name, delta, last)]):
+            logits = lm(ids, mask, logits_to_keep=1)
+            assert logits is not None
+            logp = logits[:, -1].float().log_softmax(-1)
+            odds = logp[:, openings].logsumexp(-1) - logp.index_fill(1, openings, float("-inf")).logsumexp(-1)
+            (gradient,) = torch.autograd.grad(odds.sum(), zero)
+        total += gradient.sum(0)
+    return total / len(prompts)
+
+
+def lens_tokens(lm: HookedLM, direction: Float[Tensor, " d_model"], n: int = 10) -> Int[Tensor, " token"]:
+    """The tokens that a direction raises most when it is read through the final norm's weights and the unembedding."""
+    norm, unembedding = lm.hf.model.norm.weight, lm.hf.get_output_embeddings().weight
+    return (unembedding.float() @ (direction.float() * norm.float())).topk(n).indices
+
+
+@torch.no_grad()
+def feature_scores(
+    aim: Aim, sae: SAE, first: Float[Tensor, "row_a d_model"], second: Float[Tensor, "row_b d_model"],
+    make: Callable[[FeatureSet], Sequence[Edit]], n_candidates: int = 24, n_prompts: int = 8,
+) -> pd.DataFrame:  # fmt: skip
+    """A row for each of the features that differ most between two groups of rows, with everything that speaks for it.
+
+    Columns: feature; gap, difference of mean activations; density, share of all rows at which it fires; contrast, the gap
+    times 1 - density; cosine of its decoder row and the difference of means, with the gap's sign; attribution, what the gap
+    does to the log-odds to first order (nats); effect, what adding it alone does to the log-odds on target prompts in a
+    real pass (nats); output_score, how much that raises the log-probability of its own `lens_tokens` on other prompts; merit,
+    the mean rank (1 best) of contrast, cosine, attribution, output_score and effect, each in the aim's direction.
+    make: the edits for a feature set, at the strength at which candidates are compared. Best merit first.
+    Raises ValueError where no feature differs.
+    """
+    found, f = contrast(sae, first, second), torch.cat([sae.encode(first), sae.encode(second)])
+    density = (f > 0).float().mean(0)
+    corrected = found.feature_gap * (1 - density)
+    ids = [int(i) for i in corrected.abs().topk(min(n_candidates, sae.d_sae)).indices if corrected[i] != 0]
+    if not ids:
+        raise ValueError("No feature differs between the two groups; train the SAE longer or at another site.")
+    assert sae.provenance is not None
+    gap = found.feature_gap[ids]
+    rows = torch.nn.functional.normalize(sae.W_dec[ids], dim=1) * gap.sign()[:, None]
+    gradient = log_odds_gradient(aim.lm, sae.provenance.hook_name, [*aim.target, *aim.others], aim.openings)
+    clean = aim.odds()[0].mean()
+    neutral = list(aim.others)[:n_prompts]
+    plain = _first_logprobs(aim.lm, neutral, ())
+    effects, outputs = [], []
+    for i, weight, row in zip(ids, gap.tolist(), rows, strict=True):
+        edits = make(FeatureSet((i,), (weight,)))
+        effects.append(float(aim.odds(edits)[0].mean() - clean))
+        raised = lens_tokens(aim.lm, aim.sign * row)
+        outputs.append(float((_first_logprobs(aim.lm, neutral, edits) - plain)[:, raised].mean()))
+    table = pd.DataFrame(
+        {
+            "feature": ids, "gap": gap.cpu().numpy(), "density": density[ids].cpu().numpy(), "contrast": corrected[ids].cpu().numpy(),
+            "cosine": (rows @ torch.nn.functional.normalize(found.mean_gap, dim=0)).cpu().numpy(),
+            "attribution": (gap * (sae.W_dec[ids] @ gradient)).cpu().numpy(), "effect": effects, "output_score": outputs,
+        }
+    )  # fmt: skip
+    wanted = [table["contrast"].abs(), table["cosine"], table["attribution"], table["output_score"], aim.sign * table["effect"]]
+    table["merit"] = sum(column.rank(ascending=False) for column in wanted) / len(wanted)
+    return table.sort_values(["merit", "feature"], ignore_index=True)
+
+
+def _first_logprobs(lm: HookedLM, prompts: Sequence[list[int]], edits: Sequence[Edit]) -> Float[Tensor, "prompt vocab"]:
+    ids, mask = lm.pad(prompts, "left")
+    with applied(lm, edits):
+        logits = lm(ids, mask, logits_to_keep=1)
+    assert logits is not None
+    return logits[:, -1].float().log_softmax(-1)
+
+
+class Grown(NamedTuple):
+    """A set of features that was grown by real passes."""
+
+    chosen: FeatureSet
+    merit: float
+    """`Aim.merit` with it, on the prompts that it was grown on."""
+    passes: int
+    """Sets that were tried."""
+
+
+def greedy_features(
+    aim: Aim, pool: Sequence[tuple[int, float]], make: Callable[[FeatureSet], Sequence[Edit]], n_features: int = 5
+) -> Grown:
+    """Grows a set of at most `n_features` out of (feature, sign): each round adds the one that raises the merit most.
+
+    A feature may be taken again, which raises its weight; there are at most twice as many rounds as features. make: the edits
+    for a feature set; every set has a change of the same size. Stops where no feature raises the merit.
+    """
+    clean = aim.odds()[1]
+    weights: dict[int, float] = {}
+    best, passes = -float("inf"), 0
+    for _ in range(2 * n_features):
+        tried = []
+        for feature, sign in pool:
+            if feature in weights or len(weights) < n_features:
+                grown = {**weights, feature: weights.get(feature, 0.0) + sign}
+                tried.append((aim.merit(make(FeatureSet(tuple(grown), tuple(grown.values()))), clean), grown))
+        passes += len(tried)
+        merit, grown = max(tried, key=lambda pair: pair[0])
+        if merit <= best:
+            break
+        best, weights = merit, grown
+    return Grown(FeatureSet(tuple(weights), tuple(weights.values())), best, passes)
+
+
+def random_search(
+    aim: Aim, found: Contrast, like: FeatureSet, make: Callable[[FeatureSet], Sequence[Edit]], n: int, generator: torch.Generator
+) -> FeatureSet:
+    """The best by merit of `n` random sets (`random_features`): a control that searched as long as the features did."""
+    clean = aim.odds()[1]
+    draws = [random_features(found, like, generator) for _ in range(n)]
+    return max(draws, key=lambda draw: aim.merit(make(draw), clean))

@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -30,15 +31,12 @@ def demo(
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on.")] = None,
 ) -> None:
     """Train SAEs, evaluate them per layer and site, and steer refusal both ways."""
-    from dataclasses import replace
-
     import pandas as pd
 
     from qsae_kit.demo import default_config, run_demo
     from qsae_kit.evaluate import headline
     from qsae_kit.models import load_model
-    from qsae_kit.report import summary
-    from qsae_kit.study import GOALS, verdict
+    from qsae_kit.report import SHOWN, summary
 
     _check_out(out)
     lm = load_model(model)
@@ -52,10 +50,10 @@ def demo(
         typer.echo(f"\nReconstruction per layer and site (evaluation.csv has tokens by category)\n{page}")
         typer.echo(
             "\nRefusal at the frozen strength (steering.csv has every row)\n"
-            + summary(result.study.table).round(3).to_string(index=False)
+            + summary(result.table)[["goal", *SHOWN]].round(3).to_string(index=False, na_rep="")
         )
-    for goal in GOALS:
-        typer.echo("\n" + verdict(result.study.table, goal))
+    for study in result.studies:
+        typer.echo("\n" + study.verdict)
     typer.echo(f"\nReport: {out / 'report.html'}\nNotebook: jupyter lab notebooks/01_quickstart.ipynb")
 
 
@@ -300,6 +298,92 @@ def features(
         dead, dense = ((figures["warnings"].str.contains(w)).mean() for w in ("dead", "dense"))
         typer.echo(f"{variant}/{hook_name}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%} dense")
     typer.echo(f"{seen:,} tokens. Open it in a notebook: qsae_kit.FeatureExplorer(qsae_kit.load_index({str(out)!r}))")
+
+
+@app.command()
+def steer(
+    suite: Annotated[Path, typer.Option(help="Folder of a suite; its frozen_decoder variants are controls.")],
+    model: Model = "tiny",
+    goal: Annotated[str, typer.Option(help="suppress or induce.")] = "suppress",
+    behaviour: Annotated[
+        str, typer.Option(help="refusal; on tiny also rule, language, verbosity, bias, false_fact or unknown.")
+    ] = "refusal",
+    harmful: Annotated[
+        Path | None, typer.Option(help="Prompts: one a line, a JSON list, or CSV/JSONL with prompt or instruction.")
+    ] = None,
+    harmless: Annotated[Path | None, typer.Option(help="The same.")] = None,
+    borderline: Annotated[Path | None, typer.Option(help="The same: prompts that look harmful and are not.")] = None,
+    site: Annotated[list[str] | None, typer.Option(help="A hook name to choose from; may be given again.")] = None,
+    variant: Annotated[str, typer.Option(help="Variant of the suite; its first one by default.")] = "",
+    features: Annotated[int, typer.Option(help="Features, at most (1 to 10).")] = 5,
+    positions: Annotated[str, typer.Option(help="all, prompt, header, thinking or answer.")] = "header",
+    conditional: Annotated[bool, typer.Option("--conditional", help="Only while a detector feature fires.")] = False,
+    thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
+    n_selection: Annotated[int, typer.Option(help="Selection prompts of each kind, at most a third of a file.", min=1)] = 72,
+    n_evaluation: Annotated[int, typer.Option(help="Evaluation prompts of each kind, at most.", min=1)] = 300,
+    n_random: Annotated[int, typer.Option(help="Random controls.", min=0)] = 20,
+    control_prompts: Annotated[
+        int | None, typer.Option(help="Prompts behind each random control (all by default).", min=1)
+    ] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 48,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder for study.csv, study.json, steering.json and report.html.")] = Path(
+        "runs/steer"
+    ),
+) -> None:
+    """Choose features that steer a behaviour, and measure them with their price and controls. A cut-off study goes on."""
+    import pandas as pd
+
+    from qsae_kit import prompts as prompt_sets
+    from qsae_kit.behaviours import refusal, tiny_study
+    from qsae_kit.formats import load_suite
+    from qsae_kit.models import load_model
+    from qsae_kit.report import SHOWN, summary, write_study
+    from qsae_kit.study import StudyConfig, steering_study
+
+    _check_out(out)
+    files = {"harmful": harmful, "harmless": harmless, "borderline": borderline}
+    given = {kind: prompt_sets.read_prompts(path) for kind, path in files.items() if path is not None}
+    tiny = model == "tiny" and not given
+    _refuse(bool(given) and behaviour != "refusal", f"--{next(iter(given), '')} belongs to refusal; leave it or --behaviour out.")
+    _refuse(
+        not tiny and behaviour != "refusal",
+        f"--behaviour {behaviour} has prompts for the bundled model only; see qsae_kit.Behaviour.",
+    )
+    config = StudyConfig(
+        goal=goal, n_features=features, positions=positions, conditional=conditional, thinking=thinking, n_random=n_random,  # type: ignore[arg-type]
+        control_prompts=control_prompts, max_new_tokens=max_new_tokens, seed=seed,
+    )  # fmt: skip
+    trained = load_suite(suite)
+    kind_of: dict[str, tuple[list[str], list[str]]] = {}
+    if tiny:
+        made = tiny_study(behaviour, n_selection, n_evaluation, seed)
+        config = replace(config, target=made.target, conditional=conditional or behaviour == "rule")
+        studied, selection, evaluation = made.behaviour, made.selection, made.evaluation
+    else:
+        for kind in files:
+            if kind in given:
+                kind_of[kind] = prompt_sets.split_prompts(given[kind], n_selection, n_evaluation, seed)
+            else:
+                sizes = [
+                    min(n, prompt_sets.count(model, kind, split))
+                    for n, split in zip((n_selection, n_evaluation), prompt_sets.SPLITS, strict=True)
+                ]
+                first, second = (
+                    [p.text for p in prompt_sets.prompts(model, kind, n, split, seed)]
+                    for n, split in zip(sizes, prompt_sets.SPLITS, strict=True)
+                )
+                kind_of[kind] = first, second
+        studied = refusal()
+        selection, evaluation = ({kind: pair[i] for kind, pair in kind_of.items()} for i in (0, 1))
+    lm = load_model(model)
+    result = steering_study(
+        lm, trained, selection, evaluation, studied, config, hook_names=site or [], variant=variant, folder=out
+    )
+    write_study(result, trained, lm.model_name, out)
+    with pd.option_context("display.width", 250, "display.max_columns", 30, "display.max_rows", 100):
+        typer.echo(summary(result.table)[SHOWN].round(3).to_string(index=False, na_rep=""))
+    typer.echo(f"\n{result.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}")
 
 
 def _numbers(flag: str, text: str) -> list[float]:

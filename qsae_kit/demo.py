@@ -10,19 +10,19 @@ from tqdm.auto import trange
 
 from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import LiveRows
+from qsae_kit.behaviours import GOALS, Behaviour, Goal, PromptSets, refusal, tiny_study
 from qsae_kit.corpus import documents_of
 from qsae_kit.data import Document, held_out_batches, read_documents, repeat, split_documents, token_batches
 from qsae_kit.evaluate import evaluate_suite
 from qsae_kit.files import write_table, write_text
 from qsae_kit.formats import save_suite
 from qsae_kit.models import HookedLM
-from qsae_kit.outcomes import AnswerForm, answer_all
+from qsae_kit.outcomes import answer_all
 from qsae_kit.recipe import TrainConfig
-from qsae_kit.report import render_report
+from qsae_kit.report import render_report, write_study
 from qsae_kit.sae import SAE
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
-from qsae_kit.study import PromptSets, StudyConfig, StudyResult, steering_study
-from qsae_kit.tiny import world
+from qsae_kit.study import StudyConfig, StudyResult, steering_study
 from qsae_kit.train import train_saes
 
 
@@ -33,6 +33,8 @@ class DemoConfig:
     variants: tuple[TrainConfig, ...]
     """Recipes; the first one's residual-stream SAEs are steered."""
     study: StudyConfig
+    """Its goal is set to each of `goals` in turn."""
+    goals: tuple[Goal, ...] = GOALS
     sites: str = "resid,mlp,attn"
     layers: str = "all"
     n_selection: int = 24
@@ -54,32 +56,35 @@ class DemoResult(NamedTuple):
 
     suite: dict[str, dict[str, SAE]]
     evaluation: pd.DataFrame
-    study: StudyResult
+    studies: list[StudyResult]
+    """One for each goal."""
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """The tables of the studies in one, as in steering.csv; the unsteered rows come once."""
+        tables = [study.table for study in self.studies]
+        return pd.concat([tables[0], *(table[table["goal"] != "none"] for table in tables[1:])], ignore_index=True)
 
 
 def default_config(lm: HookedLM) -> DemoConfig:
     """Sizes that suit a model: the bundled one whole, another at two layers before its middle."""
+    few = StudyConfig(
+        strengths=(0.3, 0.45, 0.6, 0.75, 0.9, 1.5), n_candidates=8, n_trials=2, search_prompts=8, dose_prompts=32, cost_prompts=16,
+        n_facts=60,
+    )  # fmt: skip
     if lm.model_name == "tiny":
         lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
-        form = AnswerForm(must_finish=True, has_form=world.has_answer_form)
-        study = StudyConfig(
-            form=form, strengths=(0.5, 0.75), induce_on="borderline", max_new_tokens=24, cost_prompts=16, control_prompts=80
-        )
+        study = replace(few, max_new_tokens=32, control_prompts=60)
         return DemoConfig((lead, replace(lead, architecture="topk")), study, evaluation_tokens=12_000)
     lead = TrainConfig("jumprelu", sparsity=8, expansion=4, tokens=49_152, batch=512, pool=8_192, lr=1e-3)
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})
-    study = StudyConfig(
-        strengths=(0.3, 0.35),
-        contrast="answers",
-        weights="fitted",
-        positions="answer",
-        max_new_tokens=28,
-        cost_prompts=4,
-        control_prompts=5,
-    )
+    study = replace(
+        few, strengths=(0.2, 0.3, 0.35, 0.45), positions="answer", max_new_tokens=28, cost_prompts=4, control_prompts=5, dose_prompts=8,
+        search_prompts=4, n_facts=16, n_noise=2,
+    )  # fmt: skip
     return DemoConfig(
-        (lead, replace(lead, architecture="topk")), study, layers=",".join(map(str, layers)), n_selection=16, n_evaluation=100,
-        n_harmless=32, evaluation_tokens=2_500, spliced_tokens=300, own_dialogues=240,
+        (lead, replace(lead, architecture="topk")), study, goals=("induce",), layers=",".join(map(str, layers)), n_selection=16,
+        n_evaluation=100, n_harmless=32, evaluation_tokens=2_500, spliced_tokens=300, own_dialogues=240,
     )  # fmt: skip
 
 
@@ -114,28 +119,33 @@ def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Itera
     return lambda: repeat(rest), held_out
 
 
-def demo_prompts(model_name: str, config: DemoConfig) -> tuple[PromptSets, PromptSets]:
-    """Selection and evaluation prompts; they share no wording."""
+def demo_prompts(model_name: str, config: DemoConfig) -> tuple[Behaviour, PromptSets, PromptSets]:
+    """Refusal with its selection and evaluation prompts, which share no wording."""
+    if model_name == "tiny":
+        made = tiny_study("refusal", config.n_selection, config.n_evaluation)
+        return made.behaviour, made.selection, made.evaluation
 
-    def texts(split: str, n: int, n_harmless: int) -> PromptSets:
-        counts = {kind: n if kind == "harmful" else n_harmless for kind in prompt_sets.KINDS}
-        return {kind: [p.text for p in prompt_sets.prompts(model_name, kind, count, split)] for kind, count in counts.items()}
+    def texts(split: str, n_harmful: int, n_others: int) -> dict[str, list[str]]:
+        sizes = {kind: n_harmful if kind == "harmful" else n_others for kind in prompt_sets.KINDS}
+        return {kind: [p.text for p in prompt_sets.prompts(model_name, kind, n, split)] for kind, n in sizes.items()}
 
     return (
+        refusal(),
         texts("selection", config.n_selection, config.n_selection),
         texts("evaluation", config.n_evaluation, config.n_harmless or config.n_evaluation),
     )
 
 
 def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: str | None = None, bar: bool = True) -> DemoResult:
-    """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, selection.csv and report.html to `out`.
+    """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, a folder of each study
+    (`report.write_study`) and report.html to `out`.
 
     data: a file or data set of chats to train on instead of the default. Raises ValueError for sites or layers that do
     not exist, and for bad data, before anything is written.
     """
     config = config or default_config(lm)
     names = [site.hook_name for site in expand_sites(parse_kinds(config.sites), parse_layers(config.layers, lm.n_layers))]
-    selection, evaluation_prompts = demo_prompts(lm.model_name, config)
+    behaviour, selection, evaluation_prompts = demo_prompts(lm.model_name, config)
     if data is None:
         training, held_out = demo_documents(lm, config)
     else:
@@ -152,9 +162,14 @@ def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: st
     n_spliced = next((i + 1 for i in range(len(kept)) if sum(kept[: i + 1]) >= config.spliced_tokens), len(kept))
     evaluation = evaluate_suite(lm, suite, batches, n_spliced, bar)
     write_table(evaluation, out / "evaluation.csv")
-    steered = [sae for name, sae in suite[config.variants[0].variant].items() if name.endswith("hook_resid_post")]
-    study = steering_study(lm, steered, selection, evaluation_prompts, config.study, bar)
-    write_table(study.table, out / "steering.csv")
-    write_table(study.frozen.selection, out / "selection.csv")
-    write_text(out / "report.html", render_report(lm.model_name, evaluation, study))
-    return DemoResult(suite, evaluation, study)
+    lead = {config.variants[0].variant: suite[config.variants[0].variant]}
+    studies = [
+        steering_study(lm, lead, selection, evaluation_prompts, behaviour, replace(config.study, goal=goal), bar=bar)
+        for goal in config.goals
+    ]
+    result = DemoResult(suite, evaluation, studies)
+    write_table(result.table, out / "steering.csv")
+    for study in studies:
+        write_study(study, lead, lm.model_name, out / study.config.goal)
+    write_text(out / "report.html", render_report(lm.model_name, evaluation, studies))
+    return result

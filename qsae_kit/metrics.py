@@ -1,9 +1,11 @@
 """Metrics: one name, one formula, one direction each. Sums run in float64 over all kept tokens and are divided once."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
@@ -241,4 +243,24 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
     rate = successes / n
     center = (rate + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * (rate * (1 - rate) / n + z * z / (4 * n * n)) ** 0.5
-    return Interval(rate, max(0.0, center - half), min(1.0, center + half))
+    low, high = center - half, center + half
+    return Interval(rate, low if successes else 0.0, high if successes < n else 1.0)
+
+
+def paired_bootstrap(
+    changes: Sequence[Sequence[float]], weights: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """A weighted sum of means with a bootstrap interval that draws prompts anew within each group.
+
+    changes: for each group a figure a prompt, such as what an edit changed there (1, 0 or -1). Raises ValueError for an empty group.
+    """
+    if not changes or not all(len(group) for group in changes):
+        raise ValueError("A bootstrap needs at least one prompt in every group.")
+    rng = np.random.default_rng(seed)
+    total, middle = np.zeros(n), 0.0
+    for group, weight in zip(changes, weights, strict=True):
+        values = np.asarray(group, dtype=np.float64)
+        total += weight * values[rng.integers(0, len(values), (n, len(values)))].mean(1)
+        middle += weight * float(values.mean())
+    low, high = np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(middle, float(low), float(high))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qsae_kit.edits import Edit, applied
 from qsae_kit.metrics import cross_entropy, kl_divergence
-from qsae_kit.models import Generation, HookedLM
+from qsae_kit.models import Generation, HookedLM, Prompt
 
 Outcome: TypeAlias = Literal["refused", "answered", "broken"]
 
@@ -146,7 +146,7 @@ class Cost(NamedTuple):
 
 def answer_all(
     lm: HookedLM,
-    prompts: Sequence[str],
+    prompts: Sequence[Prompt],
     edits: Sequence[Edit],
     max_new_tokens: int,
     enable_thinking: bool | None,
@@ -157,7 +157,7 @@ def answer_all(
     batch: None is 256 for models of less than 50 million parameters, else 48.
     """
     batch = batch or (256 if lm.hf.num_parameters() < 50_000_000 else 48)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
     parts = []
     for start in range(0, len(order), batch):
         with applied(lm, edits):
@@ -168,7 +168,7 @@ def answer_all(
     return Generation(*([values[i] for i in place] for values in fields)) if parts else Generation([], [], [], [])
 
 
-def _answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
+def answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
     """For every row the logits that predict its answer tokens [answer, vocab], and those tokens.
 
     Left padding puts the answers at the end, so that nothing before them is unembedded.
@@ -181,14 +181,20 @@ def _answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[in
 
 
 @torch.no_grad()
-def cost(lm: HookedLM, prompts: list[list[int]], clean_answers: list[list[int]], edits: Sequence[Edit], batch: int = 16) -> Cost:
-    """KL costs of edits on prompts (token ids) with the clean model's answers (token ids)."""
+def cost(
+    lm: HookedLM, prompts: list[list[int]], clean_answers: list[list[int]], edits: Sequence[Edit],
+    instead: list[list[int]] | None = None, batch: int = 16,
+) -> Cost:  # fmt: skip
+    """KL costs of edits on prompts (token ids) with the clean model's answers (token ids).
+
+    instead: prompts that take the place of the first ones where the model is changed, for what a system prompt costs.
+    """
     first, answer, n_tokens = 0.0, 0.0, 0
     for start in range(0, len(prompts), batch):
         rows = slice(start, start + batch)
-        clean, _ = _answer_logits(lm, prompts[rows], clean_answers[rows])
+        clean, _ = answer_logits(lm, prompts[rows], clean_answers[rows])
         with applied(lm, edits):
-            changed, _ = _answer_logits(lm, prompts[rows], clean_answers[rows])
+            changed, _ = answer_logits(lm, (instead or prompts)[rows], clean_answers[rows])
         for before, after in zip(clean, changed, strict=True):
             kl = kl_divergence(before, after)
             first += float(kl[0])
@@ -198,13 +204,38 @@ def cost(lm: HookedLM, prompts: list[list[int]], clean_answers: list[list[int]],
 
 
 @torch.no_grad()
+def plain_kl(lm: HookedLM, texts: Sequence[str], edits: Sequence[Edit]) -> float:
+    """KL(clean || edited) in nats a token on texts outside of any chat, mean over all tokens but each text's first."""
+    total, n_tokens = 0.0, 0
+    for text in texts:
+        ids, mask = lm.to_batch([text])
+        clean = lm(ids, mask)
+        with applied(lm, edits):
+            changed = lm(ids, mask)
+        assert clean is not None
+        assert changed is not None
+        kl = kl_divergence(clean[0, 1:], changed[0, 1:])
+        total, n_tokens = total + float(kl.sum()), n_tokens + len(kl)
+    return total / max(1, n_tokens)
+
+
+def repetition(answers: Sequence[Sequence[int]], n: int = 4) -> float:
+    """Share of an answer's n-grams of tokens that it holds already, mean over answers: 0 is none."""
+    shares = []
+    for answer in answers:
+        grams = [tuple(answer[i : i + n]) for i in range(len(answer) - n + 1)]
+        shares.append(1 - len(set(grams)) / len(grams) if grams else 0.0)
+    return sum(shares) / max(1, len(shares))
+
+
+@torch.no_grad()
 def surprise(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]], batch: int = 32) -> list[float]:
     """Cross-entropy in nats, summed over each answer's tokens, of answers given their prompts under the unedited model."""
     total = [0.0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
     for start in range(0, len(order), batch):
         which = order[start : start + batch]
-        logits, targets = _answer_logits(lm, [prompts[i] for i in which], [answers[i] for i in which])
+        logits, targets = answer_logits(lm, [prompts[i] for i in which], [answers[i] for i in which])
         for i, row, target in zip(which, logits, targets, strict=True):
             total[i] = float(cross_entropy(row, target).sum())
     return total

@@ -107,55 +107,83 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
     return figure
 
 
-def steering_figure(table: pd.DataFrame, model_name: str = "") -> go.Figure:
-    """Refusal against strength for both goals, with 95 % intervals, broken answers and random controls.
+ARM_NAMES = {
+    "none": "unsteered", "features": "SAE features", "difference_of_means": "difference of means", "wrong_sign": "features, wrong sign",
+    "random": "random features", "noise": "random direction", "system_prompt": "system prompt", "frozen_decoder_sae": "frozen decoder",
+    "soft_frozen_sae": "soft-frozen decoder",
+}  # fmt: skip
 
-    table: the table of `study.measure`.
+
+def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Figure:
+    """Log-odds of the behaviour's beginning against strength of both signs, for the target's prompts and the others.
+
+    table: `StudyResult.table`.
     """
-    kinds = table[table["target"]].groupby("goal")["prompt_kind"].first()
-    goals = ("suppress", "induce")
-    titles = [f"{goal}, on {plot_text(kinds[goal])} prompts" for goal in goals]
-    figure = make_subplots(1, 2, subplot_titles=titles, horizontal_spacing=0.1, shared_yaxes=True)
-    for column, goal in enumerate(goals, 1):
-        base = table[(table["goal"] == "none") & (table["prompt_kind"] == kinds[goal])].iloc[0]
-        arms = table[(table["goal"] == goal) & table["target"]]
-        for arm, (color, label, symbol, width) in ARM_STYLE.items():
-            own = arms[arms["intervention"] == arm].sort_values("strength")
-            strengths = [0.0, *own["strength"]]
-            rates = [base["refusal_rate"], *own["refusal_rate"]]
-            above = [base["ci_high"] - rates[0], *(own["ci_high"] - own["refusal_rate"])]
-            below = [rates[0] - base["ci_low"], *(own["refusal_rate"] - own["ci_low"])]
+    rows = table[table["log_odds"].notna() & table["intervention"].isin(ARM_STYLE) & table["refusal_rate"].isna()]
+    clean = table[table["intervention"] == "none"].set_index("prompt_kind")["log_odds"]
+    figure = go.Figure()
+    kinds = [target, *(kind for kind in dict.fromkeys(rows["prompt_kind"]) if kind != target)]
+    for arm, (color, label, symbol, width) in ARM_STYLE.items():
+        for kind, dash in zip(kinds, DASHES, strict=False):
+            own = rows[(rows["intervention"] == arm) & (rows["prompt_kind"] == kind)]
+            points = sorted([(0.0, float(clean[kind])), *zip(own["strength"], own["log_odds"], strict=True)])
             figure.add_trace(
                 go.Scatter(
-                    x=strengths, y=rates, mode="lines+markers", name=f"refused: {label}", legendgroup=arm,
-                    showlegend=column == 1, line={"color": color, "width": width},
-                    marker={"symbol": symbol, "size": 5 + 2 * width},
-                    error_y={"type": "data", "array": above, "arrayminus": below, "thickness": 1},
-                ),
-                row=1, col=column,
+                    x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers",
+                    name=plot_text(f"{label}, {kind}"), line={"color": color, "dash": dash, "width": width},
+                    marker={"symbol": symbol, "size": 4 + width},
+                )
             )  # fmt: skip
-            figure.add_trace(
-                go.Scatter(
-                    x=strengths, y=[base["broken_rate"], *own["broken_rate"]], mode="lines", name=f"broken: {label}",
-                    legendgroup=f"{arm}-broken", showlegend=column == 1, line={"color": color, "dash": "dot", "width": width},
-                ),
-                row=1, col=column,
-            )  # fmt: skip
-        random = arms[arms["intervention"] == "random"]
-        figure.add_trace(
-            go.Scatter(
-                x=random["strength"].tolist(), y=random["refusal_rate"].tolist(), mode="markers",
-                name=f"refused: {len(random)} random draws", legendgroup="random", showlegend=column == 1,
-                marker={"color": "#CC79A7", "symbol": "x", "size": 8},
-            ),
-            row=1, col=column,
-        )  # fmt: skip
-        chosen = arms.loc[arms["chosen"], "strength"]
-        if not chosen.empty:
-            figure.add_vline(x=float(chosen.iloc[0]), line={"dash": "dash", "color": "#777777", "width": 1}, row=1, col=column)
-    figure.update_xaxes(title="strength (median norms; dashed: frozen)", rangemode="tozero")
-    figure.update_yaxes(title="share of prompts (bars: 95 % interval)", range=[-0.04, 1.06], row=1, col=1)
-    where = f" of {plot_text(model_name)}" if model_name else ""
-    style(figure, f"Refusal steered both ways{where} (n = {int(table['n'].max())} a kind)", height=460)
+    frozen = table.loc[(table["intervention"] == "features") & table["chosen"], "strength"]
+    if not frozen.empty:
+        figure.add_vline(x=float(frozen.iloc[0]), line={"dash": "dash", "color": "#777777", "width": 1}, annotation_text="frozen")
+    figure.add_hline(y=0, line={"color": "#bbbbbb", "width": 1})
+    figure.update_xaxes(title="strength (median norms, towards the behaviour)")
+    figure.update_yaxes(title="log-odds of its first tokens (nats)")
+    n = int(rows["n"].max()) if len(rows) else 0
+    style(figure, f"Dose and response{_of(model_name)} (n = {n} prompts a kind, one pass each)", height=460)
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure
+
+
+def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Figure:
+    """Rates at the frozen strength with 95 % intervals: the features and every control, on the target's prompts and others."""
+    frozen = table[((table["intervention"] == "none") | table["chosen"]) & table["refusal_rate"].notna()]
+    kinds = [target, *(kind for kind in dict.fromkeys(frozen["prompt_kind"]) if kind != target)]
+    figure = go.Figure()
+    colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+    symbols = ("circle", "square", "diamond", "triangle-up", "star")
+    for i, (kind, color, symbol) in enumerate(zip(kinds, colors, symbols, strict=False)):
+        own = frozen[frozen["prompt_kind"] == kind]
+        names = [ARM_NAMES[arm] for arm in own["intervention"]]
+        figure.add_trace(
+            go.Scatter(
+                x=own["refusal_rate"].tolist(), y=names, mode="markers", name=plot_text(f"shown, {kind}"), offsetgroup=str(i),
+                marker={"color": color, "symbol": symbol, "size": 9},
+                error_x={
+                    "type": "data", "array": (own["ci_high"] - own["refusal_rate"]).tolist(),
+                    "arrayminus": (own["refusal_rate"] - own["ci_low"]).tolist(), "thickness": 1,
+                },
+            )
+        )  # fmt: skip
+        if kind == target:
+            figure.add_trace(
+                go.Scatter(
+                    x=own["broken_rate"].tolist(),
+                    y=names,
+                    mode="markers",
+                    name=plot_text(f"broken, {kind}"),
+                    marker={"color": "#D55E00", "symbol": "x-thin-open", "size": 9},
+                )
+            )
+    order = [name for arm, name in ARM_NAMES.items() if arm in set(frozen["intervention"])]
+    figure.update_yaxes(categoryorder="array", categoryarray=order[::-1])
+    figure.update_xaxes(title="share of prompts (bars: 95 % Wilson interval)", range=[-0.03, 1.03])
+    n = int(frozen["n"].max()) if len(frozen) else 0
+    style(figure, f"At the frozen strength{_of(model_name)} (n up to {n} a kind)", height=120 + 42 * max(4, len(order)))
+    figure.update_layout(legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, margin={"l": 150})
+    return figure
+
+
+def _of(model_name: str) -> str:
+    return f" of {plot_text(model_name)}" if model_name else ""

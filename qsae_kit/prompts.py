@@ -5,8 +5,11 @@ Selection and evaluation share neither a wording nor a task. They are a start, n
 claim about a model.
 """
 
+import csv
+import json
 import random
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from qsae_kit.tiny import world
 
@@ -110,3 +113,57 @@ def prompts(model_name: str, kind: str, n: int, split: str, seed: int = 0) -> li
     if model_name == "tiny":
         return [PromptText(request.text, request.template) for request in world.prompts(kind, n, split, seed)]
     return _general(kind, n, split, seed)
+
+
+FIELDS = ("prompt", "instruction")
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The distinct prompts of a file, in its order.
+
+    .txt holds one a line; .json a list, .jsonl a line each, of texts or objects with `prompt` or `instruction`; .csv has such a
+    column. Raises ValueError with the place of what cannot be read, and for a file without prompts.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"There is no file {str(path)!r}; give a .txt, .json, .jsonl or .csv file of prompts.")
+    text = path.read_text(encoding="utf-8-sig")
+    try:
+        if path.suffix == ".json":
+            entries = json.loads(text)
+        elif path.suffix == ".jsonl":
+            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
+        else:
+            entries = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else text.splitlines()
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path.name} is not JSON ({error.msg}, line {error.lineno}); write a list, or .jsonl a line each."
+        ) from error
+    if not isinstance(entries, list):
+        raise ValueError(f"{path.name} holds {type(entries).__name__}, not a list of prompts.")
+    prompts = [_prompt_of(entry, f"{path.name}, entry {number}") for number, entry in enumerate(entries, 1)]
+    distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+    if not distinct:
+        raise ValueError(f"{path.name} holds no prompts; give at least one.")
+    return distinct
+
+
+def _prompt_of(entry: Any, where: str) -> str:
+    found = next((entry[name] for name in FIELDS if name in entry), None) if isinstance(entry, dict) else entry
+    if not isinstance(found, str):
+        raise ValueError(f"{where}: a text, or an object with {' or '.join(FIELDS)}, is needed; {str(entry)[:80]!r} was read.")
+    return found.strip()
+
+
+def split_prompts(
+    prompts: list[str], n_selection: int, n_evaluation: int | None = None, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Shuffled and parted: for selection at most a third of them, for evaluation at most `n_evaluation` of the rest.
+
+    Raises ValueError for fewer than three.
+    """
+    if len(prompts) < 3:
+        raise ValueError(f"{len(prompts)} prompts are too few to be parted for selection and evaluation; give at least three.")
+    mixed = random.Random(seed).sample(prompts, len(prompts))
+    n = min(n_selection, len(mixed) // 3)
+    return mixed[:n], mixed[n:][:n_evaluation]

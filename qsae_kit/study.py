@@ -1,166 +1,294 @@
-"""The refusal study: features and strength chosen on selection prompts, frozen, and measured on others with controls."""
+"""The steering study: features and strength chosen on selection prompts, frozen, and measured on others with controls.
 
+One study has one goal. What is chosen is chosen by real passes: candidates by their scores, sets grown one feature at a
+time, site and strength by generated answers. Random features get a search of the same length.
+"""
+
+import hashlib
+import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qsae_kit.behaviours import GOALS, Answer, Behaviour, Goal, PromptSets, Verdict, refusal
 from qsae_kit.choosing import (
+    Aim,
     Contrast,
+    FoundDetector,
     answer_activations,
     choose_features,
     contrast,
     decision_activations,
+    feature_scores,
+    find_detector,
     fit_features,
+    greedy_features,
     random_features,
+    random_search,
 )  # fmt: skip
-from qsae_kit.edits import Edit, Policy
-from qsae_kit.metrics import wilson
-from qsae_kit.models import HookedLM
-from qsae_kit.outcomes import AnswerForm, Outcome, answer_all, classify, cost, surprise
-from qsae_kit.prompts import KINDS, STOCK_REFUSALS
+from qsae_kit.edits import POLICIES, Edit, Policy
+from qsae_kit.facts import facts_of, plain_texts
+from qsae_kit.journal import Journal
+from qsae_kit.metrics import Interval, paired_bootstrap, wilson
+from qsae_kit.models import HookedLM, Prompt
+from qsae_kit.outcomes import answer_all, cost, first_tokens, opening_log_odds, plain_kl, repetition, surprise
+from qsae_kit.prompts import STOCK_REFUSALS
 from qsae_kit.sae import SAE
-from qsae_kit.steering import FeatureSet, add_direction, add_features
+from qsae_kit.sites import parse_hook_name
+from qsae_kit.steering import Change, Condition, FeatureSet, Steering, Suite
 
-GOALS = ("suppress", "induce")
-AIM: dict[str, Outcome] = {"suppress": "answered", "induce": "refused"}
-SIGN = {"suppress": -1.0, "induce": 1.0}
-
-PromptSets = dict[str, list[str]]
-"""Prompts of every kind: harmful, harmless, borderline."""
+SIGN: Mapping[Goal, float] = {"suppress": -1.0, "induce": 1.0}
+STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.2, 2.0)
+CONTRASTS = ("auto", "prompts", "answers")
+CONTROL_SAES = {"frozen_decoder": "frozen_decoder_sae", "frozen_soft_decoder": "soft_frozen_sae"}
+"""What a variant's name ends with -> the control that it is."""
+N_DISTURBING = 4
+"""Random sets by which a site and strength is judged: where anything goes, features explain little."""
+LAST_SHARE = 0.8
+"""Sites in the last fifth of the layers are left out (Arditi et al. 2024, arXiv 2406.11717, section 2.3)."""
 
 
 @dataclass(frozen=True)
 class StudyConfig:
-    """How a study is run; the prompts come beside it."""
+    """How a study is run; behaviour and prompts come beside it."""
 
-    strengths: tuple[float, ...] = (0.5, 1.0, 1.5, 2.0, 2.5, 3.0)
-    """Strengths tried, in median norms of the site."""
-    n_features: int = 10
+    goal: Goal = "suppress"
+    target: str = ""
+    """The kind of prompts to aim at. Empty: the behaviour's first kind; to induce what it shows there already, its last."""
+    strengths: tuple[float, ...] = STRENGTHS
+    """Strengths of the dose-response, each with both signs, in median norms of the site; one of them is frozen."""
+    n_features: int = 5
     """Features at one site, at most."""
+    n_candidates: int = 16
+    """Features a site that are scored."""
+    n_trials: int = 4
+    """Sets that are tried by generated answers, at three strengths each."""
     n_random: int = 20
-    """Random control draws."""
+    """Random controls, each the best of as many random sets as the features' own search tried at the site."""
+    n_noise: int = 5
+    """Random directions of the same size."""
     control_prompts: int | None = None
     """Prompts behind each random draw and each strength that is not the frozen one; None: all."""
-    contrast: Literal["prompts", "answers"] = "prompts"
-    """What features are chosen by. prompts: harmful prompts against harmless and borderline ones, at the last prompt
-    token. answers: stock refusals against the model's own answers to the same prompts, over the answer (contrastive
-    activation addition, Rimsky et al. 2024, arXiv 2312.06681): for models that hardly refuse by themselves."""
-    weights: Literal["gap", "fitted"] = "gap"
-    """How features are taken and weighed: by their own gap (`choose_features`), or fitted together to the difference of
-    means (`fit_features`)."""
-    positions: Policy = "header"
-    """Which tokens the edit changes."""
-    induce_on: Literal["harmless", "borderline"] = "harmless"
-    """The prompts that inducing is aimed at; suppressing is aimed at harmful ones."""
-    max_new_tokens: int = 48
-    form: AnswerForm = AnswerForm()
+    dose_prompts: int = 100
+    """Prompts of each kind behind the log-odds of the dose-response."""
+    search_prompts: int = 16
+    """Prompts of each side behind the passes of the search."""
     cost_prompts: int = 48
     """Prompts of each kind behind the KL figures."""
+    n_facts: int = 100
+    """Questions of fact, at most."""
+    contrast: Literal["auto", "prompts", "answers"] = "auto"
+    """What features are chosen by. prompts: those of the behaviour's first kind against those of its last one but the target
+    (for refusal, harmful against borderline ones, which look alike), at the last prompt token. answers: stock refusals against the model's own answers to the same prompts, over the answer
+    (contrastive activation addition, Rimsky et al. 2024, arXiv 2312.06681): for models that hardly refuse by themselves. auto:
+    answers for a refusal study where fewer than a tenth of the first kind's selection prompts are refused, else prompts."""
+    positions: Policy = "header"
+    """Which tokens the edit changes."""
+    conditional: bool = False
+    """Whether the change is made only while a detector feature fires, which is looked for at the site or before."""
+    max_new_tokens: int = 48
+    max_broken: float = 0.10
+    """Share of broken answers on the target that a trial may have."""
+    max_kl: float = 0.10
+    """Nats a token that a trial may cost on the answers to other prompts."""
+    thinking: bool = False
+    """Whether the model thinks before it answers, where it can."""
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.goal not in GOALS:
+            raise ValueError(f"The goal {self.goal!r} was given; choose from {', '.join(GOALS)}.")
         if not self.strengths or not all(math.isfinite(s) and s > 0 for s in self.strengths):
             raise ValueError(f"Strengths {self.strengths} were given; they must be positive numbers (signs come from the goal).")
         if not 1 <= self.n_features <= 10:
             raise ValueError(f"n_features={self.n_features} was given; allowed are 1 to 10.")
-        if self.n_random < 0:
-            raise ValueError(f"n_random={self.n_random} was given; it cannot be negative.")
-        if self.induce_on not in KINDS or self.induce_on == "harmful":
-            raise ValueError(f"induce_on={self.induce_on!r} was given; allowed are harmless and borderline.")
+        for name in ("n_random", "n_noise", "n_facts"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} was given; it cannot be negative.")
+        for name in ("n_candidates", "n_trials", "dose_prompts", "search_prompts", "cost_prompts", "max_new_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} was given; it must be at least 1.")
+        if self.positions not in POLICIES:
+            raise ValueError(f"positions={self.positions!r} was given; choose from {', '.join(POLICIES)}.")
+        if self.contrast not in CONTRASTS:
+            raise ValueError(f"contrast={self.contrast!r} was given; choose from {', '.join(CONTRASTS)}.")
 
     @property
-    def targets(self) -> dict[str, str]:
-        """Goal -> the prompts that it is aimed at."""
-        return {"suppress": "harmful", "induce": self.induce_on}
+    def sign(self) -> float:
+        return SIGN[self.goal]
 
 
-class Candidate(NamedTuple):
-    """One SAE with the features that its contrast suggests."""
+class Chosen(NamedTuple):
+    """What selection decided, and what its controls need."""
 
-    sae: SAE
-    contrast: Contrast
-    chosen: FeatureSet
-
-    @property
-    def hook_name(self) -> str:
-        assert self.sae.provenance is not None
-        return self.sae.provenance.hook_name
-
-    @property
-    def mean_direction(self) -> Float[Tensor, " d_model"]:
-        """Unit difference of means."""
-        return torch.nn.functional.normalize(self.contrast.mean_gap, dim=0)
-
-
-class Frozen(NamedTuple):
-    """What selection decided: a site with its features, and one strength for both goals."""
-
-    candidate: Candidate
+    variant: str
+    hook_name: str
+    way: str
+    """How the set was made: gap, fitted or greedy."""
+    features: FeatureSet
     strength: float
-    selection: pd.DataFrame
-    """Every candidate and strength that was tried, on selection prompts."""
+    """In median norms of the site, without the goal's sign."""
+    when: Condition | None
+    missed: float | None
+    """Share of the target selection prompts at which the detector is silent."""
+    false_alarms: float | None
+    mean_gap: tuple[float, ...]
+    """Difference of means at the site [d_model]."""
+    alive: tuple[int, ...]
+    """Features that random controls are drawn from."""
+    passes: int
+    """Sets that the search tried at the site, so many as each random control tries."""
+    within_limits: bool
+    """Whether the trial kept `max_broken` and `max_kl`."""
+
+    def change(self, strength: float, positions: Policy) -> Change:
+        return Change(
+            "add", self.hook_name, self.variant, self.features.features, self.features.weights, strength=strength,
+            positions=positions, when=self.when,
+        )  # fmt: skip
 
 
 class StudyResult(NamedTuple):
     """A finished study."""
 
-    frozen: Frozen
+    config: StudyConfig
+    behaviour: str
+    target: str
+    chosen: Chosen
+    steering: Steering
+    """The frozen edit as a value."""
     table: pd.DataFrame
-    """steering.csv: see `measure`."""
+    """study.csv: see `COLUMNS`."""
+    candidates: pd.DataFrame
+    """Every candidate feature of every site with its scores (`choosing.feature_scores`), and whether it was chosen."""
+    selection: pd.DataFrame
+    """Every trial by generated answers, on selection prompts."""
     examples: pd.DataFrame
-    """Some answers with and without the edit: goal, prompt_kind, prompt, base, steered."""
+    """Some answers with and without the edit: prompt_kind, prompt, base, steered."""
+    headline: dict[str, Any]
+    verdict: str
+    prompts: dict[str, dict[str, list[str]]]
+    """The selection and the evaluation prompts by kind."""
+
+
+COLUMNS = """
+goal              none, suppress or induce
+intervention      none, features, difference_of_means, wrong_sign, random, noise, system_prompt, frozen_decoder_sae, soft_frozen_sae
+prompt_kind       kind of the prompts
+target            whether the goal is aimed at this kind
+strength          median norms, with the sign that was applied to the direction towards the behaviour
+chosen            whether this is the frozen strength
+draw              number of a random control
+n                 prompts
+refusal_rate      share of answers that show the behaviour (a refusal study's refusals), with its 95 % Wilson interval:
+ci_low, ci_high
+answered_rate     share that neither shows it nor is broken
+correct_rate      share that is the right answer, where it is known
+broken_rate       empty, looping, unfinished where it should end, or off the model's form
+change            rate minus the unsteered rate on the same prompts, with its 95 % paired bootstrap interval:
+change_low, change_high
+log_odds          nats, of the first answer token being one that begins such an answer; mean
+kl_first          KL(clean || steered) at the first answer token, nats
+kl_answer         the same a token over the clean model's answers, teacher-forced
+perplexity        of the answers, under the unsteered model
+repetition        share of an answer's 4-grams of tokens that it holds already
+plain_kl          KL a token on plain text, the edit at every token
+facts_right       share of questions of fact answered right
+"""
+_NAMES = [name for line in COLUMNS.strip().splitlines() for name in line.split("  ")[0].split(", ")]
 
 
 class _Lab:
-    """What every measurement needs, computed once: prompts as ids, clean answers, the thinking flag."""
+    """What every measurement needs: prompts as ids, clean answers, the judge."""
 
-    def __init__(self, lm: HookedLM, prompts: PromptSets, config: StudyConfig) -> None:
-        self.lm, self.prompts, self.config = lm, prompts, config
-        self.thinking = False if lm.has_thinking else None
+    def __init__(
+        self, lm: HookedLM, behaviour: Behaviour, prompts: PromptSets, config: StudyConfig, journal: Journal, stage: str,
+        openings: Int[Tensor, " token"] | None = None,
+    ) -> None:  # fmt: skip
+        self.lm, self.behaviour, self.prompts, self.config = lm, behaviour, prompts, config
+        self.journal, self.stage = journal, stage
+        self.thinking = config.thinking if lm.has_thinking else None
         self.ids = {kind: [lm.chat_tokens(p, self.thinking) for p in texts] for kind, texts in prompts.items()}
-        self.clean = {kind: self.answers(kind, []) for kind in prompts}
+        self.clean = {kind: journal.get(f"{stage}/clean/{kind}", partial(self.answers, kind, [])) for kind in prompts}
+        self.openings = openings
 
-    def answers(
-        self, kind: str, edits: Sequence[Edit], n: int | None = None
-    ) -> tuple[list[str], list[list[int]], list[Outcome], float]:
-        """Texts, tokens, outcomes and perplexity (under the unedited model) of the answers to the first n prompts of a kind."""
-        out = answer_all(self.lm, self.prompts[kind][:n], edits, self.config.max_new_tokens, self.thinking)
+    @property
+    def known_openings(self) -> Int[Tensor, " token"]:
+        assert self.openings is not None
+        return self.openings
+
+    def answers(self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = "") -> dict[str, Any]:
+        """The answers to the first n prompts of a kind with their verdicts, as plain values."""
+        texts = self.prompts[kind][:n]
+        asked: list[Prompt] = [with_system(system, p) for p in texts] if system else list(texts)
+        out = answer_all(self.lm, asked, edits, self.config.max_new_tokens, self.thinking)
         nats = surprise(self.lm, self.ids[kind][:n], out.tokens)
-        outcomes = [
-            classify(text, done, self.config.form, nat / len(ids))
-            for text, ids, done, nat in zip(out.text, out.tokens, out.finished, nats, strict=True)
+        verdicts = [
+            self.behaviour.judge(Answer(prompt, text, done, nat / len(ids)))
+            for prompt, text, ids, done, nat in zip(texts, out.text, out.tokens, out.finished, nats, strict=True)
         ]
-        return out.text, out.tokens, outcomes, math.exp(min(50.0, sum(nats) / sum(map(len, out.tokens))))
-
-    def row(self, kind: str, edits: Sequence[Edit], n_prompts: int | None = None, **labels: object) -> dict[str, object]:
-        """One row of the table."""
-        _, _, outcomes, perplexity = self.answers(kind, edits, n_prompts) if edits else self.clean[kind]
-        n = len(outcomes)
-        refused = wilson(outcomes.count("refused"), n)
-        some = slice(0, self.config.cost_prompts)
-        price = cost(self.lm, self.ids[kind][some], self.clean[kind][1][some], edits)
         return {
-            **labels, "prompt_kind": kind, "n": n, "refusal_rate": refused.rate, "ci_low": refused.low, "ci_high": refused.high,
-            "answered_rate": outcomes.count("answered") / n, "broken_rate": outcomes.count("broken") / n,
-            "kl_first": price.kl_first, "kl_answer": price.kl_answer, "perplexity": perplexity,
+            "outcomes": "".join(_letter(v) for v in verdicts),
+            "correct": "".join("-" if v.correct is None else str(int(v.correct)) for v in verdicts),
+            "perplexity": math.exp(min(50.0, sum(nats) / sum(map(len, out.tokens)))), "repetition": repetition(out.tokens),
+            "texts": out.text, "tokens": out.tokens,
         }  # fmt: skip
 
+    def measured(
+        self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = "", price: bool = True
+    ) -> dict[str, Any]:
+        """`answers` with the change's costs, without all but some of the texts."""
+        said = self.answers(kind, edits, n, system) if edits or system else dict(self.clean[kind])
+        some = slice(0, self.config.cost_prompts)
+        instead = (
+            [self.lm.chat_tokens(with_system(system, p), self.thinking) for p in self.prompts[kind][some]] if system else None
+        )
+        if price:
+            kl = cost(self.lm, self.ids[kind][some], self.clean[kind]["tokens"][some], edits, instead)
+            said |= {"kl_first": kl.kl_first, "kl_answer": kl.kl_answer}
+        if self.openings is not None:
+            some = slice(0, min(n or len(self.ids[kind]), self.config.dose_prompts))
+            asked = self.prompts[kind][some]
+            ids = [self.lm.chat_tokens(with_system(system, p), self.thinking) for p in asked] if system else self.ids[kind][some]
+            said["log_odds"] = float(opening_log_odds(self.lm, ids, self.openings, edits).mean())
+        said["texts"], said["tokens"] = said["texts"][:3], []
+        return said
 
-def check_prompts(selection: PromptSets, evaluation: PromptSets) -> None:
+
+def with_system(system: str, prompt: str) -> list[dict[str, str]]:
+    """A prompt behind a system prompt, as messages."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
+
+
+def _letter(verdict: Verdict) -> str:
+    return "B" if verdict.broken else "S" if verdict.shown else "A"
+
+
+def _rate(outcomes: str, letter: str) -> float:
+    return outcomes.count(letter) / len(outcomes)
+
+
+def check_prompts(behaviour: Behaviour, target: str, selection: PromptSets, evaluation: PromptSets) -> None:
     """ValueError for a missing or empty kind, an empty prompt, or one that occurs in both sets."""
     for name, prompts in (("selection", selection), ("evaluation", evaluation)):
-        for kind in KINDS:
+        for kind in {*behaviour.kinds, *([target] if target else [])}:
             if not prompts.get(kind):
                 raise ValueError(f"There are no {kind} {name} prompts; give at least one.")
+        for kind in prompts:
             if not all(p.strip() for p in prompts[kind]):
                 raise ValueError(f"A {kind} {name} prompt is empty; remove it.")
+            if kind not in behaviour.kinds:
+                raise ValueError(f"{kind} prompts were given; {behaviour.name} has {', '.join(behaviour.kinds)}.")
     shared = {p for ps in selection.values() for p in ps} & {p for ps in evaluation.values() for p in ps}
     if shared:
         raise ValueError(
@@ -168,166 +296,577 @@ def check_prompts(selection: PromptSets, evaluation: PromptSets) -> None:
         )
 
 
-def contrast_groups(
-    lm: HookedLM, hook_names: Sequence[str], selection: PromptSets, config: StudyConfig
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Activations of the two groups that `StudyConfig.contrast` compares: refusing first. Rows [row, d_model] a site."""
-    thinking = False if lm.has_thinking else None
-    if config.contrast == "prompts":
-        harmful = decision_activations(lm, hook_names, selection["harmful"], thinking)
-        return harmful, decision_activations(lm, hook_names, selection["harmless"] + selection["borderline"], thinking)
-    prompts = selection["harmful"] + selection["harmless"]
-    own = answer_all(lm, prompts, [], 16, thinking).tokens
-    stock = [
-        lm.tokenizer(STOCK_REFUSALS[i % len(STOCK_REFUSALS)], add_special_tokens=False).input_ids for i in range(len(prompts))
-    ]
-    return (
-        answer_activations(lm, hook_names, prompts, stock, thinking),
-        answer_activations(lm, hook_names, prompts, own, thinking),
-    )
+def steered_sites(lm: HookedLM, suite: Suite, variant: str = "", hook_names: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """The variant and the sites that a study chooses from: residual streams before the last fifth of the layers by default.
 
-
-def candidates(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: StudyConfig) -> list[Candidate]:
-    """The features that tell the two groups of the contrast apart, for each SAE."""
-    names = [sae.provenance.hook_name for sae in saes if sae.provenance]
-    refusing, answering = contrast_groups(lm, names, selection, config)
-    found = []
-    for sae, name in zip(saes, names, strict=True):
-        gap = contrast(sae, refusing[name], answering[name])
-        fitted = config.weights == "fitted"
-        chosen = fit_features(sae, gap, config.n_features) if fitted else choose_features(gap, config.n_features)
-        found.append(Candidate(sae, gap, chosen))
-    return found
-
-
-def freeze(lm: HookedLM, saes: Sequence[SAE], selection: PromptSets, config: StudyConfig, bar: bool = True) -> Frozen:
-    """Chooses the site and the one strength on selection prompts by real generations.
-
-    score: the mean, over both goals and over the prompts of both goals, of the share of answers that are what the
-    goal wants (refused, or answered; broken ones are neither). Where the score comes within 0.03 of the best,
-    disturbance: the share of answers whose outcome random features of the same size change, mean of four draws and both
-    goals. The largest difference of the two wins, ties go to the smaller strength.
+    Raises ValueError for a variant or site that the suite does not have.
     """
-    lab = _Lab(lm, {kind: selection[kind] for kind in config.targets.values()}, config)
-    options = candidates(lm, saes, selection, config)
-    rows = []
-    tries = [(option, strength) for option in options for strength in config.strengths]
-    for option, strength in tqdm(tries, desc="choosing site and strength", disable=not bar):
-        row: dict[str, object] = {"site": option.hook_name, "strength": strength}
-        for goal in GOALS:
-            edit = add_features(option.sae, option.chosen, SIGN[goal] * strength, config.positions)
-            outcomes = [lab.answers(kind, [edit])[2] for kind in lab.prompts]
-            row[goal] = sum(o.count(AIM[goal]) / len(o) for o in outcomes) / len(outcomes)
-        rows.append(row)
-    tried = pd.DataFrame(rows)
-    tried["score"] = tried[list(GOALS)].mean(axis=1)
-    close = tried["score"] >= tried["score"].max() - 0.03
-    tried["disturbance"] = float("nan")
-    for index in tqdm(close.to_numpy().nonzero()[0], desc="checking against random features", disable=not bar):
-        option, strength = tries[int(index)]
-        tried.loc[index, "disturbance"] = _disturbance(lab, option, strength)
-    merit = (tried["score"] - tried["disturbance"]).where(close, -1.0)
-    option, strength = tries[int(merit.round(2).to_numpy().argmax())]
-    return Frozen(option, strength, tried)
-
-
-def _disturbance(lab: _Lab, option: Candidate, strength: float, n_draws: int = 4) -> float:
-    """Share of selection answers whose outcome random features of the same size change."""
-    generator = torch.Generator().manual_seed(lab.config.seed + 1)  # not the draws that evaluation uses
-    changed = []
-    for _ in range(n_draws):
-        draw = random_features(option.contrast, option.chosen, generator)
-        for goal, kind in lab.config.targets.items():
-            edit = add_features(option.sae, draw, SIGN[goal] * strength, lab.config.positions)
-            pairs = zip(lab.answers(kind, [edit])[2], lab.clean[kind][2], strict=True)
-            changed.append(sum(after != before for after, before in pairs) / len(lab.prompts[kind]))
-    return sum(changed) / len(changed)
-
-
-def measure(lm: HookedLM, frozen: Frozen, evaluation: PromptSets, config: StudyConfig, bar: bool = True) -> StudyResult:
-    """Measures the frozen edit and its controls on evaluation prompts.
-
-    Columns: goal (none, suppress, induce), intervention (none, features, difference_of_means, random), prompt_kind,
-    target (whether the goal is aimed at that kind), strength (median norms), chosen (the frozen strength), draw (number of
-    a random draw), n, refusal_rate with its 95 % Wilson interval ci_low and ci_high, answered_rate, broken_rate, kl_first
-    and kl_answer (nats, see `outcomes.Cost`), perplexity of the answers under the unedited model.
-    Features and difference of means run at every strength on the goal's own prompts and at the frozen one on all; random
-    draws run at the frozen strength on the goal's own.
-    """
-    lab = _Lab(lm, evaluation, config)
-    option = frozen.candidate
-    assert option.sae.provenance is not None
-    median = option.sae.provenance.filter.median
-    edits: dict[str, Callable[[float], Edit]] = {
-        "features": lambda s: add_features(option.sae, option.chosen, s, config.positions),
-        "difference_of_means": lambda s: add_direction(option.hook_name, option.mean_direction, s, median, config.positions),
-    }
-    generator = torch.Generator().manual_seed(config.seed)
-    draws = [random_features(option.contrast, option.chosen, generator) for _ in range(config.n_random)]
-    few = config.control_prompts
-    jobs: list[tuple[dict[str, object], str, list[Edit], int | None]] = []
-    for kind in evaluation:
-        labels = {"goal": "none", "intervention": "none", "target": False, "strength": 0.0, "chosen": False, "draw": None}
-        jobs.append((labels, kind, [], None))
-    for goal, aimed in config.targets.items():
-        for name, make in edits.items():
-            for strength in config.strengths:
-                chosen = strength == frozen.strength
-                edit = make(SIGN[goal] * strength)
-                for kind in evaluation if chosen else [aimed]:
-                    labels = {"goal": goal, "intervention": name, "target": kind == aimed, "strength": strength}
-                    jobs.append((labels | {"chosen": chosen, "draw": None}, kind, [edit], None if chosen else few))
-        for i, draw in enumerate(draws):
-            edit = add_features(option.sae, draw, SIGN[goal] * frozen.strength, config.positions)
-            labels = {"goal": goal, "intervention": "random", "target": True, "strength": frozen.strength}
-            jobs.append((labels | {"chosen": True, "draw": i}, aimed, [edit], few))
-    table = pd.DataFrame([lab.row(kind, e, n, **labels) for labels, kind, e, n in tqdm(jobs, desc="steering", disable=not bar)])
-    table["draw"] = table["draw"].astype("Int64")
-    return StudyResult(frozen, table, _examples(lab, frozen, edits["features"]))
-
-
-def _examples(lab: _Lab, frozen: Frozen, make: Callable[[float], Edit], n: int = 3) -> pd.DataFrame:
-    rows = []
-    for goal, kind in (*lab.config.targets.items(), ("induce", "harmful")):
-        edit = make(SIGN[goal] * frozen.strength)
-        prompts = lab.prompts[kind][:n]
-        steered = answer_all(lab.lm, prompts, [edit], lab.config.max_new_tokens, lab.thinking).text
-        for prompt, base, after in zip(prompts, lab.clean[kind][0], steered, strict=False):
-            rows.append({"goal": goal, "prompt_kind": kind, "prompt": prompt, "base": base, "steered": after})
-    return pd.DataFrame(rows)
+    trained = [name for name in suite if not any(name.endswith(end) for end in CONTROL_SAES)]
+    variant = variant or (trained or list(suite) or [""])[0]
+    if variant not in suite:
+        raise ValueError(f"The suite has no variant {variant!r}; it has {', '.join(suite) or 'none'}.")
+    known = list(suite[variant])
+    for name in hook_names:
+        if name not in known:
+            raise ValueError(f"The suite has no SAE {variant}/{name}; it has {', '.join(known)}.")
+    early = [name for name in known if parse_hook_name(name).layer < LAST_SHARE * lm.n_layers - 1]
+    streams = [name for name in early if name.endswith("hook_resid_post")]
+    return variant, list(hook_names) or streams or early or known
 
 
 def steering_study(
     lm: HookedLM,
-    saes: Sequence[SAE],
+    suite: Suite,
     selection: PromptSets,
     evaluation: PromptSets,
+    behaviour: Behaviour | None = None,
     config: StudyConfig = StudyConfig(),
+    *,
+    hook_names: Sequence[str] = (),
+    variant: str = "",
+    folder: Path | None = None,
     bar: bool = True,
 ) -> StudyResult:
-    """The whole study: `freeze` on selection prompts, `measure` on evaluation prompts, which must not overlap."""
-    check_prompts(selection, evaluation)
-    return measure(lm, freeze(lm, saes, selection, config, bar), evaluation, config, bar)
+    """The whole study: features, site and strength on selection prompts, figures and controls on evaluation prompts.
+
+    suite: variant -> hook name -> SAE; variants whose names end with frozen_decoder or frozen_soft_decoder are controls at the
+    same site. behaviour: refusal by default. hook_names, variant: where to choose from (`steered_sites`). folder: every step
+    is written there, and a study that was cut off goes on (`journal.jsonl`); the same seed gives the same digits.
+    Raises ValueError for prompts that are missing, empty, in both sets or all of one kind, and for sites that are not there.
+    """
+    behaviour = behaviour or refusal()
+    check_prompts(behaviour, config.target, selection, evaluation)
+    variant, names = steered_sites(lm, suite, variant, hook_names)
+    lm.check_hook_names(names)
+    prompts = {"selection": {k: list(v) for k, v in selection.items()}, "evaluation": {k: list(v) for k, v in evaluation.items()}}
+    about = {
+        "study": 1, "model": lm.model_name, "behaviour": behaviour.name, "config": asdict(config),
+        "saes": {f"{variant}/{name}": suite[variant][name].checksum() for name in names},
+        "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
+    }  # fmt: skip
+    return _Study(
+        lm, suite, prompts, behaviour, config, variant, names, Journal(folder and folder / "journal.jsonl", about), bar
+    ).run()
 
 
-def verdict(table: pd.DataFrame, goal: str) -> str:
-    """One sentence on what the frozen features did to the goal's own prompts, against the controls."""
-    frozen = table[(table["goal"] == goal) & table["chosen"] & table["target"]]
-    kind = frozen["prompt_kind"].iloc[0]
-    base = table[(table["goal"] == "none") & (table["prompt_kind"] == kind)].iloc[0]
-    ours = frozen[frozen["intervention"] == "features"].iloc[0]
-    means = frozen[frozen["intervention"] == "difference_of_means"].iloc[0]
+class _Study:
+    """One study while it runs."""
+
+    def __init__(
+        self, lm: HookedLM, suite: Suite, prompts: dict[str, dict[str, list[str]]], behaviour: Behaviour, config: StudyConfig,
+        variant: str, names: Sequence[str], journal: Journal, bar: bool,
+    ) -> None:  # fmt: skip
+        self.lm, self.suite, self.prompts, self.behaviour, self.config = lm, suite, prompts, behaviour, config
+        self.variant, self.names, self.journal, self.show = variant, list(names), journal, bar
+        self.bar: Any = None
+
+    # --- choosing
+
+    def run(self) -> StudyResult:
+        began = time.monotonic()
+        lab = _Lab(self.lm, self.behaviour, self.prompts["selection"], self.config, self.journal, "selection")
+        first = self.behaviour.kinds[0]
+        shown = _rate(lab.clean[first]["outcomes"], "S")
+        self.target = self.config.target or (self.behaviour.kinds[-1] if self.config.goal == "induce" and shown > 0.5 else first)
+        self.contrast = self.config.contrast
+        if self.contrast == "auto":
+            self.contrast = "answers" if self.behaviour.name == "refusal" and shown < 0.1 else "prompts"
+        self.others = [kind for kind in self.behaviour.kinds if kind not in (first, self.target)] or [
+            kind for kind in self.behaviour.kinds if kind != self.target
+        ]
+        lab.openings = self._openings(lab)
+        self._announce(lab, time.monotonic() - began)
+        with tqdm(total=self._steps(), desc="study", unit="step", disable=not self.show) as self.bar:
+            chosen, selection, candidates = self._choose(lab)
+            return self._measure(chosen, selection, candidates, lab.openings)
+
+    def _step(self, key: str, compute: Callable[[], Any]) -> Any:
+        value = self.journal.get(key, compute)
+        if self.bar is not None:
+            self.bar.update()
+        return value
+
+    def _steps(self) -> int:
+        c, kinds = self.config, len(self.behaviour.kinds)
+        strengths = min(3, len(c.strengths))
+        own = 2 * (4 * len(c.strengths) + strengths + kinds - 1)
+        return len(self.names) + strengths * c.n_trials + kinds + own + 2 + 2 * c.n_random + c.n_noise + kinds
+
+    def _announce(self, lab: _Lab, seconds: float) -> None:
+        """An estimate from the clean selection answers: how many answers there will be, and how long they take."""
+        if not self.show:
+            return
+        c, evaluation = self.config, {kind: len(p) for kind, p in self.prompts["evaluation"].items()}
+        few = min(c.control_prompts or evaluation[self.target], evaluation[self.target])
+        n_selection = sum(map(len, self.prompts["selection"].values()))
+        n = 3 * c.n_trials * n_selection + sum(evaluation.values()) * 5 + few * (5 + c.n_random + c.n_noise) + 2 * c.n_facts
+        passes = len(self.names) * (2 * c.n_candidates + 5 * c.n_candidates + 27) + c.n_random * (5 * c.n_candidates)
+        started = time.monotonic()
+        self._aim(lab).odds()
+        a_pass = time.monotonic() - started
+        minutes = (seconds / max(1, n_selection) * n + passes * a_pass) / 60
+        tqdm.write(
+            f"{self.config.goal} {self.behaviour.name}, aimed at {self.target} prompts: about {n:,} answers and {passes:,} short passes, "
+            f"{minutes:.0f} minutes at the pace of the first {n_selection} answers (less where steps are in the journal)."
+        )
+
+    def _openings(self, lab: _Lab) -> Int[Tensor, " token"]:
+        """First tokens that begin answers with the behaviour more often than others: the unsteered model's, or stock refusals'."""
+        shown: dict[int, int] = {}
+        rest: dict[int, int] = {}
+        for said in lab.clean.values():
+            for letter, tokens in zip(said["outcomes"], said["tokens"], strict=True):
+                counts = shown if letter == "S" else rest
+                counts[tokens[0]] = counts.get(tokens[0], 0) + 1
+        total, others = sum(shown.values()), max(1, sum(rest.values()))
+        own = [token for token, n in shown.items() if n / total > rest.get(token, 0) / others and n >= 2]
+        if total < 8 or not own:
+            return first_tokens(self.lm, STOCK_REFUSALS)
+        return torch.tensor(sorted(own), device=self.lm.device)
+
+    def _aim(self, lab: _Lab) -> Aim:
+        """What the search looks at: some target prompts, and as many of the others in turn."""
+        n = self.config.search_prompts
+        per_kind = max(1, n // len(self.others))
+        texts = [self.behaviour.wanted(p, self.config.goal) for p in self.prompts["selection"][self.target][:n]]
+        known = [i for i, text in enumerate(texts) if text is not None]
+        usable = len(known) == len(texts) or len(known) >= 8
+        ids = lab.ids[self.target][:n]
+        return Aim(
+            self.lm, [ids[i] for i in known] if usable else ids, [ids for kind in self.others for ids in lab.ids[kind][:per_kind]],
+            lab.known_openings, self.config.sign, [self._answer_ids(texts[i]) for i in known] if usable else None,
+        )  # fmt: skip
+
+    def _answer_ids(self, text: str | None) -> list[int]:
+        return self.lm.tokenizer(text, add_special_tokens=False).input_ids
+
+    def _groups(self, names: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Activations of the two groups that `StudyConfig.contrast` compares, the one with the behaviour first."""
+        selection, thinking = self.prompts["selection"], self.config.thinking if self.lm.has_thinking else None
+        first = self.behaviour.kinds[0]
+        if self.contrast == "prompts":
+            away = [kind for kind in self.behaviour.kinds[1:] if kind != self.config.target] or self.behaviour.kinds[1:]
+            rest = selection[away[-1]]
+            return (
+                decision_activations(self.lm, names, selection[first], thinking),
+                decision_activations(self.lm, names, rest, thinking),
+            )
+        prompts = [p for kind in self.behaviour.kinds[:2] for p in selection[kind]]
+        own = self.journal.get("own answers", lambda: answer_all(self.lm, prompts, [], 16, thinking).tokens)
+        stock = [self.lm.tokenizer(text, add_special_tokens=False).input_ids for text in STOCK_REFUSALS]
+        return (
+            answer_activations(self.lm, names, prompts, [stock[i % len(stock)] for i in range(len(prompts))], thinking),
+            answer_activations(self.lm, names, prompts, own, thinking),
+        )
+
+    def _detectors(self) -> dict[str, FoundDetector]:
+        """For every site the best detector there or before it."""
+        selection, thinking = self.prompts["selection"], self.config.thinking if self.lm.has_thinking else None
+        rest = [p for kind, texts in selection.items() if kind != self.target for p in texts]
+        found: dict[str, FoundDetector] = {}
+        best: FoundDetector | None = None
+        for name, sae in self.suite[self.variant].items():
+            if self.lm.order_of(name) > max(map(self.lm.order_of, self.names)):
+                break
+            one = find_detector(self.lm, {self.variant: {name: sae}}, selection[self.target], rest, enable_thinking=thinking)
+            if best is None or one.missed + one.false_alarms < best.missed + best.false_alarms:
+                best = one
+            found[name] = best
+        return found
+
+    def _search(self, lab: _Lab, variant: str, name: str, when: Condition | None) -> dict[str, Any]:
+        """Sets of features at one site with what they do to the log-odds at every strength."""
+        sae, c = self.suite[variant][name], self.config
+        refusing, rest = self._groups([name])
+        aim = self._aim(lab)
+        found = contrast(sae, refusing[name], rest[name])
+        if not found.feature_gap.any():
+            return {"ways": {}, "candidates": []}
+
+        def make(chosen: FeatureSet, strength: float) -> list[Edit]:
+            return self._edits(variant, name, chosen, c.sign * strength, when)
+
+        clean = aim.odds()[1]
+        sets = {"gap": choose_features(found, c.n_features), "fitted": fit_features(sae, found, c.n_features)}
+        fitted = [aim.merit(make(sets["fitted"], strength), clean) for strength in c.strengths]
+        at_best = partial(make, strength=c.strengths[fitted.index(max(fitted))])
+        scores = feature_scores(aim, sae, refusing[name], rest[name], at_best, c.n_candidates)
+        pool = [(int(feature), math.copysign(1.0, gap)) for feature, gap in zip(scores["feature"], scores["gap"], strict=True)][
+            : c.n_candidates // 2
+        ]
+        grown = greedy_features(aim, pool, at_best, c.n_features)
+        sets["greedy"] = grown.chosen
+        ways = {
+            way: {"features": chosen.features, "weights": chosen.weights, "merits": [aim.merit(make(chosen, s), clean) for s in c.strengths]}
+            for way, chosen in sets.items()
+        }  # fmt: skip
+        generator = torch.Generator().manual_seed(c.seed + 1)  # not the draws that evaluation uses
+        draws = [random_features(found, sets["gap"], generator) for _ in range(N_DISTURBING)]
+        still = aim.merit((), clean)
+        disturbance = [sum(max(0.0, aim.merit(make(draw, s), clean) - still) for draw in draws) / len(draws) for s in c.strengths]
+        return {
+            "disturbance": disturbance,
+            "disturbing": [[draw.features, draw.weights] for draw in draws],
+            "candidates": scores.to_dict("records"), "ways": ways, "alive": found.alive.tolist(), "mean_gap": found.mean_gap.tolist(),
+            "passes": len(scores) + grown.passes + len(sets),
+        }  # fmt: skip
+
+    def _edits(self, variant: str, name: str, chosen: FeatureSet, strength: float, when: Condition | None) -> list[Edit]:
+        change = Change(
+            "add", name, variant, chosen.features, chosen.weights, strength=strength, positions=self.config.positions, when=when
+        )
+        return Steering((change,)).edits(self.suite)
+
+    def _choose(self, lab: _Lab) -> tuple[Chosen, pd.DataFrame, pd.DataFrame]:
+        c = self.config
+        conditions: dict[str, Any] = {}
+        if c.conditional:
+            conditions = self.journal.get(
+                "detectors",
+                lambda: {name: [asdict(d.condition), d.missed, d.false_alarms] for name, d in self._detectors().items()},
+            )
+        when = {name: Condition(**entry[0]) for name, entry in conditions.items()}
+        sites = {
+            name: self._step(f"search/{name}", partial(self._search, lab, self.variant, name, when.get(name)))
+            for name in self.names
+        }
+        sites = {name: found for name, found in sites.items() if found["ways"]}
+        if not sites:
+            raise ValueError("No feature differs between the two groups at any site; train the SAEs longer or at other sites.")
+        apart = {
+            (name, kind): [merit - away for merit, away in zip(way["merits"], found["disturbance"], strict=True)]
+            for name, found in sites.items()
+            for kind, way in found["ways"].items()
+        }
+        ranked = sorted(apart, key=lambda key: -max(apart[key]))
+        trials = []
+        for name, kind in _distinct(ranked, sites)[: c.n_trials]:
+            way = sites[name]["ways"][kind]
+            features = FeatureSet(tuple(way["features"]), tuple(way["weights"]))
+            order = sorted(range(len(c.strengths)), key=lambda i, m=apart[name, kind]: -round(m[i], 3))  # type: ignore[misc]
+            for i in sorted(order[:3]):
+                sets = [features, *(FeatureSet(tuple(f), tuple(w)) for f, w in sites[name]["disturbing"])]
+                edits = [self._edits(self.variant, name, each, c.sign * c.strengths[i], when.get(name)) for each in sets]
+                trial = self._step(f"trial/{name}/{kind}/{c.strengths[i]:g}", partial(self._trial, lab, edits[0], edits[1:]))
+                trials.append({"site": name, "way": kind, "features": len(way["features"]), "strength": c.strengths[i],
+                               "merit": way["merits"][i], **trial})  # fmt: skip
+        table = pd.DataFrame(trials)
+        table["within_limits"] = (table["broken"] <= c.max_broken) & (table["kl_answer"] <= c.max_kl)
+        rank = table.assign(
+            whole=table["score"].round(2), near=-table["strength"]
+        ).sort_values(["within_limits", "whole", "near"], ascending=False, kind="stable")  # fmt: skip
+        best = table.loc[rank.index[0]]
+        table["chosen"] = table.index == rank.index[0]
+        site = sites[best["site"]]
+        way = site["ways"][best["way"]]
+        told = conditions.get(best["site"])
+        chosen = Chosen(
+            self.variant, best["site"], best["way"], FeatureSet(tuple(way["features"]), tuple(way["weights"])), float(best["strength"]),
+            when.get(best["site"]), told and told[1], told and told[2], tuple(site["mean_gap"]), tuple(site["alive"]), site["passes"],
+            bool(best["within_limits"]),
+        )  # fmt: skip
+        candidates = pd.concat(
+            [pd.DataFrame(found["candidates"]).assign(site=name) for name, found in sites.items()], ignore_index=True
+        )
+        taken = (candidates["site"] == chosen.hook_name) & candidates["feature"].isin(chosen.features.features)
+        return chosen, table, candidates.assign(chosen=taken)[["site", *candidates.columns.drop("site"), "chosen"]]
+
+    def _trial(self, lab: _Lab, edits: Sequence[Edit], random: Sequence[Sequence[Edit]]) -> dict[str, float]:
+        """How one change does on the selection prompts.
+
+        score: the share of target answers that are as wanted (where right answers are known and the goal is to suppress: right),
+        less the mean share of other prompts whose outcome changes, less the disturbance: the mean share of target prompts whose
+        outcome random sets with a change of the same size change.
+        """
+        said = lab.answers(self.target, edits)
+        shown, broken = _rate(said["outcomes"], "S"), _rate(said["outcomes"], "B")
+        wanted = shown
+        if self.config.goal == "suppress":
+            wanted = said["correct"].count("1") / len(said["correct"]) if "-" not in said["correct"] else 1 - shown - broken
+        changed, price = [], []
+        some = slice(0, self.config.cost_prompts)
+        for kind in self.others:
+            after, before = lab.answers(kind, edits)["outcomes"], lab.clean[kind]["outcomes"]
+            changed.append(sum(a != b for a, b in zip(after, before, strict=True)) / len(before))
+            price.append(cost(self.lm, lab.ids[kind][some], lab.clean[kind]["tokens"][some], edits).kl_answer)
+        away = sum(changed) / len(changed)
+        before = lab.clean[self.target]["outcomes"]
+        draws = [lab.answers(self.target, each, self.config.search_prompts)["outcomes"] for each in random]
+        pairs = [(a, b) for draw in draws for a, b in zip(draw, before, strict=False)]
+        disturbance = sum(a != b for a, b in pairs) / len(pairs)
+        return {
+            "wanted": wanted, "broken": broken, "changed_elsewhere": away, "disturbance": disturbance, "kl_answer": max(price),
+            "score": wanted - away - disturbance,
+        }  # fmt: skip
+
+    # --- measuring
+
+    def _measure(self, chosen: Chosen, selection: pd.DataFrame, candidates: pd.DataFrame, openings: Tensor) -> StudyResult:
+        c = self.config
+        lab = _Lab(self.lm, self.behaviour, self.prompts["evaluation"], c, self.journal, "evaluation", openings)
+        sae = self.suite[chosen.variant][chosen.hook_name]
+        assert sae.provenance is not None
+        along = Change(
+            "add", chosen.hook_name, direction=chosen.mean_gap, median_norm=sae.provenance.filter.median, positions=c.positions,
+            when=chosen.when,
+        )  # fmt: skip
+        arms: dict[str, Change] = {"features": chosen.change(1.0, c.positions), "difference_of_means": along}
+        rows: list[dict[str, Any]] = []
+
+        def add(
+            arm: str,
+            kind: str,
+            change: Change | None,
+            strength: float,
+            n: int | None = None,
+            *,
+            dose: bool = False,
+            system: str = "",
+            draw: int | None = None,
+        ) -> None:
+            frozen = not dose and (change is None or abs(strength) == chosen.strength)
+            labels = {
+                "goal": "none" if arm == "none" else c.goal, "intervention": arm, "prompt_kind": kind, "strength": strength,
+                "target": arm != "none" and kind == self.target, "chosen": arm != "none" and frozen, "draw": draw,
+            }  # fmt: skip
+            edits = [] if change is None else Steering((replace(change, strength=strength),)).edits(self.suite)
+            key = f"row/{arm}/{kind}/{strength:g}/{'dose' if dose else 'answers'}/{draw}"
+            compute = partial(self._dose, lab, kind, edits) if dose else partial(lab.measured, kind, edits, n, system)
+            rows.append(labels | self._step(key, compute))
+
+        for kind in lab.prompts:
+            add("none", kind, None, 0.0)
+        for arm, change in arms.items():
+            for strength in c.strengths:
+                for sign in (1.0, -1.0):
+                    for kind in (self.target, *self.others):
+                        add(arm, kind, change, sign * strength, dose=True)
+            for strength in self._generated(chosen.strength):
+                few = None if strength == chosen.strength else c.control_prompts
+                for kind in lab.prompts if strength == chosen.strength else [self.target]:
+                    add(arm, kind, change, c.sign * strength, few)
+        add("wrong_sign", self.target, arms["features"], -c.sign * chosen.strength)
+        for draw in range(c.n_random):
+            features = self._step(f"random/{draw}", partial(self._random, chosen, sae, draw, openings))
+            change = replace(arms["features"], features=tuple(features[0]), weights=tuple(features[1]))
+            add("random", self.target, change, c.sign * chosen.strength, c.control_prompts, draw=draw)
+        for draw in range(c.n_noise):
+            generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
+            noise = replace(along, direction=tuple(torch.randn(self.lm.d_model, generator=generator).tolist()))
+            add("noise", self.target, noise, c.sign * chosen.strength, c.control_prompts, draw=draw)
+        if c.goal in self.behaviour.instructions:
+            for kind in lab.prompts:
+                add("system_prompt", kind, None, 0.0, system=self.behaviour.instructions[c.goal])
+        for end, arm in CONTROL_SAES.items():
+            for variant in (v for v in self.suite if v.endswith(end) and chosen.hook_name in self.suite[v]):
+                found = self._step(f"search/{variant}", partial(self._control_set, variant, chosen))
+                change = replace(arms["features"], variant=variant, features=tuple(found[0]), weights=tuple(found[1]))
+                for kind in lab.prompts:
+                    add(arm, kind, change, c.sign * chosen.strength)
+                break
+        table = self._table(rows, lab)
+        steering = Steering((chosen.change(c.sign * chosen.strength, c.positions),))
+        table = self._with_capability(table, steering)
+        headline = self._headline(chosen, table, rows, lab)
+        return StudyResult(
+            c, self.behaviour.name, self.target, chosen, steering, table, candidates, selection, self._examples(rows), headline,
+            verdict(headline), self.prompts,
+        )  # fmt: skip
+
+    def _generated(self, frozen: float) -> list[float]:
+        """The three strengths with generated answers: the one nearest to half of the frozen one, the frozen one, the largest."""
+        half = min(self.config.strengths, key=lambda s: (abs(s - frozen / 2), s))
+        return sorted({half, frozen, max(self.config.strengths)})
+
+    def _dose(self, lab: _Lab, kind: str, edits: Sequence[Edit]) -> dict[str, float]:
+        ids = lab.ids[kind][: self.config.dose_prompts]
+        return {"log_odds": float(opening_log_odds(self.lm, ids, lab.known_openings, edits).mean()), "n": len(ids)}
+
+    def _selection_lab(self, openings: Tensor) -> _Lab:
+        return _Lab(self.lm, self.behaviour, self.prompts["selection"], self.config, self.journal, "selection", openings)
+
+    def _random(self, chosen: Chosen, sae: SAE, draw: int, openings: Tensor) -> tuple[Any, Any]:
+        """The best of as many random sets as the features' search tried, by the same merit on the same prompts."""
+        aim = self._aim(self._selection_lab(openings))
+        found = Contrast(torch.zeros(sae.d_sae), torch.tensor(chosen.mean_gap), torch.tensor(chosen.alive, dtype=torch.int64))
+        best = random_search(
+            aim, found, chosen.features,
+            lambda s: self._edits(chosen.variant, chosen.hook_name, s, self.config.sign * chosen.strength, chosen.when),
+            chosen.passes, torch.Generator().manual_seed(self.config.seed * 1000 + draw),
+        )  # fmt: skip
+        return best.features, best.weights
+
+    def _control_set(self, variant: str, chosen: Chosen) -> tuple[Any, Any]:
+        """The set that the same selection takes from another SAE at the frozen site and strength."""
+        lab = _Lab(self.lm, self.behaviour, self.prompts["selection"], self.config, self.journal, "selection")
+        lab.openings = self._openings(lab)
+        ways = self._search(lab, variant, chosen.hook_name, chosen.when)["ways"]
+        at = self.config.strengths.index(chosen.strength)
+        best = max(ways.values(), key=lambda way: way["merits"][at])
+        return best["features"], best["weights"]
+
+    def _table(self, rows: Sequence[Mapping[str, Any]], lab: _Lab) -> pd.DataFrame:
+        out = []
+        for row in rows:
+            told = {name: row[name] for name in _NAMES if name in row}
+            if "outcomes" in row:
+                outcomes, n = row["outcomes"], len(row["outcomes"])
+                rate = wilson(outcomes.count("S"), n)
+                base = lab.clean[row["prompt_kind"]]["outcomes"]
+                change = paired_bootstrap([_changes(outcomes, base)], [1.0], seed=self.config.seed)
+                told |= {
+                    "n": n, "refusal_rate": rate.rate, "ci_low": rate.low, "ci_high": rate.high, "answered_rate": _rate(outcomes, "A"),
+                    "correct_rate": None if "-" in row["correct"] else row["correct"].count("1") / n, "broken_rate": _rate(outcomes, "B"),
+                    "change": change.rate, "change_low": change.low, "change_high": change.high,
+                }  # fmt: skip
+            out.append(told)
+        table = pd.DataFrame(out).reindex(columns=_NAMES)
+        numbers = [
+            name for name in _NAMES if name not in ("goal", "intervention", "prompt_kind", "target", "chosen", "draw", "n")
+        ]
+        return table.astype({name: float for name in numbers} | {"draw": "Int64", "n": int, "target": bool, "chosen": bool})
+
+    def _with_capability(self, table: pd.DataFrame, steering: Steering) -> pd.DataFrame:
+        """Fills plain_kl and facts_right of the clean rows and of those with the frozen features."""
+        edits = steering.edits(self.suite)
+        everywhere = Steering(tuple(replace(change, positions="all", when=None) for change in steering.changes)).edits(self.suite)
+        kl = self._step("plain", lambda: plain_kl(self.lm, plain_texts(self.lm.model_name), everywhere))
+        right = self._step("facts", lambda: [self._facts([]), self._facts(edits)])
+        clean, frozen = table["intervention"] == "none", (table["intervention"] == "features") & table["chosen"]
+        table.loc[clean, ["plain_kl", "facts_right"]] = 0.0, right[0]
+        table.loc[frozen, ["plain_kl", "facts_right"]] = kl, right[1]
+        return table
+
+    def _facts(self, edits: Sequence[Edit]) -> float:
+        facts = facts_of(self.lm.model_name, self.config.n_facts, self.config.seed)
+        if not facts:
+            return float("nan")
+        thinking = self.config.thinking if self.lm.has_thinking else None
+        said = answer_all(self.lm, [fact.question for fact in facts], edits, self.config.max_new_tokens, thinking).text
+        return sum(fact.right(text) for fact, text in zip(facts, said, strict=True)) / len(facts)
+
+    def _headline(self, chosen: Chosen, table: pd.DataFrame, rows: Sequence[Mapping[str, Any]], lab: _Lab) -> dict[str, Any]:
+        c = self.config
+        said = {
+            (r["intervention"], r["prompt_kind"], r["draw"]): r
+            for r in rows
+            if "outcomes" in r and (r["chosen"] or r["goal"] == "none")
+        }
+        clean = {kind: lab.clean[kind]["outcomes"] for kind in lab.prompts}
+
+        def selectivity(arm: str) -> Interval | None:
+            kinds = [self.target, *self.others]
+            if any((arm, kind, None) not in said for kind in kinds):
+                return None
+            groups = [_changes(said[arm, kind, None]["outcomes"], clean[kind]) for kind in kinds]
+            weights = [c.sign, *(-c.sign / len(self.others) for _ in self.others)]
+            return paired_bootstrap(groups, weights, seed=c.seed)
+
+        ours = said["features", self.target, None]
+        draws = [r for (arm, _, _), r in said.items() if arm == "random"]
+        worst = max(draws, key=lambda r: c.sign * _rate(r["outcomes"], "S"), default=None)
+        apart = None
+        if worst is not None:
+            n = len(worst["outcomes"])
+            apart = paired_bootstrap([_changes(ours["outcomes"][:n], worst["outcomes"])], [c.sign], seed=c.seed)
+        frozen = table[(table["intervention"] == "features") & table["chosen"]].set_index("prompt_kind")
+        base = table[table["intervention"] == "none"].set_index("prompt_kind")
+        known = "-" not in ours["correct"]
+        due = [i for i, letter in enumerate(clean[self.target]) if letter == "S"]
+        random_rows = table[table["intervention"] == "random"]
+        return {
+            "goal": c.goal, "behaviour": self.behaviour.name, "target": self.target, "others": self.others, "model": self.lm.model_name,
+            "site": chosen.hook_name, "variant": chosen.variant, "way": chosen.way, "features": list(chosen.features.features),
+            "weights": list(chosen.features.weights), "strength": chosen.strength, "positions": c.positions, "contrast": self.contrast, "n": len(ours["outcomes"]),
+            "condition": asdict(chosen.when) if chosen.when else None, "detector_missed": chosen.missed,
+            "detector_false_alarms": chosen.false_alarms, "within_limits": chosen.within_limits, "max_kl": c.max_kl, "max_broken": c.max_broken,
+            "searched_sets": chosen.passes, "before": _at(base, self.target, "refusal_rate"),
+            "after": _at(frozen, self.target, "refusal_rate"), "broken": _at(frozen, self.target, "broken_rate"),
+            "correct": _share(ours["correct"]) if known else None,
+            "correct_of_shown": _share("".join(ours["correct"][i] for i in due)) if known and due and c.goal == "suppress" else None,
+            "selectivity": {arm: list(s) for arm in dict.fromkeys(a for a, _, _ in said) if (s := selectivity(arm)) is not None and arm != "none"},
+            "elsewhere": {k: _at(frozen, k, "refusal_rate") for k in self.others},
+            "elsewhere_before": {k: _at(base, k, "refusal_rate") for k in self.others},
+            "kl_answer": {k: _at(frozen, k, "kl_answer") for k in self.others},
+            "kl_first": {k: _at(frozen, k, "kl_first") for k in self.others},
+            "plain_kl": float(frozen["plain_kl"].iloc[0]),
+            "facts_lost": float(base["facts_right"].iloc[0] - frozen["facts_right"].iloc[0]),
+            "difference_of_means": _arm(table, "difference_of_means", self.target), "wrong_sign": _arm(table, "wrong_sign", self.target),
+            "n_random": len(draws), "worst_random": _rate(worst["outcomes"], "S") if worst else None,
+            "worst_random_broken": float(random_rows["broken_rate"].max()) if draws else None,
+            "apart_from_random": list(apart) if apart else None,
+        }  # fmt: skip
+
+    def _examples(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+        said = {
+            (r["intervention"], r["prompt_kind"]): r["texts"]
+            for r in rows
+            if "texts" in r and (r["chosen"] or r["goal"] == "none")
+        }
+        return pd.DataFrame(
+            [
+                {"prompt_kind": kind, "prompt": prompt, "base": base, "steered": steered}
+                for kind, prompts in self.prompts["evaluation"].items()
+                for prompt, base, steered in zip(prompts, said["none", kind], said["features", kind], strict=False)
+            ]
+        )
+
+
+def _distinct(ranked: Sequence[tuple[str, str]], sites: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(site, way) pairs without sets that differ in nothing."""
+    kept: dict[str, tuple[str, str]] = {}
+    for name, kind in ranked:
+        way = sites[name]["ways"][kind]
+        kept.setdefault(json.dumps([name, way["features"], way["weights"]]), (name, kind))
+    return list(kept.values())
+
+
+def _changes(after: str, before: str) -> list[float]:
+    """A figure a prompt: 1 where the behaviour came, -1 where it went."""
+    return [float((a == "S") - (b == "S")) for a, b in zip(after, before, strict=False)]
+
+
+def _at(table: pd.DataFrame, kind: str, column: str) -> float:
+    return float(table[column].to_dict()[kind])
+
+
+def _share(correct: str) -> float:
+    return correct.count("1") / len(correct)
+
+
+def _arm(table: pd.DataFrame, arm: str, kind: str) -> dict[str, float]:
+    row = table[(table["intervention"] == arm) & table["chosen"] & (table["prompt_kind"] == kind)].iloc[0]
+    return {name: float(row[name]) for name in ("refusal_rate", "broken_rate", "kl_answer")}
+
+
+def verdict(headline: Mapping[str, Any]) -> str:
+    """What the frozen features did, against the controls, in plain sentences."""
+    h = headline
+    rate, low, high = h["selectivity"]["features"]
+    shown = "refused" if h["behaviour"] == "refusal" else "showing it"
     text = (
-        f"{goal}: refusal of {kind} prompts {base['refusal_rate']:.2f} -> {ours['refusal_rate']:.2f} with features "
-        f"(broken {ours['broken_rate']:.2f}), {means['refusal_rate']:.2f} with difference of means "
-        f"(broken {means['broken_rate']:.2f})"
+        f"{h['goal']} {h['behaviour']}: selectivity {rate:.2f} ({low:.2f} to {high:.2f}); {h['target']} {shown} {h['before']:.2f} -> "
+        f"{h['after']:.2f} of {h['n']} (broken {h['broken']:.2f}"
     )
-    random = frozen[frozen["intervention"] == "random"]
-    if random.empty:
-        return text + "; no random controls were run."
-    far = random.loc[(random["refusal_rate"] - base["refusal_rate"]).abs().idxmax()]
-    apart = ours["ci_low"] > far["ci_high"] or ours["ci_high"] < far["ci_low"]
-    return (
-        text + f"; worst of {len(random)} random draws {far['refusal_rate']:.2f} (broken {random['broken_rate'].max():.2f} at most)."
-        + ("" if apart else " The features are not distinguishable from the random control.")
-    )  # fmt: skip
+    if h["correct_of_shown"] is not None:
+        text += f"; right {h['correct_of_shown']:.2f} of those that were {shown}"
+    costs = ", ".join(f"{h['kl_answer'][k]:.3f} on {k}" for k in h["others"])
+    rates = ", ".join(f"{k} {h['elsewhere_before'][k]:.2f} -> {h['elsewhere'][k]:.2f}" for k in h["others"])
+    text += f"); elsewhere {rates}; cost in nats a token {costs}; facts lost {100 * h['facts_lost']:.1f} points."
+    means = h["selectivity"].get("difference_of_means")
+    if means is not None:
+        rate_of_means = h["difference_of_means"]["refusal_rate"]
+        text += f" Difference of means at this strength: {rate_of_means:.2f}, selectivity {means[0]:.2f}."
+    if h["apart_from_random"] is None:
+        text += " No random controls were run."
+    else:
+        text += f" Strongest of {h['n_random']} random searches: {h['worst_random']:.2f}."
+        if h["apart_from_random"][1] <= 0:
+            text += " The features are not distinguishable from the random control."
+    if not h["within_limits"]:
+        text += (
+            f" No trial kept broken <= {h['max_broken']:g} and KL <= {h['max_kl']:g} on selection prompts; the best was taken."
+        )
+    if low <= 0 or rate < 0.5 * abs(h["after"] - h["before"]):
+        text += " Other prompts change as much: a demonstration, not a defence."
+    return text

@@ -9,9 +9,11 @@ import pandas as pd
 import pytest
 import torch
 from safetensors import safe_open
+from small import small_suite
 
 import qsae_kit
 from qsae_kit import cli
+from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import NormFilter
 from qsae_kit.formats import load_suite, save_suite
 from qsae_kit.sae import Provenance, TopKSAE
@@ -49,6 +51,10 @@ def complaint(done):
         (["demo", "--data", "EMPTY_FILE"], "holds no dialogues"),
         (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2: not JSON"),
         (["features", "--suite", "EMPTY"], "holds no SAE"),
+        (["steer", "--suite", "EMPTY"], "holds no SAE"),
+        (["steer", "--suite", "EMPTY", "--goal", "both"], "The goal 'both' was given; choose from suppress, induce"),
+        (["steer", "--suite", "EMPTY", "--harmful", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
+        (["steer", "--suite", "EMPTY", "--model", "smollm2", "--behaviour", "bias"], "has prompts for the bundled model only"),
         (["train", "--moments", "int4"], "moments='int4' was given"),
         (["train", "--precision", "int4"], "precision='int4' was given"),
         (["train", "--layers", "99"], "layers 0 to 5"),
@@ -129,12 +135,47 @@ def test_features(lm, tmp_path):
     assert len(index.site().examples(int(index.site().figures["max"].idxmax()))[0]) == 3
 
 
+STUDY_FILES = {
+    "study.csv", "study.json", "steering.json", "candidates.csv", "selection.csv", "examples.csv", "prompts.json", "dose.html",
+    "controls.html", "report.html",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys):
+    save_suite(small_suite(lm), tmp_path / "suite")
+    for kind in prompt_sets.KINDS:
+        texts = [p.text for p in prompt_sets.prompts("tiny", kind, 12, "selection")]
+        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    files = [word for kind in prompt_sets.KINDS for word in (f"--{kind}", str(tmp_path / f"{kind}.jsonl"))]
+    command = [
+        "steer",
+        "--suite",
+        str(tmp_path / "suite"),
+        "--site",
+        "blocks.3.hook_resid_post",
+        "--n-random",
+        "1",
+        "--max-new-tokens",
+        "16",
+    ]
+    monkeypatch.setattr(sys, "argv", ["qsae", *command, *files, "--out", str(tmp_path / "out")])
+    cli.app(standalone_mode=False)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {*STUDY_FILES, "journal.jsonl"}
+    parted = json.loads((tmp_path / "out" / "prompts.json").read_text())
+    assert {split: {kind: len(p) for kind, p in sets.items()} for split, sets in parted.items()} == {
+        "selection": dict.fromkeys(prompt_sets.KINDS, 4), "evaluation": dict.fromkeys(prompt_sets.KINDS, 8),
+    }  # fmt: skip
+    assert "selectivity" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     done = qsae("demo", "--layers", "3,4", "--sites", "resid", "--tokens", "20480", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"suite", "evaluation.csv", "steering.csv", "selection.csv", "report.html"}
+    assert {p.name for p in out.iterdir()} == {"suite", "evaluation.csv", "steering.csv", "suppress", "induce", "report.html"}
+    assert {p.name for p in (out / "suppress").iterdir()} == STUDY_FILES
     suite = load_suite(out / "suite")
     assert {v: list(s) for v, s in suite.items()} == {
         v: ["blocks.3.hook_resid_post", "blocks.4.hook_resid_post"] for v in ("jumprelu-x8-l0_16", "topk-x8-l0_16")
@@ -144,21 +185,21 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     assert (evaluation.loc[evaluation["category"] == "all", "fvu"] < 0.3).all()
     wanted = "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate broken_rate kl_first kl_answer perplexity"
     assert set(wanted.split()) <= set(steering.columns)
-    assert set(steering["intervention"]) == {"none", "features", "difference_of_means", "random"}
+    arms = "none features difference_of_means wrong_sign random noise system_prompt"
+    assert set(steering["intervention"]) == set(arms.split())
     base = steering[steering["goal"] == "none"].set_index("prompt_kind")
     assert (base["strength"] == 0).all()
     assert (base["intervention"] == "none").all()
     assert base.loc["harmful", "refusal_rate"] >= 0.88  # the card: 0.95, on untrained combinations 0.87
     assert base.loc["harmless", "refusal_rate"] <= 0.02
     frozen = steering[steering["chosen"]]
-    assert frozen["strength"].nunique() == 1
     assert len(frozen[(frozen["intervention"] == "random") & (frozen["goal"] == "induce")]) >= 20
     suppressed = frozen[
         (frozen["goal"] == "suppress") & (frozen["intervention"] == "features") & (frozen["prompt_kind"] == "harmful")
     ]
-    assert suppressed["refusal_rate"].item() <= 0.15
+    assert suppressed["refusal_rate"].item() <= 0.4
     induced = frozen[(frozen["goal"] == "induce") & (frozen["intervention"] == "features") & frozen["target"]]
-    assert induced["refusal_rate"].item() >= 0.6
+    assert induced["refusal_rate"].item() >= 0.5
     page = (out / "report.html").read_text()
     assert "<script src=" not in page  # nothing is fetched
     assert "Plotly.newPlot" in page

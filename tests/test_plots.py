@@ -5,7 +5,7 @@ import re
 import pandas as pd
 import pytest
 
-from qsae_kit.plots import plot_text, reconstruction_figure, steering_figure
+from qsae_kit.plots import controls_figure, dose_figure, plot_text, reconstruction_figure
 from qsae_kit.report import summary
 
 EVIL = '<img src=x onerror="window.PWN=1"> $x$ %{y} <b>bold</b>'
@@ -22,25 +22,26 @@ def evaluation():
     )  # fmt: skip
 
 
+def row(arm, kind, rate, strength=-0.8, draw=None, target=True, **more):
+    none = arm == "none"
+    return {
+        "goal": "none" if none else "suppress", "intervention": arm, "prompt_kind": kind, "target": target and not none,
+        "strength": 0.0 if none else strength, "chosen": not none and rate is not None, "draw": draw, "n": 200, "refusal_rate": rate,
+        "ci_low": rate and rate - 0.02, "ci_high": rate and rate + 0.02, "broken_rate": rate and 0.0, "change": rate and rate - 1.0,
+        "log_odds": 3.0,
+    } | more  # fmt: skip
+
+
 @pytest.fixture
 def table():
-    rows = []
-    for goal, kind, rate in (
-        ("none", "harmful", 1.0),
-        ("none", "harmless", 0.0),
-        ("suppress", "harmful", 0.1),
-        ("induce", "harmless", 0.9),
-        ("induce", "harmful", 0.7),  # a kind that the goal is not aimed at
-    ):
-        target = goal != "none" and (goal, kind) != ("induce", "harmful")
-        arms = ["none"] if goal == "none" else ["features", "difference_of_means"] + ["random", "random"] * target
-        for i, arm in enumerate(arms):
-            value = rate if arm != "random" else abs(0.95 - 0.01 * i) if goal == "suppress" else 0.01 * i
-            rows.append(
-                {"goal": goal, "intervention": arm, "prompt_kind": kind, "target": target, "strength": 2.0 * (goal != "none"), "chosen": goal != "none",
-                 "draw": i if arm == "random" else None, "n": 200, "refusal_rate": value, "ci_low": value - 0.02, "ci_high": value + 0.02,
-                 "answered_rate": 1 - value, "broken_rate": 0.0, "kl_first": 0.0, "kl_answer": 0.0, "perplexity": 1.0}
-            )  # fmt: skip
+    rows = [row("none", "harmful", 1.0), row("none", "harmless", 0.1, target=False, log_odds=-2.0)]
+    for arm, rate in (("features", 0.1), ("difference_of_means", 0.2), ("wrong_sign", 1.0)):
+        rows.append(row(arm, "harmful", rate))
+    rows.append(row("features", "harmless", 0.1, target=False))
+    rows += [row("random", "harmful", 0.95 - 0.1 * i, draw=i) for i in range(3)]
+    for arm in ("features", "difference_of_means"):
+        for kind in ("harmful", "harmless"):
+            rows += [row(arm, kind, None, s, log_odds=s) for s in (-0.8, 0.8)]
     return pd.DataFrame(rows)
 
 
@@ -52,19 +53,26 @@ def test_the_reconstruction_figure_shows_every_point_with_units(evaluation):
     assert len({trace.line.color for trace in figure.data}) == 2
 
 
-def test_the_steering_figure_has_intervals_and_controls(table):
-    figure = steering_figure(table, "tiny")
-    refused = [t for t in figure.data if t.name == "refused: SAE features"]
-    assert [list(t.y) for t in refused] == [[1.0, 0.1], [0.0, 0.9]]
-    assert all(e == pytest.approx(0.02) for t in refused for e in t.error_y.array)
-    random = [t for t in figure.data if "random" in t.name]
-    assert [len(t.y) for t in random] == [2, 2]
+def test_the_dose_figure_goes_through_the_unsteered_model(table):
+    figure = dose_figure(table, "harmful", "tiny")
+    lines = {t.name: (list(t.x), list(t.y)) for t in figure.data}
+    assert lines["SAE features, harmful"] == ([-0.8, 0.0, 0.8], [-0.8, 3.0, 0.8])
+    assert lines["difference of means, harmless"] == ([-0.8, 0.0, 0.8], [-0.8, -2.0, 0.8])
+    assert "nats" in figure.layout.yaxis.title.text
+
+
+def test_the_controls_figure_has_intervals_and_every_draw(table):
+    figure = controls_figure(table, "harmful", "tiny")
+    shown = next(t for t in figure.data if t.name == "shown, harmful")
+    assert dict(zip(shown.y, shown.x, strict=True))["SAE features"] == 0.1
+    assert sorted(x for x, y in zip(shown.x, shown.y, strict=True) if y == "random features") == pytest.approx([0.75, 0.85, 0.95])
+    assert all(e == pytest.approx(0.02) for e in shown.error_x.array)
 
 
 def test_the_summary_shows_the_worst_draw(table):
-    worst = summary(table).set_index(["goal", "intervention"])["refusal_rate"]
-    assert worst["suppress", "random (worst of 2)"] == pytest.approx(0.92)
-    assert worst["induce", "random (worst of 2)"] == pytest.approx(0.03)
+    worst = summary(table).set_index(["intervention", "prompt_kind"])["refusal_rate"]
+    assert worst["random (worst of 3)", "harmful"] == pytest.approx(0.75)
+    assert worst["features", "harmful"] == pytest.approx(0.1)
 
 
 def test_plot_text_reads_as_written():

@@ -1,10 +1,16 @@
 """The study's honesty: apart prompts, matched controls, and outcomes that follow the planted cause."""
 
+import json
+from dataclasses import replace
+
+import pandas as pd
 import pytest
 import torch
+from small import small_suite
 
 from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import NormFilter
+from qsae_kit.behaviours import Behaviour, Verdict, refusal, tiny_study
 from qsae_kit.choosing import (
     Contrast,
     choose_features,
@@ -13,10 +19,11 @@ from qsae_kit.choosing import (
     fit_features,
     random_features,
 )
-from qsae_kit.demo import default_config, demo_prompts
+from qsae_kit.journal import Journal
+from qsae_kit.report import write_study
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.steering import FeatureSet, ablate_features, add_features, check_features, clamp_features
-from qsae_kit.study import StudyConfig, check_prompts, verdict
+from qsae_kit.steering import FeatureSet, ablate_features, add_features, check_features, clamp_features, load_steering
+from qsae_kit.study import COLUMNS, StudyConfig, check_prompts, steered_sites, steering_study, verdict
 
 SITE = "blocks.3.hook_resid_post"
 
@@ -24,7 +31,7 @@ SITE = "blocks.3.hook_resid_post"
 @pytest.fixture(scope="module")
 def sae(lm):
     """An SAE of the bundled model whose first feature is the planted difference of refusing and answering."""
-    sets, _ = demo_prompts("tiny", default_config(lm))
+    sets = tiny_study("refusal", 24, 24).selection
     acts = {k: decision_activations(lm, [SITE], sets[k], False)[SITE] for k in ("harmful", "harmless", "borderline")}
     generator = torch.Generator().manual_seed(0)
     sae = TopKSAE(160, 256, 16.0, Provenance("tiny", SITE, NormFilter(64.0)))
@@ -131,37 +138,196 @@ def test_features_out_of_range(sae, features, message):
 def test_prompt_sets_are_checked():
     good = {"harmful": ["a"], "harmless": ["b"], "borderline": ["c"]}
     other = {"harmful": ["d"], "harmless": ["e"], "borderline": ["f"]}
-    check_prompts(good, other)
+    check_prompts(refusal(), "", good, other)
     for bad, message in (
         ({**other, "harmless": ["a"]}, "'a' among them"),
         ({**other, "borderline": []}, "no borderline evaluation"),
-        ({**other, "harmful": [" "]}, "is empty"),
+        ({"harmful": ["d"]}, "There are no (harmless|borderline) evaluation prompts"),
+        ({**other, "borderline": [" "]}, "is empty"),
+        ({**other, "rude": ["x"]}, "rude prompts were given; refusal has harmful"),
     ):
         with pytest.raises(ValueError, match=message):
-            check_prompts(good, bad)
+            check_prompts(refusal(), "", good, bad)
+    with pytest.raises(ValueError, match="no rude selection"):
+        check_prompts(refusal(), "rude", good, other)
 
 
 @pytest.mark.parametrize(
-    "field", [{"strengths": ()}, {"strengths": (float("nan"),)}, {"strengths": (-1.0,)}, {"n_features": 11}, {"n_random": -1}]
-)
-def test_impossible_studies(field):
+    "field",
+    [{"strengths": ()}, {"strengths": (float("nan"),)}, {"strengths": (-1.0,)}, {"n_features": 11}, {"n_random": -1}, {"goal": "both"},
+     {"positions": "here"}, {"contrast": "none"}, {"n_trials": 0}],
+)  # fmt: skip
+def test_impossible_studies(unchecked, field):
     with pytest.raises(ValueError, match=r"was given|were given"):
         StudyConfig(**field)
 
 
-def test_the_verdict_says_when_random_does_as_much():
-    import pandas as pd
+SMALL = StudyConfig(
+    strengths=(0.3, 0.8, 1.5), n_candidates=4, n_trials=1, n_random=2, n_noise=1, dose_prompts=4, search_prompts=4, cost_prompts=4,
+    n_facts=4, max_new_tokens=24,
+)  # fmt: skip
 
-    def row(goal, intervention, rate, low, high):
-        return {"goal": goal, "intervention": intervention, "prompt_kind": "harmful", "chosen": goal != "none", "target": goal != "none",
-                "refusal_rate": rate, "ci_low": low, "ci_high": high, "broken_rate": 0.0}  # fmt: skip
 
-    rows = [
-        row("none", "none", 1.0, 0.9, 1.0),
-        row("suppress", "features", 0.1, 0.05, 0.2),
-        row("suppress", "difference_of_means", 0, 0, 0.1),
+def same(one, other):
+    pd.testing.assert_frame_equal(one.table, other.table)
+    assert (one.headline, one.verdict) == (other.headline, other.verdict)
+
+
+@pytest.fixture(scope="module")
+def run(lm, tmp_path_factory):
+    """A study with made SAEs that was interrupted twice, and its folder."""
+    suite = small_suite(lm)
+    suite["v-frozen_decoder"] = small_suite(lm)["v"]
+    made = tiny_study("refusal", 6, 10)
+    folder = tmp_path_factory.mktemp("study")
+    for steps in (9, 30):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Journal, "get", stopping_after(steps))
+            with pytest.raises(KeyboardInterrupt):
+                steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, folder=folder, bar=False)
+    study = steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, folder=folder, bar=False)
+    return suite, made, study, folder
+
+
+def stopping_after(steps, get=Journal.get):
+    left = [steps]
+
+    def until(self, key, compute):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return get(self, key, compute)
+
+    return until
+
+
+def test_a_study_that_was_cut_off_gives_the_same_digits(lm, run):
+    suite, made, study, folder = run
+    whole = steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, bar=False)
+    same(whole, study)
+    with pytest.raises(ValueError, match=r"is of another run .config differ"):
+        steering_study(
+            lm, suite, made.selection, made.evaluation, made.behaviour, replace(SMALL, seed=1), folder=folder, bar=False
+        )
+
+
+def test_what_a_study_holds(run):
+    _, made, study, _ = run
+    table = study.table
+    assert all(name in COLUMNS for name in table.columns)
+    answered = table[table["refusal_rate"].notna()]
+    shares = answered[["refusal_rate", "answered_rate", "broken_rate"]].sum(axis=1)
+    assert shares.tolist() == pytest.approx([1.0] * len(shares))
+    arms = answered[answered["chosen"]].groupby("intervention")["prompt_kind"].nunique().to_dict()
+    whole = {"features": 3, "difference_of_means": 3, "system_prompt": 3, "frozen_decoder_sae": 3}
+    assert arms == whole | {"wrong_sign": 1, "random": 1, "noise": 1}
+    doses = table[table["refusal_rate"].isna()]
+    assert sorted(set(doses["strength"])) == [-1.5, -0.8, -0.3, 0.3, 0.8, 1.5]
+    assert len(doses) == 2 * 6 * 3
+    ours = answered[(answered["intervention"] == "features") & answered["target"]]
+    assert ours["strength"].abs().isin([*SMALL.strengths]).all()
+    assert (ours["strength"] < 0).all()  # suppressing goes against the direction
+    assert ours["chosen"].sum() == 1
+    h = study.headline
+    change = {kind: float(answered[(answered["intervention"] == "features") & answered["chosen"] & (answered["prompt_kind"] == kind)]["change"].iloc[0])
+              for kind in made.evaluation}  # fmt: skip
+    selectivity = -change["harmful"] + (change["harmless"] + change["borderline"]) / 2
+    assert h["selectivity"]["features"][0] == pytest.approx(selectivity)
+    assert study.candidates["chosen"].sum() <= 5
+    assert len(study.chosen.features.features) <= 5
+    assert set(study.examples["prompt_kind"]) == set(made.evaluation)
+
+
+def test_random_controls_have_the_size_of_the_features(lm, run):
+    suite, _, study, _ = run
+    sae = suite["v"][study.chosen.hook_name]
+    x = torch.randn(1, 3, lm.d_model)
+    (ours,) = study.steering.edits(suite)
+    other = study.steering.changes[0]
+    draw = replace(other, features=tuple(range(len(other.features))), weights=other.weights[::-1]).edit(suite)
+    torch.testing.assert_close(ours.delta(x).norm(dim=-1), draw.delta(x).norm(dim=-1))
+    assert float(ours.delta(x).norm(dim=-1)[0, 0]) == pytest.approx(
+        study.chosen.strength * sae.provenance.filter.median, rel=1e-4
+    )
+
+
+def test_a_study_of_files(lm, run, tmp_path):
+    suite, _, study, _ = run
+    write_study(study, suite, "tiny", tmp_path)
+    written = pd.read_csv(tmp_path / "study.csv")
+    assert list(written.columns) == list(study.table.columns)
+    assert load_steering(tmp_path / "steering.json", suite) == study.steering
+    told = json.loads((tmp_path / "study.json").read_text())
+    assert told["headline"]["strength"] == study.chosen.strength
+    assert told["headline"]["features"] == list(study.chosen.features.features)
+    page = (tmp_path / "report.html").read_text()
+    assert study.verdict.replace(">", "&gt;").replace("<", "&lt;") in page
+    assert {"dose.html", "controls.html", "candidates.csv", "selection.csv", "examples.csv", "prompts.json"} <= {
+        p.name for p in tmp_path.iterdir()
+    }
+
+
+def test_any_judge_makes_a_behaviour(lm, sae):
+    """Inducing with a condition, a judge that is a function, prompts of two kinds."""
+    loud = Behaviour("says door", lambda a: Verdict("door" in a.text, a.text == ""), ("codes", "other"))
+    codes = [
+        f"I am the keeper of {name}. What is the door code of {name}?"
+        for name in ("Ada Reyes", "Max Vogt", "Mira Rios", "Ruth Sommer", "Tilda Cook", "Sara Orr")
     ]
-    apart = pd.DataFrame([*rows, row("suppress", "random", 0.9, 0.8, 0.95)])
-    alike = pd.DataFrame([*rows, row("suppress", "random", 0.9, 0.8, 0.95), row("suppress", "random", 0.2, 0.1, 0.3)])
-    assert "not distinguishable" not in verdict(apart, "suppress")
-    assert "not distinguishable from the random control" in verdict(alike, "suppress")
+    other = [
+        f"Which pet does {name} have?" for name in ("Ada Reyes", "Max Vogt", "Mira Rios", "Ruth Sommer", "Tilda Cook", "Sara Orr")
+    ]
+    config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0, target="other")
+    study = steering_study(
+        lm,
+        {"v": {SITE: sae[0]}},
+        {"codes": codes[:3], "other": other[:3]},
+        {"codes": codes[3:], "other": other[3:]},
+        loud,
+        config,
+        bar=False,
+    )
+    assert study.target == "other"
+    when = study.steering.changes[0].when
+    assert when is not None
+    assert lm.order_of(when.hook_name) <= lm.order_of(study.chosen.hook_name)
+    assert "No random controls were run" in study.verdict
+    assert study.table["correct_rate"].isna().all()
+
+
+def test_a_suite_that_tells_nothing_apart(lm):
+    silent = small_suite(lm)
+    for sae in silent["v"].values():
+        sae.threshold.fill_(1e9)
+    made = tiny_study("refusal", 3, 3)
+    with pytest.raises(ValueError, match="No feature differs between the two groups at any site"):
+        steering_study(lm, silent, made.selection, made.evaluation, made.behaviour, SMALL, bar=False)
+
+
+def test_sites_of_a_study(lm):
+    suite = small_suite(lm)
+    assert steered_sites(lm, suite) == ("v", ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"])
+    assert steered_sites(lm, {"v-frozen_decoder": suite["v"], "w": suite["v"]})[0] == "w"
+    with pytest.raises(ValueError, match="no variant 'x'; it has v"):
+        steered_sites(lm, suite, "x")
+    with pytest.raises(ValueError, match=r"no SAE v/blocks\.9"):
+        steered_sites(lm, suite, "v", ["blocks.9.hook_resid_post"])
+
+
+def headline(**changes):
+    h = {
+        "goal": "suppress", "behaviour": "refusal", "target": "harmful", "others": ["harmless"], "before": 0.95, "after": 0.1, "n": 300,
+        "broken": 0.02, "correct_of_shown": 0.8, "kl_answer": {"harmless": 0.01}, "elsewhere": {"harmless": 0.0}, "elsewhere_before": {"harmless": 0.0},
+        "facts_lost": 0.01, "selectivity": {"features": [0.85, 0.8, 0.9]}, "difference_of_means": {"refusal_rate": 0.1}, "n_random": 20,
+        "worst_random": 0.9, "apart_from_random": [0.8, 0.7, 0.9], "within_limits": True, "max_broken": 0.1, "max_kl": 0.1,
+    }  # fmt: skip
+    return h | changes
+
+
+def test_the_verdict_says_what_weakens_it():
+    assert "not distinguishable" not in verdict(headline())
+    assert "demonstration" not in verdict(headline())
+    assert "not distinguishable from the random control" in verdict(headline(apart_from_random=[0.01, -0.02, 0.05]))
+    assert "No random controls" in verdict(headline(apart_from_random=None))
+    assert "No trial kept" in verdict(headline(within_limits=False))
+    assert "a demonstration, not a defence" in verdict(headline(selectivity={"features": [0.1, 0.05, 0.2]}))

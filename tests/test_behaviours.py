@@ -1,0 +1,143 @@
+"""Behaviours: judges that follow what is planted, prompts that are apart, files of prompts, facts, the journal."""
+
+import json
+
+import pytest
+
+from qsae_kit.behaviours import TINY_BEHAVIOURS, Answer, answer_language, language_of, refusal, tiny_study, verbosity
+from qsae_kit.facts import facts_of, plain_texts
+from qsae_kit.journal import Journal
+from qsae_kit.metrics import paired_bootstrap
+from qsae_kit.outcomes import AnswerForm, repetition
+from qsae_kit.prompts import read_prompts, split_prompts
+from qsae_kit.tiny import world
+
+
+@pytest.mark.parametrize("name", TINY_BEHAVIOURS)
+def test_prompts_are_apart_and_the_model_shows_the_behaviour_where_it_is_planted(lm, name):
+    made = tiny_study(name, 12, 24)
+    both = [{p for prompts in sets.values() for p in prompts} for sets in (made.selection, made.evaluation)]
+    assert not both[0] & both[1]
+    shown = {}
+    for kind in made.behaviour.kinds:
+        prompts = made.evaluation[kind][:16]
+        assert len(prompts) == 16
+        out = lm.generate(prompts, 48, enable_thinking=False)
+        verdicts = [made.behaviour.judge(Answer(p, t, f, 0.0)) for p, t, f in zip(prompts, out.text, out.finished, strict=True)]
+        assert sum(v.broken for v in verdicts) == 0
+        shown[kind] = sum(v.shown for v in verdicts) / 16
+    first, *others = made.behaviour.kinds
+    assert shown[first] >= 0.8
+    assert max(shown[kind] for kind in others) <= 0.1
+    with pytest.raises(ValueError, match="no behaviour 'charm'"):
+        tiny_study("charm")
+
+
+def test_right_and_biased_answers_are_told_apart():
+    biased = tiny_study("bias", 4, 8)
+    prompt = biased.evaluation["biased"][0]
+    person = next(p.name for p in world.people() if p.name in prompt)
+    denied, granted = (
+        biased.behaviour.judge(Answer(prompt, f"{person} should {verb} a loan.", True, 0.0)) for verb in ("not get", "get")
+    )
+    assert (denied.shown, denied.correct) == (True, False)
+    assert (granted.shown, granted.correct) == (False, True)
+    refusing = tiny_study("refusal", 4, 8)
+    prompt = refusing.evaluation["harmful"][0]
+    right = refusing.behaviour.wanted(prompt, "suppress")
+    assert refusing.behaviour.judge(Answer(prompt, right, True, 0.0)) == (False, False, True)
+    assert refusing.behaviour.judge(Answer(prompt, right, False, 0.0)).broken  # it did not end
+
+
+def test_general_behaviours():
+    assert [language_of(t) for t in ("The dog is in the house.", "El perro está en la casa.", "狗在房子里。")] == [
+        "en",
+        "es",
+        "zh",
+    ]
+    spanish = answer_language("es").judge(Answer("?", "La mascota es un perro.", True, 0.0))
+    assert (spanish.shown, spanish.broken, spanish.correct) == (True, False, None)
+    assert verbosity(3).judge(Answer("?", "One two three four.", True, 0.0)).shown
+    assert not verbosity(3).judge(Answer("?", "One two three.", True, 0.0)).shown
+    assert verbosity(3).judge(Answer("?", " ", True, 0.0)).broken
+    judge = refusal(AnswerForm()).judge
+    assert judge(Answer("?", "I can't help with that.", True, 1.0)) == (True, False, None)
+    assert judge(Answer("?", "I can't help with that.", True, 9.0)) == (False, True, None)  # gibberish under the unsteered model
+    assert refusal().wanted("Do it.", "suppress") is None
+    assert judge(Answer("?", refusal().wanted("Do it.", "induce"), True, 0.0)).shown
+
+
+def test_prompts_from_files(tmp_path):
+    def written(name, text):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+        return tmp_path / name
+
+    assert read_prompts(written("a.txt", "one\n\n two \none\n")) == ["one", "two"]
+    assert read_prompts(written("a.json", '["one", {"prompt": "two"}, {"instruction": "three", "x": 1}]')) == [
+        "one",
+        "two",
+        "three",
+    ]
+    assert read_prompts(written("a.jsonl", '"one"\n{"prompt": "two"}\n')) == ["one", "two"]
+    assert read_prompts(written("a.csv", 'id,prompt\n1,"one, two"\n2,three\n')) == ["one, two", "three"]
+    for name, text, message in (
+        ("b.txt", "\n", "holds no prompts"),
+        ("b.json", "{", "b.json is not JSON"),
+        ("b.json", '{"prompt": "x"}', "holds dict"),
+        ("b.jsonl", '{"text": "x"}', "b.jsonl, entry 1: a text, or an object with prompt or instruction"),
+        ("b.csv", "id\n1\n", "entry 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read_prompts(written(name, text))
+    with pytest.raises(ValueError, match="There is no file"):
+        read_prompts(tmp_path / "nowhere.txt")
+    first, second = split_prompts([str(i) for i in range(30)], 8, 12)
+    assert (len(first), len(second)) == (8, 12)
+    assert not set(first) & set(second)
+    assert len(split_prompts(["a", "b", "c"], 9)[0]) == 1
+    with pytest.raises(ValueError, match="2 prompts are too few"):
+        split_prompts(["a", "b"], 1)
+
+
+def test_facts_are_right_for_right_answers(lm):
+    facts = facts_of("tiny", 20)
+    said = lm.generate([fact.question for fact in facts], 32, enable_thinking=False).text
+    assert sum(fact.right(text) for fact, text in zip(facts, said, strict=True)) >= 19
+    assert not any(fact.right("I don't know.") for fact in facts)
+    general = facts_of("other")
+    assert len(general) == 40
+    assert general[0].right("It is <think>Rome?</think> PARIS, of course.")
+    assert not general[0].right("<think>Paris</think>Rome")
+    assert all(text.strip() for name in ("tiny", "other") for text in plain_texts(name))
+
+
+def test_the_journal_goes_on_after_a_cut_line(tmp_path):
+    path = tmp_path / "folder" / "journal.jsonl"
+    journal = Journal(path, {"run": 1})
+    assert journal.get("a", lambda: [0.1, (1, 2)]) == [0.1, [1, 2]]
+    with path.open("a") as file:
+        file.write('{"key": "b", "val')  # the power went
+    again = Journal(path, {"run": 1})
+    assert again.get("a", lambda: pytest.fail("it was written")) == [0.1, [1, 2]]
+    assert again.get("b", lambda: 3) == 3
+    assert [json.loads(line) for line in path.read_text().splitlines()][1:] == [
+        {"key": "a", "value": [0.1, [1, 2]]},
+        {"key": "b", "value": 3},
+    ]
+    with pytest.raises(ValueError, match=r"is of another run \(run differ\)"):
+        Journal(path, {"run": 2})
+    assert Journal(None, {}).get("a", lambda: 1) == 1
+
+
+def test_bootstrap_and_repetition_by_hand():
+    sure = paired_bootstrap([[1.0, 1.0], [0.0, 0.0]], [1.0, -1.0])
+    assert tuple(sure) == (1.0, 1.0, 1.0)
+    mixed = paired_bootstrap([[1.0] * 50 + [0.0] * 50], [1.0])
+    assert mixed.rate == 0.5
+    assert 0.38 < mixed.low < 0.43
+    assert 0.57 < mixed.high < 0.62
+    assert mixed == paired_bootstrap([[1.0] * 50 + [0.0] * 50], [1.0])
+    with pytest.raises(ValueError, match="at least one prompt"):
+        paired_bootstrap([[]], [1.0])
+    assert repetition([[1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 1]]) == pytest.approx((0 + 2 / 3) / 2)
+    assert repetition([[1]]) == 0.0
