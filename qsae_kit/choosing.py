@@ -200,6 +200,8 @@ class Aim:
     """1 to induce the behaviour, -1 to suppress it."""
     wanted: Sequence[list[int]] | None = None
     """Answers (token ids) that are wanted on the target prompts, where they are known."""
+    price: float = 1.0
+    """Weight in `merit` of what changes on the other prompts."""
 
     def odds(self, edits: Sequence[Edit] = ()) -> tuple[Float[Tensor, " target"], Float[Tensor, " other"]]:
         """Log-odds (nats) of a first token out of `openings`, on the target prompts and on the others."""
@@ -207,7 +209,7 @@ class Aim:
         return both[: len(self.target)], both[len(self.target) :]
 
     def merit(self, edits: Sequence[Edit], clean_others: Float[Tensor, " other"]) -> float:
-        """How far the target prompts get what is wanted, less the mean change of the others' probability; at most 1.
+        """How far the target prompts get what is wanted, less `price` times the mean change of the others' probability; at most 1.
 
         What is wanted: the geometric mean probability a token of the wanted answers, or where none are known the probability of
         the wanted beginning.
@@ -218,7 +220,7 @@ class Aim:
         else:
             others = opening_log_odds(self.lm, self.others, self.openings, edits)
             gained = self._wanted(edits)
-        return float(gained.mean() - (others.sigmoid() - clean_others.sigmoid()).abs().mean())
+        return float(gained.mean() - self.price * (others.sigmoid() - clean_others.sigmoid()).abs().mean())
 
     @torch.no_grad()
     def _wanted(self, edits: Sequence[Edit], batch: int = 64) -> Float[Tensor, " target"]:

@@ -316,7 +316,7 @@ def steer(
     site: Annotated[list[str] | None, typer.Option(help="A hook name to choose from; may be given again.")] = None,
     variant: Annotated[str, typer.Option(help="Variant of the suite; its first one by default.")] = "",
     features: Annotated[int, typer.Option(help="Features, at most (1 to 10).")] = 5,
-    positions: Annotated[str, typer.Option(help="all, prompt, header, thinking or answer.")] = "header",
+    positions: Annotated[str, typer.Option(help="auto, all, prompt, header, thinking or answer.")] = "auto",
     conditional: Annotated[bool, typer.Option("--conditional", help="Only while a detector feature fires.")] = False,
     thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
     n_selection: Annotated[int, typer.Option(help="Selection prompts of each kind, at most a third of a file.", min=1)] = 72,

@@ -79,7 +79,7 @@ def default_config(lm: HookedLM) -> DemoConfig:
     lead = TrainConfig("jumprelu", sparsity=8, expansion=4, tokens=49_152, batch=512, pool=8_192, lr=1e-3)
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})
     study = replace(
-        few, strengths=(0.2, 0.3, 0.35, 0.45), positions="answer", max_new_tokens=28, cost_prompts=4, control_prompts=5, dose_prompts=8,
+        few, strengths=(0.3, 0.4, 0.5, 0.6), max_new_tokens=28, cost_prompts=4, control_prompts=5, dose_prompts=8,
         search_prompts=4, n_facts=16, n_noise=2,
     )  # fmt: skip
     return DemoConfig(

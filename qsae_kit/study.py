@@ -72,7 +72,7 @@ class StudyConfig:
     n_candidates: int = 16
     """Features a site that are scored."""
     n_trials: int = 4
-    """Sets that are tried by generated answers, at three strengths each."""
+    """Sets that are tried by generated answers, at a few strengths each."""
     n_random: int = 20
     """Random controls, each the best of as many random sets as the features' own search tried at the site."""
     n_noise: int = 5
@@ -92,15 +92,16 @@ class StudyConfig:
     (for refusal, harmful against borderline ones, which look alike), at the last prompt token. answers: stock refusals against the model's own answers to the same prompts, over the answer
     (contrastive activation addition, Rimsky et al. 2024, arXiv 2312.06681): for models that hardly refuse by themselves. auto:
     answers for a refusal study where fewer than a tenth of the first kind's selection prompts are refused, else prompts."""
-    positions: Policy = "header"
-    """Which tokens the edit changes."""
+    positions: Policy | Literal["auto"] = "auto"
+    """Which tokens the edit changes. auto: all of them where the contrast is of answers, else the header before the answer."""
     conditional: bool = False
     """Whether the change is made only while a detector feature fires, which is looked for at the site or before."""
     max_new_tokens: int = 48
     max_broken: float = 0.10
     """Share of broken answers on the target that a trial may have."""
     max_kl: float = 0.10
-    """Nats a token that a trial may cost on the answers to other prompts."""
+    """Nats a token that a trial may cost on the answers to other prompts; not asked where the contrast is of answers, which
+    does not tell prompts apart."""
     thinking: bool = False
     """Whether the model thinks before it answers, where it can."""
     seed: int = 0
@@ -118,8 +119,8 @@ class StudyConfig:
         for name in ("n_candidates", "n_trials", "dose_prompts", "search_prompts", "cost_prompts", "max_new_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was given; it must be at least 1.")
-        if self.positions not in POLICIES:
-            raise ValueError(f"positions={self.positions!r} was given; choose from {', '.join(POLICIES)}.")
+        if self.positions not in ("auto", *POLICIES):
+            raise ValueError(f"positions={self.positions!r} was given; choose from auto, {', '.join(POLICIES)}.")
         if self.contrast not in CONTRASTS:
             raise ValueError(f"contrast={self.contrast!r} was given; choose from {', '.join(CONTRASTS)}.")
 
@@ -149,7 +150,9 @@ class Chosen(NamedTuple):
     passes: int
     """Sets that the search tried at the site, so many as each random control tries."""
     within_limits: bool
-    """Whether the trial kept `max_broken` and `max_kl`."""
+    """Whether the trial kept the limits (`StudyConfig.max_broken`, `max_kl`)."""
+    means_strength: float
+    """The strength that the same trials choose for the difference of means."""
 
     def change(self, strength: float, positions: Policy) -> Change:
         return Change(
@@ -183,7 +186,7 @@ class StudyResult(NamedTuple):
 
 COLUMNS = """
 goal              none, suppress or induce
-intervention      none, features, difference_of_means, wrong_sign, random, noise, system_prompt, frozen_decoder_sae, soft_frozen_sae
+intervention      none, features, difference_of_means, difference_of_means_best (at the strength that the same trials choose for it), wrong_sign, random, noise, system_prompt, frozen_decoder_sae, soft_frozen_sae
 prompt_kind       kind of the prompts
 target            whether the goal is aimed at this kind
 strength          median norms, with the sign that was applied to the direction towards the behaviour
@@ -371,6 +374,8 @@ class _Study:
         self.contrast = self.config.contrast
         if self.contrast == "auto":
             self.contrast = "answers" if self.behaviour.name == "refusal" and shown < 0.1 else "prompts"
+        told: Policy = "all" if self.contrast == "answers" else "header"
+        self.positions: Policy = told if self.config.positions == "auto" else self.config.positions
         self.others = [kind for kind in self.behaviour.kinds if kind not in (first, self.target)] or [
             kind for kind in self.behaviour.kinds if kind != self.target
         ]
@@ -435,6 +440,7 @@ class _Study:
         return Aim(
             self.lm, [ids[i] for i in known] if usable else ids, [ids for kind in self.others for ids in lab.ids[kind][:per_kind]],
             lab.known_openings, self.config.sign, [self._answer_ids(texts[i]) for i in known] if usable else None,
+            price=0.0 if self.contrast == "answers" else 1.0,
         )  # fmt: skip
 
     def _answer_ids(self, text: str | None) -> list[int]:
@@ -484,7 +490,7 @@ class _Study:
             return {"ways": {}, "candidates": []}
 
         def make(chosen: FeatureSet, strength: float) -> list[Edit]:
-            return self._edits(variant, name, chosen, c.sign * strength, when)
+            return self._pushed(variant, name, chosen, strength, when)
 
         clean = aim.odds()[1]
         sets = {"gap": choose_features(found, c.n_features), "fitted": fit_features(sae, found, c.n_features)}
@@ -511,10 +517,11 @@ class _Study:
             "passes": len(scores) + grown.passes + len(sets),
         }  # fmt: skip
 
-    def _edits(self, variant: str, name: str, chosen: FeatureSet, strength: float, when: Condition | None) -> list[Edit]:
+    def _pushed(self, variant: str, name: str, chosen: FeatureSet, strength: float, when: Condition | None) -> list[Edit]:
+        """The edits that add a set at a strength without the goal's sign, which is put on here."""
         change = Change(
-            "add", name, variant, chosen.features, chosen.weights, strength=strength, positions=self.config.positions, when=when
-        )
+            "add", name, variant, chosen.features, chosen.weights, strength=self.config.sign * strength, positions=self.positions, when=when,
+        )  # fmt: skip
         return Steering((change,)).edits(self.suite)
 
     def _choose(self, lab: _Lab) -> tuple[Chosen, pd.DataFrame, pd.DataFrame]:
@@ -538,32 +545,29 @@ class _Study:
             for name, found in sites.items()
             for kind, way in found["ways"].items()
         }
-        ranked = sorted(apart, key=lambda key: -max(apart[key]))
         trials = []
-        for name, kind in _distinct(ranked, sites)[: c.n_trials]:
-            way = sites[name]["ways"][kind]
-            features = FeatureSet(tuple(way["features"]), tuple(way["weights"]))
-            order = sorted(range(len(c.strengths)), key=lambda i, m=apart[name, kind]: -round(m[i], 3))  # type: ignore[misc]
-            for i in sorted(order[:3]):
-                sets = [features, *(FeatureSet(tuple(f), tuple(w)) for f, w in sites[name]["disturbing"])]
-                edits = [self._edits(self.variant, name, each, c.sign * c.strengths[i], when.get(name)) for each in sets]
-                trial = self._step(f"trial/{name}/{kind}/{c.strengths[i]:g}", partial(self._trial, lab, edits[0], edits[1:]))
-                trials.append({"site": name, "way": kind, "features": len(way["features"]), "strength": c.strengths[i],
-                               "merit": way["merits"][i], **trial})  # fmt: skip
+        for name, kind in _distinct(sorted(apart, key=lambda key: -max(apart[key])), sites)[: c.n_trials]:
+            way, disturbing = sites[name]["ways"][kind], sites[name]["disturbing"]
+            ours, *random = [
+                partial(self._pushed, self.variant, name, FeatureSet(tuple(f), tuple(w)), when=when.get(name))
+                for f, w in [(way["features"], way["weights"]), *disturbing]
+            ]
+            labels = {"site": name, "way": kind, "features": len(way["features"])}
+            trials += [labels | trial for trial in self._trials(lab, f"{name}/{kind}", ours, apart[name, kind], random)]
         table = pd.DataFrame(trials)
-        table["within_limits"] = (table["broken"] <= c.max_broken) & (table["kl_answer"] <= c.max_kl)
-        rank = table.assign(
-            whole=table["score"].round(2), near=-table["strength"]
-        ).sort_values(["within_limits", "whole", "near"], ascending=False, kind="stable")  # fmt: skip
-        best = table.loc[rank.index[0]]
-        table["chosen"] = table.index == rank.index[0]
+        first = self._best(table)
+        best = table.loc[first]
+        table["chosen"] = table.index == first
         site = sites[best["site"]]
         way = site["ways"][best["way"]]
         told = conditions.get(best["site"])
+        along = self._along(self.suite[self.variant][best["site"]], site["mean_gap"], when.get(best["site"]))
+        merits = self._step(f"means/{best['site']}", partial(self._merits, lab, along))
+        means = pd.DataFrame(self._trials(lab, f"{best['site']}/means", along, merits, ()))
         chosen = Chosen(
             self.variant, best["site"], best["way"], FeatureSet(tuple(way["features"]), tuple(way["weights"])), float(best["strength"]),
             when.get(best["site"]), told and told[1], told and told[2], tuple(site["mean_gap"]), tuple(site["alive"]), site["passes"],
-            bool(best["within_limits"]),
+            bool(best["within_limits"]), float(means.loc[self._best(means), "strength"]),
         )  # fmt: skip
         candidates = pd.concat(
             [pd.DataFrame(found["candidates"]).assign(site=name) for name, found in sites.items()], ignore_index=True
@@ -571,12 +575,49 @@ class _Study:
         taken = (candidates["site"] == chosen.hook_name) & candidates["feature"].isin(chosen.features.features)
         return chosen, table, candidates.assign(chosen=taken)[["site", *candidates.columns.drop("site"), "chosen"]]
 
-    def _trial(self, lab: _Lab, edits: Sequence[Edit], random: Sequence[Sequence[Edit]]) -> dict[str, float]:
+    def _along(self, sae: SAE, mean_gap: Sequence[float], when: Condition | None) -> Callable[[float], list[Edit]]:
+        """The edits that add the difference of means at a strength (without the goal's sign)."""
+        change = _means(sae, mean_gap, self.positions, when)
+        return lambda strength: Steering((replace(change, strength=self.config.sign * strength),)).edits(self.suite)
+
+    def _merits(self, lab: _Lab, make: Callable[[float], list[Edit]]) -> list[float]:
+        aim = self._aim(lab)
+        clean = aim.odds()[1]
+        return [aim.merit(make(strength), clean) for strength in self.config.strengths]
+
+    def _trials(
+        self, lab: _Lab, key: str, make: Callable[..., list[Edit]], merits: Sequence[float], random: Sequence[Callable[..., list[Edit]]]
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """One set at a few strengths: the three of most merit; where the contrast is of answers, and first tokens say little of
+        how an answer goes on, those of a search for the largest strength within the limits."""
+        c = self.config
+
+        def tried(i: int) -> dict[str, Any]:
+            strength = c.strengths[i]
+            compute = partial(self._trial, lab, make(strength), [each(strength) for each in random])
+            return {"strength": strength, "merit": merits[i], **self._step(f"trial/{key}/{strength:g}", compute)}
+
+        if self.contrast == "prompts":
+            return [tried(i) for i in sorted(sorted(range(len(merits)), key=lambda i: -round(merits[i], 3))[:3])]
+        order = sorted(range(len(merits)), key=lambda i: c.strengths[i])
+        trials, low, high = [], 0, len(order)
+        while low < high:
+            middle = (low + high) // 2
+            trials.append(tried(order[middle]))
+            low, high = (middle + 1, high) if trials[-1]["within_limits"] else (low, middle)
+        return trials
+
+    def _best(self, trials: pd.DataFrame) -> Any:
+        """The index of the best trial: within the limits, then by score, then the weakest."""
+        ranked = trials.assign(whole=trials["score"].round(2), near=-trials["strength"])
+        return ranked.sort_values(["within_limits", "whole", "near"], ascending=False, kind="stable").index[0]
+
+    def _trial(self, lab: _Lab, edits: Sequence[Edit], random: Sequence[Sequence[Edit]]) -> dict[str, Any]:
         """How one change does on the selection prompts.
 
         score: the share of target answers that are as wanted (where right answers are known and the goal is to suppress: right),
-        less the mean share of other prompts whose outcome changes, less the disturbance: the mean share of target prompts whose
-        outcome random sets with a change of the same size change.
+        less the disturbance: the mean share of target prompts whose outcome random sets with a change of the same size change;
+        unless the contrast is of answers also less the mean share of other prompts whose outcome changes.
         """
         said = lab.answers(self.target, edits)
         shown, broken = _rate(said["outcomes"], "S"), _rate(said["outcomes"], "B")
@@ -593,10 +634,12 @@ class _Study:
         before = lab.clean[self.target]["outcomes"]
         draws = [lab.answers(self.target, each, self.config.search_prompts)["outcomes"] for each in random]
         pairs = [(a, b) for draw in draws for a, b in zip(draw, before, strict=False)]
-        disturbance = sum(a != b for a, b in pairs) / len(pairs)
+        disturbance = sum(a != b for a, b in pairs) / max(1, len(pairs))
+        selective = self.contrast == "prompts"
         return {
             "wanted": wanted, "broken": broken, "changed_elsewhere": away, "disturbance": disturbance, "kl_answer": max(price),
-            "score": wanted - away - disturbance,
+            "score": wanted - disturbance - (away if selective else 0.0),
+            "within_limits": broken <= self.config.max_broken and (not selective or max(price) <= self.config.max_kl),
         }  # fmt: skip
 
     # --- measuring
@@ -605,12 +648,8 @@ class _Study:
         c = self.config
         lab = _Lab(self.lm, self.behaviour, self.prompts["evaluation"], c, self.journal, "evaluation", openings)
         sae = self.suite[chosen.variant][chosen.hook_name]
-        assert sae.provenance is not None
-        along = Change(
-            "add", chosen.hook_name, direction=chosen.mean_gap, median_norm=sae.provenance.filter.median, positions=c.positions,
-            when=chosen.when,
-        )  # fmt: skip
-        arms: dict[str, Change] = {"features": chosen.change(1.0, c.positions), "difference_of_means": along}
+        along = _means(sae, chosen.mean_gap, self.positions, chosen.when)
+        arms: dict[str, Change] = {"features": chosen.change(1.0, self.positions), "difference_of_means": along}
         rows: list[dict[str, Any]] = []
 
         def add(
@@ -624,7 +663,7 @@ class _Study:
             system: str = "",
             draw: int | None = None,
         ) -> None:
-            frozen = not dose and (change is None or abs(strength) == chosen.strength)
+            frozen = not dose and (change is None or arm == "difference_of_means_best" or abs(strength) == chosen.strength)
             labels = {
                 "goal": "none" if arm == "none" else c.goal, "intervention": arm, "prompt_kind": kind, "strength": strength,
                 "target": arm != "none" and kind == self.target, "chosen": arm != "none" and frozen, "draw": draw,
@@ -645,6 +684,8 @@ class _Study:
                 few = None if strength == chosen.strength else c.control_prompts
                 for kind in lab.prompts if strength == chosen.strength else [self.target]:
                     add(arm, kind, change, c.sign * strength, few)
+        for kind in lab.prompts:
+            add("difference_of_means_best", kind, along, c.sign * chosen.means_strength)
         add("wrong_sign", self.target, arms["features"], -c.sign * chosen.strength)
         for draw in range(c.n_random):
             features = self._step(f"random/{draw}", partial(self._random, chosen, sae, draw, openings))
@@ -665,7 +706,7 @@ class _Study:
                     add(arm, kind, change, c.sign * chosen.strength)
                 break
         table = self._table(rows, lab)
-        steering = Steering((chosen.change(c.sign * chosen.strength, c.positions),))
+        steering = Steering((chosen.change(c.sign * chosen.strength, self.positions),))
         table = self._with_capability(table, steering)
         headline = self._headline(chosen, table, rows, lab)
         return StudyResult(
@@ -691,7 +732,7 @@ class _Study:
         found = Contrast(torch.zeros(sae.d_sae), torch.tensor(chosen.mean_gap), torch.tensor(chosen.alive, dtype=torch.int64))
         best = random_search(
             aim, found, chosen.features,
-            lambda s: self._edits(chosen.variant, chosen.hook_name, s, self.config.sign * chosen.strength, chosen.when),
+            lambda s: self._pushed(chosen.variant, chosen.hook_name, s, chosen.strength, chosen.when),
             chosen.passes, torch.Generator().manual_seed(self.config.seed * 1000 + draw),
         )  # fmt: skip
         return best.features, best.weights
@@ -777,7 +818,7 @@ class _Study:
         return {
             "goal": c.goal, "behaviour": self.behaviour.name, "target": self.target, "others": self.others, "model": self.lm.model_name,
             "site": chosen.hook_name, "variant": chosen.variant, "way": chosen.way, "features": list(chosen.features.features),
-            "weights": list(chosen.features.weights), "strength": chosen.strength, "positions": c.positions, "contrast": self.contrast, "n": len(ours["outcomes"]),
+            "weights": list(chosen.features.weights), "strength": chosen.strength, "positions": self.positions, "contrast": self.contrast, "n": len(ours["outcomes"]),
             "condition": asdict(chosen.when) if chosen.when else None, "detector_missed": chosen.missed,
             "detector_false_alarms": chosen.false_alarms, "within_limits": chosen.within_limits, "max_kl": c.max_kl, "max_broken": c.max_broken,
             "searched_sets": chosen.passes, "before": _at(base, self.target, "refusal_rate"),
@@ -791,7 +832,8 @@ class _Study:
             "kl_first": {k: _at(frozen, k, "kl_first") for k in self.others},
             "plain_kl": float(frozen["plain_kl"].iloc[0]),
             "facts_lost": float(base["facts_right"].iloc[0] - frozen["facts_right"].iloc[0]),
-            "difference_of_means": _arm(table, "difference_of_means", self.target), "wrong_sign": _arm(table, "wrong_sign", self.target),
+            "difference_of_means": _arm(table, "difference_of_means", self.target), "difference_of_means_strength": chosen.means_strength,
+            "difference_of_means_best": _arm(table, "difference_of_means_best", self.target), "wrong_sign": _arm(table, "wrong_sign", self.target),
             "n_random": len(draws), "worst_random": _rate(worst["outcomes"], "S") if worst else None,
             "worst_random_broken": float(random_rows["broken_rate"].max()) if draws else None,
             "apart_from_random": list(apart) if apart else None,
@@ -810,6 +852,13 @@ class _Study:
                 for prompt, base, steered in zip(prompts, said["none", kind], said["features", kind], strict=False)
             ]
         )
+
+
+def _means(sae: SAE, mean_gap: Sequence[float], positions: Policy, when: Condition | None) -> Change:
+    assert sae.provenance is not None
+    return Change(
+        "add", sae.provenance.hook_name, direction=tuple(mean_gap), median_norm=sae.provenance.filter.median, positions=positions, when=when
+    )  # fmt: skip
 
 
 def _distinct(ranked: Sequence[tuple[str, str]], sites: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -855,8 +904,12 @@ def verdict(headline: Mapping[str, Any]) -> str:
     text += f"); elsewhere {rates}; cost in nats a token {costs}; facts lost {100 * h['facts_lost']:.1f} points."
     means = h["selectivity"].get("difference_of_means")
     if means is not None:
-        rate_of_means = h["difference_of_means"]["refusal_rate"]
-        text += f" Difference of means at this strength: {rate_of_means:.2f}, selectivity {means[0]:.2f}."
+        at_this, best = h["difference_of_means"], h["difference_of_means_best"]
+        text += (
+            f" Difference of means at this strength: {at_this['refusal_rate']:.2f} (broken {at_this['broken_rate']:.2f}), selectivity "
+            f"{means[0]:.2f}; at its own ({h['difference_of_means_strength']:g}): {best['refusal_rate']:.2f} (broken "
+            f"{best['broken_rate']:.2f}), selectivity {h['selectivity']['difference_of_means_best'][0]:.2f}."
+        )
     if h["apart_from_random"] is None:
         text += " No random controls were run."
     else:

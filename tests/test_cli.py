@@ -171,21 +171,21 @@ def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys)
 
 @pytest.mark.slow
 def test_a_small_demo_leaves_a_complete_folder(tmp_path):
-    done = qsae("demo", "--layers", "3,4", "--sites", "resid", "--tokens", "20480", "--out", tmp_path / "out")
+    done = qsae("demo", "--layers", "1,2", "--sites", "resid", "--tokens", "40960", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == {"suite", "evaluation.csv", "steering.csv", "suppress", "induce", "report.html"}
     assert {p.name for p in (out / "suppress").iterdir()} == STUDY_FILES
     suite = load_suite(out / "suite")
     assert {v: list(s) for v, s in suite.items()} == {
-        v: ["blocks.3.hook_resid_post", "blocks.4.hook_resid_post"] for v in ("jumprelu-x8-l0_16", "topk-x8-l0_16")
+        v: ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"] for v in ("jumprelu-x8-l0_16", "topk-x8-l0_16")
     }
     evaluation, steering = pd.read_csv(out / "evaluation.csv"), pd.read_csv(out / "steering.csv")
     assert {"site", "layer", "kind", "fvu", "l0", "dead", "delta_ce", "kl_nats", "ce_score", "tokens"} <= set(evaluation.columns)
     assert (evaluation.loc[evaluation["category"] == "all", "fvu"] < 0.3).all()
     wanted = "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate broken_rate kl_first kl_answer perplexity"
     assert set(wanted.split()) <= set(steering.columns)
-    arms = "none features difference_of_means wrong_sign random noise system_prompt"
+    arms = "none features difference_of_means difference_of_means_best wrong_sign random noise system_prompt"
     assert set(steering["intervention"]) == set(arms.split())
     base = steering[steering["goal"] == "none"].set_index("prompt_kind")
     assert (base["strength"] == 0).all()
@@ -194,12 +194,10 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     assert base.loc["harmless", "refusal_rate"] <= 0.02
     frozen = steering[steering["chosen"]]
     assert len(frozen[(frozen["intervention"] == "random") & (frozen["goal"] == "induce")]) >= 20
-    suppressed = frozen[
-        (frozen["goal"] == "suppress") & (frozen["intervention"] == "features") & (frozen["prompt_kind"] == "harmful")
-    ]
-    assert suppressed["refusal_rate"].item() <= 0.4
-    induced = frozen[(frozen["goal"] == "induce") & (frozen["intervention"] == "features") & frozen["target"]]
-    assert induced["refusal_rate"].item() >= 0.5
+    for goal, kind, sign in (("suppress", "harmful", -1), ("induce", "borderline", 1)):
+        steered = frozen[(frozen["goal"] == goal) & (frozen["intervention"] == "features") & (frozen["prompt_kind"] == kind)]
+        # These SAEs are a tenth of the demo's: a clear move, not the move of a full run.
+        assert sign * (steered["refusal_rate"].item() - base.loc[kind, "refusal_rate"]) >= 0.3
     page = (out / "report.html").read_text()
     assert "<script src=" not in page  # nothing is fetched
     assert "Plotly.newPlot" in page
