@@ -99,6 +99,10 @@ def train(
     pool: Annotated[
         int | None, typer.Option(help="Rows shuffled together, a multiple of --batch; by default up to 65,536.")
     ] = None,
+    frozen: Annotated[
+        list[str] | None,
+        typer.Option(help="Train a control too, whose decoder, soft_decoder or encoder stays random; may be given again."),
+    ] = None,
     seed: int = 0,
     watch: Annotated[str | None, typer.Option(help="Log to tensorboard or wandb as well.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for suite/, train.jsonl and checkpoints.")] = Path("runs/train"),
@@ -111,10 +115,12 @@ def train(
 ) -> None:
     """Train SAEs at sites of a model, or one SAE on stored activations."""
     import json
+    from dataclasses import replace
+    from typing import cast, get_args
 
     from qsae_kit import fit
     from qsae_kit.models import load_model
-    from qsae_kit.recipe import default_recipe
+    from qsae_kit.recipe import Frozen, default_recipe
     from qsae_kit.sae import ARCHITECTURES
     from qsae_kit.watch import WATCHERS
 
@@ -128,6 +134,9 @@ def train(
     _refuse(target_l0 is not None and top, f"--target-l0 has no effect on {arch}; give --k.")
     live = [name for name, value in (("--model", model), ("--data", data), ("--sites", sites), ("--layers", layers)) if value]
     _refuse(acts is not None and bool(live), f"--acts takes rows from a file, so {', '.join(live)} would have no effect.")
+    _refuse(
+        acts is not None and bool(frozen), "--frozen trains SAEs beside others, and --acts trains one; leave one of them out."
+    )
     _refuse(acts is None and bool(site or curve), "--site and --curve belong to --acts; choose sites with --sites and --layers.")
     lm = None if acts is not None else load_model(model or "tiny")
     hook_names = fit.sites_of(lm, sites or "resid,mlp,attn", layers or "all") if lm is not None else [site]
@@ -141,6 +150,7 @@ def train(
         d_model, len(hook_names), architecture=arch, seed=seed, moments=moments, precision=precision,
         **{name: value for name, value in given.items() if value is not None},
     )  # fmt: skip
+    configs = [config, *(replace(config, frozen=cast("Frozen", part)) for part in dict.fromkeys(frozen or []))]
     if given["sparsity"] is None and config.targeted and not json_:
         typer.echo(f"No {'--k' if top else '--target-l0'} given: {config.sparsity} is assumed, the square root of d_model.")
     watchers = [WATCHERS[watch](out / watch)] if watch is not None else []
@@ -148,7 +158,7 @@ def train(
         result = fit.fit_stored(file, site, config, out, resume=resume, curve=curve, watch=watchers, bar=not json_)
     else:
         assert lm is not None
-        result = fit.fit_live(lm, data, hook_names, [config], out, resume=resume, watch=watchers, bar=not json_)
+        result = fit.fit_live(lm, data, hook_names, configs, out, resume=resume, watch=watchers, bar=not json_)
     if json_:
         typer.echo(json.dumps(result.figures))
         return

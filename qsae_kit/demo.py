@@ -70,11 +70,11 @@ def default_config(lm: HookedLM) -> DemoConfig:
     """Sizes that suit a model: the bundled one whole, another at two layers before its middle."""
     few = StudyConfig(
         strengths=(0.3, 0.45, 0.6, 0.75, 0.9, 1.5), n_candidates=8, n_trials=2, search_prompts=8, dose_prompts=32, cost_prompts=16,
-        n_facts=60,
+        n_facts=40,
     )  # fmt: skip
     if lm.model_name == "tiny":
         lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
-        study = replace(few, max_new_tokens=32, control_prompts=60)
+        study = replace(few, max_new_tokens=32, control_prompts=40)
         return DemoConfig((lead, replace(lead, architecture="topk")), study, evaluation_tokens=12_000)
     lead = TrainConfig("jumprelu", sparsity=8, expansion=4, tokens=49_152, batch=512, pool=8_192, lr=1e-3)
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})

@@ -71,7 +71,7 @@ class StudyConfig:
     """Features at one site, at most."""
     n_candidates: int = 16
     """Features a site that are scored."""
-    n_trials: int = 4
+    n_trials: int = 3
     """Sets that are tried by generated answers, at a few strengths each."""
     n_random: int = 20
     """Random controls, each the best of as many random sets as the features' own search tried at the site."""
@@ -79,7 +79,7 @@ class StudyConfig:
     """Random directions of the same size."""
     control_prompts: int | None = None
     """Prompts behind each random draw and each strength that is not the frozen one; None: all."""
-    dose_prompts: int = 100
+    dose_prompts: int = 64
     """Prompts of each kind behind the log-odds of the dose-response."""
     search_prompts: int = 16
     """Prompts of each side behind the passes of the search."""
@@ -392,10 +392,14 @@ class _Study:
         return value
 
     def _steps(self) -> int:
-        c, kinds = self.config, len(self.behaviour.kinds)
-        strengths = min(3, len(c.strengths))
-        own = 2 * (4 * len(c.strengths) + strengths + kinds - 1)
-        return len(self.names) + strengths * c.n_trials + kinds + own + 2 + 2 * c.n_random + c.n_noise + kinds
+        """Steps of the whole study, at most."""
+        c, kinds, n = self.config, len(self.behaviour.kinds), len(self.config.strengths)
+        few = min(3, n)
+        choosing = len(self.names) + (few if self.contrast == "prompts" else n.bit_length()) * (c.n_trials + 1) + 1
+        dose = 2 * 2 * n * (1 + len(self.others))
+        arms = 2 * (kinds + few - 1) + 2 * kinds + 1 + kinds * (c.goal in self.behaviour.instructions)
+        controls = sum(1 + kinds for end in CONTROL_SAES if any(variant.endswith(end) for variant in self.suite))
+        return choosing + dose + arms + controls + 2 * c.n_random + c.n_noise + 2
 
     def _announce(self, lab: _Lab, seconds: float) -> None:
         """An estimate from the clean selection answers: how many answers there will be, and how long they take."""

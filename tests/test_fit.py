@@ -145,6 +145,30 @@ def test_flags_of_the_other_source():
             raise qsae("train", *flags).exception
 
 
+def test_controls_are_trained_beside_the_saes(tmp_path, acts):
+    flags = [
+        "--sites",
+        "resid",
+        "--layers",
+        "0",
+        "--expansion",
+        "1",
+        "--batch",
+        "128",
+        "--tokens",
+        "1280",
+        "--out",
+        tmp_path / "out",
+    ]
+    done = qsae("train", *flags, "--frozen", "decoder", "--frozen", "soft_decoder")
+    assert done.exit_code == 0, done.exception
+    suite = load_suite(tmp_path / "out" / "suite")
+    trained = "jumprelu-x1-l0_13"
+    assert set(suite) == {trained, f"{trained}-frozen_decoder", f"{trained}-frozen_soft_decoder"}
+    assert "leave one of them out" in str(stored(tmp_path, acts, "--frozen", "decoder").exception)
+    assert "allowed are" in str(qsae("train", *flags, "--frozen", "bias").exception)
+
+
 def test_the_site_is_named_once(tmp_path):
     save_file({"acts": rows()}, tmp_path / "a.safetensors", {"hook_name": SITE})
     flags = [f for f in FLAGS if f not in ("--site", SITE)]
