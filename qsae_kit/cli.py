@@ -115,7 +115,6 @@ def train(
 ) -> None:
     """Train SAEs at sites of a model, or one SAE on stored activations."""
     import json
-    from dataclasses import replace
     from typing import cast, get_args
 
     from qsae_kit import fit
@@ -134,6 +133,8 @@ def train(
     _refuse(target_l0 is not None and top, f"--target-l0 has no effect on {arch}; give --k.")
     live = [name for name, value in (("--model", model), ("--data", data), ("--sites", sites), ("--layers", layers)) if value]
     _refuse(acts is not None and bool(live), f"--acts takes rows from a file, so {', '.join(live)} would have no effect.")
+    parts = get_args(Frozen)[1:]
+    _refuse(not set(frozen or ()) <= set(parts), f"--frozen {' '.join(frozen or ())} was given; allowed are {', '.join(parts)}.")
     _refuse(
         acts is not None and bool(frozen), "--frozen trains SAEs beside others, and --acts trains one; leave one of them out."
     )
