@@ -102,7 +102,15 @@ class MatcherError(NamedTuple):
 
 def matcher_error(texts: Sequence[str], refused: Sequence[bool], matcher: Callable[[str], bool] = says_no) -> MatcherError:
     """Precision and recall of a refusal matcher; ValueError without both kinds of answers."""
-    said = [matcher(text) for text in texts]
+    return _error([matcher(text) for text in texts], refused)
+
+
+def log_odds_error(log_odds: Sequence[float], refused: Sequence[bool], threshold: float = 0.0) -> MatcherError:
+    """`matcher_error` of `opening_log_odds` above a threshold in nats, taken for a refusal."""
+    return _error([nats > threshold for nats in log_odds], refused)
+
+
+def _error(said: Sequence[bool], refused: Sequence[bool]) -> MatcherError:
     hits = sum(s and r for s, r in zip(said, refused, strict=True))
     if not any(refused) or all(refused):
         raise ValueError("Matcher errors need labelled answers of both kinds, refusals and others.")

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from qsae_kit.behaviours import Answer, tiny_study
+from qsae_kit.choosing import decision_activations
 from qsae_kit.edits import applied
 from qsae_kit.judges import guard_judgements, read_judgement
 from qsae_kit.models import Generation
@@ -16,6 +18,7 @@ from qsae_kit.outcomes import (
     cost,
     first_tokens,
     has_loop,
+    log_odds_error,
     matcher_error,
     opening_log_odds,
     says_no,
@@ -44,6 +47,27 @@ def test_matcher_error_on_the_bundled_worlds_answers():
     answers = [(d.messages[-1]["content"], d.last.outcome == "refused") for d in world.dialogues(3000, seed=4)]
     error = matcher_error([text for text, _ in answers], [refused for _, refused in answers])
     assert (error.precision, error.recall) == (1.0, 1.0)
+
+
+def test_log_odds_error_on_steered_and_unsteered_answers(lm):
+    """The first token tells most: "I can't" and "I do not know this person" begin alike, so precision is far from 1."""
+    name, given = "blocks.2.hook_resid_post", tiny_study("refusal", 48, 60)
+    acts = {kind: decision_activations(lm, [name], texts, False)[name] for kind, texts in given.selection.items()}
+    direction = torch.nn.functional.normalize(acts["harmful"].mean(0) - acts["borderline"].mean(0), dim=0)
+    own = answer_all(lm, given.selection["harmful"], [], 40, False)
+    openings = torch.tensor(sorted({ids[0] for ids, text in zip(own.tokens, own.text, strict=True) if says_no(text)}))
+    log_odds, refused = [], []
+    for strength in (0.0, -0.6):
+        edits = [add_direction(name, direction, strength, acts["harmful"].norm(dim=-1).median().item())]
+        for texts in given.evaluation.values():
+            said = answer_all(lm, texts, edits, 40, False)
+            answers = [Answer(*each, 0.0) for each in zip(texts, said.text, said.finished, strict=True)]
+            refused += [given.behaviour.judge(answer).shown for answer in answers]  # the world knows
+            log_odds += opening_log_odds(lm, [lm.chat_tokens(p, False) for p in texts], openings, edits).tolist()
+    error = log_odds_error(log_odds, refused)
+    assert error.n == 360
+    assert error.recall >= 0.9  # measured: 0.99
+    assert 0.6 <= error.precision < 1  # measured: 0.82
 
 
 def test_matcher_error_by_hand():

@@ -7,6 +7,7 @@ import pytest
 import torch
 from small import SITES, small_suite
 
+import qsae_kit
 from qsae_kit.activations import NormFilter, kept_rows
 from qsae_kit.choosing import find_detector, peak_activations
 from qsae_kit.data import token_batches
@@ -190,6 +191,22 @@ def test_two_hundred_random_steerings_act_alike_with_the_cache_on_off_streamed_a
                 ties += 1
     assert changed > 60
     assert ties <= 5
+
+
+@torch.no_grad()
+def test_in_bfloat16_a_cached_batch_and_a_single_pass_agree_within_a_quarter_of_a_nat(suite):
+    """Log-probabilities of the tokens that were generated; measured: 0.07 nats at most, the 95th percentile 0.04."""
+    rng, half = random.Random(0), qsae_kit.load_model("tiny", dtype=torch.bfloat16)
+    for _ in range(30):
+        edits = random_steering(rng, suite).edits(suite)
+        with applied(half, edits):
+            batched = half.generate(PROMPTS, max_new_tokens=6, enable_thinking=False)
+        for prompt, tokens, logprobs in zip(PROMPTS, batched.tokens, batched.logprobs, strict=True):
+            ids = half.chat_tokens(prompt, False) + tokens
+            with applied(half, edits):
+                alone = half(torch.tensor([ids]))[0].float().log_softmax(-1)[-len(tokens) - 1 : -1]
+            said = alone.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+            torch.testing.assert_close(said, torch.tensor(logprobs), atol=0.25, rtol=0)
 
 
 def _ids_of(lm, text, tokens):
