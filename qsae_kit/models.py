@@ -391,8 +391,9 @@ class HookedLM(HookedRootModule):
 
     def _note_tokens(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         """Keeps `self.now` up to date: all ids seen so far in this pass or generation, and where the new chunk begins."""
-        ids, mask, past = kwargs["input_ids"], kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        start = past.get_seq_length() if past is not None else 0
+        ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers names it "cache" from 5.24 on
+        start = cache.get_seq_length() if cache is not None else 0
         if start:
             assert self.now is not None
             ids = torch.cat([self.now.ids[:, :start], ids], dim=1)

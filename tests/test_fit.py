@@ -146,20 +146,8 @@ def test_flags_of_the_other_source():
 
 
 def test_controls_are_trained_beside_the_saes(tmp_path, acts):
-    flags = [
-        "--sites",
-        "resid",
-        "--layers",
-        "0",
-        "--expansion",
-        "1",
-        "--batch",
-        "128",
-        "--tokens",
-        "1280",
-        "--out",
-        tmp_path / "out",
-    ]
+    flags = "--sites resid --layers 0 --expansion 1 --batch 128 --tokens 1280 --out".split()
+    flags = [*flags, tmp_path / "out"]
     done = qsae("train", *flags, "--frozen", "decoder", "--frozen", "soft_decoder")
     assert done.exit_code == 0, done.exception
     suite = load_suite(tmp_path / "out" / "suite")
