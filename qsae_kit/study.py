@@ -54,6 +54,9 @@ CONTROL_SAES = {"frozen_decoder": "frozen_decoder_sae", "frozen_soft_decoder": "
 """What a variant's name ends with -> the control that it is."""
 N_DISTURBING = 4
 """Random sets by which a site and strength is judged: where anything goes, features explain little."""
+DETECTOR_SLACK = 0.02
+"""A conditional edit is made at a site whose detector (there or before) errs at most so much more than the best: misses and false
+alarms bound what the edit can do, whatever its features."""
 LAST_SHARE = 0.8
 """Sites in the last fifth of the layers are left out (Arditi et al. 2024, arXiv 2406.11717, section 2.3)."""
 
@@ -89,9 +92,10 @@ class StudyConfig:
     """Questions of fact, at most."""
     contrast: Literal["auto", "prompts", "answers"] = "auto"
     """What features are chosen by. prompts: those of the behaviour's first kind against those of its last one but the target
-    (for refusal, harmful against borderline ones, which look alike), at the last prompt token. answers: stock refusals against the model's own answers to the same prompts, over the answer
-    (contrastive activation addition, Rimsky et al. 2024, arXiv 2312.06681): for models that hardly refuse by themselves. auto:
-    answers for a refusal study where fewer than a tenth of the first kind's selection prompts are refused, else prompts."""
+    (for refusal, harmful against borderline ones, which look alike), at the last prompt token. answers: stock refusals against
+    the model's own answers to the same prompts, over the answer (contrastive activation addition, Rimsky et al. 2024, arXiv
+    2312.06681): for models that hardly refuse by themselves. auto: answers for a refusal study where fewer than a tenth of the
+    first kind's selection prompts are refused, else prompts."""
     positions: Policy | Literal["auto"] = "auto"
     """Which tokens the edit changes. auto: all of them where the contrast is of answers, else the header before the answer."""
     conditional: bool = False
@@ -544,6 +548,9 @@ class _Study:
         sites = {name: found for name, found in sites.items() if found["ways"]}
         if not sites:
             raise ValueError("No feature differs between the two groups at any site; train the SAEs longer or at other sites.")
+        if conditions:
+            wrong = {name: conditions[name][1] + conditions[name][2] for name in sites}
+            sites = {name: found for name, found in sites.items() if wrong[name] <= min(wrong.values()) + DETECTOR_SLACK}
         apart = {
             (name, kind): [merit - away for merit, away in zip(way["merits"], found["disturbance"], strict=True)]
             for name, found in sites.items()

@@ -13,6 +13,7 @@ from qsae_kit.activations import NormFilter
 from qsae_kit.behaviours import Behaviour, Verdict, refusal, tiny_study
 from qsae_kit.choosing import (
     Contrast,
+    FoundDetector,
     choose_features,
     contrast,
     decision_activations,
@@ -22,8 +23,8 @@ from qsae_kit.choosing import (
 from qsae_kit.journal import Journal
 from qsae_kit.report import write_study
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.steering import FeatureSet, ablate_features, add_features, check_features, clamp_features, load_steering
-from qsae_kit.study import COLUMNS, StudyConfig, check_prompts, steered_sites, steering_study, verdict
+from qsae_kit.steering import Condition, FeatureSet, ablate_features, add_features, check_features, clamp_features, load_steering
+from qsae_kit.study import COLUMNS, StudyConfig, _Study, check_prompts, steered_sites, steering_study, verdict
 
 SITE = "blocks.3.hook_resid_post"
 
@@ -293,6 +294,21 @@ def test_any_judge_makes_a_behaviour(lm, sae):
     assert lm.order_of(when.hook_name) <= lm.order_of(study.chosen.hook_name)
     assert "No random controls were run" in study.verdict
     assert study.table["correct_rate"].isna().all()
+
+
+@pytest.mark.parametrize("accurate", ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"])
+def test_a_conditional_edit_goes_where_the_detector_errs_least(lm, monkeypatch, accurate):
+    suite = small_suite(lm)
+
+    def detectors(study):
+        condition = Condition("v", "blocks.1.hook_resid_post", 0)
+        return {name: FoundDetector(condition, 0.0 if name == accurate else 0.3, 0.0) for name in study.names}
+
+    monkeypatch.setattr(_Study, "_detectors", detectors)
+    made = tiny_study("refusal", 3, 3)
+    config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0)
+    study = steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, config, bar=False)
+    assert study.chosen.hook_name == accurate
 
 
 def test_a_suite_that_tells_nothing_apart(lm):
