@@ -83,28 +83,53 @@ def find_detector(
 ) -> FoundDetector:  # fmt: skip
     """The one feature of a suite that fires on the first prompts and not on the second ones, with its threshold.
 
-    The threshold lies in the middle between what 97 % of the first reach and 99 % of the second stay below. Fewest errors
-    win, then the widest gap in shares of the largest activation; give it SAEs no later than the site that is edited.
-    Raises ValueError for no SAE or a side without prompts.
+    The threshold is the one of fewest errors (share of the first missed plus share of the second taken for it), in the middle
+    between the activations around it. Fewest errors win, then the widest gap there in shares of the largest activation; give
+    it SAEs no later than the site that is edited. Raises ValueError for no SAE or a side without prompts.
     """
     if not first or not second or not any(suite.values()):
         raise ValueError("A detector needs an SAE and prompts of both kinds; give at least one of each.")
     best: tuple[float, float, FoundDetector] | None = None
     for variant, saes in suite.items():
         for hook_name, sae in saes.items():
-            on, off = (peak_activations(lm, sae, prompts, positions, enable_thinking) for prompts in (first, second))
-            low, high = on.quantile(0.03, dim=0), off.quantile(0.99, dim=0)
-            threshold = (low + high) / 2
-            missed, false = (on <= threshold).float().mean(0), (off > threshold).float().mean(0)
-            gap = (low - high) / on.amax(0).clamp(min=1e-6)
-            i = int((missed + false - 1e-3 * gap).argmin())
-            condition = Condition(variant, hook_name, i, float(threshold[i]), "so_far", positions)
-            found = FoundDetector(condition, float(missed[i]), float(false[i]))
-            score = (float(missed[i] + false[i]), -float(gap[i]))
+            cut = best_cut(*(peak_activations(lm, sae, prompts, positions, enable_thinking) for prompts in (first, second)))
+            found = FoundDetector(
+                Condition(variant, hook_name, cut.feature, cut.threshold, "so_far", positions), cut.missed, cut.false_alarms
+            )
+            score = (cut.missed + cut.false_alarms, -cut.gap)
             if best is None or score < best[:2]:
                 best = (*score, found)
     assert best is not None
     return best[2]
+
+
+class Cut(NamedTuple):
+    """A feature and a threshold between two groups of prompts."""
+
+    feature: int
+    threshold: float
+    """In activation units."""
+    missed: float
+    """Share of the first group at or below it."""
+    false_alarms: float
+    """Share of the second group above it."""
+    gap: float
+    """How far the activations around it are apart, as a share of the feature's largest."""
+
+
+def best_cut(on: Float[Tensor, "prompt_a d_sae"], off: Float[Tensor, "prompt_b d_sae"]) -> Cut:
+    """The feature and threshold that tell two groups apart best: every cut between two activations is tried."""
+    peaks, order = torch.cat([on, off]).sort(dim=0, descending=True)
+    below = torch.cat([peaks[1:], torch.zeros_like(peaks[:1])])
+    missed = 1 - (order < len(on)).float().cumsum(0) / len(on)
+    false = (order >= len(on)).float().cumsum(0) / len(off)
+    gap = (peaks - below) / peaks[0].clamp(min=1e-6)
+    error = (missed + false - 1e-3 * gap).masked_fill(peaks <= below, torch.inf)  # equal activations cannot be cut apart
+    row, feature = divmod(int(error.argmin()), error.shape[1])
+    at = (row, feature)
+    if error[at].isinf():
+        return Cut(0, 0.0, 1.0, 0.0, 0.0)  # nothing fires anywhere
+    return Cut(feature, float((peaks[at] + below[at]) / 2), float(missed[at]), float(false[at]), float(gap[at]))
 
 
 class Contrast(NamedTuple):
@@ -215,11 +240,12 @@ class Aim:
         the wanted beginning.
         """
         if self.wanted is None:
-            target, others = self.odds(edits)
-            gained = (self.sign * target).sigmoid()
+            gained = (self.sign * opening_log_odds(self.lm, self.target, self.openings, edits)).sigmoid()
         else:
-            others = opening_log_odds(self.lm, self.others, self.openings, edits)
             gained = self._wanted(edits)
+        if not self.price:
+            return float(gained.mean())
+        others = opening_log_odds(self.lm, self.others, self.openings, edits)
         return float(gained.mean() - self.price * (others.sigmoid() - clean_others.sigmoid()).abs().mean())
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from small import SITES, small_suite
 
 import qsae_kit
 from qsae_kit.activations import NormFilter, kept_rows
-from qsae_kit.choosing import find_detector, peak_activations
+from qsae_kit.choosing import best_cut, find_detector, peak_activations
 from qsae_kit.data import token_batches
 from qsae_kit.edits import POLICIES, Detector, Edit, applied, selected
 from qsae_kit.models import Now
@@ -140,6 +140,27 @@ def test_a_detector_tells_two_kinds_of_prompts_apart(unchecked, lm):
     torch.testing.assert_close(peaks[0][0], direct)
     with pytest.raises(ValueError, match="both kinds"):
         find_detector(lm, suite, [], second)
+
+
+def test_the_best_cut_is_the_best_of_all_thresholds():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        on, off = ((torch.randn(n, 6, generator=generator) + shift).clamp(min=0) for n, shift in ((9, 0.6), (14, 0.0)))
+        cut = best_cut(on, off)
+        errors = [
+            float((on[:, i] <= t).float().mean() + (off[:, i] > t).float().mean())
+            for i in range(6)
+            for t in torch.cat([on, off])[:, i]
+        ]
+        missed, false = (on[:, cut.feature] <= cut.threshold), (off[:, cut.feature] > cut.threshold)
+        assert (cut.missed, cut.false_alarms) == pytest.approx((float(missed.float().mean()), float(false.float().mean())))
+        assert cut.missed + cut.false_alarms == pytest.approx(min(errors), abs=1e-3)
+
+
+def test_a_cut_misses_what_cannot_be_had_without_false_alarms():
+    on, off = torch.tensor([[9.0]] * 9 + [[0.0]]), torch.tensor([[0.0]] * 19 + [[6.0]])
+    assert best_cut(on, off)[:4] == pytest.approx((0, 7.5, 0.1, 0.0))  # halfway down to 0 there would be a false alarm
+    assert best_cut(0 * on, 0 * off).missed == 1
 
 
 def random_steering(rng, suite):
