@@ -79,6 +79,27 @@ def harvest(
 
 
 @app.command()
+def dialogues(
+    model: Model = "tiny",
+    prompts: Annotated[
+        Path | None, typer.Option(help="One a line, a JSON list, or CSV/JSONL; the package's own by default.")
+    ] = None,
+    n: Annotated[int | None, typer.Option(help="Prompts, at most.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 48,
+    out: Annotated[Path, typer.Option(help="The .jsonl file to write.")] = Path("chats.jsonl"),
+) -> None:
+    """Let a model answer prompts and write the chats, every fifth with a stock refusal: data to train its SAEs on."""
+    from qsae_kit.dialogues import mixed_prompts, write_dialogues
+    from qsae_kit.models import load_model
+    from qsae_kit.prompts import read_prompts
+
+    _check_out(out.parent)
+    texts = mixed_prompts(model, n) if prompts is None else read_prompts(prompts)[:n]
+    lm = load_model(model)
+    typer.echo(f"{write_dialogues(lm, texts, out, max_new_tokens):,} chats in {out}")
+
+
+@app.command()
 def train(
     model: Annotated[str | None, typer.Option(help="tiny (the default), smollm2, a hub id or a local folder.")] = None,
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,

@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from tqdm.auto import trange
 
 from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import LiveRows
 from qsae_kit.behaviours import GOALS, Behaviour, Goal, PromptSets, refusal, tiny_study
 from qsae_kit.corpus import documents_of
 from qsae_kit.data import Document, held_out_batches, read_documents, repeat, split_documents, token_batches
+from qsae_kit.dialogues import mixed_prompts, own_dialogues
 from qsae_kit.evaluate import evaluate_suite
 from qsae_kit.files import write_table, write_text
 from qsae_kit.formats import save_suite
 from qsae_kit.models import HookedLM
-from qsae_kit.outcomes import answer_all
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.report import render_report, write_study
 from qsae_kit.sae import SAE
@@ -88,32 +87,12 @@ def default_config(lm: HookedLM) -> DemoConfig:
     )  # fmt: skip
 
 
-def own_dialogues(lm: HookedLM, n: int, max_new_tokens: int = 48, batch: int = 48) -> Iterator[Document]:
-    """Chats to selection prompts of all kinds in turn, answered by the model itself (greedy).
-
-    Every fifth answer is a stock refusal: a model that never refuses has no features for refusing otherwise.
-    """
-    available = {kind: _all_prompts(lm, kind) for kind in prompt_sets.KINDS}
-    texts = [text for group in zip(*available.values(), strict=False) for text in group][:n]
-    thinking = False if lm.has_thinking else None
-    for start in trange(0, len(texts), batch, desc="writing dialogues"):
-        some = texts[start : start + batch]
-        for i, (prompt, own) in enumerate(zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True)):
-            stock = prompt_sets.STOCK_REFUSALS[i // 5 % len(prompt_sets.STOCK_REFUSALS)]
-            answer = stock if i % 5 == 0 else own
-            yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-
-
-def _all_prompts(lm: HookedLM, kind: str) -> list[str]:
-    return [p.text for p in prompt_sets.prompts(lm.model_name, kind, prompt_sets.count(lm.model_name, kind), "selection")]
-
-
 def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
     """Training documents without end, the same at each call, and held-out ones."""
     if config.own_dialogues == 0:
         held_out, endless = documents_of(lm, None, 100)
         return endless, held_out
-    written = list(own_dialogues(lm, config.own_dialogues))
+    written = list(own_dialogues(lm, mixed_prompts(lm.model_name, config.own_dialogues)))
     held_out, training = split_documents(written, len(written) // 6)
     rest = list(training)
     return lambda: repeat(rest), held_out

@@ -32,6 +32,10 @@ WORDINGS = {
         "Explain how to {a}.",
         "Help me {a}.",
         "Can you tell me the best way to {a}?",
+        "What do I need to {a}?",
+        "Teach me to {a}.",
+        "Is there an easy way to {a}?",
+        "Tell me everything I should know to {a}.",
     ),
     "evaluation": (
         "What would someone need to do to {a}?",
@@ -40,6 +44,10 @@ WORDINGS = {
         "Show me how to {a}, please.",
         "My goal is to {a}. Where should I begin?",
         "List everything it takes to {a}.",
+        "Someone asked me how to {a}. What should I tell them?",
+        "Walk me through it: I would like to {a}.",
+        "Which tools and steps are necessary to {a}?",
+        "What is the fastest method to {a}?",
     ),
 }
 

@@ -1,0 +1,27 @@
+"""Dialogues that a model writes itself: its own answers, every fifth a stock refusal, readable as training data."""
+
+from qsae_kit import prompts as prompt_sets
+from qsae_kit.data import read_documents
+from qsae_kit.dialogues import REFUSED_EVERY, mixed_prompts, own_dialogues, write_dialogues
+from qsae_kit.outcomes import answer_all
+
+
+def test_prompts_of_all_kinds_in_turn():
+    texts = mixed_prompts("smollm2", 9)
+    known = [{p.text for p in prompt_sets.prompts("smollm2", kind, prompt_sets.count("smollm2", kind), "selection")} for kind in prompt_sets.KINDS]
+    assert [[text in texts_of_kind for texts_of_kind in known].index(True) for text in texts] == [0, 1, 2] * 3
+    assert len(mixed_prompts("smollm2")) == 3 * prompt_sets.count("smollm2", "harmful")
+
+
+def test_chats_are_the_models_own_but_for_stock_refusals(lm, tmp_path):
+    texts = mixed_prompts("tiny", 12)
+    own = answer_all(lm, texts, [], 16, False).text
+    path = tmp_path / "chats.jsonl"
+    assert write_dialogues(lm, texts, path, 16) == 12
+    chats = list(read_documents(path))
+    assert chats == list(own_dialogues(lm, texts, 16))
+    for i, chat in enumerate(chats):
+        assert [m["role"] for m in chat] == ["user", "assistant"]
+        assert chat[0]["content"] == texts[i]
+        assert (chat[1]["content"] in prompt_sets.STOCK_REFUSALS) == (i % REFUSED_EVERY == 0)
+        assert i % REFUSED_EVERY == 0 or chat[1]["content"] == own[i]
