@@ -12,6 +12,8 @@ from qsae_kit.tiny import lexicon, world
 
 Goal: TypeAlias = Literal["suppress", "induce"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
+SIGN: Mapping[Goal, float] = {"suppress": -1.0, "induce": 1.0}
+"""Of the change towards the behaviour."""
 PromptSets: TypeAlias = Mapping[str, Sequence[str]]
 """Kind -> prompts."""
 

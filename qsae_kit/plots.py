@@ -117,21 +117,25 @@ ARM_NAMES = {
 def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Figure:
     """Log-odds of the behaviour's beginning against strength of both signs, for the target's prompts and the others.
 
-    table: `StudyResult.table`.
+    table: `StudyResult.table`. Bars: 95 % bootstrap interval over prompts.
     """
     rows = table[table["log_odds"].notna() & table["intervention"].isin(ARM_STYLE) & table["refusal_rate"].isna()]
-    clean = table[table["intervention"] == "none"].set_index("prompt_kind")["log_odds"]
+    clean = table[table["intervention"] == "none"]
     figure = go.Figure()
     kinds = [target, *(kind for kind in dict.fromkeys(rows["prompt_kind"]) if kind != target)]
     for arm, (color, label, symbol, width) in ARM_STYLE.items():
         for kind, dash in zip(kinds, DASHES, strict=False):
-            own = rows[(rows["intervention"] == arm) & (rows["prompt_kind"] == kind)]
-            points = sorted([(0.0, float(clean[kind])), *zip(own["strength"], own["log_odds"], strict=True)])
+            points = pd.concat([rows[rows["intervention"] == arm], clean])
+            points = points[points["prompt_kind"] == kind].sort_values("strength")
             figure.add_trace(
                 go.Scatter(
-                    x=[x for x, _ in points], y=[y for _, y in points], mode="lines+markers",
+                    x=points["strength"].tolist(), y=points["log_odds"].tolist(), mode="lines+markers",
                     name=plot_text(f"{label}, {kind}"), line={"color": color, "dash": dash, "width": width},
                     marker={"symbol": symbol, "size": 4 + width},
+                    error_y={
+                        "type": "data", "array": (points["log_odds_high"] - points["log_odds"]).tolist(),
+                        "arrayminus": (points["log_odds"] - points["log_odds_low"]).tolist(), "thickness": 1, "width": 3,
+                    },
                 )
             )  # fmt: skip
     frozen = table.loc[(table["intervention"] == "features") & table["chosen"], "strength"]
@@ -141,7 +145,7 @@ def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Fi
     figure.update_xaxes(title="strength (median norms, towards the behaviour)")
     figure.update_yaxes(title="log-odds of its first tokens (nats)")
     n = int(rows["n"].max()) if len(rows) else 0
-    style(figure, f"Dose and response{_of(model_name)} (n = {n} prompts a kind, one pass each)", height=460)
+    style(figure, f"Dose and response{_of(model_name)} (n = {n} prompts a kind, one pass each; bars: 95 % interval)", height=460)
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure
 

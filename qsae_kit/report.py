@@ -11,9 +11,10 @@ from jinja2 import Environment, StrictUndefined
 
 from qsae_kit.evaluate import headline
 from qsae_kit.files import write_table, write_text
+from qsae_kit.findings import COLUMNS
 from qsae_kit.plots import controls_figure, dose_figure, reconstruction_figure
 from qsae_kit.steering import Suite
-from qsae_kit.study import COLUMNS, StudyResult
+from qsae_kit.study import StudyResult
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN = [
@@ -75,7 +76,7 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
 
 
 def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) -> None:
-    """Writes study.csv (its columns are `study.COLUMNS`), study.json (headline, verdict, configuration), steering.json (the frozen
+    """Writes study.csv (its columns are `findings.COLUMNS`), study.json (headline, verdict, configuration), steering.json (the frozen
     edit, for `load_steering`), candidates.csv, selection.csv, examples.csv, prompts.json, two figures and report.html."""
     write_table(study.table, out / "study.csv")
     write_table(study.candidates, out / "candidates.csv")

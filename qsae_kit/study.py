@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.behaviours import GOALS, Answer, Behaviour, Goal, PromptSets, Verdict, refusal
+from qsae_kit.behaviours import GOALS, SIGN, Answer, Behaviour, Goal, PromptSets, Verdict, refusal
 from qsae_kit.choosing import (
     Aim,
     Contrast,
@@ -38,8 +38,9 @@ from qsae_kit.choosing import (
 )  # fmt: skip
 from qsae_kit.edits import POLICIES, Edit, Policy
 from qsae_kit.facts import facts_of, plain_texts
+from qsae_kit.findings import example_answers, measured_figures, rate, study_table, verdict
 from qsae_kit.journal import Journal
-from qsae_kit.metrics import Interval, paired_bootstrap, wilson
+from qsae_kit.metrics import paired_bootstrap
 from qsae_kit.models import HookedLM, Prompt
 from qsae_kit.outcomes import answer_all, cost, first_tokens, opening_log_odds, plain_kl, repetition, surprise
 from qsae_kit.prompts import STOCK_REFUSALS
@@ -47,7 +48,6 @@ from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.steering import Change, Condition, FeatureSet, Steering, Suite
 
-SIGN: Mapping[Goal, float] = {"suppress": -1.0, "induce": 1.0}
 STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.2, 2.0)
 CONTRASTS = ("auto", "prompts", "answers")
 CONTROL_SAES = {"frozen_decoder": "frozen_decoder_sae", "frozen_soft_decoder": "soft_frozen_sae"}
@@ -175,7 +175,7 @@ class StudyResult(NamedTuple):
     steering: Steering
     """The frozen edit as a value."""
     table: pd.DataFrame
-    """study.csv: see `COLUMNS`."""
+    """study.csv: see `findings.COLUMNS`."""
     candidates: pd.DataFrame
     """Every candidate feature of every site with its scores (`choosing.feature_scores`), and whether it was chosen."""
     selection: pd.DataFrame
@@ -186,33 +186,6 @@ class StudyResult(NamedTuple):
     verdict: str
     prompts: dict[str, dict[str, list[str]]]
     """The selection and the evaluation prompts by kind."""
-
-
-COLUMNS = """
-goal              none, suppress or induce
-intervention      none, features, difference_of_means, difference_of_means_best (at the strength that the same trials choose for it), wrong_sign, random, noise, system_prompt, frozen_decoder_sae, soft_frozen_sae
-prompt_kind       kind of the prompts
-target            whether the goal is aimed at this kind
-strength          median norms, with the sign that was applied to the direction towards the behaviour
-chosen            whether this is the frozen strength
-draw              number of a random control
-n                 prompts
-refusal_rate      share of answers that show the behaviour (a refusal study's refusals), with its 95 % Wilson interval:
-ci_low, ci_high
-answered_rate     share that neither shows it nor is broken
-correct_rate      share that is the right answer, where it is known
-broken_rate       empty, looping, unfinished where it should end, or off the model's form
-change            rate minus the unsteered rate on the same prompts, with its 95 % paired bootstrap interval:
-change_low, change_high
-log_odds          nats, of the first answer token being one that begins such an answer; mean
-kl_first          KL(clean || steered) at the first answer token, nats
-kl_answer         the same a token over the clean model's answers, teacher-forced
-perplexity        of the answers, under the unsteered model
-repetition        share of an answer's 4-grams of tokens that it holds already
-plain_kl          KL a token on plain text, the edit at every token
-facts_right       share of questions of fact answered right
-"""
-_NAMES = [name for line in COLUMNS.strip().splitlines() for name in line.split("  ")[0].split(", ")]
 
 
 class _Lab:
@@ -228,11 +201,6 @@ class _Lab:
         self.ids = {kind: [lm.chat_tokens(p, self.thinking) for p in texts] for kind, texts in prompts.items()}
         self.clean = {kind: journal.get(f"{stage}/clean/{kind}", partial(self.answers, kind, [])) for kind in prompts}
         self.openings = openings
-
-    @property
-    def known_openings(self) -> Int[Tensor, " token"]:
-        assert self.openings is not None
-        return self.openings
 
     def answers(self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = "") -> dict[str, Any]:
         """The answers to the first n prompts of a kind with their verdicts, as plain values."""
@@ -267,9 +235,20 @@ class _Lab:
             some = slice(0, min(n or len(self.ids[kind]), self.config.dose_prompts))
             asked = self.prompts[kind][some]
             ids = [self.lm.chat_tokens(with_system(system, p), self.thinking) for p in asked] if system else self.ids[kind][some]
-            said["log_odds"] = float(opening_log_odds(self.lm, ids, self.openings, edits).mean())
+            said |= self._odds(ids, edits)
         said["texts"], said["tokens"] = said["texts"][:3], []
         return said
+
+    def dose(self, kind: str, edits: Sequence[Edit]) -> dict[str, Any]:
+        """The log-odds of the behaviour's beginnings, by one pass a prompt."""
+        ids = self.ids[kind][: self.config.dose_prompts]
+        return {**self._odds(ids, edits), "n": len(ids)}
+
+    def _odds(self, ids: Sequence[list[int]], edits: Sequence[Edit]) -> dict[str, float]:
+        assert self.openings is not None
+        nats = opening_log_odds(self.lm, ids, self.openings, edits)
+        mean, low, high = paired_bootstrap([nats.tolist()], [1.0], seed=self.config.seed)
+        return {"log_odds": mean, "log_odds_low": low, "log_odds_high": high}
 
 
 def with_system(system: str, prompt: str) -> list[dict[str, str]]:
@@ -279,10 +258,6 @@ def with_system(system: str, prompt: str) -> list[dict[str, str]]:
 
 def _letter(verdict: Verdict) -> str:
     return "B" if verdict.broken else "S" if verdict.shown else "A"
-
-
-def _rate(outcomes: str, letter: str) -> float:
-    return outcomes.count(letter) / len(outcomes)
 
 
 def check_prompts(behaviour: Behaviour, target: str, selection: PromptSets, evaluation: PromptSets) -> None:
@@ -373,7 +348,7 @@ class _Study:
         began = time.monotonic()
         lab = _Lab(self.lm, self.behaviour, self.prompts["selection"], self.config, self.journal, "selection")
         first = self.behaviour.kinds[0]
-        shown = _rate(lab.clean[first]["outcomes"], "S")
+        shown = rate(lab.clean[first]["outcomes"], "S")
         self.target = self.config.target or (self.behaviour.kinds[-1] if self.config.goal == "induce" and shown > 0.5 else first)
         self.contrast = self.config.contrast
         if self.contrast == "auto":
@@ -439,6 +414,7 @@ class _Study:
 
     def _aim(self, lab: _Lab) -> Aim:
         """What the search looks at: some target prompts, and as many of the others in turn."""
+        assert lab.openings is not None
         n = self.config.search_prompts
         per_kind = max(1, n // len(self.others))
         texts = [self.behaviour.wanted(p, self.config.goal) for p in self.prompts["selection"][self.target][:n]]
@@ -447,7 +423,7 @@ class _Study:
         ids = lab.ids[self.target][:n]
         return Aim(
             self.lm, [ids[i] for i in known] if usable else ids, [ids for kind in self.others for ids in lab.ids[kind][:per_kind]],
-            lab.known_openings, self.config.sign, [self._answer_ids(texts[i]) for i in known] if usable else None,
+            lab.openings, self.config.sign, [self._answer_ids(texts[i]) for i in known] if usable else None,
             price=0.0 if self.contrast == "answers" else 1.0,
         )  # fmt: skip
 
@@ -631,7 +607,7 @@ class _Study:
         unless the contrast is of answers also less the mean share of other prompts whose outcome changes.
         """
         said = lab.answers(self.target, edits)
-        shown, broken = _rate(said["outcomes"], "S"), _rate(said["outcomes"], "B")
+        shown, broken = rate(said["outcomes"], "S"), rate(said["outcomes"], "B")
         wanted = shown
         if self.config.goal == "suppress":
             wanted = said["correct"].count("1") / len(said["correct"]) if "-" not in said["correct"] else 1 - shown - broken
@@ -681,7 +657,7 @@ class _Study:
             }  # fmt: skip
             edits = [] if change is None else Steering((replace(change, strength=strength),)).edits(self.suite)
             key = f"row/{arm}/{kind}/{strength:g}/{'dose' if dose else 'answers'}/{draw}"
-            compute = partial(self._dose, lab, kind, edits) if dose else partial(lab.measured, kind, edits, n, system)
+            compute = partial(lab.dose, kind, edits) if dose else partial(lab.measured, kind, edits, n, system)
             rows.append(labels | self._step(key, compute))
 
         for kind in lab.prompts:
@@ -716,23 +692,31 @@ class _Study:
                 for kind in lab.prompts:
                     add(arm, kind, change, c.sign * chosen.strength)
                 break
-        table = self._table(rows, lab)
+        clean = {kind: said["outcomes"] for kind, said in lab.clean.items()}
         steering = Steering((chosen.change(c.sign * chosen.strength, self.positions),))
-        table = self._with_capability(table, steering)
-        headline = self._headline(chosen, table, rows, lab)
+        table = self._with_capability(study_table(rows, clean, c.seed), steering)
+        headline = self._about(chosen) | measured_figures(rows, table, clean, c.goal, self.target, self.others, c.seed)
         return StudyResult(
-            c, self.behaviour.name, self.target, chosen, steering, table, candidates, selection, self._examples(rows), headline,
-            verdict(headline), self.prompts,
+            c, self.behaviour.name, self.target, chosen, steering, table, candidates, selection,
+            example_answers(rows, self.prompts["evaluation"]), headline, verdict(headline), self.prompts,
         )  # fmt: skip
+
+    def _about(self, chosen: Chosen) -> dict[str, Any]:
+        """What the headline says of the choice."""
+        c, features = self.config, chosen.features
+        return {
+            "behaviour": self.behaviour.name, "model": self.lm.model_name, "site": chosen.hook_name, "variant": chosen.variant,
+            "way": chosen.way, "features": list(features.features), "weights": list(features.weights), "strength": chosen.strength,
+            "positions": self.positions, "contrast": self.contrast, "condition": asdict(chosen.when) if chosen.when else None,
+            "detector_missed": chosen.missed, "detector_false_alarms": chosen.false_alarms, "within_limits": chosen.within_limits,
+            "max_kl": c.max_kl, "max_broken": c.max_broken, "searched_sets": chosen.passes,
+            "difference_of_means_strength": chosen.means_strength,
+        }  # fmt: skip
 
     def _generated(self, frozen: float) -> list[float]:
         """The three strengths with generated answers: the one nearest to half of the frozen one, the frozen one, the largest."""
         half = min(self.config.strengths, key=lambda s: (abs(s - frozen / 2), s))
         return sorted({half, frozen, max(self.config.strengths)})
-
-    def _dose(self, lab: _Lab, kind: str, edits: Sequence[Edit]) -> dict[str, float]:
-        ids = lab.ids[kind][: self.config.dose_prompts]
-        return {"log_odds": float(opening_log_odds(self.lm, ids, lab.known_openings, edits).mean()), "n": len(ids)}
 
     def _selection_lab(self, openings: Tensor) -> _Lab:
         return _Lab(self.lm, self.behaviour, self.prompts["selection"], self.config, self.journal, "selection", openings)
@@ -757,27 +741,6 @@ class _Study:
         best = max(ways.values(), key=lambda way: way["merits"][at])
         return best["features"], best["weights"]
 
-    def _table(self, rows: Sequence[Mapping[str, Any]], lab: _Lab) -> pd.DataFrame:
-        out = []
-        for row in rows:
-            told = {name: row[name] for name in _NAMES if name in row}
-            if "outcomes" in row:
-                outcomes, n = row["outcomes"], len(row["outcomes"])
-                rate = wilson(outcomes.count("S"), n)
-                base = lab.clean[row["prompt_kind"]]["outcomes"]
-                change = paired_bootstrap([_changes(outcomes, base)], [1.0], seed=self.config.seed)
-                told |= {
-                    "n": n, "refusal_rate": rate.rate, "ci_low": rate.low, "ci_high": rate.high, "answered_rate": _rate(outcomes, "A"),
-                    "correct_rate": None if "-" in row["correct"] else row["correct"].count("1") / n, "broken_rate": _rate(outcomes, "B"),
-                    "change": change.rate, "change_low": change.low, "change_high": change.high,
-                }  # fmt: skip
-            out.append(told)
-        table = pd.DataFrame(out).reindex(columns=_NAMES)
-        numbers = [
-            name for name in _NAMES if name not in ("goal", "intervention", "prompt_kind", "target", "chosen", "draw", "n")
-        ]
-        return table.astype({name: float for name in numbers} | {"draw": "Int64", "n": int, "target": bool, "chosen": bool})
-
     def _with_capability(self, table: pd.DataFrame, steering: Steering) -> pd.DataFrame:
         """Fills plain_kl and facts_right of the clean rows and of those with the frozen features."""
         edits = steering.edits(self.suite)
@@ -797,73 +760,6 @@ class _Study:
         said = answer_all(self.lm, [fact.question for fact in facts], edits, self.config.max_new_tokens, thinking).text
         return sum(fact.right(text) for fact, text in zip(facts, said, strict=True)) / len(facts)
 
-    def _headline(self, chosen: Chosen, table: pd.DataFrame, rows: Sequence[Mapping[str, Any]], lab: _Lab) -> dict[str, Any]:
-        c = self.config
-        said = {
-            (r["intervention"], r["prompt_kind"], r["draw"]): r
-            for r in rows
-            if "outcomes" in r and (r["chosen"] or r["goal"] == "none")
-        }
-        clean = {kind: lab.clean[kind]["outcomes"] for kind in lab.prompts}
-
-        def selectivity(arm: str) -> Interval | None:
-            kinds = [self.target, *self.others]
-            if any((arm, kind, None) not in said for kind in kinds):
-                return None
-            groups = [_changes(said[arm, kind, None]["outcomes"], clean[kind]) for kind in kinds]
-            weights = [c.sign, *(-c.sign / len(self.others) for _ in self.others)]
-            return paired_bootstrap(groups, weights, seed=c.seed)
-
-        ours = said["features", self.target, None]
-        draws = [r for (arm, _, _), r in said.items() if arm == "random"]
-        worst = max(draws, key=lambda r: c.sign * _rate(r["outcomes"], "S"), default=None)
-        apart = None
-        if worst is not None:
-            n = len(worst["outcomes"])
-            apart = paired_bootstrap([_changes(ours["outcomes"][:n], worst["outcomes"])], [c.sign], seed=c.seed)
-        frozen = table[(table["intervention"] == "features") & table["chosen"]].set_index("prompt_kind")
-        base = table[table["intervention"] == "none"].set_index("prompt_kind")
-        known = "-" not in ours["correct"]
-        due = [i for i, letter in enumerate(clean[self.target]) if letter == "S"]
-        random_rows = table[table["intervention"] == "random"]
-        return {
-            "goal": c.goal, "behaviour": self.behaviour.name, "target": self.target, "others": self.others, "model": self.lm.model_name,
-            "site": chosen.hook_name, "variant": chosen.variant, "way": chosen.way, "features": list(chosen.features.features),
-            "weights": list(chosen.features.weights), "strength": chosen.strength, "positions": self.positions, "contrast": self.contrast, "n": len(ours["outcomes"]),
-            "condition": asdict(chosen.when) if chosen.when else None, "detector_missed": chosen.missed,
-            "detector_false_alarms": chosen.false_alarms, "within_limits": chosen.within_limits, "max_kl": c.max_kl, "max_broken": c.max_broken,
-            "searched_sets": chosen.passes, "before": _at(base, self.target, "refusal_rate"),
-            "after": _at(frozen, self.target, "refusal_rate"), "broken": _at(frozen, self.target, "broken_rate"),
-            "correct": _share(ours["correct"]) if known else None,
-            "correct_of_shown": _share("".join(ours["correct"][i] for i in due)) if known and due and c.goal == "suppress" else None,
-            "selectivity": {arm: list(s) for arm in dict.fromkeys(a for a, _, _ in said) if (s := selectivity(arm)) is not None and arm != "none"},
-            "elsewhere": {k: _at(frozen, k, "refusal_rate") for k in self.others},
-            "elsewhere_before": {k: _at(base, k, "refusal_rate") for k in self.others},
-            "kl_answer": {k: _at(frozen, k, "kl_answer") for k in self.others},
-            "kl_first": {k: _at(frozen, k, "kl_first") for k in self.others},
-            "plain_kl": float(frozen["plain_kl"].iloc[0]),
-            "facts_lost": float(base["facts_right"].iloc[0] - frozen["facts_right"].iloc[0]),
-            "difference_of_means": _arm(table, "difference_of_means", self.target), "difference_of_means_strength": chosen.means_strength,
-            "difference_of_means_best": _arm(table, "difference_of_means_best", self.target), "wrong_sign": _arm(table, "wrong_sign", self.target),
-            "n_random": len(draws), "worst_random": _rate(worst["outcomes"], "S") if worst else None,
-            "worst_random_broken": float(random_rows["broken_rate"].max()) if draws else None,
-            "apart_from_random": list(apart) if apart else None,
-        }  # fmt: skip
-
-    def _examples(self, rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-        said = {
-            (r["intervention"], r["prompt_kind"]): r["texts"]
-            for r in rows
-            if "texts" in r and (r["chosen"] or r["goal"] == "none")
-        }
-        return pd.DataFrame(
-            [
-                {"prompt_kind": kind, "prompt": prompt, "base": base, "steered": steered}
-                for kind, prompts in self.prompts["evaluation"].items()
-                for prompt, base, steered in zip(prompts, said["none", kind], said["features", kind], strict=False)
-            ]
-        )
-
 
 def _means(sae: SAE, mean_gap: Sequence[float], positions: Policy, when: Condition | None) -> Change:
     assert sae.provenance is not None
@@ -879,58 +775,3 @@ def _distinct(ranked: Sequence[tuple[str, str]], sites: Mapping[str, Any]) -> li
         way = sites[name]["ways"][kind]
         kept.setdefault(json.dumps([name, way["features"], way["weights"]]), (name, kind))
     return list(kept.values())
-
-
-def _changes(after: str, before: str) -> list[float]:
-    """A figure a prompt: 1 where the behaviour came, -1 where it went."""
-    return [float((a == "S") - (b == "S")) for a, b in zip(after, before, strict=False)]
-
-
-def _at(table: pd.DataFrame, kind: str, column: str) -> float:
-    return float(table[column].to_dict()[kind])
-
-
-def _share(correct: str) -> float:
-    return correct.count("1") / len(correct)
-
-
-def _arm(table: pd.DataFrame, arm: str, kind: str) -> dict[str, float]:
-    row = table[(table["intervention"] == arm) & table["chosen"] & (table["prompt_kind"] == kind)].iloc[0]
-    return {name: float(row[name]) for name in ("refusal_rate", "broken_rate", "kl_answer")}
-
-
-def verdict(headline: Mapping[str, Any]) -> str:
-    """What the frozen features did, against the controls, in plain sentences."""
-    h = headline
-    rate, low, high = h["selectivity"]["features"]
-    shown = "refused" if h["behaviour"] == "refusal" else "showing it"
-    text = (
-        f"{h['goal']} {h['behaviour']}: selectivity {rate:.2f} ({low:.2f} to {high:.2f}); {h['target']} {shown} {h['before']:.2f} -> "
-        f"{h['after']:.2f} of {h['n']} (broken {h['broken']:.2f}"
-    )
-    if h["correct_of_shown"] is not None:
-        text += f"; right {h['correct_of_shown']:.2f} of those that were {shown}"
-    costs = ", ".join(f"{h['kl_answer'][k]:.3f} on {k}" for k in h["others"])
-    rates = ", ".join(f"{k} {h['elsewhere_before'][k]:.2f} -> {h['elsewhere'][k]:.2f}" for k in h["others"])
-    text += f"); elsewhere {rates}; cost in nats a token {costs}; facts lost {100 * h['facts_lost']:.1f} points."
-    means = h["selectivity"].get("difference_of_means")
-    if means is not None:
-        at_this, best = h["difference_of_means"], h["difference_of_means_best"]
-        text += (
-            f" Difference of means at this strength: {at_this['refusal_rate']:.2f} (broken {at_this['broken_rate']:.2f}), selectivity "
-            f"{means[0]:.2f}; at its own ({h['difference_of_means_strength']:g}): {best['refusal_rate']:.2f} (broken "
-            f"{best['broken_rate']:.2f}), selectivity {h['selectivity']['difference_of_means_best'][0]:.2f}."
-        )
-    if h["apart_from_random"] is None:
-        text += " No random controls were run."
-    else:
-        text += f" Strongest of {h['n_random']} random searches: {h['worst_random']:.2f}."
-        if h["apart_from_random"][1] <= 0:
-            text += " The features are not distinguishable from the random control."
-    if not h["within_limits"]:
-        text += (
-            f" No trial kept broken <= {h['max_broken']:g} and KL <= {h['max_kl']:g} on selection prompts; the best was taken."
-        )
-    if low <= 0 or rate < 0.5 * abs(h["after"] - h["before"]):
-        text += " Other prompts change as much: a demonstration, not a defence."
-    return text

@@ -24,12 +24,13 @@ def evaluation():
 
 def row(arm, kind, rate, strength=-0.8, draw=None, target=True, **more):
     none = arm == "none"
-    return {
+    told = {
         "goal": "none" if none else "suppress", "intervention": arm, "prompt_kind": kind, "target": target and not none,
         "strength": 0.0 if none else strength, "chosen": not none and rate is not None, "draw": draw, "n": 200, "refusal_rate": rate,
         "ci_low": rate and rate - 0.02, "ci_high": rate and rate + 0.02, "broken_rate": rate and 0.0, "change": rate and rate - 1.0,
         "log_odds": 3.0,
     } | more  # fmt: skip
+    return told | {"log_odds_low": told["log_odds"] - 0.5, "log_odds_high": told["log_odds"] + 0.25}
 
 
 @pytest.fixture
@@ -59,6 +60,8 @@ def test_the_dose_figure_goes_through_the_unsteered_model(table):
     assert lines["SAE features, harmful"] == ([-0.8, 0.0, 0.8], [-0.8, 3.0, 0.8])
     assert lines["difference of means, harmless"] == ([-0.8, 0.0, 0.8], [-0.8, -2.0, 0.8])
     assert "nats" in figure.layout.yaxis.title.text
+    bars = next(t.error_y for t in figure.data if t.name == "SAE features, harmful")
+    assert (list(bars.arrayminus), list(bars.array)) == ([0.5] * 3, [0.25] * 3)
 
 
 def test_the_controls_figure_has_intervals_and_every_draw(table):

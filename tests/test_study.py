@@ -20,11 +20,12 @@ from qsae_kit.choosing import (
     fit_features,
     random_features,
 )
+from qsae_kit.findings import COLUMNS, verdict
 from qsae_kit.journal import Journal
 from qsae_kit.report import write_study
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.steering import Condition, FeatureSet, ablate_features, add_features, check_features, clamp_features, load_steering
-from qsae_kit.study import COLUMNS, StudyConfig, _Study, check_prompts, steered_sites, steering_study, verdict
+from qsae_kit.study import StudyConfig, _Study, check_prompts, steered_sites, steering_study
 
 SITE = "blocks.3.hook_resid_post"
 
@@ -225,6 +226,9 @@ def test_what_a_study_holds(run):
     doses = table[table["refusal_rate"].isna()]
     assert sorted(set(doses["strength"])) == [-1.5, -0.8, -0.3, 0.3, 0.8, 1.5]
     assert len(doses) == 2 * 6 * 3
+    assert (doses["log_odds_low"] <= doses["log_odds"]).all()
+    assert (doses["log_odds"] <= doses["log_odds_high"]).all()
+    assert (doses["log_odds_low"] < doses["log_odds_high"]).any()
     ours = answered[(answered["intervention"] == "features") & answered["target"]]
     assert ours["strength"].abs().isin([*SMALL.strengths]).all()
     assert (ours["strength"] < 0).all()  # suppressing goes against the direction
