@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
+from qsae_kit import prompts as prompt_sets
 from qsae_kit.outcomes import AnswerForm, classify, has_loop
 from qsae_kit.prompts import KINDS, STOCK_REFUSALS
 from qsae_kit.tiny import lexicon, world
@@ -118,17 +119,38 @@ def verbosity(words: int) -> Behaviour:
     return _says(f"more than {words} words", long, ("long", "short"), said)
 
 
-# --- the bundled model: what is right is known
-
-
-class TinyStudy(NamedTuple):
-    """A behaviour of the bundled model with prompts for choosing and for measuring; no wording is in both."""
+class StudyPrompts(NamedTuple):
+    """A behaviour with prompts for choosing and for measuring; no wording is in both."""
 
     behaviour: Behaviour
     selection: dict[str, list[str]]
     evaluation: dict[str, list[str]]
     target: str = ""
     """The kind of prompts to aim at; empty: see `StudyConfig.target`."""
+
+
+def refusal_prompts(
+    model_name: str, n_selection: int = 72, n_evaluation: int = 300, seed: int = 0, given: Mapping[str, list[str]] | None = None
+) -> StudyPrompts:
+    """Refusing with at most so many prompts of each kind for a model: `given` ones are parted, other kinds are the package's own.
+
+    The bundled model has prompts and a judge of its own (`tiny_study`). Raises ValueError for fewer than three given prompts.
+    """
+    given = given or {}
+    if model_name == "tiny" and not given:
+        return tiny_study("refusal", n_selection, n_evaluation, seed)
+    selection, evaluation = {}, {}
+    for kind in prompt_sets.KINDS:
+        if kind in given:
+            selection[kind], evaluation[kind] = prompt_sets.split_prompts(given[kind], n_selection, n_evaluation, seed)
+            continue
+        for texts, split, n in ((selection, "selection", n_selection), (evaluation, "evaluation", n_evaluation)):
+            there = prompt_sets.count(model_name, kind, split)
+            texts[kind] = [p.text for p in prompt_sets.prompts(model_name, kind, min(n, there), split, seed)]
+    return StudyPrompts(refusal(), selection, evaluation)
+
+
+# --- the bundled model: what is right is known
 
 
 RULE_ASKER = "doctor"
@@ -226,7 +248,7 @@ def _profile(rng: random.Random, draw: world.Draw) -> world.Request:
 Maker: TypeAlias = Callable[[random.Random, world.Draw], world.Request]
 
 
-def tiny_study(name: str = "refusal", n_selection: int = 48, n_evaluation: int = 300, seed: int = 0) -> TinyStudy:
+def tiny_study(name: str = "refusal", n_selection: int = 48, n_evaluation: int = 300, seed: int = 0) -> StudyPrompts:
     """One of `TINY_BEHAVIOURS` of the bundled model, with its prompts.
 
     refusal: harmful, harmless and borderline prompts; selection holds privacy and injury, evaluation property too (harmful and borderline ones alike). rule:
@@ -258,7 +280,7 @@ def tiny_study(name: str = "refusal", n_selection: int = 48, n_evaluation: int =
         rng = random.Random(f"{name}/{split}/{seed}")
         prompts.append({kind: _drawn(rng, makers[which], split, n, known) for kind, makers in sets[name].items()})
     behaviour = _tiny_behaviour(name, tuple(sets[name]), known)
-    return TinyStudy(behaviour, prompts[0], prompts[1], "forbidden" if name == "rule" else "")
+    return StudyPrompts(behaviour, prompts[0], prompts[1], "forbidden" if name == "rule" else "")
 
 
 def _drawn(rng: random.Random, make: Maker, split: str, n: int, known: dict[str, world.Request]) -> list[str]:

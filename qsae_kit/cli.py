@@ -358,6 +358,7 @@ def steer(
         int | None, typer.Option(help="Prompts behind each random control (all by default).", min=1)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 48,
+    small: Annotated[bool, typer.Option("--quick", help="Smaller searches, and costs on fewer prompts.")] = False,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for study.csv, study.json, steering.json and report.html.")] = Path(
         "runs/steer"
@@ -366,16 +367,16 @@ def steer(
     """Choose features that steer a behaviour, and measure them with their price and controls. A cut-off study goes on."""
     import pandas as pd
 
-    from qsae_kit import prompts as prompt_sets
-    from qsae_kit.behaviours import refusal, tiny_study
+    from qsae_kit.behaviours import refusal_prompts, tiny_study
     from qsae_kit.formats import load_suite
     from qsae_kit.models import load_model
+    from qsae_kit.prompts import read_prompts
     from qsae_kit.report import SHOWN, summary, write_study
-    from qsae_kit.study import StudyConfig, steering_study
+    from qsae_kit.study import StudyConfig, quick, steering_study
 
     _check_out(out)
     files = {"harmful": harmful, "harmless": harmless, "borderline": borderline}
-    given = {kind: prompt_sets.read_prompts(path) for kind, path in files.items() if path is not None}
+    given = {kind: read_prompts(path) for kind, path in files.items() if path is not None}
     tiny = model == "tiny" and not given
     _refuse(bool(given) and behaviour != "refusal", f"--{next(iter(given), '')} belongs to refusal; leave it or --behaviour out.")
     _refuse(
@@ -387,30 +388,16 @@ def steer(
         control_prompts=control_prompts, max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
     trained = load_suite(suite)
-    kind_of: dict[str, tuple[list[str], list[str]]] = {}
-    if tiny:
-        made = tiny_study(behaviour, n_selection, n_evaluation, seed)
-        config = replace(config, target=made.target, conditional=conditional or behaviour == "rule")
-        studied, selection, evaluation = made.behaviour, made.selection, made.evaluation
-    else:
-        for kind in files:
-            if kind in given:
-                kind_of[kind] = prompt_sets.split_prompts(given[kind], n_selection, n_evaluation, seed)
-            else:
-                sizes = [
-                    min(n, prompt_sets.count(model, kind, split))
-                    for n, split in zip((n_selection, n_evaluation), prompt_sets.SPLITS, strict=True)
-                ]
-                first, second = (
-                    [p.text for p in prompt_sets.prompts(model, kind, n, split, seed)]
-                    for n, split in zip(sizes, prompt_sets.SPLITS, strict=True)
-                )
-                kind_of[kind] = first, second
-        studied = refusal()
-        selection, evaluation = ({kind: pair[i] for kind, pair in kind_of.items()} for i in (0, 1))
+    made = (
+        tiny_study(behaviour, n_selection, n_evaluation, seed)
+        if tiny
+        else refusal_prompts(model, n_selection, n_evaluation, seed, given)
+    )
+    config = replace(config, target=made.target, conditional=conditional or behaviour == "rule")
+    config = quick(config) if small else config
     lm = load_model(model)
     result = steering_study(
-        lm, trained, selection, evaluation, studied, config, hook_names=site or [], variant=variant, folder=out
+        lm, trained, made.selection, made.evaluation, made.behaviour, config, hook_names=site or [], variant=variant, folder=out
     )
     write_study(result, trained, lm.model_name, out)
     with pd.option_context("display.width", 250, "display.max_columns", 30, "display.max_rows", 100):

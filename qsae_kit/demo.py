@@ -7,9 +7,8 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from qsae_kit import prompts as prompt_sets
 from qsae_kit.activations import LiveRows
-from qsae_kit.behaviours import GOALS, Behaviour, Goal, PromptSets, refusal, tiny_study
+from qsae_kit.behaviours import GOALS, Goal, refusal_prompts
 from qsae_kit.corpus import documents_of
 from qsae_kit.data import Document, held_out_batches, read_documents, repeat, split_documents, token_batches
 from qsae_kit.dialogues import mixed_prompts, own_dialogues
@@ -98,23 +97,6 @@ def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Itera
     return lambda: repeat(rest), held_out
 
 
-def demo_prompts(model_name: str, config: DemoConfig) -> tuple[Behaviour, PromptSets, PromptSets]:
-    """Refusal with its selection and evaluation prompts, which share no wording."""
-    if model_name == "tiny":
-        made = tiny_study("refusal", config.n_selection, config.n_evaluation)
-        return made.behaviour, made.selection, made.evaluation
-
-    def texts(split: str, n_harmful: int, n_others: int) -> dict[str, list[str]]:
-        sizes = {kind: n_harmful if kind == "harmful" else n_others for kind in prompt_sets.KINDS}
-        return {kind: [p.text for p in prompt_sets.prompts(model_name, kind, n, split)] for kind, n in sizes.items()}
-
-    return (
-        refusal(),
-        texts("selection", config.n_selection, config.n_selection),
-        texts("evaluation", config.n_evaluation, config.n_harmless or config.n_evaluation),
-    )
-
-
 def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: str | None = None, bar: bool = True) -> DemoResult:
     """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, a folder of each study
     (`report.write_study`) and report.html to `out`.
@@ -124,7 +106,8 @@ def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: st
     """
     config = config or default_config(lm)
     names = [site.hook_name for site in expand_sites(parse_kinds(config.sites), parse_layers(config.layers, lm.n_layers))]
-    behaviour, selection, evaluation_prompts = demo_prompts(lm.model_name, config)
+    given = refusal_prompts(lm.model_name, config.n_selection, config.n_evaluation)
+    fewer = {kind: texts if kind == "harmful" else texts[: config.n_harmless] for kind, texts in given.evaluation.items()}
     if data is None:
         training, held_out = demo_documents(lm, config)
     else:
@@ -143,7 +126,7 @@ def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: st
     write_table(evaluation, out / "evaluation.csv")
     lead = {config.variants[0].variant: suite[config.variants[0].variant]}
     studies = [
-        steering_study(lm, lead, selection, evaluation_prompts, behaviour, replace(config.study, goal=goal), bar=bar)
+        steering_study(lm, lead, given.selection, fewer, given.behaviour, replace(config.study, goal=goal), bar=bar)
         for goal in config.goals
     ]
     result = DemoResult(suite, evaluation, studies)

@@ -133,6 +133,11 @@ class StudyConfig:
         return SIGN[self.goal]
 
 
+def quick(config: StudyConfig) -> StudyConfig:
+    """The same study with smaller searches and with costs on fewer prompts, for models that take a second for an answer."""
+    return replace(config, n_candidates=8, n_trials=2, search_prompts=6, dose_prompts=32, cost_prompts=16, n_facts=40)
+
+
 class Chosen(NamedTuple):
     """What selection decided, and what its controls need."""
 
@@ -604,7 +609,8 @@ class _Study:
 
         score: the share of target answers that are as wanted (where right answers are known and the goal is to suppress: right),
         less the disturbance: the mean share of target prompts whose outcome random sets with a change of the same size change;
-        unless the contrast is of answers also less the mean share of other prompts whose outcome changes.
+        unless the contrast is of answers also less the mean share of other prompts whose outcome changes, or whose answer turns
+        right or wrong.
         """
         said = lab.answers(self.target, edits)
         shown, broken = rate(said["outcomes"], "S"), rate(said["outcomes"], "B")
@@ -614,7 +620,9 @@ class _Study:
         changed, price = [], []
         some = slice(0, self.config.cost_prompts)
         for kind in self.others:
-            after, before = lab.answers(kind, edits)["outcomes"], lab.clean[kind]["outcomes"]
+            after, before = (
+                list(zip(each["outcomes"], each["correct"], strict=True)) for each in (lab.answers(kind, edits), lab.clean[kind])
+            )
             changed.append(sum(a != b for a, b in zip(after, before, strict=True)) / len(before))
             price.append(cost(self.lm, lab.ids[kind][some], lab.clean[kind]["tokens"][some], edits).kl_answer)
         away = sum(changed) / len(changed)

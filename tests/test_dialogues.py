@@ -8,7 +8,10 @@ from qsae_kit.outcomes import answer_all
 
 def test_prompts_of_all_kinds_in_turn():
     texts = mixed_prompts("smollm2", 9)
-    known = [{p.text for p in prompt_sets.prompts("smollm2", kind, prompt_sets.count("smollm2", kind), "selection")} for kind in prompt_sets.KINDS]
+    known = [
+        {p.text for p in prompt_sets.prompts("smollm2", kind, prompt_sets.count("smollm2", kind), "selection")}
+        for kind in prompt_sets.KINDS
+    ]
     assert [[text in texts_of_kind for texts_of_kind in known].index(True) for text in texts] == [0, 1, 2] * 3
     assert len(mixed_prompts("smollm2")) == 3 * prompt_sets.count("smollm2", "harmful")
 

@@ -25,7 +25,7 @@ from qsae_kit.journal import Journal
 from qsae_kit.report import write_study
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.steering import Condition, FeatureSet, ablate_features, add_features, check_features, clamp_features, load_steering
-from qsae_kit.study import StudyConfig, _Study, check_prompts, steered_sites, steering_study
+from qsae_kit.study import StudyConfig, _Lab, _Study, check_prompts, steered_sites, steering_study
 
 SITE = "blocks.3.hook_resid_post"
 
@@ -313,6 +313,24 @@ def test_a_conditional_edit_goes_where_the_detector_errs_least(lm, monkeypatch, 
     config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0)
     study = steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, config, bar=False)
     assert study.chosen.hook_name == accurate
+
+
+def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
+    """Two prompts of each kind; the edit leaves every outcome and makes one harmless answer wrong."""
+    made = tiny_study("refusal", 2, 2)
+    study = _Study(lm, small_suite(lm), {"selection": made.selection}, made.behaviour, SMALL, "v", [], Journal(None, {}), False)
+    study.target, study.others, study.contrast = "harmful", ["harmless", "borderline"], "prompts"
+    lab = _Lab(lm, made.behaviour, made.selection, SMALL, study.journal, "selection")
+    clean = {kind: dict(said) for kind, said in lab.clean.items()}
+
+    def answers(kind, edits, n=None):
+        correct = clean[kind]["correct"]
+        return clean[kind] | ({"correct": str(1 - int(correct[0])) + correct[1:]} if kind == "harmless" else {})
+
+    lab.answers = answers
+    trial = study._trial(lab, [], [])
+    assert trial["changed_elsewhere"] == 0.25  # one of two harmless, none of two borderline
+    assert trial["score"] == pytest.approx(trial["wanted"] - 0.25)
 
 
 def test_a_suite_that_tells_nothing_apart(lm):
