@@ -16,7 +16,7 @@ from qsae_kit.metrics import Interval, paired_bootstrap, wilson
 Row: TypeAlias = Mapping[str, Any]
 COLUMNS = """
 goal              none, suppress or induce
-intervention      none, features, difference_of_means, difference_of_means_best (at the strength that the same trials choose for it), wrong_sign, random, noise, system_prompt, frozen_decoder_sae, soft_frozen_sae
+intervention      none, features, difference_of_means, difference_of_means_best (at the strength that the same trials choose for it), wrong_sign, random (the best of a search), random_single (a set as it comes), noise, system_prompt, frozen_decoder_sae, soft_frozen_sae
 prompt_kind       kind of the prompts
 target            whether the goal is aimed at this kind
 strength          median norms, with the sign that was applied to the direction towards the behaviour
@@ -97,7 +97,7 @@ def measured_figures(
         return paired_bootstrap(groups, [sign, *(-sign / len(others) for _ in others)], seed=seed)
 
     ours = said["features", target, None]
-    draws = [r for (arm, _, _), r in said.items() if arm == "random"]
+    draws, singles = ([r for (arm, _, _), r in said.items() if arm == name] for name in ("random", "random_single"))
     worst = max(draws, key=lambda r: sign * rate(r["outcomes"], "S"), default=None)
     apart = None
     if worst is not None:
@@ -124,6 +124,8 @@ def measured_figures(
         "difference_of_means_best": _arm(table, "difference_of_means_best", target), "wrong_sign": _arm(table, "wrong_sign", target),
         "n_random": len(draws), "worst_random": rate(worst["outcomes"], "S") if worst else None,
         "worst_random_broken": float(table.loc[table["intervention"] == "random", "broken_rate"].max()) if draws else None,
+        "n_single": len(singles),
+        "worst_single": max((rate(r["outcomes"], "S") for r in singles), key=lambda r: sign * r, default=None),
         "apart_from_random": list(apart) if apart else None,
     }  # fmt: skip
 
@@ -181,7 +183,8 @@ def verdict(headline: Mapping[str, Any]) -> str:
     if h["apart_from_random"] is None:
         text += " No random controls were run."
     else:
-        text += f" Strongest of {h['n_random']} random searches: {h['worst_random']:.2f}."
+        text += f" Strongest of {h['n_random']} random searches: {h['worst_random']:.2f}"
+        text += f"; of {h['n_single']} random sets as they come: {h['worst_single']:.2f}." if h["n_single"] else "."
         if h["apart_from_random"][1] <= 0:
             text += " The features are not distinguishable from the random control."
     if not h["within_limits"]:

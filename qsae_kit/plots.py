@@ -109,7 +109,7 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
 
 ARM_NAMES = {
     "none": "unsteered", "features": "SAE features", "difference_of_means": "difference of means", "difference_of_means_best": "difference of means, own strength", "wrong_sign": "features, wrong sign",
-    "random": "random features", "noise": "random direction", "system_prompt": "system prompt", "frozen_decoder_sae": "frozen decoder",
+    "random": "random features, searched", "random_single": "random features", "noise": "random direction", "system_prompt": "system prompt", "frozen_decoder_sae": "frozen decoder",
     "soft_frozen_sae": "soft-frozen decoder",
 }  # fmt: skip
 

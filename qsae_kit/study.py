@@ -79,7 +79,7 @@ class StudyConfig:
     n_random: int = 20
     """Random controls, each the best of as many random sets as the features' own search tried at the site."""
     n_noise: int = 5
-    """Random directions of the same size."""
+    """Random directions of the same size; and as many random sets of features as they come, without a search."""
     control_prompts: int | None = None
     """Prompts behind each random draw and each strength that is not the frozen one; None: all."""
     dose_prompts: int = 64
@@ -383,7 +383,7 @@ class _Study:
         dose = 2 * 2 * n * (1 + len(self.others))
         arms = 2 * (kinds + few - 1) + 2 * kinds + 1 + kinds * (c.goal in self.behaviour.instructions)
         controls = sum(1 + kinds for end in CONTROL_SAES if any(variant.endswith(end) for variant in self.suite))
-        return choosing + dose + arms + controls + 2 * c.n_random + c.n_noise + 2
+        return choosing + dose + arms + controls + 2 * (c.n_random + c.n_noise) + 2
 
     def _announce(self, lab: _Lab, seconds: float) -> None:
         """An estimate from the clean selection answers: how many answers there will be, and how long they take."""
@@ -392,7 +392,7 @@ class _Study:
         c, evaluation = self.config, {kind: len(p) for kind, p in self.prompts["evaluation"].items()}
         few = min(c.control_prompts or evaluation[self.target], evaluation[self.target])
         n_selection = sum(map(len, self.prompts["selection"].values()))
-        n = 3 * c.n_trials * n_selection + sum(evaluation.values()) * 5 + few * (5 + c.n_random + c.n_noise) + 2 * c.n_facts
+        n = 3 * c.n_trials * n_selection + sum(evaluation.values()) * 5 + few * (5 + c.n_random + 2 * c.n_noise) + 2 * c.n_facts
         passes = len(self.names) * (2 * c.n_candidates + 5 * c.n_candidates + 27) + c.n_random * (5 * c.n_candidates)
         started = time.monotonic()
         self._aim(lab).odds()
@@ -642,8 +642,7 @@ class _Study:
     def _measure(self, chosen: Chosen, selection: pd.DataFrame, candidates: pd.DataFrame, openings: Tensor) -> StudyResult:
         c = self.config
         lab = _Lab(self.lm, self.behaviour, self.prompts["evaluation"], c, self.journal, "evaluation", openings)
-        sae = self.suite[chosen.variant][chosen.hook_name]
-        along = _means(sae, chosen.mean_gap, self.positions, chosen.when)
+        along = _means(self.suite[chosen.variant][chosen.hook_name], chosen.mean_gap, self.positions, chosen.when)
         arms: dict[str, Change] = {"features": chosen.change(1.0, self.positions), "difference_of_means": along}
         rows: list[dict[str, Any]] = []
 
@@ -683,11 +682,14 @@ class _Study:
             add("difference_of_means_best", kind, along, c.sign * chosen.means_strength)
         add("wrong_sign", self.target, arms["features"], -c.sign * chosen.strength)
         for draw in range(c.n_random):
-            features = self._step(f"random/{draw}", partial(self._random, chosen, sae, draw, openings))
+            features = self._step(f"random/{draw}", partial(self._random, chosen, draw, openings))
             change = replace(arms["features"], features=tuple(features[0]), weights=tuple(features[1]))
             add("random", self.target, change, c.sign * chosen.strength, c.control_prompts, draw=draw)
         for draw in range(c.n_noise):
             generator = torch.Generator().manual_seed(c.seed * 1000 + draw)
+            single = random_features(_drawn_from(chosen), chosen.features, generator)
+            change = replace(arms["features"], features=single.features, weights=single.weights)
+            add("random_single", self.target, change, c.sign * chosen.strength, c.control_prompts, draw=draw)
             noise = replace(along, direction=tuple(torch.randn(self.lm.d_model, generator=generator).tolist()))
             add("noise", self.target, noise, c.sign * chosen.strength, c.control_prompts, draw=draw)
         if c.goal in self.behaviour.instructions:
@@ -729,12 +731,11 @@ class _Study:
     def _selection_lab(self, openings: Tensor) -> _Lab:
         return _Lab(self.lm, self.behaviour, self.prompts["selection"], self.config, self.journal, "selection", openings)
 
-    def _random(self, chosen: Chosen, sae: SAE, draw: int, openings: Tensor) -> tuple[Any, Any]:
+    def _random(self, chosen: Chosen, draw: int, openings: Tensor) -> tuple[Any, Any]:
         """The best of as many random sets as the features' search tried, by the same merit on the same prompts."""
         aim = self._aim(self._selection_lab(openings))
-        found = Contrast(torch.zeros(sae.d_sae), torch.tensor(chosen.mean_gap), torch.tensor(chosen.alive, dtype=torch.int64))
         best = random_search(
-            aim, found, chosen.features,
+            aim, _drawn_from(chosen), chosen.features,
             lambda s: self._pushed(chosen.variant, chosen.hook_name, s, chosen.strength, chosen.when),
             chosen.passes, torch.Generator().manual_seed(self.config.seed * 1000 + draw),
         )  # fmt: skip
@@ -767,6 +768,12 @@ class _Study:
         thinking = self.config.thinking if self.lm.has_thinking else None
         said = answer_all(self.lm, [fact.question for fact in facts], edits, self.config.max_new_tokens, thinking).text
         return sum(fact.right(text) for fact, text in zip(facts, said, strict=True)) / len(facts)
+
+
+def _drawn_from(chosen: Chosen) -> Contrast:
+    """What random controls are drawn from."""
+    gap = torch.tensor(chosen.mean_gap)
+    return Contrast(torch.zeros(0), gap, torch.tensor(chosen.alive, dtype=torch.int64))
 
 
 def _means(sae: SAE, mean_gap: Sequence[float], positions: Policy, when: Condition | None) -> Change:

@@ -68,7 +68,9 @@ def test_the_controls_figure_has_intervals_and_every_draw(table):
     figure = controls_figure(table, "harmful", "tiny")
     shown = next(t for t in figure.data if t.name == "shown, harmful")
     assert dict(zip(shown.y, shown.x, strict=True))["SAE features"] == 0.1
-    assert sorted(x for x, y in zip(shown.x, shown.y, strict=True) if y == "random features") == pytest.approx([0.75, 0.85, 0.95])
+    assert sorted(x for x, y in zip(shown.x, shown.y, strict=True) if y == "random features, searched") == pytest.approx(
+        [0.75, 0.85, 0.95]
+    )
     assert all(e == pytest.approx(0.02) for e in shown.error_x.array)
 
 

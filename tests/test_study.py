@@ -222,7 +222,7 @@ def test_what_a_study_holds(run):
     assert shares.tolist() == pytest.approx([1.0] * len(shares))
     arms = answered[answered["chosen"]].groupby("intervention")["prompt_kind"].nunique().to_dict()
     whole = {"features": 3, "difference_of_means": 3, "difference_of_means_best": 3, "system_prompt": 3, "frozen_decoder_sae": 3}
-    assert arms == whole | {"wrong_sign": 1, "random": 1, "noise": 1}
+    assert arms == whole | {"wrong_sign": 1, "random": 1, "random_single": 1, "noise": 1}
     doses = table[table["refusal_rate"].isna()]
     assert sorted(set(doses["strength"])) == [-1.5, -0.8, -0.3, 0.3, 0.8, 1.5]
     assert len(doses) == 2 * 6 * 3
@@ -356,7 +356,7 @@ def headline(**changes):
     h = {
         "goal": "suppress", "behaviour": "refusal", "target": "harmful", "others": ["harmless"], "before": 0.95, "after": 0.1, "n": 300,
         "broken": 0.02, "correct_of_shown": 0.8, "kl_answer": {"harmless": 0.01}, "elsewhere": {"harmless": 0.0}, "elsewhere_before": {"harmless": 0.0},
-        "facts_lost": 0.01, "selectivity": {"features": [0.85, 0.8, 0.9]}, "n_random": 20,
+        "facts_lost": 0.01, "selectivity": {"features": [0.85, 0.8, 0.9]}, "n_random": 20, "n_single": 5, "worst_single": 0.94,
         "worst_random": 0.9, "apart_from_random": [0.8, 0.7, 0.9], "within_limits": True, "max_broken": 0.1, "max_kl": 0.1,
     }  # fmt: skip
     return h | changes
@@ -364,6 +364,7 @@ def headline(**changes):
 
 def test_the_verdict_says_what_weakens_it():
     assert "not distinguishable" not in verdict(headline())
+    assert "Strongest of 20 random searches: 0.90; of 5 random sets as they come: 0.94." in verdict(headline())
     assert "demonstration" not in verdict(headline())
     assert "not distinguishable from the random control" in verdict(headline(apart_from_random=[0.01, -0.02, 0.05]))
     assert "No random controls" in verdict(headline(apart_from_random=None))
