@@ -37,6 +37,7 @@ from qsae_kit.choosing import (
     random_search,
 )  # fmt: skip
 from qsae_kit.edits import POLICIES, Edit, Policy
+from qsae_kit.evaluate import check_fit
 from qsae_kit.facts import facts_of, plain_texts
 from qsae_kit.journal import Journal
 from qsae_kit.metrics import Interval, paired_bootstrap, wilson
@@ -345,6 +346,8 @@ def steering_study(
     check_prompts(behaviour, config.target, selection, evaluation)
     variant, names = steered_sites(lm, suite, variant, hook_names)
     lm.check_hook_names(names)
+    for name in names:
+        check_fit(lm, suite[variant][name])
     prompts = {"selection": {k: list(v) for k, v in selection.items()}, "evaluation": {k: list(v) for k, v in evaluation.items()}}
     about = {
         "study": 1, "model": lm.model_name, "behaviour": behaviour.name, "config": asdict(config),
