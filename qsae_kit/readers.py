@@ -31,7 +31,7 @@ import torch
 from qsae_kit.activations import NormFilter
 from qsae_kit.sae import ARCHITECTURES, SAE, Provenance
 from qsae_kit.sites import Site, find_site
-from qsae_kit.tensorfiles import FLOATS, TensorFile
+from qsae_kit.tensorfiles import FLOATS, TensorFile, all_finite
 
 CONFIG_LIMIT = 2**20
 """Bytes of a configuration."""
@@ -151,7 +151,7 @@ def _hub(repository: str) -> Release:
         try:
             return _local(repository, Path(snapshot_download(repository, local_files_only=True, allow_patterns=list(CONFIGS))))
         except Exception:
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
                 f"The repository {repository!r} could not be had ({reason.rstrip('.')}); check its name, the network and, where it is "
                 "gated, that you are logged in, or download it elsewhere and give its folder."
@@ -312,9 +312,10 @@ def _saelens(release: Release, path: PurePosixPath, match: re.Match[str]) -> Fou
         meta.text("model_name"), find_site(hook_name).hook_name if hook_name else "", UNMEASURED,
         drop_template=bool(meta.config.get("exclude_special_tokens")), context_size=meta.whole("context_size") or CONTEXT,
     )  # fmt: skip
+    details = meta.part("training_architecture_details")
     found = Found(
         "SAELens", architecture, layout, provenance, architecture, cfg.whole("d_in"), cfg.whole("d_sae"),
-        cfg.whole("k") if architecture == "topk" else None,
+        cfg.whole("k") if architecture == "topk" else details.number("k") or details.number("target_l0"),
     )  # fmt: skip
     kit = meta.config.get("qsae_kit")
     return found if kit is None else _own(found, config, Entries(kit if isinstance(kit, dict) else {}, file))
@@ -477,6 +478,8 @@ def read_sae(found: Found, root: Path, device: str | torch.device = "cpu") -> SA
             del tensor  # or the next one is mapped beside it
         if not found.layout.exact:
             _fold(sae, found)
+            if not all(all_finite(parameter) for parameter in sae.parameters()):
+                raise ValueError(f"{str(file.path)!r} has values that are too large for float32 sums; get the file again.")
     return sae.to(device).eval().requires_grad_(False)
 
 

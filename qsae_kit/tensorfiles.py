@@ -53,11 +53,17 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """One tensor, mapped from the file and not to be written to. Raises ValueError where it holds what is not finite."""
         tensor = self._open(self.path)[name].detach()
-        if tensor.is_floating_point() and tensor.numel():
-            low, high = tensor.aminmax()  # not a number where any is; needs no memory, unlike isfinite
-            if not (low.isfinite() and high.isfinite()):
-                raise ValueError(f"{str(self.path)!r}: {name} has values that are not finite; get the file again.")
+        if not all_finite(tensor):
+            raise ValueError(f"{str(self.path)!r}: {name} has values that are not finite; get the file again.")
         return tensor
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite, found without memory of the tensor's size, which `isfinite` takes."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # both are no number where any value is none
+    return bool(low.isfinite() and high.isfinite())
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:

@@ -220,8 +220,9 @@ def test_a_suite_keeps_the_models_order(tmp_path):
     sites = ["blocks.10.hook_resid_post", "blocks.2.hook_mlp_out", "blocks.2.hook_resid_post"]
     save_suite({"topk-x3": {site: make("topk", site=site)[0] for site in sites}}, tmp_path)
     assert list(load_suite(tmp_path)["topk-x3"]) == [sites[1], sites[2], sites[0]]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no SAEs"):
-        load_suite(tmp_path / "nothing")
+        load_suite(tmp_path / "empty")
 
 
 def test_stored_rows_say_their_scale(tmp_path):
