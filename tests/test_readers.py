@@ -517,6 +517,7 @@ def test_damaged_and_malicious_files(which, tmp_path):
     assert refused + loaded == 200
     assert refused > 150
     assert result["grown"] < 16 * 2**20
+    # A number of the pickle that changes a stride within its storage is no larger claim.
     dangerous = (
         "pickle: ",
         "tensors: nan",
@@ -542,6 +543,22 @@ def test_pickles_that_run_something_are_not_run(kind, tmp_path):
         with zipfile.ZipFile(laid.folder / "ae.pt") as archive:
             pickle.loads(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
         assert marker.exists()
+
+
+def test_a_small_file_that_claims_a_huge_sae_allocates_nothing(tmp_path):
+    """2 GB by its configuration and its shapes, a few numbers by its bytes."""
+    laid = releases.dictionary_learning(tmp_path)
+    huge = {
+        name: mutations.expanded(t) if t.ndim == 2 else torch.zeros(1).expand(2**14) if t.ndim else t
+        for name, t in laid.tensors.items()
+    }
+    torch.save(huge, laid.folder / "ae.pt")
+    _edit(laid.folder / "config.json", lambda c: c["trainer"].update(activation_dim=2**14, dict_size=2**14))
+    assert (laid.folder / "ae.pt").stat().st_size < 10_000
+    before = mutations.resident("VmHWM")
+    with pytest.raises(ValueError, match="claims tensors of other sizes"):
+        load_suite(tmp_path)
+    assert mutations.resident("VmHWM") - before < 100e6
 
 
 def test_a_training_that_was_cut_off_is_no_release(tmp_path):
