@@ -29,26 +29,33 @@ def calibrate(lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], batches: Ite
         return 0
     names = list(dict.fromkeys(sae.provenance.hook_name for sae in unmeasured if sae.provenance))
     lm.check_hook_names(names)
-    parts, taken = [], 0
+    if wrong := [sae.d_in for sae in unmeasured if sae.d_in != lm.d_model]:
+        raise ValueError(f"An SAE has width d_in={wrong[0]}, but {lm.model_name!r} has d_model={lm.d_model}; give its own model.")
+    without_l0 = [sae for sae in unmeasured if sae.sparsity == sae.d_sae]
+    counted = {sae.provenance.hook_name for sae in without_l0 if sae.provenance}
+    norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
+    kept: dict[str, list[torch.Tensor]] = {name: [] for name in counted}
+    taken = 0
     for batch in batches:
         if batch.keep.any():
-            parts.append(kept_rows(lm, names, batch))
             taken += int(batch.keep.sum())
+            for name, x in kept_rows(lm, names, batch).items():
+                norms[name].append(x.norm(dim=-1))
+                if name in counted:
+                    kept[name].append(x)
         if taken >= rows:
             break
     if not taken:
         raise ValueError("There are no tokens to measure the median norm on; give longer texts.")
-    for name in names:
-        x = torch.cat([part[name] for part in parts])
-        norms = NormFilter(float(x.norm(dim=-1).nanmedian()))
-        kept = x[norms.keeps(x)]
-        for sae in unmeasured:
-            assert sae.provenance is not None
-            if sae.provenance.hook_name == name:
-                sae.provenance = replace(sae.provenance, filter=norms)
-                if sae.sparsity == sae.d_sae:
-                    fired = sum(int((sae.encode(some) > 0).sum()) for some in kept.to(sae.b_dec.device).split(256))
-                    sae.sparsity = max(1.0, fired / len(kept))
+    for sae in unmeasured:
+        assert sae.provenance is not None
+        median = float(torch.cat(norms[sae.provenance.hook_name]).nanmedian())
+        sae.provenance = replace(sae.provenance, filter=NormFilter(median, sae.provenance.filter.factor))
+    for sae in without_l0:
+        assert sae.provenance is not None
+        parts = [x[sae.provenance.filter.keeps(x)].to(sae.b_dec.device) for x in kept[sae.provenance.hook_name]]
+        fired = sum(int((sae.encode(some) > 0).sum()) for x in parts for some in x.split(256))
+        sae.sparsity = max(1.0, fired / max(1, sum(map(len, parts))))
     return taken
 
 
