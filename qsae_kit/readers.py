@@ -153,7 +153,7 @@ def _hub(repository: str) -> Release:
         except Exception:
             reason = (str(error.__cause__ or error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"The repository {repository!r} could not be had ({reason.rstrip('.')}); check its name, the network and, where it is "
+                f"There is no folder {repository!r}, and no repository could be had ({reason.rstrip('.')}); check its name, the network and, where it is "
                 "gated, that you are logged in, or download it elsewhere and give its folder."
             ) from error
     sizes = {file.filename: file.file_size for file in listing}
@@ -182,9 +182,7 @@ def find_saes(release: Release) -> list[Found]:
         name = path.rsplit("/", 1)[-1]
         for pattern, describe in READERS.items():
             if match := re.fullmatch(pattern, name):
-                one = describe(release, PurePosixPath(path), match)
-                if one is not None:
-                    found.append(replace(one, weights=path, size=release.sizes[path]))
+                found.append(replace(describe(release, PurePosixPath(path), match), weights=path, size=release.sizes[path]))
     if not found:
         raise ValueError(
             f"{release.source!r} holds no SAEs; known are those of qsae_kit and SAELens (cfg.json, sae_weights.safetensors), "
@@ -290,7 +288,7 @@ class Entries:
                 raise ValueError(f"{str(self.path)!r} has {name}={str(given)[:80]!r}; what can be used here has {value!r}.")
 
 
-def _saelens(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found | None:
+def _saelens(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found:
     file = release.root / path.parent / "cfg.json"
     config = read_config(file)
     if not isinstance(config.get("metadata"), dict):
@@ -339,7 +337,7 @@ def _own(found: Found, config: Mapping[str, Any], kit: Entries) -> Found:
 
 LINEAR = Layout("encoder.weight", "decoder.weight", {"b_enc": "encoder.bias"}, encoder_by_feature=True, decoder_by_feature=False)
 """Two linear layers of PyTorch."""
-PREDICTS = frozenset(["k", "threshold", "group_sizes"])
+BUFFERS = frozenset(["k", "threshold", "group_sizes"])
 DICTIONARIES = {
     "AutoEncoder": ("standard", LINEAR._replace(b_dec="bias", centred=True)),
     "AutoEncoderNew": ("standard", LINEAR._replace(b_dec="decoder.bias")),
@@ -347,19 +345,19 @@ DICTIONARIES = {
         "gated",
         LINEAR._replace(biases={"b_gate": "gate_bias", "r_mag": "r_mag", "b_mag": "mag_bias"}, b_dec="decoder_bias", centred=True),
     ),
-    "AutoEncoderTopK": ("topk", LINEAR._replace(centred=True, other=PREDICTS)),
+    "AutoEncoderTopK": ("topk", LINEAR._replace(centred=True, other=BUFFERS)),
     "BatchTopKSAE": (
         "jumprelu",
-        LINEAR._replace(biases={"b_enc": "encoder.bias", "threshold": "threshold"}, centred=True, other=PREDICTS),
+        LINEAR._replace(biases={"b_enc": "encoder.bias", "threshold": "threshold"}, centred=True, other=BUFFERS),
     ),
     "MatryoshkaBatchTopKSAE": (
-        "jumprelu", Layout(biases={"b_enc": "b_enc", "threshold": "threshold"}, centred=True, other=PREDICTS),
+        "jumprelu", Layout(biases={"b_enc": "b_enc", "threshold": "threshold"}, centred=True, other=BUFFERS),
     ),
     "JumpReluAutoEncoder": ("jumprelu", Layout(biases={"b_enc": "b_enc", "threshold": "threshold"})),
 }  # fmt: skip
 
 
-def _dictionary_learning(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found | None:
+def _dictionary_learning(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found:
     file = release.root / path.parent / "config.json"
     config = read_config(file)
     trainer, buffer = Entries(config, file).part("trainer"), Entries(config, file).part("buffer")
@@ -389,7 +387,7 @@ def _dictionary_learning(release: Release, path: PurePosixPath, match: re.Match[
     )  # fmt: skip
 
 
-def _sparsify(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found | None:
+def _sparsify(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found:
     file = release.root / path.parent / "cfg.json"
     config = read_config(file)
     cfg = Entries(config, file)
@@ -409,7 +407,7 @@ def _sparsify(release: Release, path: PurePosixPath, match: re.Match[str]) -> Fo
 SCOPE = re.compile(r"SAE-Res-(?P<model>.+)-(?P<label>W(?P<width>\d{1,6})K-L0_(?P<k>\d{1,6}))")
 
 
-def _qwen_scope(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found | None:
+def _qwen_scope(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found:
     file = release.root / path.parent / "config.json"
     config = read_config(file) if file.is_file() else {}
     cfg = Entries(config, file)
@@ -435,7 +433,7 @@ def _qwen_scope(release: Release, path: PurePosixPath, match: re.Match[str]) -> 
     )  # fmt: skip
 
 
-READERS: dict[str, Callable[[Release, PurePosixPath, re.Match[str]], Found | None]] = {
+READERS: dict[str, Callable[[Release, PurePosixPath, re.Match[str]], Found]] = {
     r"sae_weights\.safetensors": _saelens,
     r"ae\.pt": _dictionary_learning,
     r"sae\.safetensors": _sparsify,

@@ -495,7 +495,8 @@ def test_without_a_network_there_is_one_sentence_or_the_cache(monkeypatch, tmp_p
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(
-        ValueError, match=r"'someone/saes' could not be had \(Name or service not known\); check its name, the network"
+        ValueError,
+        match=r"no folder 'someone/saes', and no repository could be had \(Name or service not known\); check its name, the network",
     ):
         load_suite("someone/saes")
     assert only(load_suite("someone/cached")).d_sae == 64
