@@ -3,6 +3,7 @@
 from qsae_kit.activations import LiveRows, StoredRows
 from qsae_kit.answers import answer_pair, token_table
 from qsae_kit.behaviours import Behaviour, refusal, tiny_study
+from qsae_kit.calibrate import calibrate
 from qsae_kit.data import token_batches
 from qsae_kit.demo import DemoConfig, default_config, run_demo
 from qsae_kit.edits import Edit, applied
@@ -18,10 +19,11 @@ from qsae_kit.evaluate import evaluate_suite
 from qsae_kit.explain import explain, openai_chat
 from qsae_kit.features import IndexConfig, build_index
 from qsae_kit.fit import sites_of
-from qsae_kit.formats import load_sae, load_suite, save_sae
+from qsae_kit.formats import convert_suite, load_sae, load_suite, save_sae, save_suite
 from qsae_kit.index import FeatureIndex, load_index
 from qsae_kit.models import HookedLM, load_model
 from qsae_kit.plots import controls_figure, dose_figure, reconstruction_figure, training_figure
+from qsae_kit.readers import inspect_suite
 from qsae_kit.recipe import TrainConfig, default_recipe
 from qsae_kit.scaling import fit_scaling
 from qsae_kit.sites import Site
@@ -44,9 +46,9 @@ __all__ = [
     "Behaviour", "Change", "Condition", "DemoConfig", "Edit", "FeatureExplorer", "FeatureIndex", "HookedLM", "IndexConfig", "LayerLoss",
     "LiveFigure", "LiveRows", "Site", "Steering", "SteeringLab", "StoredRows", "StudyConfig", "TokenActivations",
     "TrainConfig", "TrainingMonitor", "ablate_features", "add_direction", "add_features", "answer_pair", "applied",
-    "baseline_figure", "build_index", "clamp_features", "concept_figure", "controls_figure", "default_config", "default_recipe", "dose_figure",
-    "evaluate_suite", "explain", "fit_scaling", "frontier_figure", "load_index", "load_model", "load_sae", "load_steering",
+    "baseline_figure", "build_index", "calibrate", "clamp_features", "concept_figure", "controls_figure", "convert_suite", "default_config", "default_recipe", "dose_figure",
+    "evaluate_suite", "explain", "fit_scaling", "frontier_figure", "inspect_suite", "load_index", "load_model", "load_sae", "load_steering",
     "load_suite", "needed_l0_figure", "openai_chat", "read_log", "reconstruction_figure", "recovery_by_frequency_figure", "refusal",
-    "run_demo", "save_sae", "scaling_figure", "sites_of", "steering_study", "tiny_study", "token_batches", "token_table",
+    "run_demo", "save_sae", "save_suite", "scaling_figure", "sites_of", "steering_study", "tiny_study", "token_batches", "token_table",
     "train_saes", "training_figure",
 ]  # fmt: skip

@@ -14,6 +14,8 @@ app = typer.Typer(
 )  # fmt: skip
 
 Model = Annotated[str, typer.Option(help="tiny, smollm2, a hub id such as Qwen/Qwen3-0.6B, or a local folder.")]
+Sites = Annotated[list[str] | None, typer.Option("--site", help="Only this hook name of the suite; may be given again.")]
+Variants = Annotated[list[str] | None, typer.Option("--variant", help="Only this variant of the suite; may be given again.")]
 
 
 @app.callback()
@@ -201,7 +203,11 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[str | None, typer.Option(help="tiny (the default), smollm2, a hub id or a local folder.")] = None,
-    suite: Annotated[Path | None, typer.Option(help="A folder of <variant>/<hook name>/, such as runs/train/suite.")] = None,
+    suite: Annotated[
+        str | None, typer.Option(help="A folder such as runs/train/suite, or a release of SAEs: see qsae inspect.")
+    ] = None,
+    variant: Variants = None,
+    site: Sites = None,
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Held-out tokens (20,000 by default).", min=1)] = None,
     baselines: Annotated[bool, typer.Option("--baselines", help="Train and evaluate what an SAE has to beat, too.")] = False,
@@ -217,9 +223,11 @@ def evaluate(
 
     import pandas as pd
 
+    from qsae_kit.calibrate import fit_to_model
+    from qsae_kit.corpus import documents_of
     from qsae_kit.evaluate import CATEGORIES, headline
     from qsae_kit.fit import read_rows
-    from qsae_kit.formats import is_saelens, load_sae, load_saelens, load_suite
+    from qsae_kit.formats import load_sae, load_suite
     from qsae_kit.models import load_model
     from qsae_kit.score import score_stored, score_suite, smallest_differences
 
@@ -228,6 +236,8 @@ def evaluate(
         live = (
             ("--model", model),
             ("--suite", suite),
+            ("--variant", variant),
+            ("--site", site),
             ("--data", data),
             ("--tokens", tokens),
             ("--baselines", baselines),
@@ -235,17 +245,17 @@ def evaluate(
         )
         given = [name for name, value in live if value]
         _refuse(bool(given), f"--acts takes rows from a file, so {', '.join(given)} would have no effect.")
-        figures = score_stored(read_rows(acts), load_saelens(sae) if is_saelens(sae) else load_sae(sae), rows)
+        figures = score_stored(read_rows(acts), load_sae(sae), rows)
         typer.echo(json.dumps(figures) if json_ else pd.Series(figures).to_string())
         return
     _refuse(suite is None, "No --suite was given; give the folder of a suite, or --acts and --sae.")
     _refuse(rows is not None or json_, "--rows and --json belong to --acts.")
     assert suite is not None
     _check_out(out)
-    trained = load_suite(suite)
-    scores = score_suite(
-        load_model(model or "tiny"), trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts
-    )
+    trained = load_suite(suite, variants=variant or (), hook_names=site or ())
+    lm = load_model(model or "tiny")
+    _say_measured(fit_to_model(lm, trained, lambda: documents_of(lm, data)[1]()))
+    scores = score_suite(lm, trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts)
     table = scores.evaluation
     shown = "assistant" if (table["category"] == "assistant").any() else "all"
     with pd.option_context("display.width", 250, "display.max_rows", 500):
@@ -302,8 +312,10 @@ def sweep(
 
 @app.command()
 def features(
-    suite: Annotated[Path, typer.Option(help="Folder of a suite.")],
+    suite: Annotated[str, typer.Option(help="Folder of a suite, or a release of SAEs: see qsae inspect.")],
     model: Model = "tiny",
+    variant: Variants = None,
+    site: Sites = None,
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to look at.", min=1)] = 200_000,
     top: Annotated[int, typer.Option(help="Strongest dialogues kept of each feature.", min=1)] = 12,
@@ -312,6 +324,7 @@ def features(
     resume: Annotated[bool, typer.Option(help="Go on with the build in --out.")] = False,
 ) -> None:
     """Index what every feature of a suite does: densities, examples, promoted tokens, neighbours."""
+    from qsae_kit.calibrate import fit_to_model
     from qsae_kit.corpus import stream_of
     from qsae_kit.features import IndexConfig, build_index
     from qsae_kit.formats import load_suite
@@ -319,22 +332,28 @@ def features(
     from qsae_kit.models import load_model
 
     _check_out(out)
-    trained = load_suite(suite)
+    trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     lm = load_model(model)
+    _say_measured(fit_to_model(lm, trained, stream_of(lm, data)))
     config = IndexConfig(tokens=tokens, top=top, sampled=sampled)
     build_index(lm, trained, stream_of(lm, data), out, config, data=data or "the bundled model's world", resume=resume)
     index = load_index(out)
     seen = index.manifest["tokens"]
-    for variant, hook_name in index.keys:
-        figures = index.site(hook_name, variant).figures
+    for name, hook_name in index.keys:
+        figures = index.site(hook_name, name).figures
         dead, dense = ((figures["warnings"].str.contains(w)).mean() for w in ("dead", "dense"))
-        typer.echo(f"{variant}/{hook_name}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%} dense")
+        typer.echo(f"{name}/{hook_name}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%} dense")
     typer.echo(f"{seen:,} tokens. Open it in a notebook: qsae_kit.FeatureExplorer(qsae_kit.load_index({str(out)!r}))")
 
 
 @app.command()
 def steer(
-    suite: Annotated[Path, typer.Option(help="Folder of a suite; its frozen_decoder variants are controls.")],
+    suite: Annotated[
+        str,
+        typer.Option(
+            help="Folder of a suite, or a release of SAEs (see qsae inspect); its frozen_decoder variants are controls."
+        ),
+    ],
     model: Model = "tiny",
     goal: Annotated[str, typer.Option(help="suppress or induce.")] = "suppress",
     behaviour: Annotated[
@@ -353,6 +372,9 @@ def steer(
     thinking: Annotated[bool, typer.Option("--thinking", help="Let the model think first.")] = False,
     n_selection: Annotated[int, typer.Option(help="Selection prompts of each kind, at most a third of a file.", min=1)] = 72,
     n_evaluation: Annotated[int, typer.Option(help="Evaluation prompts of each kind, at most.", min=1)] = 300,
+    n_others: Annotated[
+        int | None, typer.Option(help="Of kinds other than the first, where fewer are wanted (the same by default).", min=1)
+    ] = None,
     n_random: Annotated[int, typer.Option(help="Random controls.", min=0)] = 20,
     control_prompts: Annotated[
         int | None, typer.Option(help="Prompts behind each random control (all by default).", min=1)
@@ -368,11 +390,12 @@ def steer(
     import pandas as pd
 
     from qsae_kit.behaviours import refusal_prompts, tiny_study
+    from qsae_kit.calibrate import fit_to_model
     from qsae_kit.formats import load_suite
     from qsae_kit.models import load_model
     from qsae_kit.prompts import read_prompts
     from qsae_kit.report import SHOWN, summary, write_study
-    from qsae_kit.study import StudyConfig, quick, steering_study
+    from qsae_kit.study import CONTROL_SAES, StudyConfig, quick, steering_study
 
     _check_out(out)
     files = {"harmful": harmful, "harmless": harmless, "borderline": borderline}
@@ -387,7 +410,6 @@ def steer(
         goal=goal, n_features=features, positions=positions, conditional=conditional, thinking=thinking, n_random=n_random,  # type: ignore[arg-type]
         control_prompts=control_prompts, max_new_tokens=max_new_tokens, seed=seed,
     )  # fmt: skip
-    trained = load_suite(suite)
     made = (
         tiny_study(behaviour, n_selection, n_evaluation, seed)
         if tiny
@@ -395,14 +417,62 @@ def steer(
     )
     config = replace(config, target=made.target, conditional=conditional or behaviour == "rule")
     config = quick(config) if small else config
+    wanted = [variant, *(f"*{end}" for end in CONTROL_SAES)] if variant else ()
+    trained = load_suite(suite, variants=wanted, hook_names=() if config.conditional else site or ())  # detectors lie before
     lm = load_model(model)
+    asked = [[{"role": "user", "content": text}] for texts in made.selection.values() for text in texts]
+    _say_measured(fit_to_model(lm, trained, lambda: asked))
+    first = made.behaviour.kinds[0]
+    evaluation = {kind: texts if kind == first else texts[:n_others] for kind, texts in made.evaluation.items()}
     result = steering_study(
-        lm, trained, made.selection, made.evaluation, made.behaviour, config, hook_names=site or [], variant=variant, folder=out
+        lm, trained, made.selection, evaluation, made.behaviour, config, hook_names=site or [], variant=variant, folder=out
     )
     write_study(result, trained, lm.model_name, out)
     with pd.option_context("display.width", 250, "display.max_columns", 30, "display.max_rows", 100):
         typer.echo(summary(result.table)[SHOWN].round(3).to_string(index=False, na_rep=""))
     typer.echo(f"\n{result.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}")
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Folder of SAEs, or the id of a repository on the hub.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,
+) -> None:
+    """Say what SAEs a folder or a repository holds, from configurations and headers: no weights are read."""
+    import pandas as pd
+
+    from qsae_kit.readers import inspect_suite
+
+    table = inspect_suite(source)
+    if json_:
+        typer.echo(table.to_json(orient="records"))
+        return
+    shown = table.drop(columns=["tokens", "context_size", "weights"]).dropna(axis="columns", how="all")
+    with pd.option_context("display.width", 250, "display.max_rows", 500):
+        typer.echo(shown.to_string(index=False, na_rep="", float_format="%.4g"))
+    if table["median_norm"].isna().any():
+        typer.echo("SAEs without median_norm: it is measured when they are used (qsae_kit.calibrate).")
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder of SAEs, or the id of a repository on the hub.")],
+    out: Annotated[Path, typer.Option(help="Folder of the suite to write; it must be empty.")],
+    model: Annotated[str, typer.Option(help="The model to record, instead of what the release says.")] = "",
+    variant: Variants = None,
+    site: Sites = None,
+) -> None:
+    """Write the SAEs of a public release as a suite in SAELens's format, whole or not at all."""
+    from qsae_kit.formats import convert_suite
+
+    _check_out(out)
+    written = convert_suite(source, out, variants=variant or (), hook_names=site or (), model_name=model)
+    typer.echo(f"{len(written)} SAEs in {out}, the first in {written[0]}")
+
+
+def _say_measured(tokens: int) -> None:
+    if tokens:
+        typer.echo(f"The suite names no median norms; they are those of {tokens:,} tokens.")
 
 
 def _numbers(flag: str, text: str) -> list[float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qsae_kit.activations import site_activations
+from qsae_kit.calibrate import check_measured
 from qsae_kit.chat import Phase, phases
 from qsae_kit.data import TokenBatch
 from qsae_kit.edits import Edit, applied
@@ -27,16 +28,17 @@ from qsae_kit.sites import parse_hook_name
 
 
 def check_fit(lm: HookedLM, sae: SAE) -> None:
-    """ValueError unless an SAE is of this model, at a site that it has, of its width."""
+    """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the site's median norm."""
     if sae.provenance is None:
         raise ValueError("This SAE names no site; load it from its folder.")
     site, trained_on = parse_hook_name(sae.provenance.hook_name), sae.provenance.model_name
-    if trained_on != "stored" and Path(trained_on).name != Path(lm.model_name).name:  # the same model may lie elsewhere
+    if trained_on not in ("", "stored") and Path(trained_on).name != Path(lm.model_name).name:  # the same model may lie elsewhere
         raise ValueError(f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}; give the SAE's own model.")
     if site.layer >= lm.n_layers:
         raise ValueError(f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to {lm.n_layers - 1}.")
     if sae.d_in != lm.d_model:
         raise ValueError(f"The SAE has width d_in={sae.d_in}, but {lm.model_name!r} has d_model={lm.d_model}.")
+    check_measured(sae)
 
 
 def splice(sae: SAE, keep: Tensor) -> Edit:

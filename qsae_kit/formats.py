@@ -1,20 +1,22 @@
-"""SAE folders and stored activations on disk, in SAELens's layout (sae-lens >= 6).
+"""SAE folders and stored activations on disk: written in SAELens's layout (sae-lens >= 6), read from that and others.
 
 A folder holds `cfg.json` and `sae_weights.safetensors`; a suite is `<suite>/<variant>/<hook name>/`. What this package
 adds (median norm, filter, figures) sits in cfg.json's `metadata`, where SAELens keeps what it does not know.
 """
 
 import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from qsae_kit.activations import NormFilter, Rows
+from qsae_kit.activations import Rows
 from qsae_kit.files import atomic_file, atomic_folder
-from qsae_kit.sae import ARCHITECTURES, SAE, Provenance
+from qsae_kit.readers import find_saes, open_release, read_sae, select
+from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -53,7 +55,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
             "exclude_special_tokens": False,
             "qsae_kit": {
                 "sparsity": sae.sparsity,
-                "median_norm": origin.filter.median,
+                "median_norm": origin.filter.median if origin.filter.measured else None,
                 "norm_factor": origin.filter.factor,
                 "drop_template": origin.drop_template,
                 "tokens": origin.tokens,
@@ -69,125 +71,96 @@ def save_sae(sae: SAE, folder: Path) -> None:
 
 
 def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """Reads a folder written by `save_sae`, to the same bits. Raises ValueError for anything that is not one."""
-    folder = Path(folder)
-    config = _read_config(folder)
-    kit = config["metadata"].get("qsae_kit")
-    if kit is None:
-        raise ValueError(f"{str(folder)!r} was not written by qsae_kit: its cfg.json has no metadata.qsae_kit.")
-    architecture = config.get("architecture")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"{str(folder)!r} holds a {architecture!r} SAE; known are {', '.join(ARCHITECTURES)}.")
-    meta = config["metadata"]
-    try:
-        provenance = Provenance(
-            model_name=meta["model_name"],
-            hook_name=meta["hook_name"],
-            filter=NormFilter(float(kit["median_norm"]), float(kit["norm_factor"])),
-            drop_template=bool(kit["drop_template"]),
-            context_size=int(meta["context_size"]),
-            tokens=int(kit["tokens"]),
-            seed=int(kit["seed"]),
-            figures=dict(kit["figures"]),
-        )
-        sae = ARCHITECTURES[architecture](int(config["d_in"]), int(config["d_sae"]), float(kit["sparsity"]), provenance)
-    except KeyError as error:
-        raise ValueError(f"{str(folder / CONFIG)!r} lacks {error}; train or save the SAE again.") from error
-    parse_hook_name(provenance.hook_name)
-    sae.load_tensors(_read_weights(sae, folder))
-    return sae.to(device).eval().requires_grad_(False)
+    """The SAE of a folder: one written by `save_sae` to the same bits, or one of another library (`readers`).
 
-
-def _read_weights(sae: SAE, folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors that an SAE needs, checked for shape before and for finiteness after they are read."""
-    shapes = {name: tuple(parameter.shape) for name, parameter in sae.tensors().items()}
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-            if found != shapes:
-                raise ValueError(f"{str(folder / WEIGHTS)!r} holds tensors {found}, expected {shapes}.")
-            tensors = {name: file.get_tensor(name) for name in shapes}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(folder / WEIGHTS)!r} cannot be read ({error}); copy or train it again.") from error
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{str(folder / WEIGHTS)!r}: {name} has values that are not finite; train it again.")
-    return tensors
-
-
-def load_saelens(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """Reads a folder written by SAELens 6 (standard, topk or jumprelu): weights only, it names no site and no filter here.
-
-    What SAELens applies on use (the decoder's bias taken off the input, activations scaled by decoder norms) is folded into
-    the weights. Raises ValueError for other architectures and for normalised inputs, which need their own data.
+    One of another library that names no site is given without provenance. Raises ValueError for a folder that holds none or
+    several, and for files that cannot be used.
     """
-    folder = Path(folder)
-    config = _read_config(folder)
-    architecture, normalised = config.get("architecture"), config.get("normalize_activations", "none")
-    if architecture not in ("standard", "topk", "jumprelu") or normalised != "none":
+    release = open_release(Path(folder))
+    found = find_saes(release)
+    if len(found) > 1:
+        raise ValueError(f"{str(folder)!r} holds {len(found)} SAEs, the first in {found[0].weights!r}; give the folder of one.")
+    return read_sae(found[0], release.root, device)
+
+
+def iter_saes(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    variants: Sequence[str] = (),
+    hook_names: Sequence[str] = (),
+    model_name: str = "",
+) -> Iterator[tuple[str, SAE]]:
+    """Variant and SAE, one after another, as in `load_suite`, which holds all of them at once."""
+    release = open_release(source)
+    found = select(find_saes(release), variants, hook_names)
+    nameless = [one.weights for one in found if not one.hook_name]
+    if nameless:
         raise ValueError(
-            f"{str(folder)!r} holds a {architecture!r} SAE of inputs normalised by {normalised!r}; allowed are standard, topk and "
-            "jumprelu without normalisation."
+            f"{nameless[0]!r} of {str(source)!r} names no site; write metadata.hook_name into the {CONFIG} beside it."
         )
-    try:
-        sae = ARCHITECTURES[architecture](int(config["d_in"]), int(config["d_sae"]), float(config.get("k", 1)))
-    except KeyError as error:
-        raise ValueError(f"{str(folder / CONFIG)!r} lacks {error}; copy the folder again.") from error
-    tensors = _read_weights(sae, folder)
-    if config.get("apply_b_dec_to_input"):
-        tensors["b_enc"] = tensors["b_enc"] - tensors["b_dec"] @ tensors["W_enc"]
-    if config.get("rescale_acts_by_decoder_norm"):
-        norms = tensors["W_dec"].norm(dim=-1)
-        tensors["W_enc"], tensors["b_enc"] = tensors["W_enc"] * norms, tensors["b_enc"] * norms
-        tensors["W_dec"] = tensors["W_dec"] / norms[:, None]
-    sae.load_tensors(tensors)
-    return sae.to(device).eval().requires_grad_(False)
+    root = release.fetch([one.weights for one in found])
+    for one in sorted(found, key=lambda one: (one.variant, parse_hook_name(one.hook_name).layer, one.hook_name)):
+        sae = read_sae(one, root, device)
+        assert sae.provenance is not None
+        if model_name:
+            sae.provenance = replace(sae.provenance, model_name=model_name)
+        yield one.variant, sae
 
 
-def is_saelens(folder: str | Path) -> bool:
-    """Whether an SAE folder was written by SAELens rather than by this package."""
-    return "qsae_kit" not in _read_config(Path(folder))["metadata"]
+def load_suite(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    variants: Sequence[str] = (),
+    hook_names: Sequence[str] = (),
+    model_name: str = "",
+) -> dict[str, dict[str, SAE]]:
+    """`{variant: {hook name: SAE}}` of a suite of ours or of a public release, sites in the model's order.
 
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{str(folder)!r} is no SAE folder: it has no {CONFIG}.")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error.msg}, line {error.lineno}).") from error
-    if not isinstance(config, dict) or not isinstance(config.get("metadata"), dict):
-        raise ValueError(f"{str(path)!r} is no SAE configuration: it has no metadata.")
-    return config
-
-
-def load_suite(folder: str | Path, device: str | torch.device = "cpu") -> dict[str, dict[str, SAE]]:
-    """`{variant: {hook name: SAE}}` of every SAE below a suite's folder, sites in the model's order.
-
-    Raises ValueError where there is none.
+    source: a folder, or the id of a repository on the hub, of which the weights that are wanted are fetched. The format is told
+    from the files (`readers`). variants, hook_names: only those (none given: all). model_name: instead of what the files say.
+    The SAEs of a public release have no median norm: `calibrate` them before they are used.
+    Raises ValueError where there is none, and for files that cannot be used.
     """
-    folder = Path(folder)
     suite: dict[str, dict[str, SAE]] = {}
-    for config in sorted(folder.glob(f"*/*/{CONFIG}")):
-        if config.parent.name.startswith("."):  # half-written by a run that was killed
-            continue
-        suite.setdefault(config.parent.parent.name, {})[config.parent.name] = load_sae(config.parent, device)
-    if not suite:
-        raise ValueError(f"{str(folder)!r} holds no SAEs; a suite is a folder of <variant>/<hook name>/{CONFIG}.")
-
-    def place(hook_name: str) -> tuple[int, str]:
-        site = parse_hook_name(hook_name)
-        return site.layer, site.kind
-
-    return {variant: {name: saes[name] for name in sorted(saes, key=place)} for variant, saes in suite.items()}
+    for variant, sae in iter_saes(source, device, variants=variants, hook_names=hook_names, model_name=model_name):
+        assert sae.provenance is not None
+        suite.setdefault(variant, {})[sae.provenance.hook_name] = sae
+    return suite
 
 
 def save_suite(suite: dict[str, dict[str, SAE]], folder: Path) -> None:
     """Writes `<folder>/<variant>/<hook name>/` for every SAE."""
     for variant, saes in suite.items():
         for hook_name, sae in saes.items():
-            save_sae(sae, folder / variant / hook_name)
+            save_sae(sae, suite_folder(folder, variant, hook_name))
+
+
+def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
+    """Where a suite keeps an SAE. Raises ValueError for names that would lead elsewhere."""
+    if variant in ("", ".", "..") or Path(variant).name != variant:
+        raise ValueError(f"The variant {variant!r} is no name for a folder; rename it.")
+    return folder / variant / parse_hook_name(hook_name).hook_name
+
+
+def convert_suite(
+    source: str | Path, out: Path, *, variants: Sequence[str] = (), hook_names: Sequence[str] = (), model_name: str = ""
+) -> list[Path]:
+    """Writes a suite of a public release as one of ours, whole or not at all, an SAE in memory at a time; returns its folders.
+
+    Arguments as in `load_suite`. Raises ValueError for a folder that is not empty, and as `load_suite` does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} is not an empty folder; give another one, or remove it first.")
+    written = []
+    with atomic_folder(out) as part:
+        for variant, sae in iter_saes(source, variants=variants, hook_names=hook_names, model_name=model_name):
+            assert sae.provenance is not None
+            folder = suite_folder(part, variant, sae.provenance.hook_name)
+            save_sae(sae, folder)
+            written.append(out / folder.relative_to(part))
+    return written
 
 
 def save_rows(rows: Rows, hook_name: str, path: Path, about: dict[str, str]) -> None:

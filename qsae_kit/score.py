@@ -158,6 +158,10 @@ def recipe_of(saes: Mapping[str, SAE]) -> TrainConfig:
     sae = next(iter(saes.values()))
     if sae.provenance is None:
         raise ValueError("The SAEs name no tokens and no site; load them from their folder.")
+    if not sae.provenance.tokens:
+        raise ValueError(
+            "The SAEs do not say how many tokens they were trained on, so baselines have nothing to match; leave them out."
+        )
     tokens = max(2048, sae.provenance.tokens)
     return default_recipe(
         sae.d_in, len(saes), architecture=sae.architecture, sparsity=sae.sparsity, expansion=sae.d_sae / sae.d_in, tokens=tokens,

@@ -29,6 +29,40 @@ def parse_hook_name(hook_name: str) -> Site:
     return Site(kinds[match[2]], int(match[1]))
 
 
+# What other libraries call the output of a module -> our kind of site.
+MODULES = {
+    "": "resid",
+    "output": "resid",
+    "mlp": "mlp",
+    "feed_forward": "mlp",
+    "attn": "attn",
+    "self_attn": "attn",
+    "attention": "attn",
+}
+SUBMODULES = {"resid_post": "resid", "resid_out": "resid", "mlp_out": "mlp", "attn_out": "attn", "attention_out": "attn"}
+
+
+def find_site(name: str) -> Site:
+    """The site under the name that another library gives it; ValueError for one that is none here.
+
+    Known are TransformerLens's hook names (`blocks.9.hook_resid_pre` is the residual stream after layer 8), modules of Hugging
+    Face models (`model.layers.9`, `layers.9.mlp`: their output) and dictionary_learning's `resid_post_layer_9`.
+    """
+    if match := re.fullmatch(r"(?:\w+\.)*(?:layers|h|blocks)\.(\d{1,4})(?:\.(\w+))?", name):
+        layer, module = int(match[1]), match[2] or ""
+        if module == "hook_resid_pre" and layer > 0:
+            return Site("resid", layer - 1)
+        kind = MODULES.get(module) or {hook: kind for kind, hook in HOOKS.items()}.get(module)
+        if kind is not None:
+            return Site(kind, layer)
+    elif (match := re.fullmatch(r"(\w+)_layer_(\d{1,4})", name)) and match[1] in SUBMODULES:
+        return Site(SUBMODULES[match[1]], int(match[2]))
+    raise ValueError(
+        f"{name!r} is not a site that SAEs can be used at; known are the residual stream after a layer, the MLP output and the "
+        f"attention output: blocks.<layer>.<hook> with hook one of {', '.join(HOOKS.values())}, or layers.<layer>[.mlp|.self_attn]."
+    )
+
+
 def parse_kinds(text: str) -> list[str]:
     """ "resid,mlp" -> ["resid", "mlp"]; ValueError for a kind that does not exist."""
     kinds = [part.strip() for part in text.split(",") if part.strip()]

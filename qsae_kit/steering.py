@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsae_kit.calibrate import check_measured
 from qsae_kit.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
 from qsae_kit.files import write_text
 from qsae_kit.sae import SAE
@@ -114,6 +115,7 @@ def _site(sae: SAE) -> str:
 
 
 def _median(sae: SAE) -> float:
+    check_measured(sae)
     assert sae.provenance is not None
     return sae.provenance.filter.median
 

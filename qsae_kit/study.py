@@ -37,6 +37,7 @@ from qsae_kit.choosing import (
     random_search,
 )  # fmt: skip
 from qsae_kit.edits import POLICIES, Edit, Policy
+from qsae_kit.evaluate import check_fit
 from qsae_kit.facts import facts_of, plain_texts
 from qsae_kit.findings import example_answers, measured_figures, rate, study_table, verdict
 from qsae_kit.journal import Journal
@@ -325,6 +326,8 @@ def steering_study(
     check_prompts(behaviour, config.target, selection, evaluation)
     variant, names = steered_sites(lm, suite, variant, hook_names)
     lm.check_hook_names(names)
+    for name in names:
+        check_fit(lm, suite[variant][name])
     prompts = {"selection": {k: list(v) for k, v in selection.items()}, "evaluation": {k: list(v) for k, v in evaluation.items()}}
     about = {
         "study": 1, "model": lm.model_name, "behaviour": behaviour.name, "config": asdict(config),
@@ -663,7 +666,8 @@ class _Study:
                 "target": arm != "none" and kind == self.target, "chosen": arm != "none" and frozen, "draw": draw,
             }  # fmt: skip
             edits = [] if change is None else Steering((replace(change, strength=strength),)).edits(self.suite)
-            key = f"row/{arm}/{kind}/{strength:g}/{'dose' if dose else 'answers'}/{draw}"
+            same = arm == "difference_of_means_best" and strength == c.sign * chosen.strength  # measured already
+            key = f"row/{'difference_of_means' if same else arm}/{kind}/{strength:g}/{'dose' if dose else 'answers'}/{draw}"
             compute = partial(lab.dose, kind, edits) if dose else partial(lab.measured, kind, edits, n, system)
             rows.append(labels | self._step(key, compute))
 

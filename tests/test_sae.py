@@ -167,14 +167,15 @@ def test_jump_gradients_are_the_straight_through_ones():
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda f: (f / "cfg.json").unlink(), "no cfg.json"),
+        (lambda f: (f / "cfg.json").unlink(), "cfg.json' cannot be read"),
         (lambda f: (f / "cfg.json").write_text("{"), "not JSON"),
         (lambda f: (f / "cfg.json").write_text("{}"), "no metadata"),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"1234"), "cannot be read"),
-        (lambda f: (f / "sae_weights.safetensors").unlink(), "cannot be read"),
-        (lambda f: save_file({"W_enc": torch.zeros(2, 2)}, f / "sae_weights.safetensors"), "holds tensors"),
+        (lambda f: (f / "sae_weights.safetensors").unlink(), "holds no SAEs"),
+        (lambda f: save_file({"W_enc": torch.zeros(2, 2)}, f / "sae_weights.safetensors"), "lacks W_dec, b_dec, b_enc"),
         (lambda f: _edit(f, lambda c: c.update(architecture="magic")), "'magic' SAE"),
-        (lambda f: _edit(f, lambda c: c["metadata"].pop("qsae_kit")), "not written by qsae_kit"),
+        (lambda f: _edit(f, lambda c: c["metadata"].update(qsae_kit=1)), "lacks 'sparsity'"),
+        (lambda f: _edit(f, lambda c: c.update(d_sae=41)), "d_sae=40, its configuration says 12 and 41"),
         (lambda f: _edit(f, lambda c: c["metadata"]["qsae_kit"].pop("median_norm")), "lacks 'median_norm'"),
         (lambda f: _edit(f, lambda c: c["metadata"].update(hook_name="blocks.x")), "not a site"),
         (lambda f: _poison(f), "not finite"),
@@ -219,8 +220,9 @@ def test_a_suite_keeps_the_models_order(tmp_path):
     sites = ["blocks.10.hook_resid_post", "blocks.2.hook_mlp_out", "blocks.2.hook_resid_post"]
     save_suite({"topk-x3": {site: make("topk", site=site)[0] for site in sites}}, tmp_path)
     assert list(load_suite(tmp_path)["topk-x3"]) == [sites[1], sites[2], sites[0]]
+    (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="holds no SAEs"):
-        load_suite(tmp_path / "nothing")
+        load_suite(tmp_path / "empty")
 
 
 def test_stored_rows_say_their_scale(tmp_path):

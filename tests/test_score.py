@@ -99,7 +99,7 @@ def test_folders_of_saelens(tmp_path, architecture):
     config["normalize_activations"] = "layer_norm"
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     refused = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path, "--json")
-    assert "normalised by 'layer_norm'" in str(refused.exception)
+    assert "normalize_activations='layer_norm'" in str(refused.exception)
 
 
 def test_a_suite_with_its_baselines(run, tmp_path):
@@ -199,7 +199,7 @@ def test_effective_ranks():
         (["--suite", "SUITE", "--json"], "belong to --acts"),
         (["--acts", "ACTS", "--sae", "SAE", "--concepts"], "--concepts would have no effect"),
         (["--acts", "ACTS", "--sae", "SAE"], "width 12, the SAE takes d_in=160"),
-        (["--suite", "ACTS"], "holds no SAEs"),
+        (["--suite", "ACTS"], "is a file; give the folder"),
     ],
 )
 def test_what_cannot_be_evaluated(run, tmp_path, flags, message):
