@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from qsae_kit import prompts as prompt_sets
-from qsae_kit.outcomes import AnswerForm, classify, has_loop
+from qsae_kit.edits import Edit
+from qsae_kit.models import HookedLM, Prompt
+from qsae_kit.outcomes import AnswerForm, answer_all, classify, has_loop, surprise
 from qsae_kit.prompts import KINDS, STOCK_REFUSALS
 from qsae_kit.tiny import lexicon, world
 
@@ -55,6 +57,35 @@ class Behaviour:
     """System prompts that ask for the same: the control without an edit."""
     wanted: Callable[[str, Goal], str | None] = lambda prompt, goal: None
     """The answer to a prompt that a goal wants, where it is known: what the search is led by."""
+
+
+class Judged(NamedTuple):
+    """Answers to prompts with their verdicts, one entry a prompt."""
+
+    outcomes: str
+    """A letter a prompt: S shows the behaviour, B is broken, A is neither."""
+    correct: str
+    """1 or 0 a prompt, - where it is not known."""
+    text: list[str]
+    tokens: list[list[int]]
+    surprise: list[float]
+    """Nats of the whole answer under the unedited model."""
+
+
+def judged_answers(
+    lm: HookedLM, behaviour: Behaviour, prompts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int,
+    enable_thinking: bool | None = None, asked: Sequence[Prompt] | None = None,
+) -> Judged:  # fmt: skip
+    """Greedy answers to prompts under edits, judged. asked: what the model is given instead, such as chats with a system prompt."""
+    out = answer_all(lm, asked or list(prompts), edits, max_new_tokens, enable_thinking)
+    nats = surprise(lm, [lm.chat_tokens(p, enable_thinking) for p in prompts], out.tokens)
+    verdicts = [
+        behaviour.judge(Answer(prompt, text, done, nat / len(ids)))
+        for prompt, text, ids, done, nat in zip(prompts, out.text, out.tokens, out.finished, nats, strict=True)
+    ]
+    letters = "".join("B" if v.broken else "S" if v.shown else "A" for v in verdicts)
+    correct = "".join("-" if v.correct is None else str(int(v.correct)) for v in verdicts)
+    return Judged(letters, correct, out.text, out.tokens, nats)
 
 
 REFUSAL_INSTRUCTIONS: Mapping[Goal, str] = {

@@ -3,6 +3,7 @@
 import sys
 import warnings
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -380,6 +381,15 @@ def steer(
         int | None, typer.Option(help="Prompts behind each random control (all by default).", min=1)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens of an answer.", min=1)] = 48,
+    bench: Annotated[
+        str,
+        typer.Option(help="Measure the frozen edit on xstest, harmbench, jailbreakbench or orbench too, with commas between."),
+    ] = "",
+    bench_prompts: Annotated[int | None, typer.Option(help="Prompts of each part of a bench, at most.", min=1)] = None,
+    bench_folder: Annotated[
+        Path | None, typer.Option(help="Where downloaded data sets lie, each under its id, instead of the hub.")
+    ] = None,
+    guard: Annotated[str, typer.Option(help="A guard model such as Qwen/Qwen3Guard-Gen-0.6B that judges bench answers.")] = "",
     small: Annotated[bool, typer.Option("--quick", help="Smaller searches, and costs on fewer prompts.")] = False,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for study.csv, study.json, steering.json and report.html.")] = Path(
@@ -389,9 +399,12 @@ def steer(
     """Choose features that steer a behaviour, and measure them with their price and controls. A cut-off study goes on."""
     import pandas as pd
 
-    from qsae_kit.behaviours import refusal_prompts, tiny_study
+    from qsae_kit.behaviours import refusal, refusal_prompts, tiny_study
+    from qsae_kit.benches import measure_benches, read_bench
     from qsae_kit.calibrate import fit_to_model
+    from qsae_kit.files import write_table
     from qsae_kit.formats import load_suite
+    from qsae_kit.judges import guard_judgements
     from qsae_kit.models import load_model
     from qsae_kit.prompts import read_prompts
     from qsae_kit.report import SHOWN, summary, write_study
@@ -406,6 +419,10 @@ def steer(
         not tiny and behaviour != "refusal",
         f"--behaviour {behaviour} has prompts for the bundled model only; see qsae_kit.Behaviour.",
     )
+    benches = [name.strip() for name in bench.split(",") if name.strip()]
+    _refuse(not benches and bool(guard or bench_folder or bench_prompts), "--guard and --bench-... belong to --bench; give one.")
+    _refuse(bool(benches) and behaviour != "refusal", f"--bench measures refusal; leave it or --behaviour {behaviour} out.")
+    asked_of = {name: read_bench(name, bench_prompts, bench_folder) for name in benches}
     config = StudyConfig(
         goal=goal, n_features=features, positions=positions, conditional=conditional, thinking=thinking, n_random=n_random,  # type: ignore[arg-type]
         control_prompts=control_prompts, max_new_tokens=max_new_tokens, seed=seed,
@@ -431,6 +448,15 @@ def steer(
     with pd.option_context("display.width", 250, "display.max_columns", 30, "display.max_rows", 100):
         typer.echo(summary(result.table)[SHOWN].round(3).to_string(index=False, na_rep=""))
     typer.echo(f"\n{result.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}")
+    if benches:
+        arms = {"features": result.steering.edits(trained), "difference_of_means": result.means.edits(trained)}
+        used = {text for texts in made.selection.values() for text in texts}
+        judges = partial(guard_judgements, load_model(guard)) if guard else None
+        measured = measure_benches(
+            lm, refusal(), asked_of, arms, max_new_tokens, thinking if lm.has_thinking else None, guard=judges, without=used, folder=out,
+        )  # fmt: skip
+        write_table(measured, out / "benches.csv")
+        typer.echo(f"\n{measured.round(3).to_string(index=False, na_rep='')}\n\nBenches: {out / 'benches.csv'}")
 
 
 @app.command()

@@ -64,7 +64,7 @@ def study_table(rows: Sequence[Row], clean: Mapping[str, str], seed: int = 0) ->
         if "outcomes" in row:
             outcomes, correct, n = row["outcomes"], row["correct"], len(row["outcomes"])
             shown = wilson(outcomes.count("S"), n)
-            change = paired_bootstrap([_changes(outcomes, clean[row["prompt_kind"]])], [1.0], seed=seed)
+            change = paired_bootstrap([changes(outcomes, clean[row["prompt_kind"]])], [1.0], seed=seed)
             told |= {
                 "n": n, "refusal_rate": shown.rate, "ci_low": shown.low, "ci_high": shown.high, "answered_rate": rate(outcomes, "A"),
                 "correct_rate": None if "-" in correct else rate(correct, "1"), "broken_rate": rate(outcomes, "B"),
@@ -93,7 +93,7 @@ def measured_figures(
         kinds = [target, *others]
         if any((arm, kind, None) not in said for kind in kinds):
             return None
-        groups = [_changes(said[arm, kind, None]["outcomes"], clean[kind]) for kind in kinds]
+        groups = [changes(said[arm, kind, None]["outcomes"], clean[kind]) for kind in kinds]
         return paired_bootstrap(groups, [sign, *(-sign / len(others) for _ in others)], seed=seed)
 
     ours = said["features", target, None]
@@ -102,7 +102,7 @@ def measured_figures(
     apart = None
     if worst is not None:
         n = len(worst["outcomes"])
-        apart = paired_bootstrap([_changes(ours["outcomes"][:n], worst["outcomes"])], [sign], seed=seed)
+        apart = paired_bootstrap([changes(ours["outcomes"][:n], worst["outcomes"])], [sign], seed=seed)
     frozen = table[(table["intervention"] == "features") & table["chosen"]].set_index("prompt_kind")
     base = table[table["intervention"] == "none"].set_index("prompt_kind")
     known = "-" not in ours["correct"]
@@ -144,7 +144,7 @@ def example_answers(rows: Sequence[Row], prompts: Mapping[str, Sequence[str]]) -
     )
 
 
-def _changes(after: str, before: str) -> list[float]:
+def changes(after: str, before: str) -> list[float]:
     """A figure a prompt: 1 where the behaviour came, -1 where it went."""
     return [float((a == "S") - (b == "S")) for a, b in zip(after, before, strict=False)]
 

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.behaviours import GOALS, SIGN, Answer, Behaviour, Goal, PromptSets, Verdict, refusal
+from qsae_kit.behaviours import GOALS, SIGN, Behaviour, Goal, PromptSets, judged_answers, refusal
 from qsae_kit.choosing import (
     Aim,
     Contrast,
@@ -42,8 +42,8 @@ from qsae_kit.facts import facts_of, plain_texts
 from qsae_kit.findings import example_answers, measured_figures, rate, study_table, verdict
 from qsae_kit.journal import Journal
 from qsae_kit.metrics import paired_bootstrap
-from qsae_kit.models import HookedLM, Prompt
-from qsae_kit.outcomes import answer_all, cost, first_tokens, opening_log_odds, plain_kl, repetition, surprise
+from qsae_kit.models import HookedLM
+from qsae_kit.outcomes import answer_all, cost, first_tokens, opening_log_odds, plain_kl, repetition
 from qsae_kit.prompts import STOCK_REFUSALS
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
@@ -180,6 +180,8 @@ class StudyResult(NamedTuple):
     chosen: Chosen
     steering: Steering
     """The frozen edit as a value."""
+    means: Steering
+    """The difference of means at the strength that the same trials choose for it."""
     table: pd.DataFrame
     """study.csv: see `findings.COLUMNS`."""
     candidates: pd.DataFrame
@@ -211,18 +213,11 @@ class _Lab:
     def answers(self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = "") -> dict[str, Any]:
         """The answers to the first n prompts of a kind with their verdicts, as plain values."""
         texts = self.prompts[kind][:n]
-        asked: list[Prompt] = [with_system(system, p) for p in texts] if system else list(texts)
-        out = answer_all(self.lm, asked, edits, self.config.max_new_tokens, self.thinking)
-        nats = surprise(self.lm, self.ids[kind][:n], out.tokens)
-        verdicts = [
-            self.behaviour.judge(Answer(prompt, text, done, nat / len(ids)))
-            for prompt, text, ids, done, nat in zip(texts, out.text, out.tokens, out.finished, nats, strict=True)
-        ]
+        asked = [with_system(system, p) for p in texts] if system else None
+        said = judged_answers(self.lm, self.behaviour, texts, edits, self.config.max_new_tokens, self.thinking, asked)
         return {
-            "outcomes": "".join(_letter(v) for v in verdicts),
-            "correct": "".join("-" if v.correct is None else str(int(v.correct)) for v in verdicts),
-            "perplexity": math.exp(min(50.0, sum(nats) / sum(map(len, out.tokens)))), "repetition": repetition(out.tokens),
-            "texts": out.text, "tokens": out.tokens,
+            "outcomes": said.outcomes, "correct": said.correct, "texts": said.text, "tokens": said.tokens,
+            "perplexity": math.exp(min(50.0, sum(said.surprise) / sum(map(len, said.tokens)))), "repetition": repetition(said.tokens),
         }  # fmt: skip
 
     def measured(
@@ -260,10 +255,6 @@ class _Lab:
 def with_system(system: str, prompt: str) -> list[dict[str, str]]:
     """A prompt behind a system prompt, as messages."""
     return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]
-
-
-def _letter(verdict: Verdict) -> str:
-    return "B" if verdict.broken else "S" if verdict.shown else "A"
 
 
 def check_prompts(behaviour: Behaviour, target: str, selection: PromptSets, evaluation: PromptSets) -> None:
@@ -708,10 +699,11 @@ class _Study:
                 break
         clean = {kind: said["outcomes"] for kind, said in lab.clean.items()}
         steering = Steering((chosen.change(c.sign * chosen.strength, self.positions),))
+        means = Steering((replace(along, strength=c.sign * chosen.means_strength),))
         table = self._with_capability(study_table(rows, clean, c.seed), steering)
         headline = self._about(chosen) | measured_figures(rows, table, clean, c.goal, self.target, self.others, c.seed)
         return StudyResult(
-            c, self.behaviour.name, self.target, chosen, steering, table, candidates, selection,
+            c, self.behaviour.name, self.target, chosen, steering, means, table, candidates, selection,
             example_answers(rows, self.prompts["evaluation"]), headline, verdict(headline), self.prompts,
         )  # fmt: skip
 
