@@ -460,6 +460,39 @@ def steer(
 
 
 @app.command()
+def diff(
+    first: Annotated[str, typer.Argument(help="A model, such as a base model.")],
+    second: Annotated[str, typer.Argument(help="Another one that was tuned from it.")],
+    suite: Annotated[str, typer.Option(help="A folder of SAEs of one of them, or a release of SAEs.")],
+    variant: Variants = None,
+    site: Sites = None,
+    data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens that both read.", min=1)] = 20_000,
+    out: Annotated[Path, typer.Option(help="Folder for sites.csv and features.parquet.")] = Path("runs/diff"),
+) -> None:
+    """Apply one suite to two models: the gap in reconstruction at each site, and which features fire more or less."""
+    from qsae_kit.calibrate import fit_to_model
+    from qsae_kit.corpus import documents_of
+    from qsae_kit.data import held_out_batches
+    from qsae_kit.files import write_table
+    from qsae_kit.formats import load_suite
+    from qsae_kit.modeldiff import compare_models, most_changed
+    from qsae_kit.models import load_model
+
+    _check_out(out)
+    trained = load_suite(suite, variants=variant or (), hook_names=site or ())
+    pair = load_model(first), load_model(second)
+    held_out, others = documents_of(pair[1], data)
+    _say_measured(fit_to_model(pair[1], trained, others))
+    found = compare_models(*pair, trained, held_out_batches(pair[1], held_out, tokens))
+    write_table(found.sites, out / "sites.csv")
+    write_table(found.features, out / "features.parquet")
+    typer.echo(found.sites[found.sites["category"] == "all"].round(4).to_string(index=False))
+    typer.echo(f"\nFeatures whose density changed most:\n{most_changed(found.features).round(4).to_string(index=False)}")
+    typer.echo(f"\nTables: {out / 'sites.csv'}, {out / 'features.parquet'}")
+
+
+@app.command()
 def inspect(
     source: Annotated[str, typer.Argument(help="Folder of SAEs, or the id of a repository on the hub.")],
     json_: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of a table.")] = False,

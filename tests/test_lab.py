@@ -261,5 +261,5 @@ def test_the_page_without_a_kernel_holds_the_last_try(lab, tmp_path):
     lab.run(wait=True)
     page = lab.to_html(tmp_path / "lab.html")
     assert lab.answers["base"]["text"].split("'")[0] in page
-    assert repr(lab) == "SteeringLab(3 SAEs, 1 sliders, 1 tries)"
+    assert repr(lab) == "SteeringLab(3 SAEs, 1 sliders, 1 try)"
     assert lab.answers["base"]["text"][:10] in lab.fallback()

@@ -371,7 +371,8 @@ class SteeringLab(View):
         return f"<p>{html.escape(repr(self))}</p><p>{html.escape(self.prompt)}</p><table>{body}</table>"
 
     def __repr__(self) -> str:
-        return f"SteeringLab({len(self.sites)} SAEs, {len(self.controls)} sliders, {len(self._tries)} tries)"
+        tries = "1 try" if len(self._tries) == 1 else f"{len(self._tries)} tries"
+        return f"SteeringLab({len(self.sites)} SAEs, {len(self.controls)} sliders, {tries})"
 
 
 def describe(steering: Steering) -> str:
