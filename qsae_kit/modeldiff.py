@@ -105,13 +105,13 @@ def compare_models(first: HookedLM, second: HookedLM, suite: Suite, batches: Seq
 
 
 def _features(variant: str, name: str, pair: Sequence[Reconstruction], both: torch.Tensor) -> pd.DataFrame:
-    one, two = (torch.zeros_like(both) + part.fired for part in pair)
+    one, two = (torch.zeros_like(both) + part.fired for part in pair)  # of a feature that never fires nothing is kept
     n = pair[0].rows
     table = pd.DataFrame(
         {
             "variant": variant, "site": name, "feature": range(len(both)), "fired_first": one, "fired_second": two,
-            "density_first": one / n, "density_second": two / n, "change": (two - one) / n,
-            "log_ratio": ((two + 0.5) / (one + 0.5)).log(), "overlap": both / (one + two - both).clamp(min=1),
+            "density_first": one.double() / n, "density_second": two.double() / n, "change": (two - one).double() / n,
+            "log_ratio": ((two + 0.5) / (one + 0.5)).log(), "overlap": both.double() / (one + two - both).clamp(min=1),
         }
     )  # fmt: skip
     return table[(table["fired_first"] > 0) | (table["fired_second"] > 0)]
