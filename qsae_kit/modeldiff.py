@@ -96,7 +96,7 @@ def compare_models(first: HookedLM, second: HookedLM, suite: Suite, batches: Seq
                 site_rows.append(
                     {
                         "variant": variant, "site": name, "category": category, "fvu_first": a.fvu, "fvu_second": b.fvu,
-                        "fvu_gap": b.fvu - a.fvu, "l0_first": float(a.fired.sum()) / a.rows, "l0_second": float(b.fired.sum()) / b.rows,
+                        "fvu_gap": b.fvu - a.fvu, "l0_first": a.l0, "l0_second": b.l0,
                         "tokens": a.rows,
                     }
                 )  # fmt: skip
@@ -105,12 +105,12 @@ def compare_models(first: HookedLM, second: HookedLM, suite: Suite, batches: Seq
 
 
 def _features(variant: str, name: str, pair: Sequence[Reconstruction], both: torch.Tensor) -> pd.DataFrame:
-    one, two = (torch.zeros_like(both) + part.fired for part in pair)  # of a feature that never fires nothing is kept
-    n = pair[0].rows
+    first, second = pair
+    one, two = first.fired, second.fired
     table = pd.DataFrame(
         {
             "variant": variant, "site": name, "feature": range(len(both)), "fired_first": one, "fired_second": two,
-            "density_first": one.double() / n, "density_second": two.double() / n, "change": (two - one).double() / n,
+            "density_first": first.density, "density_second": second.density, "change": second.density - first.density,
             "log_ratio": ((two + 0.5) / (one + 0.5)).log(), "overlap": both.double() / (one + two - both).clamp(min=1),
         }
     )  # fmt: skip
