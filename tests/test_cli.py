@@ -193,7 +193,7 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     assert (evaluation.loc[evaluation["category"] == "all", "fvu"] < 0.3).all()
     wanted = "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate broken_rate kl_first kl_answer perplexity"
     assert set(wanted.split()) <= set(steering.columns)
-    arms = "none features difference_of_means difference_of_means_best wrong_sign random noise system_prompt"
+    arms = "none features difference_of_means difference_of_means_best wrong_sign random random_single noise system_prompt"
     assert set(steering["intervention"]) == set(arms.split())
     base = steering[steering["goal"] == "none"].set_index("prompt_kind")
     assert (base["strength"] == 0).all()
