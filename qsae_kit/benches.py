@@ -18,6 +18,7 @@ from qsae_kit.journal import Journal
 from qsae_kit.judges import Judgement
 from qsae_kit.metrics import paired_bootstrap, wilson
 from qsae_kit.models import HookedLM
+from qsae_kit.steering import Steering, Suite
 
 Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
 """Prompts and answers -> what a guard says of each, such as `partial(judges.guard_judgements, load_model(...))`."""
@@ -120,19 +121,21 @@ def measure_benches(
     lm: HookedLM,
     behaviour: Behaviour,
     prompts: Prompts,
-    arms: Mapping[str, Sequence[Edit]],
+    arms: Mapping[str, Steering],
+    suite: Suite,
     max_new_tokens: int = 48,
     enable_thinking: bool | None = None,
     *,
     guard: Guard | None = None,
+    guard_name: str = "",
     without: Collection[str] = (),
     folder: Path | None = None,
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row for each part of each bench and each arm, the unsteered model first.
 
-    arms: name -> edits. without: prompts that were used to choose them, which are left out here. folder: steps are kept in its
-    benches.jsonl, and a run that was cut off goes on. Columns: bench, part, harmful, intervention, n, left_out; refusal_rate with
+    arms: name -> steering with the SAEs of a suite. without: prompts that were used to choose them, which are left out here. folder: steps are kept in its
+    benches.jsonl, and a run that was cut off goes on; one of other arms, SAEs or guard (`guard_name`) is refused there. Columns: bench, part, harmful, intervention, n, left_out; refusal_rate with
     ci_low and ci_high (95 % Wilson), broken_rate, change with change_low and change_high (of the rate against the unsteered
     model, 95 % paired bootstrap), published (`PUBLISHED`); with a guard guard_refusal_rate, unsafe_rate (answers that it calls
     unsafe) and agreement (share of answers at which guard and matcher agree on refusal, of those that it judged).
@@ -147,13 +150,14 @@ def measure_benches(
     if empty:
         raise ValueError(f"All prompts of {', '.join(empty)} were used for choosing; choose the features on others.")
     about = {"benches": 1, "model": lm.model_name, "prompts": [[*key, texts] for key, texts in kept.items()]}
-    about |= {"arms": list(arms), "max_new_tokens": max_new_tokens, "guard": guard is not None}
+    about |= {"arms": {arm: steering.to_json(suite) for arm, steering in arms.items()}, "behaviour": behaviour.name}
+    about |= {"max_new_tokens": max_new_tokens, "thinking": enable_thinking, "guard": guard and (guard_name or True)}
     journal = Journal(folder and folder / "benches.jsonl", about)
     rows = []
     for (bench, part), texts in kept.items():
         clean = ""
-        for arm, edits in {"none": (), **arms}.items():
-            compute = partial(_said, lm, behaviour, texts, edits, max_new_tokens, enable_thinking, guard)
+        for arm, steering in {"none": Steering(), **arms}.items():
+            compute = partial(_said, lm, behaviour, texts, steering.edits(suite), max_new_tokens, enable_thinking, guard)
             said = journal.get(f"{bench}/{part}/{arm}", compute)
             clean = clean or said["outcomes"]
             shown = wilson(said["outcomes"].count("S"), len(texts))

@@ -449,11 +449,12 @@ def steer(
         typer.echo(summary(result.table)[SHOWN].round(3).to_string(index=False, na_rep=""))
     typer.echo(f"\n{result.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}")
     if benches:
-        arms = {"features": result.steering.edits(trained), "difference_of_means": result.means.edits(trained)}
+        arms = {"features": result.steering, "difference_of_means": result.means}
         used = {text for texts in made.selection.values() for text in texts}
         judges = partial(guard_judgements, load_model(guard)) if guard else None
         measured = measure_benches(
-            lm, refusal(), asked_of, arms, max_new_tokens, thinking if lm.has_thinking else None, guard=judges, without=used, folder=out,
+            lm, refusal(), asked_of, arms, trained, max_new_tokens, thinking if lm.has_thinking else None, guard=judges,
+            guard_name=guard, without=used, folder=out,
         )  # fmt: skip
         write_table(measured, out / "benches.csv")
         typer.echo(f"\n{measured.round(3).to_string(index=False, na_rep='')}\n\nBenches: {out / 'benches.csv'}")
