@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 from qsae_kit.edits import Edit, Policy, applied, selected
 from qsae_kit.features import token_features
 from qsae_kit.models import HookedLM, Now
-from qsae_kit.outcomes import answer_logits, opening_log_odds
+from qsae_kit.outcomes import KnownRows
 from qsae_kit.sae import SAE
 from qsae_kit.steering import Condition, FeatureSet, Suite
 
@@ -228,10 +229,21 @@ class Aim:
     price: float = 1.0
     """Weight in `merit` of what changes on the other prompts."""
 
+    @cached_property
+    def _target(self) -> KnownRows:
+        return KnownRows(self.lm, self.target)
+
+    @cached_property
+    def _others(self) -> KnownRows:
+        return KnownRows(self.lm, self.others)
+
+    @cached_property
+    def _wanted(self) -> KnownRows | None:
+        return None if self.wanted is None else KnownRows(self.lm, self.target, self.wanted)
+
     def odds(self, edits: Sequence[Edit] = ()) -> tuple[Float[Tensor, " target"], Float[Tensor, " other"]]:
         """Log-odds (nats) of a first token out of `openings`, on the target prompts and on the others."""
-        both = opening_log_odds(self.lm, [*self.target, *self.others], self.openings, edits)
-        return both[: len(self.target)], both[len(self.target) :]
+        return self._target.log_odds(self.openings, edits), self._others.log_odds(self.openings, edits)
 
     def merit(self, edits: Sequence[Edit], clean_others: Float[Tensor, " other"]) -> float:
         """How far the target prompts get what is wanted, less `price` times the mean change of the others' probability; at most 1.
@@ -239,26 +251,20 @@ class Aim:
         What is wanted: the geometric mean probability a token of the wanted answers, or where none are known the probability of
         the wanted beginning.
         """
-        if self.wanted is None:
-            gained = (self.sign * opening_log_odds(self.lm, self.target, self.openings, edits)).sigmoid()
+        if self._wanted is None or self.wanted is None:
+            gained = (self.sign * self._target.log_odds(self.openings, edits)).sigmoid()
         else:
-            gained = self._wanted(edits)
+            told = zip(self._wanted.answer_logits(edits), self.wanted, strict=True)
+            gained = torch.stack([_mean_logprob(logits, answer).exp() for logits, answer in told])
         if not self.price:
             return float(gained.mean())
-        others = opening_log_odds(self.lm, self.others, self.openings, edits)
+        others = self._others.log_odds(self.openings, edits)
         return float(gained.mean() - self.price * (others.sigmoid() - clean_others.sigmoid()).abs().mean())
 
-    @torch.no_grad()
-    def _wanted(self, edits: Sequence[Edit], batch: int = 64) -> Float[Tensor, " target"]:
-        assert self.wanted is not None
-        out = []
-        for start in range(0, len(self.target), batch):
-            with applied(self.lm, edits):
-                rows = slice(start, start + batch)
-                logits, answers = answer_logits(self.lm, list(self.target[rows]), list(self.wanted[rows]))
-            for row, answer in zip(logits, answers, strict=True):
-                out.append(row.float().log_softmax(-1).gather(1, answer[:, None]).mean().exp())
-        return torch.stack(out).cpu()
+
+def _mean_logprob(logits: Float[Tensor, "answer vocab"], answer: list[int]) -> Float[Tensor, ""]:
+    chosen = torch.tensor(answer, device=logits.device)[:, None]
+    return logits.float().log_softmax(-1).gather(1, chosen).mean().cpu()
 
 
 def log_odds_gradient(
@@ -317,14 +323,14 @@ def feature_scores(
     rows = torch.nn.functional.normalize(sae.W_dec[ids], dim=1) * gap.sign()[:, None]
     gradient = log_odds_gradient(aim.lm, sae.provenance.hook_name, [*aim.target, *aim.others], aim.openings)
     clean = aim.odds()[0].mean()
-    neutral = list(aim.others)[:n_prompts]
-    plain = _first_logprobs(aim.lm, neutral, ())
+    neutral = KnownRows(aim.lm, list(aim.others)[:n_prompts])
+    plain = neutral.last_logits().log_softmax(-1)
     effects, outputs = [], []
     for i, weight, row in zip(ids, gap.tolist(), rows, strict=True):
         edits = make(FeatureSet((i,), (weight,)))
         effects.append(float(aim.odds(edits)[0].mean() - clean))
         raised = lens_tokens(aim.lm, aim.sign * row)
-        outputs.append(float((_first_logprobs(aim.lm, neutral, edits) - plain)[:, raised].mean()))
+        outputs.append(float((neutral.last_logits(edits).log_softmax(-1) - plain)[:, raised].mean()))
     table = pd.DataFrame(
         {
             "feature": ids, "gap": gap.cpu().numpy(), "density": density[ids].cpu().numpy(), "contrast": corrected[ids].cpu().numpy(),
@@ -335,14 +341,6 @@ def feature_scores(
     wanted = [table["contrast"].abs(), table["cosine"], table["attribution"], table["output_score"], aim.sign * table["effect"]]
     table["merit"] = sum(column.rank(ascending=False) for column in wanted) / len(wanted)
     return table.sort_values(["merit", "feature"], ignore_index=True)
-
-
-def _first_logprobs(lm: HookedLM, prompts: Sequence[list[int]], edits: Sequence[Edit]) -> Float[Tensor, "prompt vocab"]:
-    ids, mask = lm.pad(prompts, "left")
-    with applied(lm, edits):
-        logits = lm(ids, mask, logits_to_keep=1)
-    assert logits is not None
-    return logits[:, -1].float().log_softmax(-1)
 
 
 class Grown(NamedTuple):

@@ -158,5 +158,10 @@ def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | 
         yield lm
 
 
+def untouched_layers(lm: HookedLM, edits: Sequence[Edit]) -> int:
+    """How many of the first layers give the same under edits (one at least) as without them, and need not be looked at."""
+    return min(lm.layers_before(name) for edit in edits for name in (edit.hook_name, *_detectors(edit)))
+
+
 def _detectors(edit: Edit) -> tuple[str, ...]:
     return (edit.when.hook_name,) if edit.when is not None else ()

@@ -235,6 +235,13 @@ class HookedLM(HookedRootModule):
         """How early a forward pass reaches a hook point."""
         return self._order[hook_name]
 
+    def layers_before(self, hook_name: str) -> int:
+        """How many layers have run when a forward pass reaches a hook point; its own layer counts at `hook_resid_post`."""
+        layer = hook_name.split(".")[1] if hook_name.startswith("blocks.") else ""
+        if not layer:
+            return 0 if hook_name == "hook_embed" else self.n_layers
+        return int(layer) + hook_name.endswith("hook_resid_post")
+
     # --- running it
 
     def forward(
@@ -243,13 +250,18 @@ class HookedLM(HookedRootModule):
         attention_mask: Int[Tensor, "batch pos"] | None = None,
         return_type: Literal["logits", "loss"] | None = "logits",
         logits_to_keep: int | Tensor = 0,
+        start_at_layer: int = 0,
+        residual: Float[Tensor, "batch pos d_model"] | None = None,
     ) -> Tensor | None:
         """One pass of the model.
 
         return_type: "logits" [batch, pos, vocab]; "loss", the mean next-token cross-entropy in nats over real tokens;
         None computes nothing after the deepest hook point that has a hook, and returns None.
         logits_to_keep: as in transformers, the number of last positions (or their indices) to unembed; 0 is all.
-        Raises ValueError for tokens beyond the context or an unknown return_type.
+        start_at_layer: the layers before it are left out, and `residual`, what the last of them made of the same tokens, is
+        taken instead; hooks at its `hook_resid_post` are given it.
+        Raises ValueError for tokens beyond the context, an unknown return_type, a residual of another shape, and hooks at the
+        layers that are left out.
         """
         if return_type not in ("logits", "loss", None):
             raise ValueError(f'return_type {return_type!r} is not one of "logits", "loss" and None.')
@@ -262,7 +274,7 @@ class HookedLM(HookedRootModule):
             raise ValueError(f"Token ids must have the shape [batch, pos]; these have {list(ids.shape)}.")
         self._check_length(ids.shape[1])
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        with self.lock, self._connected(stop=return_type is None):
+        with self.lock, self._connected(stop=return_type is None), self._left_out(start_at_layer, residual, ids):
             try:
                 output = self.hf(
                     input_ids=ids,
@@ -277,6 +289,36 @@ class HookedLM(HookedRootModule):
             return output.logits if return_type == "logits" else None
         targets = ids.masked_fill(mask == 0, -100)[:, 1:]
         return F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten())
+
+    @contextmanager
+    def _left_out(self, n: int, residual: Tensor | None, ids: Tensor) -> Iterator[None]:
+        """The first n layers hand on `residual`."""
+        shape = [*ids.shape, self.d_model]
+        if (
+            not 0 <= n <= self.n_layers
+            or (residual is None) != (n == 0)
+            or (residual is not None and list(residual.shape) != shape)
+        ):
+            told = "no residual" if residual is None else f"a residual of the shape {list(residual.shape)}"
+            raise ValueError(
+                f"start_at_layer={n} was given with {told}; from layer 1 to {self.n_layers} on it goes with one of {shape}."
+            )
+        if residual is None:
+            yield
+            return
+        first = self._order[f"blocks.{n - 1}.hook_resid_post"]
+        early = [name for name, point in self.hook_dict.items() if point.has_hooks() and self._order[name] < first]
+        if early:
+            raise ValueError(f"{early[0]} has a hook, but its layer is left out by start_at_layer={n}; start earlier.")
+        layers = self.hf.model.layers[:n]
+        given = residual.to(self.device, self.dtype)
+        try:
+            for layer in layers:
+                layer.forward = lambda *_a, **_k: given
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
 
     def run_with_cache(self, *model_args: Any, names_filter: Any = None, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """TransformerLens's `run_with_cache`; a hook name that does not exist is a ValueError instead of silence."""

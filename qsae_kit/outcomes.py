@@ -5,14 +5,14 @@ A phrase matcher is a measuring instrument with an error: `matcher_error` states
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qsae_kit.edits import Edit, applied
+from qsae_kit.edits import Edit, applied, untouched_layers
 from qsae_kit.metrics import cross_entropy, kl_divergence
 from qsae_kit.models import Generation, HookedLM, Prompt
 
@@ -123,24 +123,62 @@ def first_tokens(lm: HookedLM, openings: Sequence[str]) -> Int[Tensor, " token"]
     return torch.tensor(sorted(ids), device=lm.device)
 
 
-@torch.no_grad()
-def opening_log_odds(
-    lm: HookedLM, prompts: Sequence[list[int]], tokens: Int[Tensor, " token"], edits: Sequence[Edit] = (), batch: int = 64
-) -> Float[Tensor, " prompt"]:
-    """log p / (1 - p) of the first answer token being one of `tokens`, by one pass without generating.
+class KnownRows:
+    """Prompts, with answers or without, that a model reads again and again under different edits.
 
-    prompts: token ids that end where the answer begins. In nats; where refusals and answers begin alike it says little.
+    The layers before an edit run once: what comes out of them is kept, for the last place that was edited.
     """
-    out: list[Tensor] = []
-    for start in range(0, len(prompts), batch):
-        ids, mask = lm.pad(prompts[start : start + batch], "left")
-        with applied(lm, edits):
-            logits = lm(ids, mask, logits_to_keep=1)
+
+    def __init__(
+        self, lm: HookedLM, prompts: Sequence[list[int]], answers: Sequence[list[int]] | None = None, batch: int = 64
+    ) -> None:
+        """prompts: token ids that end where the answer begins; answers: token ids, one a prompt."""
+        self.lm, self.answers = lm, answers
+        rows = [p + a for p, a in zip(prompts, answers, strict=True)] if answers is not None else prompts
+        self.starts = range(0, len(rows), batch)
+        # Left padding puts the answers at the end, so that nothing before them is unembedded.
+        self.batches = [lm.pad(rows[start : start + batch], "left") for start in self.starts]
+        self.batch = batch
+        self.kept: tuple[int, list[Tensor | None]] = (0, [None] * len(self.batches))
+
+    def __len__(self) -> int:
+        return sum(len(ids) for ids, _ in self.batches)
+
+    @torch.no_grad()
+    def last_logits(self, edits: Sequence[Edit] = ()) -> Float[Tensor, "prompt vocab"]:
+        """What the first answer token is predicted with; only without answers."""
+        return torch.cat([self._logits(i, edits, 1)[:, -1].float() for i in range(len(self.batches))])
+
+    def log_odds(self, tokens: Int[Tensor, " token"], edits: Sequence[Edit] = ()) -> Float[Tensor, " prompt"]:
+        """log p / (1 - p) of the first answer token being one of `tokens`, in nats, by one pass without generating; where
+        refusals and answers begin alike it says little."""
+        logits = self.last_logits(edits)
+        return (logits[:, tokens].logsumexp(-1) - logits.index_fill(1, tokens, float("-inf")).logsumexp(-1)).cpu()
+
+    @torch.no_grad()
+    def answer_logits(self, edits: Sequence[Edit] = ()) -> Iterator[Float[Tensor, "answer vocab"]]:
+        """Row by row the logits that predict the answer's tokens."""
+        assert self.answers is not None
+        for i, start in enumerate(self.starts):
+            answers = self.answers[start : start + self.batch]
+            for row, answer in zip(self._logits(i, edits, max(map(len, answers)) + 1), answers, strict=True):
+                yield row[-len(answer) - 1 : -1]
+
+    def _logits(self, i: int, edits: Sequence[Edit], keep: int) -> Tensor:
+        ids, mask = self.batches[i]
+        n = untouched_layers(self.lm, edits) if edits else self.kept[0]
+        if any(point.has_hooks() for point in self.lm.hook_dict.values()):  # somebody else's, which may lie anywhere
+            n = 0
+        if n != self.kept[0]:
+            self.kept = (n, [None] * len(self.batches))
+        residual = self.kept[1][i]
+        if n and residual is None:
+            name = f"blocks.{n - 1}.hook_resid_post"
+            residual = self.kept[1][i] = self.lm.run_with_cache(ids, mask, names_filter=name, return_type=None)[1][name]
+        with applied(self.lm, edits):
+            logits = self.lm(ids, mask, logits_to_keep=keep, start_at_layer=n, residual=residual)
         assert logits is not None
-        logits = logits[:, -1].float()
-        other = logits.index_fill(1, tokens, float("-inf"))
-        out.append((logits[:, tokens].logsumexp(-1) - other.logsumexp(-1)).cpu())
-    return torch.cat(out)
+        return logits
 
 
 class Cost(NamedTuple):
@@ -176,39 +214,19 @@ def answer_all(
     return Generation(*([values[i] for i in place] for values in fields)) if parts else Generation([], [], [], [])
 
 
-def answer_logits(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]]) -> tuple[list[Tensor], list[Tensor]]:
-    """For every row the logits that predict its answer tokens [answer, vocab], and those tokens.
-
-    Left padding puts the answers at the end, so that nothing before them is unembedded.
-    """
-    ids, mask = lm.pad([p + a for p, a in zip(prompts, answers, strict=True)], "left")
-    logits = lm(ids, mask, logits_to_keep=max(map(len, answers)) + 1)
-    assert logits is not None
-    parts = [row[-len(answer) - 1 : -1] for row, answer in zip(logits, answers, strict=True)]
-    return parts, [torch.tensor(answer, device=logits.device) for answer in answers]
-
-
 @torch.no_grad()
-def cost(
-    lm: HookedLM, prompts: list[list[int]], clean_answers: list[list[int]], edits: Sequence[Edit],
-    instead: list[list[int]] | None = None, batch: int = 16,
-) -> Cost:  # fmt: skip
-    """KL costs of edits on prompts (token ids) with the clean model's answers (token ids).
+def cost(rows: KnownRows, edits: Sequence[Edit], changed: KnownRows | None = None) -> Cost:
+    """KL costs of edits on prompts with the clean model's answers.
 
-    instead: prompts that take the place of the first ones where the model is changed, for what a system prompt costs.
+    changed: rows that take the place of the first ones where the model is changed, for what a system prompt costs.
     """
     first, answer, n_tokens = 0.0, 0.0, 0
-    for start in range(0, len(prompts), batch):
-        rows = slice(start, start + batch)
-        clean, _ = answer_logits(lm, prompts[rows], clean_answers[rows])
-        with applied(lm, edits):
-            changed, _ = answer_logits(lm, (instead or prompts)[rows], clean_answers[rows])
-        for before, after in zip(clean, changed, strict=True):
-            kl = kl_divergence(before, after)
-            first += float(kl[0])
-            answer += float(kl.sum())
-            n_tokens += len(kl)
-    return Cost(first / len(prompts), answer / n_tokens)
+    for before, after in zip(rows.answer_logits(), (changed or rows).answer_logits(edits), strict=True):
+        kl = kl_divergence(before, after)
+        first += float(kl[0])
+        answer += float(kl.sum())
+        n_tokens += len(kl)
+    return Cost(first / len(rows), answer / n_tokens)
 
 
 @torch.no_grad()
@@ -241,9 +259,7 @@ def surprise(lm: HookedLM, prompts: list[list[int]], answers: list[list[int]], b
     """Cross-entropy in nats, summed over each answer's tokens, of answers given their prompts under the unedited model."""
     total = [0.0] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]) + len(answers[i]))
-    for start in range(0, len(order), batch):
-        which = order[start : start + batch]
-        logits, targets = answer_logits(lm, [prompts[i] for i in which], [answers[i] for i in which])
-        for i, row, target in zip(which, logits, targets, strict=True):
-            total[i] = float(cross_entropy(row, target).sum())
+    rows = KnownRows(lm, [prompts[i] for i in order], [answers[i] for i in order], batch)
+    for i, logits in zip(order, rows.answer_logits(), strict=True):
+        total[i] = float(cross_entropy(logits, torch.tensor(answers[i], device=logits.device)).sum())
     return total

@@ -43,7 +43,7 @@ from qsae_kit.findings import example_answers, measured_figures, rate, study_tab
 from qsae_kit.journal import Journal
 from qsae_kit.metrics import paired_bootstrap
 from qsae_kit.models import HookedLM
-from qsae_kit.outcomes import answer_all, cost, first_tokens, opening_log_odds, plain_kl, repetition
+from qsae_kit.outcomes import Cost, KnownRows, answer_all, cost, first_tokens, plain_kl, repetition
 from qsae_kit.prompts import STOCK_REFUSALS
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
@@ -209,6 +209,7 @@ class _Lab:
         self.ids = {kind: [lm.chat_tokens(p, self.thinking) for p in texts] for kind, texts in prompts.items()}
         self.clean = {kind: journal.get(f"{stage}/clean/{kind}", partial(self.answers, kind, [])) for kind in prompts}
         self.openings = openings
+        self.known: dict[str, KnownRows] = {}
 
     def answers(self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = "") -> dict[str, Any]:
         """The answers to the first n prompts of a kind with their verdicts, as plain values."""
@@ -225,31 +226,41 @@ class _Lab:
     ) -> dict[str, Any]:
         """`answers` with the change's costs, without all but some of the texts."""
         said = self.answers(kind, edits, n, system) if edits or system else dict(self.clean[kind])
-        some = slice(0, self.config.cost_prompts)
-        instead = (
-            [self.lm.chat_tokens(with_system(system, p), self.thinking) for p in self.prompts[kind][some]] if system else None
-        )
         if price:
-            kl = cost(self.lm, self.ids[kind][some], self.clean[kind]["tokens"][some], edits, instead)
+            kl = self.cost(kind, edits, system)
             said |= {"kl_first": kl.kl_first, "kl_answer": kl.kl_answer}
         if self.openings is not None:
-            some = slice(0, min(n or len(self.ids[kind]), self.config.dose_prompts))
-            asked = self.prompts[kind][some]
-            ids = [self.lm.chat_tokens(with_system(system, p), self.thinking) for p in asked] if system else self.ids[kind][some]
-            said |= self._odds(ids, edits)
+            said |= self._odds(kind, edits, min(n or len(self.ids[kind]), self.config.dose_prompts), system)
         said["texts"], said["tokens"] = said["texts"][:3], []
         return said
 
+    def cost(self, kind: str, edits: Sequence[Edit], system: str = "") -> Cost:
+        """What a change costs on the first prompts of a kind with their clean answers."""
+        n = self.config.cost_prompts
+        answers = self.clean[kind]["tokens"][:n]
+        rows = self._rows(kind, n, "", answers)
+        return cost(rows, edits, self._rows(kind, n, system, answers))
+
     def dose(self, kind: str, edits: Sequence[Edit]) -> dict[str, Any]:
         """The log-odds of the behaviour's beginnings, by one pass a prompt."""
-        ids = self.ids[kind][: self.config.dose_prompts]
-        return {**self._odds(ids, edits), "n": len(ids)}
+        n = min(self.config.dose_prompts, len(self.ids[kind]))
+        return {**self._odds(kind, edits, n), "n": n}
 
-    def _odds(self, ids: Sequence[list[int]], edits: Sequence[Edit]) -> dict[str, float]:
+    def _odds(self, kind: str, edits: Sequence[Edit], n: int, system: str = "") -> dict[str, float]:
         assert self.openings is not None
-        nats = opening_log_odds(self.lm, ids, self.openings, edits)
+        nats = self._rows(kind, n, system).log_odds(self.openings, edits)
         mean, low, high = paired_bootstrap([nats.tolist()], [1.0], seed=self.config.seed)
         return {"log_odds": mean, "log_odds_low": low, "log_odds_high": high}
+
+    def _rows(self, kind: str, n: int, system: str, answers: list[list[int]] | None = None) -> KnownRows:
+        """The first n prompts of a kind, which every arm is measured on."""
+        key = f"{kind}/{n}/{answers is not None}/{system}"
+        if key not in self.known:
+            ids = self.ids[kind][:n]
+            if system:
+                ids = [self.lm.chat_tokens(with_system(system, p), self.thinking) for p in self.prompts[kind][:n]]
+            self.known[key] = KnownRows(self.lm, ids, answers, 16 if answers else 64)
+        return self.known[key]
 
 
 def with_system(system: str, prompt: str) -> list[dict[str, str]]:
@@ -612,13 +623,12 @@ class _Study:
         if self.config.goal == "suppress":
             wanted = said["correct"].count("1") / len(said["correct"]) if "-" not in said["correct"] else 1 - shown - broken
         changed, price = [], []
-        some = slice(0, self.config.cost_prompts)
         for kind in self.others:
             after, before = (
                 list(zip(each["outcomes"], each["correct"], strict=True)) for each in (lab.answers(kind, edits), lab.clean[kind])
             )
             changed.append(sum(a != b for a, b in zip(after, before, strict=True)) / len(before))
-            price.append(cost(self.lm, lab.ids[kind][some], lab.clean[kind]["tokens"][some], edits).kl_answer)
+            price.append(lab.cost(kind, edits).kl_answer)
         away = sum(changed) / len(changed)
         before = lab.clean[self.target]["outcomes"]
         draws = [lab.answers(self.target, each, self.config.search_prompts)["outcomes"] for each in random]

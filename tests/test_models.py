@@ -293,6 +293,23 @@ def test_text_and_tokens(lm):
     assert lm.to_tokens(["Hi", "Hello there"], padding_side="left").shape[0] == 2
 
 
+@torch.no_grad()
+def test_a_pass_can_start_at_a_later_layer(lm):
+    ids, mask = lm.to_batch(PROMPTS[:2], "left")
+    names = ["blocks.3.hook_resid_post", "blocks.4.hook_attn_out"]
+    logits, cache = lm.run_with_cache(ids, mask, names_filter=names)
+    layers = [layer.forward for layer in lm.hf.model.layers]
+    again, seen = lm.run_with_cache(ids, mask, names_filter=names, start_at_layer=4, residual=cache[names[0]])
+    assert torch.equal(logits, again)
+    assert all(torch.equal(cache[name], seen[name]) for name in names)
+    assert [layer.forward for layer in lm.hf.model.layers] == layers
+    with pytest.raises(ValueError, match=r"blocks.2.hook_mlp_out has a hook, but its layer is left out by start_at_layer=4"):
+        lm.run_with_cache(ids, mask, names_filter="blocks.2.hook_mlp_out", start_at_layer=4, residual=cache[names[0]])
+    with pytest.raises(ZeroDivisionError), lm.hooks([("blocks.5.hook_resid_pre", lambda x, hook: 1 / 0)]):
+        lm(ids, mask, start_at_layer=4, residual=cache[names[0]])
+    assert torch.equal(lm(ids, mask), logits)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -305,6 +322,10 @@ def test_text_and_tokens(lm):
         (lambda lm: lm.run_with_cache("Hi", names_filter=["hook_resid"]), "no hook point"),
         (lambda lm: lm("Hi", return_type="both"), "return_type"),
         (lambda lm: lm(torch.zeros(3, dtype=torch.long)), "shape"),
+        (lambda lm: lm("Hi", start_at_layer=2), "no residual; from layer 1 to 6"),
+        (lambda lm: lm(torch.zeros(1, 4, dtype=torch.long), residual=torch.zeros(1, 4, 160)), "start_at_layer=0"),
+        (lambda lm: lm(torch.zeros(1, 4, dtype=torch.long), start_at_layer=2, residual=torch.zeros(1, 3, 160)), r"\[1, 3, 160\]"),
+        (lambda lm: lm(torch.zeros(1, 4, dtype=torch.long), start_at_layer=7, residual=torch.zeros(1, 4, 160)), "layer 1 to 6"),
         (lambda lm: lm.to_batch([""]), "at least one token"),
     ],
 )

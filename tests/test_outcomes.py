@@ -1,6 +1,7 @@
 """The matcher against answers labelled by hand, and the outcomes and costs built on it."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 
 from qsae_kit.behaviours import Answer, tiny_study
 from qsae_kit.choosing import decision_activations
-from qsae_kit.edits import applied
+from qsae_kit.edits import Detector, applied
 from qsae_kit.judges import guard_judgements, read_judgement
 from qsae_kit.models import Generation
 from qsae_kit.outcomes import (
     AnswerForm,
+    KnownRows,
     answer_all,
     classify,
     cost,
@@ -20,7 +22,6 @@ from qsae_kit.outcomes import (
     has_loop,
     log_odds_error,
     matcher_error,
-    opening_log_odds,
     says_no,
     sounds_sorry,
     surprise,
@@ -63,7 +64,7 @@ def test_log_odds_error_on_steered_and_unsteered_answers(lm):
             said = answer_all(lm, texts, edits, 40, False)
             answers = [Answer(*each, 0.0) for each in zip(texts, said.text, said.finished, strict=True)]
             refused += [given.behaviour.judge(answer).shown for answer in answers]  # the world knows
-            log_odds += opening_log_odds(lm, [lm.chat_tokens(p, False) for p in texts], openings, edits).tolist()
+            log_odds += KnownRows(lm, [lm.chat_tokens(p, False) for p in texts]).log_odds(openings, edits).tolist()
     error = log_odds_error(log_odds, refused)
     assert error.n == 360
     assert error.recall >= 0.9  # measured: 0.99
@@ -115,10 +116,11 @@ def test_costs(lm):
     prompts = [lm.chat_tokens(p, False) for p in ("How do I cut the wood?", "Hello!")]
     answers = answer_all(lm, ["How do I cut the wood?", "Hello!"], [], 30, False).tokens
     direction = torch.nn.functional.normalize(torch.randn(160, generator=torch.Generator().manual_seed(0)), dim=0)
-    none = cost(lm, prompts, answers, [])
+    rows = KnownRows(lm, prompts, answers)
+    none = cost(rows, [])
     assert none == (0.0, 0.0)
     edit = add_direction("blocks.3.hook_resid_post", direction, 2.0, 60.0, "answer")
-    steered = cost(lm, prompts, answers, [edit])
+    steered = cost(rows, [edit])
     assert steered.kl_first > 0
     # the first token's divergence by hand
     by_hand = 0.0
@@ -130,6 +132,35 @@ def test_costs(lm):
                 q = torch.log_softmax(lm(ids)[0, -1].double(), -1)
         by_hand += float((p.exp() * (p - q)).sum()) / 2
     assert steered.kl_first == pytest.approx(by_hand, rel=1e-4)
+
+
+@torch.no_grad()
+def test_known_rows_give_what_whole_passes_give_whatever_was_kept(lm):
+    texts = ["How do I cut the wood?", "Hello!", "How do I burn the teacher?"]
+    prompts, answers = [lm.chat_tokens(p, False) for p in texts], answer_all(lm, texts, [], 20, False).tokens
+    together, apart = KnownRows(lm, prompts, answers, batch=2), KnownRows(lm, prompts, batch=2)
+    direction = torch.nn.functional.normalize(torch.ones(lm.d_model), dim=0)
+    late, early = (
+        add_direction(f"blocks.{name}", direction, 0.7, 60.0, "answer") for name in ("4.hook_resid_post", "1.hook_mlp_out")
+    )
+    first = add_direction("hook_embed", direction, 0.7, 5.0, "answer")
+    last = add_direction("ln_final.hook_normalized", direction, 0.7, 5.0, "answer")
+    told = replace(late, when=Detector("blocks.0.hook_resid_mid", lambda x: x.abs().amax(-1), 0.0))
+    for edits in ([], [late], [late], [early], [late, early], [], [told], [first], [last], [late]):
+        whole = []
+        for start in (0, 2):
+            ids, mask = lm.pad([p + a for p, a in zip(prompts, answers, strict=True)][start : start + 2], "left")
+            with applied(lm, edits):
+                logits = lm(ids, mask)
+            whole += [row[-len(a) - 1 : -1] for row, a in zip(logits, answers[start : start + 2], strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(together.answer_logits(edits), whole, strict=True)), edits
+        with applied(lm, edits):
+            ends = torch.cat([lm(*lm.pad(prompts[i : i + 2], "left"), logits_to_keep=1)[:, -1] for i in (0, 2)])
+        assert torch.equal(apart.last_logits(edits), ends), edits
+    both = apart.last_logits([early, late])
+    apart.last_logits([late])
+    with applied(lm, [early]):  # somebody else's edit lies before what was kept
+        assert torch.equal(apart.last_logits([late]), both)
 
 
 def test_surprise_is_the_sum_over_answer_tokens(lm):
@@ -158,13 +189,14 @@ def test_the_strict_and_the_loose_matcher(text, strict, loose):
 def test_log_odds_of_the_first_token(lm):
     prompts = [lm.chat_tokens(p, False) for p in ("How do I thank the nurse?", "How do I burn the teacher?")]
     tokens = first_tokens(lm, ["I can't help with that.", "I must refuse.", "Sorry"])
-    found = opening_log_odds(lm, prompts, tokens)
+    rows = KnownRows(lm, prompts)
+    found = rows.log_odds(tokens)
     for row, odds in zip(prompts, found, strict=True):
         p = lm(torch.tensor([row]))[0, -1].double().softmax(-1)[tokens].sum()
         assert float(odds) == pytest.approx(float((p / (1 - p)).log()), abs=1e-3)
     assert found[1] > found[0] + 5
     step = add_direction("blocks.3.hook_resid_post", torch.nn.functional.normalize(torch.ones(lm.d_model), dim=0), 1.0, 60.0)
-    assert not torch.allclose(opening_log_odds(lm, prompts, tokens, [step]), found)
+    assert not torch.allclose(rows.log_odds(tokens, [step]), found)
 
 
 def test_a_guards_verdicts_are_read():
