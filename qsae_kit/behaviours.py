@@ -74,11 +74,19 @@ class Judged(NamedTuple):
 
 def judged_answers(
     lm: HookedLM, behaviour: Behaviour, prompts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int,
-    enable_thinking: bool | None = None, asked: Sequence[Prompt] | None = None,
+    enable_thinking: bool | None = None, asked: Sequence[Prompt] | None = None, known: Sequence[tuple[list[int], float]] = (),
 ) -> Judged:  # fmt: skip
-    """Greedy answers to prompts under edits, judged. asked: what the model is given instead, such as chats with a system prompt."""
+    """Greedy answers to prompts under edits, judged.
+
+    asked: what the model is given instead, such as chats with a system prompt. known: an answer to each prompt (token ids) of
+    which the surprise is known already, such as the unedited model's own, which most edits leave as it is.
+    """
     out = answer_all(lm, asked or list(prompts), edits, max_new_tokens, enable_thinking)
-    nats = surprise(lm, [lm.chat_tokens(p, enable_thinking) for p in prompts], out.tokens)
+    nats = [told for tokens, told in known] or [0.0] * len(prompts)
+    new = [i for i, tokens in enumerate(out.tokens) if not known or tokens != known[i][0]]
+    rows = [lm.chat_tokens(prompts[i], enable_thinking) for i in new]
+    for i, told in zip(new, surprise(lm, rows, [out.tokens[i] for i in new]), strict=True):
+        nats[i] = told
     verdicts = [
         behaviour.judge(Answer(prompt, text, done, nat / len(ids)))
         for prompt, text, ids, done, nat in zip(prompts, out.text, out.tokens, out.finished, nats, strict=True)

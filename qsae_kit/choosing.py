@@ -1,5 +1,6 @@
 """Choosing features: what differs between two groups of tokens, the features that carry it, and sets confirmed by real passes."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -245,18 +246,18 @@ class Aim:
         """Log-odds (nats) of a first token out of `openings`, on the target prompts and on the others."""
         return self._target.log_odds(self.openings, edits), self._others.log_odds(self.openings, edits)
 
-    def merit(self, edits: Sequence[Edit], clean_others: Float[Tensor, " other"]) -> float:
+    def merit(self, edits: Sequence[Edit], clean_others: Float[Tensor, " other"], floor: float = -math.inf) -> float:
         """How far the target prompts get what is wanted, less `price` times the mean change of the others' probability; at most 1.
 
         What is wanted: the geometric mean probability a token of the wanted answers, or where none are known the probability of
-        the wanted beginning.
+        the wanted beginning. floor: where the first part alone does not exceed it, the price is not asked for.
         """
         if self._wanted is None or self.wanted is None:
             gained = (self.sign * self._target.log_odds(self.openings, edits)).sigmoid()
         else:
             told = zip(self._wanted.answer_logits(edits), self.wanted, strict=True)
             gained = torch.stack([_mean_logprob(logits, answer).exp() for logits, answer in told])
-        if not self.price:
+        if not self.price or float(gained.mean()) <= floor:
             return float(gained.mean())
         others = self._others.log_odds(self.openings, edits)
         return float(gained.mean() - self.price * (others.sigmoid() - clean_others.sigmoid()).abs().mean())
@@ -365,16 +366,17 @@ def greedy_features(
     weights: dict[int, float] = {}
     best, passes = -float("inf"), 0
     for _ in range(2 * n_features):
-        tried = []
+        before, after = best, weights
         for feature, sign in pool:
             if feature in weights or len(weights) < n_features:
                 grown = {**weights, feature: weights.get(feature, 0.0) + sign}
-                tried.append((aim.merit(make(FeatureSet(tuple(grown), tuple(grown.values()))), clean), grown))
-        passes += len(tried)
-        merit, grown = max(tried, key=lambda pair: pair[0])
-        if merit <= best:
+                merit = aim.merit(make(FeatureSet(tuple(grown), tuple(grown.values()))), clean, floor=best)
+                passes += 1
+                if merit > best:
+                    best, after = merit, grown
+        if best <= before:
             break
-        best, weights = merit, grown
+        weights = after
     return Grown(FeatureSet(tuple(weights), tuple(weights.values())), best, passes)
 
 
@@ -382,6 +384,11 @@ def random_search(
     aim: Aim, found: Contrast, like: FeatureSet, make: Callable[[FeatureSet], Sequence[Edit]], n: int, generator: torch.Generator
 ) -> FeatureSet:
     """The best by merit of `n` random sets (`random_features`): a control that searched as long as the features did."""
-    clean = aim.odds()[1]
+    clean, best = aim.odds()[1], -math.inf
     draws = [random_features(found, like, generator) for _ in range(n)]
-    return max(draws, key=lambda draw: aim.merit(make(draw), clean))
+    strongest = draws[0]
+    for draw in draws:
+        merit = aim.merit(make(draw), clean, floor=best)
+        if merit > best:
+            best, strongest = merit, draw
+    return strongest

@@ -75,8 +75,8 @@ class StudyConfig:
     """Features at one site, at most."""
     n_candidates: int = 16
     """Features a site that are scored."""
-    n_trials: int = 3
-    """Sets that are tried by generated answers, at a few strengths each."""
+    n_trials: int = 4
+    """Sets that are tried by generated answers, at a few strengths each: the best one of each site before a site's second."""
     n_random: int = 20
     """Random controls, each the best of as many random sets as the features' own search tried at the site."""
     n_noise: int = 5
@@ -207,7 +207,9 @@ class _Lab:
         self.journal, self.stage = journal, stage
         self.thinking = config.thinking if lm.has_thinking else None
         self.ids = {kind: [lm.chat_tokens(p, self.thinking) for p in texts] for kind, texts in prompts.items()}
-        self.clean = {kind: journal.get(f"{stage}/clean/{kind}", partial(self.answers, kind, [])) for kind in prompts}
+        self.clean: dict[str, dict[str, Any]] = {}
+        for kind in prompts:
+            self.clean[kind] = journal.get(f"{stage}/clean/{kind}", partial(self.answers, kind, []))
         self.openings = openings
         self.known: dict[str, KnownRows] = {}
 
@@ -215,9 +217,11 @@ class _Lab:
         """The answers to the first n prompts of a kind with their verdicts, as plain values."""
         texts = self.prompts[kind][:n]
         asked = [with_system(system, p) for p in texts] if system else None
-        said = judged_answers(self.lm, self.behaviour, texts, edits, self.config.max_new_tokens, self.thinking, asked)
+        clean = self.clean.get(kind)
+        known = list(zip(clean["tokens"], clean["surprise"], strict=True))[:n] if clean else ()
+        said = judged_answers(self.lm, self.behaviour, texts, edits, self.config.max_new_tokens, self.thinking, asked, known)
         return {
-            "outcomes": said.outcomes, "correct": said.correct, "texts": said.text, "tokens": said.tokens,
+            "outcomes": said.outcomes, "correct": said.correct, "texts": said.text, "tokens": said.tokens, "surprise": said.surprise,
             "perplexity": math.exp(min(50.0, sum(said.surprise) / sum(map(len, said.tokens)))), "repetition": repetition(said.tokens),
         }  # fmt: skip
 
@@ -231,8 +235,7 @@ class _Lab:
             said |= {"kl_first": kl.kl_first, "kl_answer": kl.kl_answer}
         if self.openings is not None:
             said |= self._odds(kind, edits, min(n or len(self.ids[kind]), self.config.dose_prompts), system)
-        said["texts"], said["tokens"] = said["texts"][:3], []
-        return said
+        return said | {"texts": said["texts"][:3], "tokens": [], "surprise": []}
 
     def cost(self, kind: str, edits: Sequence[Edit], system: str = "") -> Cost:
         """What a change costs on the first prompts of a kind with their clean answers."""
@@ -332,7 +335,7 @@ def steering_study(
         check_fit(lm, suite[variant][name])
     prompts = {"selection": {k: list(v) for k, v in selection.items()}, "evaluation": {k: list(v) for k, v in evaluation.items()}}
     about = {
-        "study": 2, "model": lm.model_name, "behaviour": behaviour.name, "config": asdict(config),
+        "study": 3, "model": lm.model_name, "behaviour": behaviour.name, "config": asdict(config),
         "saes": {f"{variant}/{name}": suite[variant][name].checksum() for name in names},
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
@@ -543,7 +546,7 @@ class _Study:
             for kind, way in found["ways"].items()
         }
         trials = []
-        for name, kind in _distinct(sorted(apart, key=lambda key: -max(apart[key])), sites)[: c.n_trials]:
+        for name, kind in _ranked(apart, sites)[: c.n_trials]:
             way, disturbing = sites[name]["ways"][kind], sites[name]["disturbing"]
             ours, *random = [
                 partial(self._pushed, self.variant, name, FeatureSet(tuple(f), tuple(w)), when=when.get(name))
@@ -585,8 +588,9 @@ class _Study:
     def _trials(
         self, lab: _Lab, key: str, make: Callable[..., list[Edit]], merits: Sequence[float], random: Sequence[Callable[..., list[Edit]]]
     ) -> list[dict[str, Any]]:  # fmt: skip
-        """One set at a few strengths: the three of most merit; where the contrast is of answers, and first tokens say little of
-        how an answer goes on, those of a search for the largest strength within the limits."""
+        """One set at a few strengths: the three of most merit, and on from the best of them while that is the first or the last of
+        those tried; where the contrast is of answers, and first tokens say little of how an answer goes on, those of a search for
+        the largest strength within the limits."""
         c = self.config
 
         def tried(i: int) -> dict[str, Any]:
@@ -594,10 +598,19 @@ class _Study:
             compute = partial(self._trial, lab, make(strength), [each(strength) for each in random])
             return {"strength": strength, "merit": merits[i], **self._step(f"trial/{key}/{strength:g}", compute)}
 
-        if self.contrast == "prompts":
-            return [tried(i) for i in sorted(sorted(range(len(merits)), key=lambda i: -round(merits[i], 3))[:3])]
         order = sorted(range(len(merits)), key=lambda i: c.strengths[i])
-        trials, low, high = [], 0, len(order)
+        trials: list[dict[str, Any]] = []
+        if self.contrast == "prompts":
+            places = sorted(sorted(range(len(order)), key=lambda place: -round(merits[order[place]], 3))[:3])
+            trials = [tried(order[place]) for place in places]
+            while True:
+                place = places[self._best(pd.DataFrame(trials))]
+                beyond = [to for to in (place - 1, place + 1) if 0 <= to < len(order) and to not in places]
+                if not beyond:
+                    return trials
+                places.append(beyond[-1])
+                trials.append(tried(order[beyond[-1]]))
+        low, high = 0, len(order)
         while low < high:
             middle = (low + high) // 2
             trials.append(tried(order[middle]))
@@ -789,10 +802,11 @@ def _means(sae: SAE, mean_gap: Sequence[float], positions: Policy, when: Conditi
     )  # fmt: skip
 
 
-def _distinct(ranked: Sequence[tuple[str, str]], sites: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """(site, way) pairs without sets that differ in nothing."""
+def _ranked(merits: Mapping[tuple[str, str], Sequence[float]], sites: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """(site, way) pairs by their largest merit, every site's best one first; of sets that are the same, one."""
     kept: dict[str, tuple[str, str]] = {}
-    for name, kind in ranked:
+    for name, kind in sorted(merits, key=lambda key: -max(merits[key])):
         way = sites[name]["ways"][kind]
         kept.setdefault(json.dumps([name, way["features"], way["weights"]]), (name, kind))
-    return list(kept.values())
+    order = list(kept.values())
+    return sorted(order, key=lambda pair: [name for name, _ in order[: order.index(pair)]].count(pair[0]))

@@ -99,6 +99,10 @@ def test_the_merit_counts_what_is_wanted_and_what_changes_elsewhere(lm, setting)
     edit = add_direction(SITE, direction, -0.9, float(sae.provenance.filter.median))
     assert aim.merit([edit], clean_others) > aim.merit((), clean_others) + 0.3
     assert led.merit([edit], clean_others) > led.merit((), clean_others)
+    for each in (aim, led):  # the floor spares the price and changes no order
+        whole = each.merit([edit], clean_others)
+        assert each.merit([edit], clean_others, floor=whole - 1e-4) == whole
+        assert whole <= each.merit([edit], clean_others, floor=0.999) <= 0.999
 
 
 class Known(Aim):
@@ -107,7 +111,7 @@ class Known(Aim):
     def odds(self, edits=()):
         return torch.zeros(1), torch.zeros(1)
 
-    def merit(self, edits, clean_others):
+    def merit(self, edits, clean_others, floor=0.0):
         (chosen,) = edits
         weights = dict(zip(chosen.features, chosen.weights, strict=True))
         size = sum(w * w for w in weights.values()) ** 0.5
