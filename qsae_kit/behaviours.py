@@ -7,9 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from qsae_kit import prompts as prompt_sets
-from qsae_kit.edits import Edit
-from qsae_kit.models import HookedLM, Prompt
-from qsae_kit.outcomes import AnswerForm, answer_all, classify, has_loop, surprise
+from qsae_kit.models import Generation, HookedLM
+from qsae_kit.outcomes import AnswerForm, classify, has_loop, surprise
 from qsae_kit.prompts import KINDS, STOCK_REFUSALS
 from qsae_kit.tiny import lexicon, world
 
@@ -72,28 +71,27 @@ class Judged(NamedTuple):
     """Nats of the whole answer under the unedited model."""
 
 
-def judged_answers(
-    lm: HookedLM, behaviour: Behaviour, prompts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int,
-    enable_thinking: bool | None = None, asked: Sequence[Prompt] | None = None, known: Sequence[tuple[list[int], float]] = (),
+def judged(
+    lm: HookedLM, behaviour: Behaviour, prompts: Sequence[str], said: Generation, enable_thinking: bool | None = None,
+    known: Sequence[tuple[list[int], float]] = (),
 ) -> Judged:  # fmt: skip
-    """Greedy answers to prompts under edits, judged.
+    """Judges answers to prompts.
 
-    asked: what the model is given instead, such as chats with a system prompt. known: an answer to each prompt (token ids) of
-    which the surprise is known already, such as the unedited model's own, which most edits leave as it is.
+    known: an answer to each prompt (token ids) of which the surprise is known already, such as the unedited model's own,
+    which most edits leave as it is.
     """
-    out = answer_all(lm, asked or list(prompts), edits, max_new_tokens, enable_thinking)
-    nats = [told for tokens, told in known] or [0.0] * len(prompts)
-    new = [i for i, tokens in enumerate(out.tokens) if not known or tokens != known[i][0]]
+    nats = [told for _, told in known] or [0.0] * len(prompts)
+    new = [i for i, tokens in enumerate(said.tokens) if not known or tokens != known[i][0]]
     rows = [lm.chat_tokens(prompts[i], enable_thinking) for i in new]
-    for i, told in zip(new, surprise(lm, rows, [out.tokens[i] for i in new]), strict=True):
+    for i, told in zip(new, surprise(lm, rows, [said.tokens[i] for i in new]), strict=True):
         nats[i] = told
     verdicts = [
         behaviour.judge(Answer(prompt, text, done, nat / len(ids)))
-        for prompt, text, ids, done, nat in zip(prompts, out.text, out.tokens, out.finished, nats, strict=True)
+        for prompt, text, ids, done, nat in zip(prompts, said.text, said.tokens, said.finished, nats, strict=True)
     ]
     letters = "".join("B" if v.broken else "S" if v.shown else "A" for v in verdicts)
     correct = "".join("-" if v.correct is None else str(int(v.correct)) for v in verdicts)
-    return Judged(letters, correct, out.text, out.tokens, nats)
+    return Judged(letters, correct, said.text, said.tokens, nats)
 
 
 REFUSAL_INSTRUCTIONS: Mapping[Goal, str] = {

@@ -11,13 +11,14 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from qsae_kit.behaviours import Behaviour, judged_answers
+from qsae_kit.behaviours import Behaviour, judged
 from qsae_kit.edits import Edit
 from qsae_kit.findings import changes, rate
 from qsae_kit.journal import Journal
 from qsae_kit.judges import Judgement
 from qsae_kit.metrics import paired_bootstrap, wilson
 from qsae_kit.models import HookedLM
+from qsae_kit.outcomes import answer_all
 from qsae_kit.steering import Steering, Suite
 
 Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
@@ -181,7 +182,7 @@ def _said(
     lm: HookedLM, behaviour: Behaviour, texts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int, thinking: bool | None,
     guard: Guard | None,
 ) -> dict[str, Any]:  # fmt: skip
-    answers = judged_answers(lm, behaviour, texts, edits, max_new_tokens, thinking)
+    answers = judged(lm, behaviour, texts, answer_all(lm, texts, edits, max_new_tokens, thinking), thinking)
     told = [] if guard is None else guard(texts, answers.text)
     return {
         "outcomes": answers.outcomes, "guard": [[j.safety, j.refused] for j in told], "judged": guard is not None,

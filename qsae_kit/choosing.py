@@ -357,27 +357,27 @@ class Grown(NamedTuple):
 def greedy_features(
     aim: Aim, pool: Sequence[tuple[int, float]], make: Callable[[FeatureSet], Sequence[Edit]], n_features: int = 5
 ) -> Grown:
-    """Grows a set of at most `n_features` out of (feature, sign): each round adds the one that raises the merit most.
+    """Grows a set of at most `n_features` out of (feature, sign): each round adds the one with the highest merit then.
 
-    A feature may be taken again, which raises its weight; there are at most twice as many rounds as features. make: the edits
-    for a feature set; every set has a change of the same size. Stops where no feature raises the merit.
+    A feature may be taken again, which raises its weight; there are twice as many rounds as features, and the best set of all
+    of them is returned. make: the edits for a feature set; every set has a change of the same size.
     """
     clean = aim.odds()[1]
     weights: dict[int, float] = {}
-    best, passes = -float("inf"), 0
+    best, passes = Grown(FeatureSet((), ()), -math.inf, 0), 0
     for _ in range(2 * n_features):
-        before, after = best, weights
+        merit, grown = -math.inf, weights
         for feature, sign in pool:
             if feature in weights or len(weights) < n_features:
-                grown = {**weights, feature: weights.get(feature, 0.0) + sign}
-                merit = aim.merit(make(FeatureSet(tuple(grown), tuple(grown.values()))), clean, floor=best)
+                more = {**weights, feature: weights.get(feature, 0.0) + sign}
+                found = aim.merit(make(FeatureSet(tuple(more), tuple(more.values()))), clean, floor=merit)
                 passes += 1
-                if merit > best:
-                    best, after = merit, grown
-        if best <= before:
-            break
-        weights = after
-    return Grown(FeatureSet(tuple(weights), tuple(weights.values())), best, passes)
+                if found > merit:
+                    merit, grown = found, more
+        weights = grown
+        if merit > best.merit:
+            best = Grown(FeatureSet(tuple(weights), tuple(weights.values())), merit, passes)
+    return best._replace(passes=passes)
 
 
 def random_search(

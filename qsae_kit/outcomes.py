@@ -6,7 +6,9 @@ A phrase matcher is a measuring instrument with an error: `matcher_error` states
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from contextlib import ExitStack
+from itertools import chain
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -190,6 +192,13 @@ class Cost(NamedTuple):
     """KL(clean || edited) a token over the clean model's own answers, teacher-forced."""
 
 
+class Asked(NamedTuple):
+    """Prompts that are answered under the same edits."""
+
+    prompts: Sequence[Prompt]
+    edits: Sequence[Edit]
+
+
 def answer_all(
     lm: HookedLM,
     prompts: Sequence[Prompt],
@@ -202,16 +211,33 @@ def answer_all(
 
     batch: None is 256 for models of less than 50 million parameters, else 48.
     """
+    return answer_groups(lm, [Asked(prompts, edits)], max_new_tokens, enable_thinking, batch)[0]
+
+
+def answer_groups(
+    lm: HookedLM, groups: Sequence[Asked], max_new_tokens: int, enable_thinking: bool | None, batch: int | None = None
+) -> list[Generation]:
+    """`answer_all` for several groups, each under its own edits, out of the same batches."""
     batch = batch or (256 if lm.hf.num_parameters() < 50_000_000 else 48)
-    order = sorted(range(len(prompts)), key=lambda i: len(str(prompts[i])))
-    parts = []
+    asked = [(g, prompt) for g, group in enumerate(groups) for prompt in group.prompts]
+    order = sorted(range(len(asked)), key=lambda i: len(str(asked[i][1])))
+    said: dict[int, Generation] = {}
     for start in range(0, len(order), batch):
-        with applied(lm, edits):
-            some = [prompts[i] for i in order[start : start + batch]]
-            parts.append(lm.generate(some, max_new_tokens, enable_thinking=enable_thinking))
-    fields: list[list[Any]] = [[value for part in column for value in part] for column in zip(*parts, strict=True)]
-    place = sorted(range(len(order)), key=order.__getitem__)
-    return Generation(*([values[i] for i in place] for values in fields)) if parts else Generation([], [], [], [])
+        some = order[start : start + batch]
+        owners = torch.tensor([asked[i][0] for i in some], device=lm.device)
+        with ExitStack() as stack:
+            for g in sorted(set(owners.tolist())):
+                rows = None if (owners == g).all() else owners == g
+                stack.enter_context(applied(lm, groups[g].edits, rows))
+            out = lm.generate([asked[i][1] for i in some], max_new_tokens, enable_thinking=enable_thinking)
+        said |= {i: out.one(row) for row, i in enumerate(some)}
+    parts: list[list[Generation]] = [[] for _ in groups]
+    for i, (g, _) in enumerate(asked):
+        parts[g].append(said[i])
+    return [
+        Generation(*(list(chain.from_iterable(each)) for each in zip(*part, strict=True))) if part else Generation([], [], [], [])
+        for part in parts
+    ]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.behaviours import GOALS, SIGN, Behaviour, Goal, PromptSets, judged_answers, refusal
+from qsae_kit.behaviours import GOALS, SIGN, Behaviour, Goal, PromptSets, judged, refusal
 from qsae_kit.choosing import (
     Aim,
     Contrast,
@@ -42,14 +42,14 @@ from qsae_kit.facts import facts_of, plain_texts
 from qsae_kit.findings import example_answers, measured_figures, rate, study_table, verdict
 from qsae_kit.journal import Journal
 from qsae_kit.metrics import paired_bootstrap
-from qsae_kit.models import HookedLM
-from qsae_kit.outcomes import Cost, KnownRows, answer_all, cost, first_tokens, plain_kl, repetition
+from qsae_kit.models import Generation, HookedLM
+from qsae_kit.outcomes import Asked, Cost, KnownRows, answer_all, answer_groups, cost, first_tokens, plain_kl, repetition
 from qsae_kit.prompts import STOCK_REFUSALS
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.steering import Change, Condition, FeatureSet, Steering, Suite
 
-STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.2, 2.0)
+STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0)
 CONTRASTS = ("auto", "prompts", "answers")
 CONTROL_SAES = {"frozen_decoder": "frozen_decoder_sae", "frozen_soft_decoder": "soft_frozen_sae"}
 """What a variant's name ends with -> the control that it is."""
@@ -215,11 +215,22 @@ class _Lab:
 
     def answers(self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = "") -> dict[str, Any]:
         """The answers to the first n prompts of a kind with their verdicts, as plain values."""
-        texts = self.prompts[kind][:n]
-        asked = [with_system(system, p) for p in texts] if system else None
+        return self.answers_of([(kind, edits, n)], system)[0]
+
+    def answers_of(self, groups: Sequence[tuple[str, Sequence[Edit], int | None]], system: str = "") -> list[dict[str, Any]]:
+        """`answers` for several kinds, edits and numbers of prompts at once."""
+        texts = [self.prompts[kind][:n] for kind, _, n in groups]
+        asked: list[Asked] = [
+            Asked([with_system(system, p) for p in some] if system else some, edits)
+            for some, (_, edits, _) in zip(texts, groups, strict=True)
+        ]
+        answers = answer_groups(self.lm, asked, self.config.max_new_tokens, self.thinking)
+        return [self._judged(kind, some, out) for some, out, (kind, _, _) in zip(texts, answers, groups, strict=True)]
+
+    def _judged(self, kind: str, texts: Sequence[str], out: Generation) -> dict[str, Any]:
         clean = self.clean.get(kind)
-        known = list(zip(clean["tokens"], clean["surprise"], strict=True))[:n] if clean else ()
-        said = judged_answers(self.lm, self.behaviour, texts, edits, self.config.max_new_tokens, self.thinking, asked, known)
+        known = list(zip(clean["tokens"], clean["surprise"], strict=True))[: len(texts)] if clean else ()
+        said = judged(self.lm, self.behaviour, texts, out, self.thinking, known)
         return {
             "outcomes": said.outcomes, "correct": said.correct, "texts": said.text, "tokens": said.tokens, "surprise": said.surprise,
             "perplexity": math.exp(min(50.0, sum(said.surprise) / sum(map(len, said.tokens)))), "repetition": repetition(said.tokens),
@@ -630,22 +641,22 @@ class _Study:
         unless the contrast is of answers also less the mean share of other prompts whose outcome changes, or whose answer turns
         right or wrong.
         """
-        said = lab.answers(self.target, edits)
+        kinds = [self.target, *self.others]
+        answers = lab.answers_of(
+            [*((kind, edits, None) for kind in kinds), *((self.target, each, self.config.search_prompts) for each in random)]
+        )
+        (said, *elsewhere), draws = answers[: len(kinds)], answers[len(kinds) :]
         shown, broken = rate(said["outcomes"], "S"), rate(said["outcomes"], "B")
         wanted = shown
         if self.config.goal == "suppress":
             wanted = said["correct"].count("1") / len(said["correct"]) if "-" not in said["correct"] else 1 - shown - broken
-        changed, price = [], []
-        for kind in self.others:
-            after, before = (
-                list(zip(each["outcomes"], each["correct"], strict=True)) for each in (lab.answers(kind, edits), lab.clean[kind])
-            )
+        changed = []
+        for kind, new in zip(self.others, elsewhere, strict=True):
+            after, before = (list(zip(each["outcomes"], each["correct"], strict=True)) for each in (new, lab.clean[kind]))
             changed.append(sum(a != b for a, b in zip(after, before, strict=True)) / len(before))
-            price.append(lab.cost(kind, edits).kl_answer)
+        price = [lab.cost(kind, edits).kl_answer for kind in self.others]
         away = sum(changed) / len(changed)
-        before = lab.clean[self.target]["outcomes"]
-        draws = [lab.answers(self.target, each, self.config.search_prompts)["outcomes"] for each in random]
-        pairs = [(a, b) for draw in draws for a, b in zip(draw, before, strict=False)]
+        pairs = [(a, b) for draw in draws for a, b in zip(draw["outcomes"], lab.clean[self.target]["outcomes"], strict=False)]
         disturbance = sum(a != b for a, b in pairs) / max(1, len(pairs))
         selective = self.contrast == "prompts"
         return {
