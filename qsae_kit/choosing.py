@@ -242,9 +242,13 @@ class Aim:
     def _wanted(self) -> KnownRows | None:
         return None if self.wanted is None else KnownRows(self.lm, self.target, self.wanted)
 
-    def odds(self, edits: Sequence[Edit] = ()) -> tuple[Float[Tensor, " target"], Float[Tensor, " other"]]:
-        """Log-odds (nats) of a first token out of `openings`, on the target prompts and on the others."""
-        return self._target.log_odds(self.openings, edits), self._others.log_odds(self.openings, edits)
+    def target_odds(self, edits: Sequence[Edit] = ()) -> Float[Tensor, " target"]:
+        """Log-odds (nats) of a first token out of `openings` on the target prompts."""
+        return self._target.log_odds(self.openings, edits)
+
+    def others_odds(self, edits: Sequence[Edit] = ()) -> Float[Tensor, " other"]:
+        """The same on the others."""
+        return self._others.log_odds(self.openings, edits)
 
     def merit(self, edits: Sequence[Edit], clean_others: Float[Tensor, " other"], floor: float = -math.inf) -> float:
         """How far the target prompts get what is wanted, less `price` times the mean change of the others' probability; at most 1.
@@ -253,13 +257,13 @@ class Aim:
         the wanted beginning. floor: where the first part alone does not exceed it, the price is not asked for.
         """
         if self._wanted is None or self.wanted is None:
-            gained = (self.sign * self._target.log_odds(self.openings, edits)).sigmoid()
+            gained = (self.sign * self.target_odds(edits)).sigmoid()
         else:
             told = zip(self._wanted.answer_logits(edits), self.wanted, strict=True)
             gained = torch.stack([_mean_logprob(logits, answer).exp() for logits, answer in told])
         if not self.price or float(gained.mean()) <= floor:
             return float(gained.mean())
-        others = self._others.log_odds(self.openings, edits)
+        others = self.others_odds(edits)
         return float(gained.mean() - self.price * (others.sigmoid() - clean_others.sigmoid()).abs().mean())
 
 
@@ -323,13 +327,13 @@ def feature_scores(
     gap = found.feature_gap[ids]
     rows = torch.nn.functional.normalize(sae.W_dec[ids], dim=1) * gap.sign()[:, None]
     gradient = log_odds_gradient(aim.lm, sae.provenance.hook_name, [*aim.target, *aim.others], aim.openings)
-    clean = aim.odds()[0].mean()
+    clean = aim.target_odds().mean()
     neutral = KnownRows(aim.lm, list(aim.others)[:n_prompts])
     plain = neutral.last_logits().log_softmax(-1)
     effects, outputs = [], []
     for i, weight, row in zip(ids, gap.tolist(), rows, strict=True):
         edits = make(FeatureSet((i,), (weight,)))
-        effects.append(float(aim.odds(edits)[0].mean() - clean))
+        effects.append(float(aim.target_odds(edits).mean() - clean))
         raised = lens_tokens(aim.lm, aim.sign * row)
         outputs.append(float((neutral.last_logits(edits).log_softmax(-1) - plain)[:, raised].mean()))
     table = pd.DataFrame(
@@ -362,7 +366,7 @@ def greedy_features(
     A feature may be taken again, which raises its weight; there are twice as many rounds as features, and the best set of all
     of them is returned. make: the edits for a feature set; every set has a change of the same size.
     """
-    clean = aim.odds()[1]
+    clean = aim.others_odds()
     weights: dict[int, float] = {}
     best, passes = Grown(FeatureSet((), ()), -math.inf, 0), 0
     for _ in range(2 * n_features):
@@ -384,7 +388,7 @@ def random_search(
     aim: Aim, found: Contrast, like: FeatureSet, make: Callable[[FeatureSet], Sequence[Edit]], n: int, generator: torch.Generator
 ) -> FeatureSet:
     """The best by merit of `n` random sets (`random_features`): a control that searched as long as the features did."""
-    clean, best = aim.odds()[1], -math.inf
+    clean, best = aim.others_odds(), -math.inf
     draws = [random_features(found, like, generator) for _ in range(n)]
     strongest = draws[0]
     for draw in draws:

@@ -209,7 +209,7 @@ def answer_all(
 ) -> Generation:
     """Greedy answers to chat prompts under edits, in the given order; batches hold prompts of like length.
 
-    batch: None is 256 for models of less than 50 million parameters, else 48.
+    batch: None is 320 for models of less than 50 million parameters, else 48.
     """
     return answer_groups(lm, [Asked(prompts, edits)], max_new_tokens, enable_thinking, batch)[0]
 
@@ -218,7 +218,7 @@ def answer_groups(
     lm: HookedLM, groups: Sequence[Asked], max_new_tokens: int, enable_thinking: bool | None, batch: int | None = None
 ) -> list[Generation]:
     """`answer_all` for several groups, each under its own edits, out of the same batches."""
-    batch = batch or (256 if lm.hf.num_parameters() < 50_000_000 else 48)
+    batch = batch or (320 if lm.hf.num_parameters() < 50_000_000 else 48)
     asked = [(g, prompt) for g, group in enumerate(groups) for prompt in group.prompts]
     order = sorted(range(len(asked)), key=lambda i: len(str(asked[i][1])))
     said: dict[int, Generation] = {}

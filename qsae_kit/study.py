@@ -73,7 +73,7 @@ class StudyConfig:
     """Strengths of the dose-response, each with both signs, in median norms of the site; one of them is frozen."""
     n_features: int = 5
     """Features at one site, at most."""
-    n_candidates: int = 16
+    n_candidates: int = 12
     """Features a site that are scored."""
     n_trials: int = 4
     """Sets that are tried by generated answers, at a few strengths each: the best one of each site before a site's second."""
@@ -414,7 +414,7 @@ class _Study:
         n = 3 * c.n_trials * n_selection + sum(evaluation.values()) * 5 + few * (5 + c.n_random + 2 * c.n_noise) + 2 * c.n_facts
         passes = len(self.names) * (2 * c.n_candidates + 5 * c.n_candidates + 27) + c.n_random * (5 * c.n_candidates)
         started = time.monotonic()
-        self._aim(lab).odds()
+        self._aim(lab).others_odds()
         a_pass = time.monotonic() - started
         minutes = (seconds / max(1, n_selection) * n + passes * a_pass) / 60
         tqdm.write(
@@ -500,7 +500,7 @@ class _Study:
         def make(chosen: FeatureSet, strength: float) -> list[Edit]:
             return self._pushed(variant, name, chosen, strength, when)
 
-        clean = aim.odds()[1]
+        clean = aim.others_odds()
         sets = {"gap": choose_features(found, c.n_features), "fitted": fit_features(sae, found, c.n_features)}
         fitted = [aim.merit(make(sets["fitted"], strength), clean) for strength in c.strengths]
         at_best = partial(make, strength=c.strengths[fitted.index(max(fitted))])
@@ -510,10 +510,13 @@ class _Study:
         ]
         grown = greedy_features(aim, pool, at_best, c.n_features)
         sets["greedy"] = grown.chosen
-        ways = {
-            way: {"features": chosen.features, "weights": chosen.weights, "merits": [aim.merit(make(chosen, s), clean) for s in c.strengths]}
+        merits = {
+            way: fitted if way == "fitted" else [aim.merit(make(chosen, s), clean) for s in c.strengths]
             for way, chosen in sets.items()
-        }  # fmt: skip
+        }
+        ways = {
+            way: {"features": chosen.features, "weights": chosen.weights, "merits": merits[way]} for way, chosen in sets.items()
+        }
         generator = torch.Generator().manual_seed(c.seed + 1)  # not the draws that evaluation uses
         draws = [random_features(found, sets["gap"], generator) for _ in range(N_DISTURBING)]
         still = aim.merit((), clean)
@@ -556,7 +559,7 @@ class _Study:
             for name, found in sites.items()
             for kind, way in found["ways"].items()
         }
-        trials = []
+        trials: list[dict[str, Any]] = []
         for name, kind in _ranked(apart, sites)[: c.n_trials]:
             way, disturbing = sites[name]["ways"][kind], sites[name]["disturbing"]
             ours, *random = [
@@ -564,7 +567,8 @@ class _Study:
                 for f, w in [(way["features"], way["weights"]), *disturbing]
             ]
             labels = {"site": name, "way": kind, "features": len(way["features"])}
-            trials += [labels | trial for trial in self._trials(lab, f"{name}/{kind}", ours, apart[name, kind], random)]
+            lead = max((trial["score"] for trial in trials if trial["within_limits"]), default=-math.inf)
+            trials += [labels | trial for trial in self._trials(lab, f"{name}/{kind}", ours, apart[name, kind], random, lead)]
         table = pd.DataFrame(trials)
         first = self._best(table)
         best = table.loc[first]
@@ -593,14 +597,15 @@ class _Study:
 
     def _merits(self, lab: _Lab, make: Callable[[float], list[Edit]]) -> list[float]:
         aim = self._aim(lab)
-        clean = aim.odds()[1]
+        clean = aim.others_odds()
         return [aim.merit(make(strength), clean) for strength in self.config.strengths]
 
     def _trials(
-        self, lab: _Lab, key: str, make: Callable[..., list[Edit]], merits: Sequence[float], random: Sequence[Callable[..., list[Edit]]]
+        self, lab: _Lab, key: str, make: Callable[..., list[Edit]], merits: Sequence[float], random: Sequence[Callable[..., list[Edit]]],
+        lead: float = -math.inf,
     ) -> list[dict[str, Any]]:  # fmt: skip
         """One set at a few strengths: the three of most merit, and on from the best of them while that is the first or the last of
-        those tried; where the contrast is of answers, and first tokens say little of how an answer goes on, those of a search for
+        those tried and its score above `lead`, another set's; where the contrast is of answers, and first tokens say little of how an answer goes on, those of a search for
         the largest strength within the limits."""
         c = self.config
 
@@ -615,9 +620,9 @@ class _Study:
             places = sorted(sorted(range(len(order)), key=lambda place: -round(merits[order[place]], 3))[:3])
             trials = [tried(order[place]) for place in places]
             while True:
-                place = places[self._best(pd.DataFrame(trials))]
-                beyond = [to for to in (place - 1, place + 1) if 0 <= to < len(order) and to not in places]
-                if not beyond:
+                best = self._best(pd.DataFrame(trials))
+                beyond = [to for to in (places[best] - 1, places[best] + 1) if 0 <= to < len(order) and to not in places]
+                if not beyond or trials[best]["score"] <= lead:
                     return trials
                 places.append(beyond[-1])
                 trials.append(tried(order[beyond[-1]]))

@@ -73,7 +73,7 @@ def test_scores_of_candidates(lm, setting):
         assert row.gap == pytest.approx(float(found.feature_gap[i]), abs=1e-4)
         assert row.density == pytest.approx(float(fires[:, i].float().mean()))
         assert row.contrast == pytest.approx(row.gap * (1 - row.density), abs=1e-4)
-        clean, edited = aim.odds()[0], aim.odds(make(FeatureSet((i,), (row.gap,))))[0]
+        clean, edited = aim.target_odds(), aim.target_odds(make(FeatureSet((i,), (row.gap,))))
         assert row.effect == pytest.approx(float((edited - clean).mean()), abs=1e-3)
     sign = torch.tensor([float(found.feature_gap[int(i)]) for i in table["feature"]]).sign()
     unit = torch.nn.functional.normalize(found.mean_gap, dim=0)
@@ -91,7 +91,7 @@ def test_lens_tokens_are_those_that_the_unembedding_raises(lm):
 
 def test_the_merit_counts_what_is_wanted_and_what_changes_elsewhere(lm, setting):
     aim, first, second, sae, wanted = setting
-    clean_others = aim.odds()[1]
+    clean_others = aim.others_odds()
     assert aim.merit((), clean_others) < 0.2  # harmful prompts are refused
     assert aim.merit((), clean_others - 20) < aim.merit((), clean_others) + 1e-6
     led = Aim(lm, aim.target, aim.others, aim.openings, -1.0, wanted)
@@ -108,8 +108,8 @@ def test_the_merit_counts_what_is_wanted_and_what_changes_elsewhere(lm, setting)
 class Known(Aim):
     """An aim whose best set is known: features 1 and 4, the first with twice the weight of the second, against its sign."""
 
-    def odds(self, edits=()):
-        return torch.zeros(1), torch.zeros(1)
+    def others_odds(self, edits=()):
+        return torch.zeros(1)
 
     def merit(self, edits, clean_others, floor=0.0):
         (chosen,) = edits

@@ -323,11 +323,11 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
     lab = _Lab(lm, made.behaviour, made.selection, SMALL, study.journal, "selection")
     clean = {kind: dict(said) for kind, said in lab.clean.items()}
 
-    def answers(kind, edits, n=None):
+    def answers(kind):
         correct = clean[kind]["correct"]
         return clean[kind] | ({"correct": str(1 - int(correct[0])) + correct[1:]} if kind == "harmless" else {})
 
-    lab.answers = answers
+    lab.answers_of = lambda groups: [answers(kind) for kind, _, _ in groups]
     trial = study._trial(lab, [], [])
     assert trial["changed_elsewhere"] == 0.25  # one of two harmless, none of two borderline
     assert trial["score"] == pytest.approx(trial["wanted"] - 0.25)
