@@ -461,6 +461,66 @@ def steer(
 
 
 @app.command()
+def suite(
+    model: Annotated[str, typer.Argument(help="tiny, smollm2, a hub id such as Qwen/Qwen3-1.7B, or a local folder.")],
+    budget: Annotated[
+        str, typer.Option(help="smoke (5M tokens), useful (100M), publish (500M), tokens such as 300k, or hours such as 12h.")
+    ] = "useful",
+    sites: Annotated[str, typer.Option(help="Comma-separated: resid, mlp, attn.")] = "resid,mlp,attn",
+    layers: Annotated[str, typer.Option(help='"all", "0,2" or "1-3".')] = "all",
+    recipe: Annotated[
+        str,
+        typer.Option(help="Data recipe: qwen3-chat-v1, tiny-chat-v1, own-chat-v1 or a .json file; the model's own by default."),
+    ] = "",
+    slot: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE: a file of your own in the place of a recipe's slot; may be given again.")
+    ] = None,
+    data_folder: Annotated[
+        Path | None, typer.Option(help="Where downloaded data sets lie, each under its id, instead of the hub.")
+    ] = None,
+    expansion: Annotated[float, typer.Option(help="Width as a multiple of d_model.")] = 8,
+    target_l0: Annotated[float | None, typer.Option(help="Features a token (the square root of d_model by default).")] = None,
+    moments: Annotated[
+        str, typer.Option(help="Adam's moments: float32, bfloat16 or int8 (bfloat16 on a GPU, else float32, by default).")
+    ] = "",
+    goal: Annotated[str, typer.Option(help="Of the refusal study: suppress or induce.")] = "suppress",
+    baseline_sites: Annotated[int, typer.Option(help="Sites at which baselines are trained too.", min=0)] = 2,
+    memory: Annotated[
+        float | None, typer.Option(help="GB for training, beside the model (most of what is free by default).")
+    ] = None,
+    seed: int = 0,
+    out: Annotated[Path, typer.Option(help="Folder of the suite.")] = Path("runs/suite"),
+    plan: Annotated[bool, typer.Option("--plan", help="Print the plan, and make nothing.")] = False,
+    push: Annotated[str, typer.Option(help="A repository on the hub to upload the finished suite to (private).")] = "",
+) -> None:
+    """Make a whole suite: data, SAEs, evaluation, feature index, refusal study, model card. A cut-off run goes on."""
+    from qsae_kit.card import push as push_suite
+    from qsae_kit.models import load_model
+    from qsae_kit.suite import SuiteConfig, make_plan, make_suite, parse_budget, said_plan
+
+    parse_budget(budget)
+    _refuse(goal not in ("suppress", "induce"), f"--goal {goal} was given; allowed are suppress and induce.")
+    wrong = [entry for entry in slot or [] if not all(entry.partition("=")[::2])]
+    _refuse(bool(wrong), f"--slot {''.join(wrong[:1])} was given; write it as NAME=FILE.")
+    files = {name: path for name, _, path in (entry.partition("=") for entry in slot or [])}
+    missing = [path for path in files.values() if not Path(path).is_file()]
+    _refuse(bool(missing), f"There is no file {''.join(missing[:1])!r}; --slot takes NAME=FILE.")
+    _check_out(out)
+    lm = load_model(model)
+    config = SuiteConfig(
+        budget, sites, layers, recipe, files, expansion, target_l0, moments, goal, baseline_sites, seed,  # type: ignore[arg-type]
+    )  # fmt: skip
+    taken = None if memory is None else int(memory * 1e9)
+    if plan:
+        typer.echo(said_plan(make_plan(lm, config, out, taken)))
+        return
+    make_suite(lm, out, config, memory=taken, folder=data_folder)
+    typer.echo(f"The suite: {out}; its card: {out / 'README.md'}; what is in it: {out / 'manifest.json'}")
+    if push:
+        typer.echo(f"Pushed to {push_suite(out, push)}")
+
+
+@app.command()
 def diff(
     first: Annotated[str, typer.Argument(help="A model, such as a base model.")],
     second: Annotated[str, typer.Argument(help="Another one that was tuned from it.")],

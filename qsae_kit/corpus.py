@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
-from qsae_kit.data import Document, read_documents, repeat, split_documents
+from qsae_kit.data import Document, again, read_documents, split_documents
 from qsae_kit.models import HookedLM
 from qsae_kit.tiny import world
 
@@ -32,5 +32,5 @@ def documents_of(
     """
     others = stream_of(lm, data, TRAINING)
     if data is not None:
-        return split_documents(others(), n_held_out)[0], lambda: repeat(split_documents(others(), n_held_out)[1])
+        return split_documents(others(), n_held_out)[0], lambda: again(lambda: split_documents(others(), n_held_out)[1])
     return [dialogue.messages for dialogue in world.dialogues(4 * n_held_out, seed=HELD_OUT)], others

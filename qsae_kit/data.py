@@ -6,7 +6,7 @@ choice, template tokens; the sites' norm filter comes later, where activations a
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
@@ -197,6 +197,12 @@ def repeat(documents: Iterable[Document]) -> Iterator[Document]:
         yield document
     while kept:
         yield from kept
+
+
+def again(documents: Callable[[], Iterable[Document]]) -> Iterator[Document]:
+    """The documents over and over, read anew each time: nothing is kept. `documents` gives at least one."""
+    while True:
+        yield from documents()
 
 
 def split_documents(documents: Iterable[Document], n_held_out: int) -> tuple[list[Document], Iterator[Document]]:

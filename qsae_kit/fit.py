@@ -190,10 +190,11 @@ def fit_live(
     out: Path,
     *,
     resume: bool = False,
+    memory: int | None = None,
     watch: Sequence[Watcher] = (),
     bar: bool = True,
 ) -> FitResult:
-    """Trains at sites of a running model, all from one stream."""
+    """Trains at sites of a running model, all from one stream; memory as for `train_saes`."""
     _, documents = documents_of(lm, data)
     meter = Meter(configs[0].batch)
     source = LiveRows(lm, sites, lambda: token_batches(lm, documents()))
@@ -204,6 +205,7 @@ def fit_live(
         context_size=min(512, lm.context_size),
         folder=out,
         resume=resume,
+        memory=memory,
         watch=[meter, *watch],
         bar=bar,
     )

@@ -1,0 +1,443 @@
+"""`qsae suite`: plan, data, training, evaluation, index, study and card in one folder, by one command that can be cut off.
+
+    <out>/manifest.json     what the run is, and for each stage that is done its files with sizes and checksums
+    <out>/plan.json         sites, recipe, groups, memory, disk and hours, as they were planned
+    <out>/data/             documents.jsonl and data.json (`mixes.write_mix`)
+    <out>/suite/, train.jsonl   the SAEs in SAELens's format, and the training's log
+    <out>/evaluation/, baselines/, features/, study/   tables, figures, the feature index, the steering study
+    <out>/README.md         the model card
+
+A stage whose files are there and unchanged is skipped; one that was cut off goes on from its own checkpoints.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from tqdm.auto import tqdm
+
+from qsae_kit import mixes
+from qsae_kit.activations import StoredRows
+from qsae_kit.behaviours import Goal, refusal_prompts
+from qsae_kit.card import model_card
+from qsae_kit.checkpoints import LOG
+from qsae_kit.data import read_documents
+from qsae_kit.features import IndexConfig, build_index
+from qsae_kit.files import write_text
+from qsae_kit.fit import Meter, fit_live, sites_of
+from qsae_kit.formats import load_suite
+from qsae_kit.models import HookedLM
+from qsae_kit.plan import free_memory, plan_groups
+from qsae_kit.recipe import TrainConfig, default_recipe
+from qsae_kit.report import write_study
+from qsae_kit.sae import SAE
+from qsae_kit.score import score_suite
+from qsae_kit.sites import parse_hook_name
+from qsae_kit.study import StudyConfig, quick, steering_study
+from qsae_kit.train import train_saes
+
+STAGES = ("data", "train", "evaluate", "index", "study", "card")
+RECORD, PLAN = "manifest.json", "plan.json"
+HASHED = 64 * 2**20
+"""Bytes up to which a file's checksum is looked at again before its stage is skipped; of larger ones the size."""
+BYTES_A_TOKEN = 5
+"""Of a document on disk."""
+FEW = 1_000_000
+"""Training tokens below which evaluation, index and study are small too."""
+
+
+@dataclass(frozen=True)
+class SuiteConfig:
+    """What a suite is made of; model and folder come beside it."""
+
+    budget: str = "useful"
+    """Training tokens ("300k", "100M", or a name of `mixes.BUDGETS`), or hours ("12h") that everything may take."""
+    sites: str = "resid,mlp,attn"
+    layers: str = "all"
+    recipe: str = ""
+    """The data recipe (`mixes.read_manifest`); empty: the model's own."""
+    files: Mapping[str, str] | None = None
+    """Files in the place of the recipe's slots."""
+    expansion: float = 8
+    target_l0: float | None = None
+    moments: str = ""
+    """Of Adam; empty: bfloat16 on a GPU, else float32."""
+    goal: Goal = "suppress"
+    """Of the refusal study."""
+    baseline_sites: int = 2
+    """Sites at which what an SAE has to beat is trained and evaluated too; at most one below `FEW` tokens."""
+    seed: int = 0
+
+
+def parse_budget(text: str) -> tuple[int | None, float | None]:
+    """Tokens, or hours. Raises ValueError for what is neither."""
+    if text in mixes.BUDGETS:
+        return mixes.BUDGETS[text], None
+    number, unit = text[:-1], text[-1:]
+    scales = {"k": 1e3, "M": 1e6, "B": 1e9}
+    try:
+        value = float(number if unit in (*scales, "h") else text)
+    except ValueError:
+        value = -1.0
+    if not 0 < value < math.inf:
+        raise ValueError(
+            f"The budget {text!r} was given; allowed are {', '.join(mixes.BUDGETS)}, tokens such as 300k or 100M, and hours such as 12h."
+        )
+    return (None, value) if unit == "h" else (int(value * scales.get(unit, 1)), None)
+
+
+# --- the plan
+
+
+def suite_bytes(config: TrainConfig, d_model: int, n_sites: int) -> int:
+    """Disk for the SAEs: four bytes a parameter."""
+    m = config.d_sae(d_model)
+    return n_sites * 4 * (2 * d_model * m + 3 * m + d_model)
+
+
+def disk_bytes(config: TrainConfig, d_model: int, n_sites: int, largest_group: int, tokens: int) -> int:
+    """Disk for everything: the SAEs, two checkpoints of a group while one takes the other's place, documents twice, figures."""
+    return suite_bytes(config, d_model, n_sites) + 2 * largest_group + 2 * BYTES_A_TOKEN * tokens + 200 * 2**20
+
+
+def recipe_for(config: SuiteConfig, d_model: int, n_sites: int, tokens: int, on_gpu: bool) -> TrainConfig:
+    """The training recipe of a suite."""
+    changes: dict[str, Any] = {} if config.target_l0 is None else {"sparsity": config.target_l0}
+    batch = 2048 if tokens >= FEW or on_gpu else max(256, 2 ** int(math.log2(tokens / 200)))
+    moments = config.moments or ("bfloat16" if on_gpu else "float32")
+    return default_recipe(
+        d_model,
+        n_sites,
+        tokens=tokens,
+        batch=min(2048, batch),
+        expansion=config.expansion,
+        seed=config.seed,
+        moments=moments,
+        **changes,
+    )
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What a machine does in a second, as measured."""
+
+    forward: float
+    """Tokens through the model, up to its end."""
+    sae: float
+    """Rows through a training step of one SAE."""
+    generated: float
+    """Tokens that the model writes in a batch."""
+
+
+def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
+    """Times a forward pass, a few training steps on random rows, and a short generation."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, lm.config.vocab_size, (16, min(256, lm.context_size)), generator=generator).to(lm.device)
+    hook = f"blocks.{lm.n_layers - 1}.hook_resid_post"
+
+    def seconds(run: Callable[[], Any]) -> float:
+        run()
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        run()
+        if lm.device.type == "cuda":
+            torch.cuda.synchronize()
+        return max(1e-6, time.perf_counter() - began)
+
+    with torch.no_grad():
+        forward = ids.numel() / seconds(lambda: lm.run_with_cache(ids, names_filter=hook, return_type=None))
+    few = replace(config, tokens=8 * config.batch, pool=4 * config.batch)
+    rows = StoredRows({hook: torch.randn(4 * config.batch, lm.d_model, generator=generator)}, 0, 1.0, lm.device)
+    meter = Meter(config.batch)
+    train_saes(rows, [few], model_name=lm.model_name, watch=[meter], bar=False)
+    said = seconds(lambda: lm.generate(["Hello!"] * mixes.BATCH, 8, enable_thinking=False if lm.has_thinking else None))
+    return Speeds(forward, meter.tokens_per_s, 8 * mixes.BATCH / said)
+
+
+def stage_hours(
+    speeds: Speeds, config: TrainConfig, manifest: mixes.Manifest, n_sites: int, n_groups: int, baseline_sites: int, study: StudyConfig,
+    n_evaluation: int, sizes: "Sizes",
+) -> dict[str, float]:  # fmt: skip
+    """Hours for each stage at these speeds."""
+    own = sum(slot.share for slot in manifest.slots if slot.kind == "prompts" or slot.dataset == mixes.OWN)
+    answers = n_evaluation * (3 * 5 + study.n_random + 2 * study.n_noise)
+    seconds = {
+        "data": own * config.tokens / manifest.epochs / speeds.generated,
+        "train": n_groups * config.tokens / speeds.forward + n_sites * config.tokens / speeds.sae,
+        "evaluate": sizes.evaluated * (1 + 0.6 * n_sites) / speeds.forward + 4 * baseline_sites * config.tokens / speeds.sae,
+        "index": sizes.indexed / speeds.forward + n_sites * sizes.indexed / (2 * speeds.sae),
+        "study": answers * study.max_new_tokens / speeds.generated,
+    }
+    return {name: value / 3600 for name, value in seconds.items()}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Tokens and prompts of what follows the training."""
+
+    evaluated: int
+    indexed: int
+    n_selection: int
+    n_evaluation: int
+    study: StudyConfig
+
+
+def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
+    """Small for small budgets, whole for those that a result is published from."""
+    new = 40 if lm.model_name == "tiny" else 48
+    base = StudyConfig(goal=config.goal, seed=config.seed, max_new_tokens=new)
+    if tokens >= FEW and lm.model_name != "smollm2":
+        return Sizes(50_000, 500_000, 48, 300, base)
+    few = replace(quick(base), n_random=5, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
+    return Sizes(8_000, 60_000, 24, 100, few)
+
+
+def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None = None) -> dict[str, Any]:
+    """The plan as plain values: it is measured, checked against memory and disk, and printed.
+
+    Raises ValueError for sites that do not exist, one site that does not fit into memory, too little disk, and hours in
+    which nothing can be trained.
+    """
+    manifest = mixes.read_manifest(config.recipe or mixes.default_manifest(lm.model_name))
+    names = sites_of(lm, config.sites, config.layers)
+    tokens, hours = parse_budget(config.budget)
+    on_gpu = lm.device.type == "cuda"
+    speeds = measure_speeds(lm, recipe_for(config, lm.d_model, len(names), tokens or FEW, on_gpu))
+    free = free_memory(lm.device) if memory is None else memory
+
+    def planned(n: int) -> dict[str, Any]:
+        recipe = recipe_for(config, lm.d_model, len(names), n, on_gpu)
+        groups = plan_groups([recipe], dict.fromkeys(names, lm.d_model), free, 8192)
+        sizes = sizes_for(lm, config, n)
+        spent = stage_hours(
+            speeds, recipe, manifest, len(names), len(groups), config.baseline_sites, sizes.study, sizes.n_evaluation, sizes
+        )
+        return {
+            "model": lm.model_name, "recipe": manifest.name, "sites": names, "tokens": n, "d_sae": recipe.d_sae(lm.d_model),
+            "training": asdict(recipe),
+            "groups": [{"sites": group.sites, "bytes": group.bytes} for group in groups], "memory_bytes": max(g.bytes for g in groups),
+            "disk_bytes": disk_bytes(recipe, lm.d_model, len(names), max(g.bytes for g in groups), n), "hours": spent,
+            "measured": asdict(speeds),
+        }  # fmt: skip
+
+    if hours is not None:
+        low, high = 0.0, 34.0  # powers of two of tokens
+        for _ in range(40):
+            middle = (low + high) / 2
+            enough = sum(planned(max(4096, int(2**middle)))["hours"].values()) <= 0.9 * hours
+            low, high = (middle, high) if enough else (low, middle)
+        tokens = int(2**low) // 1000 * 1000
+        if tokens < 100_000:
+            raise ValueError(
+                f"In {hours:g} hours this machine could train on {tokens:,} tokens at {len(names)} sites, too few for any SAE; give more "
+                "hours, or fewer sites or layers."
+            )
+    assert tokens is not None
+    if tokens < 50_000:
+        raise ValueError(f"A budget of {tokens:,} tokens was given; an SAE needs 50,000 at least.")
+    plan = planned(tokens)
+    there = out
+    while not there.exists():
+        there = there.parent
+    space = shutil.disk_usage(there).free
+    if plan["disk_bytes"] > space:
+        raise ValueError(
+            f"The suite takes {plan['disk_bytes'] / 1e9:.1f} GB of disk, and {space / 1e9:.1f} GB are free; free some, choose another --out, "
+            "or fewer sites or a smaller width."
+        )
+    return plan
+
+
+def said_plan(plan: Mapping[str, Any]) -> str:
+    """The plan in a few lines."""
+    hours = plan["hours"]
+    return (
+        f"{plan['model']}: {len(plan['sites'])} sites, {plan['tokens']:,} tokens of {plan['recipe']}, d_sae {plan['d_sae']:,}; "
+        f"{len(plan['groups'])} group(s), {plan['memory_bytes'] / 1e9:.2f} GB beside the model, {plan['disk_bytes'] / 1e9:.2f} GB of disk.\n"
+        f"About {sum(hours.values()):.2f} hours: " + ", ".join(f"{name} {value:.2f}" for name, value in hours.items()) + "."
+    )
+
+
+# --- what is done
+
+
+class Record:
+    """Which stages are done, with their files."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
+        """Raises ValueError where the folder holds another suite."""
+        self.out, self.path = out, out / RECORD
+        told = json.loads(json.dumps(identity))
+        self.entry: dict[str, Any] = {"run": told, "stages": {}}
+        if self.path.is_file():
+            self.entry = json.loads(self.path.read_text(encoding="utf-8"))
+            other = [name for name in told if self.entry["run"].get(name) != told[name]]
+            if other:
+                raise ValueError(
+                    f"{str(out)!r} holds a suite with another {' and '.join(other)}; give the same, or another folder."
+                )
+        write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
+
+    def valid(self, stage: str) -> bool:
+        """Whether a stage is done and its files are as they were."""
+        files = self.entry["stages"].get(stage)
+        return files is not None and all(self._same(self.out / name, told) for name, told in files.items())
+
+    def _same(self, path: Path, told: Mapping[str, Any]) -> bool:
+        if not path.is_file() or path.stat().st_size != told["bytes"]:
+            return False
+        return told["bytes"] > HASHED or _sha256(path) == told["sha256"]
+
+    def drop(self, stages: Sequence[str]) -> None:
+        """Forgets stages, and deletes what they had written."""
+        for stage in stages:
+            for name in self.entry["stages"].pop(stage, {}):
+                (self.out / name).unlink(missing_ok=True)
+        write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
+
+    def done(self, stage: str, paths: Sequence[Path]) -> None:
+        """Notes a stage's files and folders."""
+        found = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        self.entry["stages"][stage] = {
+            file.relative_to(self.out).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in found
+        }
+        write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- the run
+
+
+def make_suite(
+    lm: HookedLM, out: Path, config: SuiteConfig = SuiteConfig(), *, memory: int | None = None, folder: Path | None = None, bar: bool = True
+) -> dict[str, Any]:  # fmt: skip
+    """Makes a suite, or goes on with it; returns its plan.
+
+    memory: bytes that training may take beside the model (None: most of what is free). folder: where downloaded data sets lie,
+    each under its id, instead of the hub. Raises ValueError for what `make_plan` and `mixes.write_mix` do, and for a folder that
+    holds another suite.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    record = Record(out, {"model": lm.model_name, **json.loads(json.dumps(asdict(config)))})
+    if not (out / PLAN).is_file():
+        plan = make_plan(lm, config, out, memory)
+        write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
+    plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
+    if bar:
+        tqdm.write(said_plan(plan))
+    stages = {name: getattr(_Suite(lm, out, config, plan, memory, folder, bar), name) for name in STAGES}
+    first = next((i for i, name in enumerate(STAGES) if not record.valid(name)), len(STAGES))
+    damaged = STAGES[first] if first < len(STAGES) and STAGES[first] in record.entry["stages"] else None
+    record.drop(STAGES[first:])  # what follows a stage is made from it
+    if damaged == "train":
+        for old in out.glob("checkpoint-*"):
+            shutil.rmtree(old)
+    for name in STAGES[first:]:
+        if bar:
+            tqdm.write(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
+        record.done(name, stages[name]())
+    return plan
+
+
+class _Suite:
+    """The stages; each returns what it wrote."""
+
+    def __init__(
+        self, lm: HookedLM, out: Path, config: SuiteConfig, plan: Mapping[str, Any], memory: int | None, folder: Path | None, bar: bool
+    ) -> None:  # fmt: skip
+        self.lm, self.out, self.config, self.plan, self.memory, self.folder, self.bar = lm, out, config, plan, memory, folder, bar
+        self.recipe = TrainConfig(**plan["training"])
+        self.sizes = sizes_for(lm, config, plan["tokens"])
+        self.documents = str(out / "data" / mixes.DEALT)
+
+    def data(self) -> list[Path]:
+        files = {name: Path(path) for name, path in (self.config.files or {}).items()}
+        manifest = mixes.read_manifest(self.plan["recipe"])
+        folder = self.out / "data"
+        mixes.write_mix(
+            self.lm, manifest, self.plan["tokens"], folder, files=files, folder=self.folder, seed=self.config.seed, bar=self.bar
+        )
+        shutil.rmtree(folder / "slots")
+        return [folder]
+
+    def train(self) -> list[Path]:
+        resume = any(self.out.glob("checkpoint-*/state.json"))
+        result = fit_live(
+            self.lm, self.documents, self.plan["sites"], [self.recipe], self.out, resume=resume, memory=self.memory, bar=self.bar
+        )
+        if not result.complete:
+            raise ValueError("The training was stopped before its end; the same command goes on with it.")
+        for old in self.out.glob("checkpoint-*"):
+            shutil.rmtree(old)
+        return [self.out / "suite", self.out / LOG]
+
+    def evaluate(self) -> list[Path]:
+        suite = self._suite()
+        score_suite(self.lm, suite, self.documents, self.sizes.evaluated, self.out / "evaluation", bar=self.bar)
+        places = self._spread(self.config.baseline_sites if self.plan["tokens"] >= FEW else min(1, self.config.baseline_sites))
+        if not places:
+            return [self.out / "evaluation"]
+        some = {variant: {name: sae for name, sae in saes.items() if name in places} for variant, saes in suite.items()}
+        score_suite(self.lm, some, self.documents, self.sizes.evaluated, self.out / "baselines", baselines=True, bar=self.bar)
+        return [self.out / "evaluation", self.out / "baselines"]
+
+    def index(self) -> list[Path]:
+        folder, config = self.out / "features", IndexConfig(tokens=self.sizes.indexed)
+        resume = (folder / ".building").is_dir() and any((folder / ".building").glob("checkpoint-*/state.json"))
+        build_index(
+            self.lm,
+            self._suite(),
+            lambda: read_documents(self.documents),
+            folder,
+            config,
+            data=self.plan["recipe"],
+            resume=resume,
+            bar=self.bar,
+        )
+        return [folder]
+
+    def study(self) -> list[Path]:
+        suite, sizes = self._suite(), self.sizes
+        given = refusal_prompts(self.lm.model_name, sizes.n_selection, sizes.n_evaluation, self.config.seed)
+        result = steering_study(
+            self.lm,
+            suite,
+            given.selection,
+            given.evaluation,
+            given.behaviour,
+            sizes.study,
+            folder=self.out / "study",
+            bar=self.bar,
+        )
+        write_study(result, suite, self.lm.model_name, self.out / "study")
+        return [self.out / "study"]
+
+    def card(self) -> list[Path]:
+        told = json.loads((self.out / "data" / mixes.ABOUT).read_text(encoding="utf-8"))
+        study = json.loads((self.out / "study" / "study.json").read_text(encoding="utf-8"))
+        evaluation = pd.read_csv(self.out / "evaluation" / "evaluation.csv")
+        path = self.out / "README.md"
+        write_text(path, model_card(self.plan, told, evaluation, study))
+        return [path, self.out / PLAN]
+
+    def _suite(self) -> dict[str, dict[str, SAE]]:
+        return load_suite(self.out / "suite", self.lm.device)
+
+    def _spread(self, n: int) -> list[str]:
+        """So many sites, residual streams first, spread over the layers."""
+        streams = [name for name in self.plan["sites"] if parse_hook_name(name).kind == "resid"] or self.plan["sites"]
+        n = min(n, len(streams))
+        return [streams[round((i + 1) * (len(streams) - 1) / (n + 1))] for i in range(n)]

@@ -1,0 +1,230 @@
+"""`qsae suite`: the whole folder from one command, skipped where it is there, and the same after any kill."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qsae_kit import card, suite
+from qsae_kit.card import plain, push
+from qsae_kit.formats import load_suite
+from qsae_kit.study import StudyConfig
+from qsae_kit.suite import (
+    STAGES,
+    Record,
+    Sizes,
+    SuiteConfig,
+    make_plan,
+    make_suite,
+    parse_budget,
+    recipe_for,
+    said_plan,
+    suite_bytes,
+)
+
+SMALL = Sizes(
+    1500, 2000, 6, 8,
+    StudyConfig(
+        strengths=(0.3, 0.8, 1.5), n_candidates=4, n_trials=1, n_random=2, n_noise=1, dose_prompts=4, search_prompts=4, cost_prompts=4,
+        n_facts=4, max_new_tokens=24,
+    ),
+)  # fmt: skip
+CONFIG = SuiteConfig("50k", "resid", "2,3", baseline_sites=1)
+SCRIPT = """
+import sys
+from pathlib import Path
+import test_suite
+from qsae_kit import load_model, suite
+suite.sizes_for = lambda lm, config, tokens: test_suite.SMALL
+suite.make_suite(load_model("tiny"), Path(sys.argv[1]), test_suite.CONFIG, bar=False)
+"""
+KILLS = int(os.environ.get("QSAE_KILLS", "3"))
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(suite, "sizes_for", lambda lm, config, tokens: SMALL)
+
+
+@pytest.fixture(scope="module")
+def made(lm, tmp_path_factory):
+    """A small suite, made once; tests that change it take a copy."""
+    out = tmp_path_factory.mktemp("suite")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(suite, "sizes_for", lambda lm, config, tokens: SMALL)
+        make_suite(lm, out, CONFIG, bar=False)
+    return out
+
+
+def content(out):
+    """What has to be the same in every run: everything but times and speeds."""
+    found = {}
+    for path in sorted(p for p in out.rglob("*") if p.is_file()):
+        name = path.relative_to(out).as_posix()
+        if name in ("plan.json", "manifest.json"):
+            continue
+        data = path.read_bytes()
+        if name == "train.jsonl":
+            data = json.dumps([{**json.loads(line), "seconds": 0} for line in data.decode().splitlines()]).encode()
+        if name == "features/index.json":
+            data = json.dumps({k: v for k, v in json.loads(data).items() if k != "built"}).encode()
+        found[name] = data
+    return found
+
+
+@pytest.mark.slow
+def test_the_folder_is_complete_and_says_what_is_in_it(made, lm):
+    record = json.loads((made / "manifest.json").read_text(encoding="utf-8"))
+    assert tuple(record["stages"]) == STAGES
+    listed = {name for files in record["stages"].values() for name in files}
+    there = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
+    assert there == listed | {"manifest.json"}
+    for name in (
+        "evaluation/evaluation.csv",
+        "baselines/baselines.html",
+        "features/index.json",
+        "study/steering.json",
+        "README.md",
+    ):
+        assert name in listed
+    saes = load_suite(made / "suite")
+    assert [list(each) for each in saes.values()] == [["blocks.2.hook_resid_post", "blocks.3.hook_resid_post"]]
+    page = (made / "README.md").read_text(encoding="utf-8")
+    assert page.startswith('---\nlibrary_name: saelens\nbase_model: "tiny"\n')
+    assert "| blocks.2.hook\\_resid\\_post | 0." in page
+    assert "selectivity" in page
+    assert "tiny world" in page
+
+
+@pytest.mark.slow
+def test_a_stage_is_skipped_while_its_files_are_as_they_were(made, lm, tmp_path, small, monkeypatch):
+    out = tmp_path / "copy"
+    subprocess.run(["cp", "-r", str(made), str(out)], check=True)
+    ran = []
+    for name in STAGES:
+        monkeypatch.setattr(suite._Suite, name, lambda self, name=name: ran.append(name) or [])
+    make_suite(lm, out, CONFIG, bar=False)
+    assert ran == []
+    table = out / "evaluation" / "evaluation.csv"
+    table.write_text(table.read_text().replace("blocks.2", "blocks.1", 1))
+    make_suite(lm, out, CONFIG, bar=False)
+    assert ran == ["evaluate", "index", "study", "card"]
+    assert not table.exists()  # what is damaged is not built upon
+    with pytest.raises(ValueError, match="another budget and baseline_sites"):
+        make_suite(lm, out, SuiteConfig("60k", "resid", "2,3", baseline_sites=0), bar=False)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_comes_to_the_same_folder(made, tmp_path):
+    out, rng = tmp_path / "killed", random.Random(int(os.environ.get("QSAE_KILL_SEED", "0")))
+    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    killed = 0
+    while True:
+        run = subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], env=env, stderr=subprocess.PIPE)
+        try:
+            run.wait(timeout=rng.uniform(6, 30) if killed < KILLS else None)
+        except subprocess.TimeoutExpired:
+            run.send_signal(signal.SIGKILL)
+            run.wait()
+            killed += 1
+            continue
+        assert run.returncode == 0, run.stderr.read().decode()[-2000:]
+        break
+    first, second = content(made), content(out)
+    assert list(first) == list(second)
+    assert [name for name in first if first[name] != second[name]] == []
+    assert killed > 0
+
+
+def test_a_plan_in_tokens_and_in_hours(lm, tmp_path):
+    plan = make_plan(lm, SuiteConfig("300k"), tmp_path)
+    assert (plan["tokens"], len(plan["sites"]), plan["recipe"]) == (300_000, 18, "tiny-chat-v1")
+    assert plan["training"]["batch"] <= 2048
+    assert set(plan["hours"]) == set(STAGES) - {"card"}
+    assert "18 sites, 300,000 tokens" in said_plan(plan)
+    timed = make_plan(lm, SuiteConfig("1h", layers="3"), tmp_path)
+    assert sum(timed["hours"].values()) <= 0.95
+    assert timed["tokens"] > 300_000
+    assert len(make_plan(lm, SuiteConfig("300k"), tmp_path, memory=300_000_000)["groups"]) > 1
+    with pytest.raises(ValueError, match="too few for any SAE; give more hours"):
+        make_plan(lm, SuiteConfig("0.001h"), tmp_path)
+    with pytest.raises(ValueError, match="50,000 at least"):
+        make_plan(lm, SuiteConfig("20k"), tmp_path)
+
+
+def test_a_disk_that_is_too_small(lm, tmp_path, monkeypatch):
+    monkeypatch.setattr(suite.shutil, "disk_usage", lambda path: suite.shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    with pytest.raises(ValueError, match=r"takes \d.\d GB of disk, and 0.0 GB are free; free some"):
+        make_plan(lm, SuiteConfig("300k"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("smoke", (5_000_000, None)),
+        ("300k", (300_000, None)),
+        ("1.5M", (1_500_000, None)),
+        ("12h", (None, 12.0)),
+        ("70000", (70_000, None)),
+    ],
+)
+def test_budgets(text, expected):
+    assert parse_budget(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "fast", "-3M", "0h", "nan", "1e999", "M"])
+def test_budgets_that_are_none(text):
+    with pytest.raises(ValueError, match="allowed are smoke, useful, publish, tokens such as 300k"):
+        parse_budget(text)
+
+
+def test_the_size_of_a_suite_on_disk(made):
+    plan = json.loads((made / "plan.json").read_text(encoding="utf-8"))
+    recipe = recipe_for(CONFIG, 160, 2, plan["tokens"], False)
+    real = sum(p.stat().st_size for p in made.rglob("sae_weights.safetensors"))
+    assert suite_bytes(recipe, 160, 2) == pytest.approx(real, rel=0.02)
+
+
+def test_markup_in_a_card_is_text():
+    assert plain("<b>|x|</b>\n[a](b)") == "\\<b\\>\\|x\\|\\</b\\> \\[a\\](b)"
+
+
+class Hub:
+    """A hub that takes what it is given after failing as often as told."""
+
+    def __init__(self, errors):
+        self.errors, self.given = list(errors), []
+
+    def create_repo(self, repository, **options):
+        assert options == {"private": True, "exist_ok": True}
+        return f"https://hub/{repository}"
+
+    def upload_folder(self, **options):
+        self.given.append(options)
+        if self.errors:
+            raise self.errors.pop()
+
+
+def test_a_push_that_is_cut_off_says_what_to_do_and_goes_on(tmp_path, monkeypatch):
+    hub = Hub([OSError(28, "No space left on device"), ConnectionError("Name or service not known")])
+    monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    with pytest.raises(ValueError, match="no finished suite"):
+        push(tmp_path, "me/saes")
+    (tmp_path / "README.md").write_text("x")
+    for reason in ("Name or service not known", "No space left on device"):
+        with pytest.raises(ValueError, match=f"{reason}.*not sent again: run the same command"):
+            push(tmp_path, "me/saes")
+    assert push(tmp_path, "me/saes") == "https://hub/me/saes"
+    assert hub.given[-1]["ignore_patterns"] == card.LEFT_HERE
+    assert "data/*" in card.LEFT_HERE
+
+
+def test_a_record_of_another_suite(tmp_path):
+    Record(tmp_path, {"model": "tiny", "budget": "1M"})
+    with pytest.raises(ValueError, match="another budget; give the same, or another folder"):
+        Record(tmp_path, {"model": "tiny", "budget": "2M"})
