@@ -33,6 +33,8 @@ class Markers(NamedTuple):
     assistant: tuple[int, ...]
     think_open: int
     think_close: int
+    line_ends: tuple[int, ...]
+    """Tokens of nothing but line ends."""
 
 
 def find_markers(tokenizer: Any) -> Markers | None:
@@ -45,7 +47,8 @@ def find_markers(tokenizer: Any) -> Markers | None:
         return ids(text)[0] if len(ids(text)) == 1 else -1
 
     found = Markers(
-        single("<|im_start|>"), single("<|im_end|>"), ids("system"), ids("user"), ids("assistant"), single("<think>"), single("</think>")
+        single("<|im_start|>"), single("<|im_end|>"), ids("system"), ids("user"), ids("assistant"), single("<think>"), single("</think>"),
+        tuple(single("\n" * n) for n in (1, 2, 3)),
     )  # fmt: skip
     distinct = len({found.system[0], found.user[0], found.assistant[0]}) == 3
     return found if found.start >= 0 and found.end >= 0 and distinct else None
@@ -54,33 +57,50 @@ def find_markers(tokenizer: Any) -> Markers | None:
 def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     """The `Phase` of every token; ids and mask are [batch, pos], mask 0 at padding. Returns int64 [batch, pos]."""
     out = torch.full_like(ids, int(Phase.TEMPLATE))
-    is_start = (ids == markers.start) & mask.bool()
+    is_start, is_end = _turn_starts(ids, mask, markers), ((ids == markers.end) & mask.bool()).long()
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     segment_start = torch.where(is_start, position, -1).cummax(dim=1).values
     at_start = segment_start.clamp(min=0)
     role = ids.gather(1, (segment_start + 1).clamp(0, ids.shape[1] - 1))
-    seen_end = (ids == markers.end).long().cumsum(1)
-    inside = (segment_start >= 0) & (seen_end == seen_end.gather(1, at_start))
+    # A turn ends at its last end marker; those before are quoted.
+    turn, seen = is_start.long().cumsum(1), is_end.cumsum(1)
+    ends = (
+        torch.zeros(len(ids), ids.shape[1] + 1, dtype=torch.long, device=ids.device).scatter_add_(1, turn, is_end).gather(1, turn)
+    )
+    inside = (segment_start >= 0) & ((ends == 0) | (seen - seen.gather(1, at_start) < ends))
     for name, phase in ((markers.system, Phase.SYSTEM), (markers.user, Phase.USER), (markers.assistant, Phase.ANSWER)):
         header = 2 + len(name)  # <|im_start|>, the role, a line end
         out[inside & (role == name[0]) & (position - segment_start >= header)] = int(phase)
     if markers.think_open >= 0 and markers.think_close >= 0:
         answer = out == Phase.ANSWER
-        opened, closed = (ids == markers.think_open).long().cumsum(1), (ids == markers.think_close).long().cumsum(1)
-        thinking = (opened - opened.gather(1, at_start)) > (closed - closed.gather(1, at_start))
-        out[answer & thinking] = int(Phase.THINKING)
-        marker = (ids == markers.think_open) | (ids == markers.think_close)
+        # The block opens right after the header and closes at the first marker; others are quoted.
+        first = segment_start + 2 + len(markers.assistant)
+        block = answer & (ids.gather(1, first.clamp(max=ids.shape[1] - 1)) == markers.think_open)
+        is_close = ids == markers.think_close
+        closed = is_close.long().cumsum(1)
+        closed = closed - closed.gather(1, at_start)
+        out[block & (closed == 0)] = int(Phase.THINKING)
+        marker = block & ((position == first) | (is_close & (closed == 1)))
         # The line end right after a think marker is the template's too.
         after = torch.zeros_like(marker)
-        after[:, 1:] = marker[:, :-1]
+        after[:, 1:] = marker[:, :-1] & torch.isin(ids[:, 1:], torch.tensor(markers.line_ends, device=ids.device))
         out[answer & (marker | after)] = int(Phase.TEMPLATE)
     out[mask == 0] = int(Phase.PADDING)
     return out
 
 
+def _turn_starts(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
+    """Start markers that begin a turn: a row's first, and those after an end marker (and a line end); others are quoted."""
+    is_start = (ids == markers.start) & mask.bool()
+    follows = is_start.cumsum(1) == 1
+    for gap in (1, 2):
+        follows[:, gap:] |= ids[:, :-gap] == markers.end
+    return is_start & follows
+
+
 def answer_start(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     """Index of the last assistant header's first token in every row, `pos` where there is none. Returns [batch]."""
-    is_start = (ids == markers.start) & mask.bool()
+    is_start = _turn_starts(ids, mask, markers)
     opens = torch.zeros_like(is_start)
     opens[:, :-1] = is_start[:, :-1] & (ids[:, 1:] == markers.assistant[0])
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)

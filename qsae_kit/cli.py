@@ -478,7 +478,9 @@ def suite(
     data_folder: Annotated[
         Path | None, typer.Option(help="Where downloaded data sets lie, each under its id, instead of the hub.")
     ] = None,
-    expansion: Annotated[float, typer.Option(help="Width as a multiple of d_model.")] = 8,
+    expansion: Annotated[
+        float | None, typer.Option(help="Width as a multiple of d_model (8, and 4 below a million tokens, by default).")
+    ] = None,
     target_l0: Annotated[float | None, typer.Option(help="Features a token (the square root of d_model by default).")] = None,
     moments: Annotated[
         str, typer.Option(help="Adam's moments: float32, bfloat16 or int8 (bfloat16 on a GPU, else float32, by default).")

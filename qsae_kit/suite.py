@@ -66,7 +66,8 @@ class SuiteConfig:
     """The data recipe (`mixes.read_manifest`); empty: the model's own."""
     files: Mapping[str, str] | None = None
     """Files in the place of the recipe's slots."""
-    expansion: float = 8
+    expansion: float | None = None
+    """d_sae as a multiple of d_model. None: 8, and 4 below `FEW` tokens, which leave half of the latents of a wider SAE dead."""
     target_l0: float | None = None
     moments: str = ""
     """Of Adam; empty: bfloat16 on a GPU, else float32."""
@@ -112,13 +113,14 @@ def recipe_for(config: SuiteConfig, d_model: int, n_sites: int, tokens: int, on_
     """The training recipe of a suite."""
     changes: dict[str, Any] = {} if config.target_l0 is None else {"sparsity": config.target_l0}
     batch = 2048 if tokens >= FEW or on_gpu else max(256, 2 ** int(math.log2(tokens / 200)))
+    expansion = config.expansion or (8 if tokens >= FEW else 4)
     moments = config.moments or ("bfloat16" if on_gpu else "float32")
     return default_recipe(
         d_model,
         n_sites,
         tokens=tokens,
         batch=min(2048, batch),
-        expansion=config.expansion,
+        expansion=expansion,
         seed=config.seed,
         moments=moments,
         **changes,
@@ -198,7 +200,7 @@ def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
     if tokens >= FEW and lm.model_name != "smollm2":
         return Sizes(50_000, 500_000, 48, 300, base)
     few = replace(quick(base), n_random=5, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
-    return Sizes(8_000, 60_000, 24, 100, few)
+    return Sizes(6_000, 50_000, 24, 100, few)
 
 
 def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None = None) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+"""Phases, positions and masks under Qwen3's own tokenizer, on dialogues whose parts were marked by hand.
+
+The tokenizer is not in the repository: QSAE_QWEN3_TOKENIZER names its folder; else one beside the repository or in the
+Hugging Face cache is taken.
+"""
+
+import json
+import os
+from itertools import groupby
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from qsae_kit.chat import Phase, phases
+from qsae_kit.data import keep_mask, tokenize_document
+from qsae_kit.edits import POLICIES, Edit, applied, selected
+from qsae_kit.models import HookedLM, Now
+
+HERE = Path(__file__).parent
+DIALOGUES = json.loads((HERE / "data" / "qwen3_dialogues.json").read_text(encoding="utf-8"))
+SIDES = ("right", "left")
+NO_THINKING = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+dialogues = pytest.mark.parametrize("row", range(len(DIALOGUES)), ids=[d["name"] for d in DIALOGUES])
+sides = pytest.mark.parametrize("side", SIDES)
+
+
+@pytest.fixture(scope="module")
+def lm():
+    """A small random Qwen3 with the real tokenizer."""
+    beside = HERE.parents[1] / "shared" / "data" / "qwen3-tokenizer"
+    source = os.environ.get("QSAE_QWEN3_TOKENIZER") or (str(beside) if beside.is_dir() else "Qwen/Qwen3-0.6B")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
+    except OSError:
+        pytest.skip(f"Qwen3's tokenizer is not at {source}; set QSAE_QWEN3_TOKENIZER to its folder.")
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
+    )  # fmt: skip
+    return HookedLM(Qwen3ForCausalLM(config).eval(), tokenizer)
+
+
+def tokens(lm, dialogue):
+    prompt = lm.chat_tokens(dialogue["messages"], dialogue.get("enable_thinking"), dialogue.get("add_generation_prompt", False))
+    return prompt + lm.tokenizer(dialogue.get("written", ""), add_special_tokens=False).input_ids
+
+
+@pytest.fixture(scope="module")
+def batches(lm):
+    """All dialogues in one batch, padded on either side."""
+    rows = [tokens(lm, dialogue) for dialogue in DIALOGUES]
+    return {side: lm.pad(rows, side) for side in SIDES}
+
+
+def runs(lm, ids, labels):
+    """[label, text] of each stretch of tokens with the same label."""
+    pairs = zip(labels.tolist(), ids.tolist(), strict=True)
+    return [[label, lm.to_string([i for _, i in group])] for label, group in groupby(pairs, key=lambda pair: pair[0])]
+
+
+def texts(lm, ids, where):
+    return [text for chosen, text in runs(lm, ids, where) if chosen]
+
+
+def test_the_dialogues_are_whole():
+    assert len(DIALOGUES) == len({d["name"] for d in DIALOGUES}) == 20
+    assert {name for d in DIALOGUES for name, _ in d["runs"]} == {p.name for p in Phase} - {"PADDING"}
+    assert all(tuple(d["selected"]) == POLICIES for d in DIALOGUES)
+
+
+@sides
+@dialogues
+def test_phases_are_those_marked_by_hand(lm, batches, row, side):
+    ids, mask = batches[side]
+    real, found = mask[row].bool(), phases(ids, mask, lm.markers)[row]
+    assert (found[~real] == Phase.PADDING).all()
+    expected = DIALOGUES[row]["runs"]
+    assert lm.to_string(ids[row][real]) == "".join(text for _, text in expected)
+    assert [[Phase(p).name, text] for p, text in runs(lm, ids[row][real], found[real])] == expected
+
+
+@sides
+@dialogues
+def test_policies_select_what_was_marked_by_hand(lm, batches, row, side):
+    ids, mask = batches[side]
+    now = Now(ids, mask, 0, lm.markers)
+    real = mask[row].bool()
+    assert now.logical[row][real].tolist() == list(range(int(real.sum())))
+    assert (now.logical[row][~real] == -1).all()
+    chosen = {policy: selected(now, policy) for policy in POLICIES}
+    assert not any(where[row][~real].any() for where in chosen.values())
+    found = {policy: texts(lm, ids[row][real], where[row][real]) for policy, where in chosen.items()}
+    assert found == DIALOGUES[row]["selected"]
+    late = Now(ids, mask, ids.shape[1] - 3, lm.markers)
+    assert all(torch.equal(selected(late, policy), where[:, -3:]) for policy, where in chosen.items())
+
+
+@sides
+@dialogues
+def test_keep_masks(lm, batches, row, side):
+    ids, mask = batches[side]
+    for drop, first in ((False, "<|im_start|>"), (True, "")):
+        kept = "".join(texts(lm, ids[row], keep_mask(lm, ids, mask, drop_template=drop)[row]))
+        assert first + kept == "".join(text for name, text in DIALOGUES[row]["runs"] if not drop or name != "TEMPLATE")
+    if not DIALOGUES[row].get("add_generation_prompt"):
+        assert tokenize_document(lm, DIALOGUES[row]["messages"], 10_000) == ids[row][mask[row].bool()].tolist()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@torch.no_grad()
+def test_edits_change_exactly_the_selected_tokens_under_left_padding(lm, policy):
+    chosen = [d for d in DIALOGUES if d["name"] in ("CJK and emoji with thinking", "tools in earlier turns")]
+    ids, mask = lm.pad([tokens(lm, d) for d in chosen], "left")
+    assert len(chosen) == 2
+    assert not mask[:, 0].all()
+    plain = lm(ids, mask)
+    with applied(lm, [Edit("blocks.1.hook_resid_post", lambda x: 1.0 + x.abs().flip(-1), policy)]):
+        changed = (lm(ids, mask) != plain).any(-1)
+    assert [texts(lm, ids[r], changed[r]) for r in range(2)] == [d["selected"][policy] for d in chosen]
+
+
+def test_a_template_without_thinking_is_recognised(lm, monkeypatch):
+    assert lm.has_thinking
+    monkeypatch.setattr(lm.tokenizer, "chat_template", NO_THINKING)
+    assert not lm.has_thinking
+    for flag in (True, False):
+        with pytest.raises(ValueError, match=f"enable_thinking={flag} .* ignores it"):
+            lm.to_chat("Hi.", enable_thinking=flag)
+    ids, mask = lm.pad([lm.chat_tokens("Hi.")])
+    expected = [
+        (Phase.TEMPLATE, "<|im_start|>user\n"),
+        (Phase.USER, "Hi."),
+        (Phase.TEMPLATE, "<|im_end|>\n<|im_start|>assistant\n"),
+    ]
+    assert [tuple(run) for run in runs(lm, ids[0], phases(ids, mask, lm.markers)[0])] == expected
+    monkeypatch.setattr(lm.tokenizer, "chat_template", None)
+    assert not lm.has_thinking
