@@ -42,7 +42,9 @@ def render_report(model_name: str, evaluation: pd.DataFrame | None, studies: Seq
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
     figure, table = "", ""
     if evaluation is not None:
-        figure = reconstruction_figure(evaluation, model_name).to_html(full_html=False, include_plotlyjs=False)
+        figure = reconstruction_figure(evaluation, model_name).to_html(
+            full_html=False, include_plotlyjs=False, div_id="reconstruction"
+        )
         table = headline(evaluation).round(4).to_html(index=False, border=0, escape=True)
     parts = [_part(study, model_name, first=i == 0) for i, study in enumerate(studies)]
     return page.render(
@@ -66,8 +68,12 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
         "title": f"{study.config.goal} {study.behaviour}", "verdict": study.verdict, "site": h["site"], "condition": condition,
         "features": ", ".join(f"{i} ({w:+.3g})" for i, w in zip(h["features"], h["weights"], strict=True)),
         "strength": f"{h['strength']:g}", "positions": h["positions"], "searched": h["searched_sets"],
-        "dose": dose_figure(study.table, study.target, model_name).to_html(full_html=False, include_plotlyjs=first),
-        "controls": controls_figure(study.table, study.target, model_name).to_html(full_html=False, include_plotlyjs=False),
+        "dose": dose_figure(study.table, study.target, model_name).to_html(
+            full_html=False, include_plotlyjs=first, div_id=f"dose-{study.config.goal}"
+        ),
+        "controls": controls_figure(study.table, study.target, model_name).to_html(
+            full_html=False, include_plotlyjs=False, div_id=f"controls-{study.config.goal}"
+        ),
         "table": summary(study.table)[SHOWN].round(3).to_html(index=False, border=0, escape=True, na_rep=""),
         "candidates": study.candidates[study.candidates["site"] == h["site"]].round(3).to_html(index=False, border=0, escape=True),
         "trials": study.selection.round(3).to_html(index=False, border=0, escape=True),
@@ -87,5 +93,7 @@ def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) ->
     write_text(out / "study.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     study.steering.save(out / "steering.json", suite)
     for name, figure in (("dose", dose_figure), ("controls", controls_figure)):
-        write_text(out / f"{name}.html", figure(study.table, study.target, model_name).to_html(include_plotlyjs=True))
+        write_text(
+            out / f"{name}.html", figure(study.table, study.target, model_name).to_html(include_plotlyjs=True, div_id=name)
+        )
     write_text(out / "report.html", render_report(model_name, None, [study]))

@@ -150,7 +150,7 @@ def smallest_differences(seeds: pd.DataFrame) -> dict[str, float]:
 
 
 def _save_figure(figure: Figure, path: Path) -> None:
-    write_text(path, figure.to_html(include_plotlyjs=True))
+    write_text(path, figure.to_html(include_plotlyjs=True, div_id=path.stem))
 
 
 def recipe_of(saes: Mapping[str, SAE]) -> TrainConfig:

@@ -199,8 +199,8 @@ def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
     base = StudyConfig(goal=config.goal, seed=config.seed, max_new_tokens=new)
     if tokens >= FEW and lm.model_name != "smollm2":
         return Sizes(50_000, 500_000, 48, 300, base)
-    few = replace(quick(base), n_random=5, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
-    return Sizes(6_000, 50_000, 24, 100, few)
+    few = replace(quick(base), n_random=3, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
+    return Sizes(6_000, 50_000, 24, 80, few)
 
 
 def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None = None) -> dict[str, Any]:

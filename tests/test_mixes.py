@@ -130,10 +130,10 @@ def test_the_models_own_answers_with_thinking_and_without(lm, tmp_path):
     about = write_mix(lm, recipe, 6000, tmp_path, bar=False)
     assert {name: slot["thinking"] for name, slot in about["slots"].items()} == {"world": False, "own": False, "thinking": True}
     for name, slot in about["slots"].items():
-        assert slot["tokens"] >= 6000 * {"world": 0.8}.get(name, 0.1)
+        assert slot["tokens"] >= 6000 * {"world": 0.9}.get(name, 0.05)
     told = [record["messages"][-1]["content"] for record in lines(tmp_path) if record["messages"][-1]["role"] == "assistant"]
     thought = [text for text in told if text.startswith("<think>")]
-    assert len(thought) > 10
+    assert len(thought) >= 5
     assert sum("</think>" in text for text in thought) > len(thought) / 2
     assert all(record["messages"][-1]["role"] == "assistant" for record in lines(tmp_path))
 
