@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, TypeAlias, get_args
 
 from qsae_kit import prompts as prompt_sets
+from qsae_kit.chat import spoken
 from qsae_kit.models import Generation, HookedLM
 from qsae_kit.outcomes import AnswerForm, classify, has_loop, surprise
 from qsae_kit.prompts import KINDS, STOCK_REFUSALS
@@ -126,7 +127,7 @@ def language_of(text: str) -> Literal["en", "es", "zh"]:
 
 def _says(name: str, shows: Callable[[str], bool], kinds: tuple[str, ...], instructions: Mapping[Goal, str]) -> Behaviour:
     def judge(answer: Answer) -> Verdict:
-        text = answer.text.split("</think>")[-1].strip()
+        text = spoken(answer.text).strip()
         broken = not text or has_loop(text)
         return Verdict(not broken and shows(text), broken)
 

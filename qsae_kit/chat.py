@@ -106,3 +106,9 @@ def answer_start(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     last = torch.where(opens, position, -1).max(dim=1).values
     return torch.where(last >= 0, last, ids.shape[1])
+
+
+def spoken(text: str) -> str:
+    """What an answer says after its thoughts; nothing where they have not come to an end."""
+    _, end, rest = text.rpartition("</think>")
+    return "" if not end and text.lstrip().startswith("<think>") else rest

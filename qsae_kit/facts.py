@@ -4,6 +4,7 @@ import random
 from collections.abc import Callable
 from typing import NamedTuple
 
+from qsae_kit.chat import spoken
 from qsae_kit.tiny import world
 
 
@@ -15,7 +16,7 @@ class Fact(NamedTuple):
 
 
 def _names(*answers: str) -> Callable[[str], bool]:
-    return lambda text: any(answer.casefold() in text.split("</think>")[-1].casefold() for answer in answers)
+    return lambda text: any(answer.casefold() in spoken(text).casefold() for answer in answers)
 
 
 # Questions that small models answer; an answer is right where it names the word.

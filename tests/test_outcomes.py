@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from qsae_kit.behaviours import Answer, tiny_study
+from qsae_kit.chat import spoken
 from qsae_kit.choosing import decision_activations
 from qsae_kit.edits import Detector, applied
 from qsae_kit.judges import guard_judgements, read_judgement
@@ -104,6 +105,15 @@ def test_loops():
 )
 def test_outcomes(text, finished, form, surprise_, expected):
     assert classify(text, finished, form, surprise_) == expected
+
+
+def test_thoughts_are_no_answer():
+    assert spoken("<think>I cannot help.</think>\nPaint it.") == "\nPaint it."
+    assert spoken("Paint it.") == "Paint it."
+    assert spoken("<think>I can't help with that") == ""
+    assert not says_no("<think>I can't help with that")
+    assert says_no("<think>Fine.</think>I can't help with that")
+    assert classify("<think>I can't help with that, because", False, AnswerForm()) == "broken"
 
 
 def test_answers_come_back_in_the_given_order(lm):
