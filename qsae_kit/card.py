@@ -13,14 +13,14 @@ LEFT_HERE = ["data/*", "checkpoint-*/*", ".*", "*/.*", "study/journal.jsonl"]
 
 
 def plain(text: Any) -> str:
-    """A text as one line without what Markdown, HTML or a table would read as more than text."""
+    """A text as one line without what Markdown would read as more than text (the template escapes HTML)."""
     line = " ".join(str(text).split())
-    return "".join(f"\\{letter}" if letter in "\\`*_[]|<>#" else letter for letter in line)
+    return "".join(f"\\{letter}" if letter in "\\`*_[]|#" else letter for letter in line)
 
 
 def model_card(plan: Mapping[str, Any], data: Mapping[str, Any], evaluation: pd.DataFrame, study: Mapping[str, Any]) -> str:
     """README.md of a suite: what it is, on which data, how well it reconstructs, what steering with it did, how to load it."""
-    page = Environment(autoescape=False, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     page.filters["plain"] = plain
     rows = evaluation[evaluation["category"] == "all"]
     return page.from_string(TEMPLATE.read_text(encoding="utf-8")).render(

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from qsae_kit import card, suite
@@ -190,8 +191,16 @@ def test_the_size_of_a_suite_on_disk(made):
     assert suite_bytes(recipe, 160, 2) == pytest.approx(real, rel=0.02)
 
 
-def test_markup_in_a_card_is_text():
-    assert plain("<b>|x|</b>\n[a](b)") == "\\<b\\>\\|x\\|\\</b\\> \\[a\\](b)"
+def test_markup_in_a_card_is_text(made):
+    assert plain("|x|\n[a](b)") == "\\|x\\| \\[a\\](b)"
+    told, study, plan = (
+        json.loads((made / name).read_text(encoding="utf-8")) for name in ("data/data.json", "study/study.json", "plan.json")
+    )
+    rows = pd.read_csv(made / "evaluation" / "evaluation.csv")
+    page = card.model_card(plan | {"model": 'x"\ny: <b>'}, told, rows, study | {"verdict": "<script>alert(1)</script> [x](y)"})
+    assert "<script>" not in page
+    assert "[x](y)" not in page
+    assert page.split("base_model: ")[1].split("\n")[0].count('"') == 3  # on one line, its quote escaped
 
 
 class Hub:
