@@ -391,6 +391,12 @@ def steer(
     ] = None,
     guard: Annotated[str, typer.Option(help="A guard model such as Qwen/Qwen3Guard-Gen-0.6B that judges bench answers.")] = "",
     small: Annotated[bool, typer.Option("--quick", help="Smaller searches, and costs on fewer prompts.")] = False,
+    seeds: Annotated[
+        int,
+        typer.Option(
+            help="Answer the frozen arms again so often, drawn with Qwen's settings, each time under another seed.", min=0
+        ),
+    ] = 0,
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder for study.csv, study.json, steering.json and report.html.")] = Path(
         "runs/steer"
@@ -407,6 +413,7 @@ def steer(
     from qsae_kit.judges import guard_judgements
     from qsae_kit.models import load_model
     from qsae_kit.prompts import read_prompts
+    from qsae_kit.repeats import answered_again, over_seeds
     from qsae_kit.report import SHOWN, summary, write_study
     from qsae_kit.study import CONTROL_SAES, StudyConfig, quick, steering_study
 
@@ -448,8 +455,22 @@ def steer(
     with pd.option_context("display.width", 250, "display.max_columns", 30, "display.max_rows", 100):
         typer.echo(summary(result.table)[SHOWN].round(3).to_string(index=False, na_rep=""))
     typer.echo(f"\n{result.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}")
+    arms = {"features": result.steering, "difference_of_means": result.means}
+    if seeds:
+        drawn = answered_again(
+            lm,
+            made.behaviour,
+            evaluation,
+            arms,
+            trained,
+            range(seed, seed + seeds),
+            max_new_tokens,
+            thinking if lm.has_thinking else None,
+            out,
+        )
+        write_table(drawn, out / "seeds.csv")
+        typer.echo(f"\nOver {seeds} seeds (seeds.csv)\n{over_seeds(drawn).round(3).to_string(index=False, na_rep='')}")
     if benches:
-        arms = {"features": result.steering, "difference_of_means": result.means}
         used = {text for texts in made.selection.values() for text in texts}
         judges = partial(guard_judgements, load_model(guard)) if guard else None
         measured = measure_benches(

@@ -1,6 +1,7 @@
 """Writing files so that a failure leaves nothing half-written: a temporary neighbour, fsync, rename."""
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -55,6 +56,19 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+_PART = re.compile(r"\..+\.[a-z0-9_]{8}")
+"""What `atomic_file` and `atomic_folder` call what is not whole yet."""
+
+
+def sweep(folder: Path) -> None:
+    """Deletes what writes that were killed left in a folder and below it."""
+    for part in [path for path in folder.rglob(".*") if _PART.fullmatch(path.name)]:
+        if part.is_dir():
+            shutil.rmtree(part, ignore_errors=True)
+        else:
+            part.unlink(missing_ok=True)
 
 
 def write_table(table: pd.DataFrame, path: Path) -> None:

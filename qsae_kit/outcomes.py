@@ -5,10 +5,10 @@ A phrase matcher is a measuring instrument with an error: `matcher_error` states
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from itertools import chain
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -215,9 +215,13 @@ def answer_all(
 
 
 def answer_groups(
-    lm: HookedLM, groups: Sequence[Asked], max_new_tokens: int, enable_thinking: bool | None, batch: int | None = None
-) -> list[Generation]:
-    """`answer_all` for several groups, each under its own edits, out of the same batches."""
+    lm: HookedLM, groups: Sequence[Asked], max_new_tokens: int, enable_thinking: bool | None, batch: int | None = None,
+    sampling: Mapping[str, Any] | None = None, seed: int = 0,
+) -> list[Generation]:  # fmt: skip
+    """`answer_all` for several groups, each under its own edits, out of the same batches.
+
+    sampling: temperature, top_p and top_k of drawn answers; a prompt's draws depend on its place and the seed alone. None: greedy.
+    """
     batch = batch or (320 if lm.hf.num_parameters() < 50_000_000 else 48)
     asked = [(g, prompt) for g, group in enumerate(groups) for prompt in group.prompts]
     order = sorted(range(len(asked)), key=lambda i: len(str(asked[i][1])))
@@ -229,7 +233,8 @@ def answer_groups(
             for g in sorted(set(owners.tolist())):
                 rows = None if (owners == g).all() else owners == g
                 stack.enter_context(applied(lm, groups[g].edits, rows))
-            out = lm.generate([asked[i][1] for i in some], max_new_tokens, enable_thinking=enable_thinking)
+            drawn = {} if sampling is None else {"do_sample": True, "seed": [seed * 1_000_003 + i for i in some], **sampling}
+            out = lm.generate([asked[i][1] for i in some], max_new_tokens, enable_thinking=enable_thinking, **drawn)
         said |= {i: out.one(row) for row, i in enumerate(some)}
     parts: list[list[Generation]] = [[] for _ in groups]
     for i, (g, _) in enumerate(asked):

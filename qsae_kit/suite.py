@@ -31,7 +31,7 @@ from qsae_kit.card import model_card
 from qsae_kit.checkpoints import LOG
 from qsae_kit.data import read_documents
 from qsae_kit.features import IndexConfig, build_index
-from qsae_kit.files import write_text
+from qsae_kit.files import sweep, write_text
 from qsae_kit.fit import Meter, fit_live, sites_of
 from qsae_kit.formats import load_suite
 from qsae_kit.models import HookedLM
@@ -333,6 +333,7 @@ def make_suite(
     holds another suite.
     """
     out.mkdir(parents=True, exist_ok=True)
+    sweep(out)
     record = Record(out, {"model": lm.model_name, **json.loads(json.dumps(asdict(config)))})
     if not (out / PLAN).is_file():
         plan = make_plan(lm, config, out, memory)

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "sites", "files", "chat", "sources", "locks", "models", "edits", "data", "activations", "sae", "tensorfiles", "readers", "formats", "calibrate", "optim", "recipe", "plan",
     "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "tiny", "recovery", "index", "explain", "corpus",
-    "prompts", "steering", "answers", "outcomes", "dialogues", "choosing", "judges", "behaviours", "facts", "journal", "findings", "benches", "study", "mixes", "modeldiff", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
+    "prompts", "steering", "answers", "outcomes", "dialogues", "choosing", "judges", "behaviours", "facts", "journal", "findings", "benches", "repeats", "study", "mixes", "modeldiff", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
     "widgets", "harvest", "fit", "score", "card", "suite", "demo", "cli",
 )  # fmt: skip
 

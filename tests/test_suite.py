@@ -13,6 +13,8 @@ import pytest
 
 from qsae_kit import card, suite
 from qsae_kit.card import plain, push
+from qsae_kit.cli import main
+from qsae_kit.files import sweep
 from qsae_kit.formats import load_suite
 from qsae_kit.study import StudyConfig
 from qsae_kit.suite import (
@@ -201,6 +203,46 @@ def test_markup_in_a_card_is_text(made):
     assert "<script>" not in page
     assert "[x](y)" not in page
     assert page.split("base_model: ")[1].split("\n")[0].count('"') == 3  # on one line, its quote escaped
+
+
+def test_what_a_killed_write_leaves_is_swept_and_nothing_else(tmp_path):
+    for name in (".README.md.ab_9zz01", "suite/.cfg.json.aaaaaaaa", "features/.building/x", ".git/config", "README.md"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    (tmp_path / "suite" / ".v.old.aaaaaaaa").mkdir()
+    sweep(tmp_path)
+    left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
+    assert left == {"features/.building/x", ".git/config", "README.md"}
+    assert list((tmp_path / "suite").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--budget", "soon"], "The budget 'soon' was given; allowed are smoke"),
+        (["--slot", "world"], "--slot world was given; write it as NAME=FILE"),
+        (["--slot", "world=none.jsonl"], "There is no file 'none.jsonl'"),
+        (["--goal", "both"], "--goal both was given"),
+        (["--budget", "60k", "--recipe", "mine"], "There is no data recipe 'mine'; choose from own-chat-v1"),
+    ],
+)
+def test_the_command_says_what_is_wrong_before_anything_is_made(tmp_path, monkeypatch, capsys, given, message):
+    monkeypatch.setattr(sys, "argv", ["qsae", "suite", "tiny", "--out", str(tmp_path / "out"), *given])
+    with pytest.raises(SystemExit):
+        main()
+    assert message in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out" / "data").exists()
+
+
+def test_the_command_prints_a_plan_and_makes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(
+        sys, "argv", ["qsae", "suite", "tiny", "--budget", "60k", "--layers", "3", "--plan", "--out", str(tmp_path / "o")]
+    )
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    assert "3 sites, 60,000 tokens of tiny-chat-v1" in capsys.readouterr().out
+    assert list(tmp_path.rglob("*.json*")) == []
 
 
 class Hub:
