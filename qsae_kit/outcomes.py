@@ -85,8 +85,8 @@ class AnswerForm(NamedTuple):
 def classify(text: str, finished: bool, form: AnswerForm, surprise: float = 0.0) -> Outcome:
     """The outcome of one answer; surprise is its mean nats a token under the unedited model.
 
-    broken: empty (thoughts that do not end within the allowed tokens hold no answer), four words repeated in a loop, no end of turn (where one is expected), or off the answers' form;
-    otherwise refused or answered. A broken refusal counts as broken.
+    broken: empty (thoughts that do not end within the allowed tokens hold no answer), four words repeated in a loop, no end of
+    turn (where one is expected), or off the answers' form; otherwise refused or answered. A broken refusal counts as broken.
     """
     answer = spoken(text).strip()
     off_form = not form.has_form(answer) if form.has_form else surprise > SURPRISE_LIMIT

@@ -166,12 +166,12 @@ def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
 
 
 def stage_hours(
-    speeds: Speeds, config: TrainConfig, manifest: mixes.Manifest, n_sites: int, n_groups: int, baseline_sites: int, study: StudyConfig,
-    n_evaluation: int, sizes: "Sizes",
+    speeds: Speeds, config: TrainConfig, manifest: mixes.Manifest, n_sites: int, n_groups: int, baseline_sites: int, sizes: "Sizes"
 ) -> dict[str, float]:  # fmt: skip
     """Hours for each stage at these speeds."""
     own = sum(slot.share for slot in manifest.slots if slot.kind == "prompts" or slot.dataset == mixes.OWN)
-    answers = n_evaluation * (3 * 5 + study.n_random + 2 * study.n_noise)
+    study = sizes.study
+    answers = sizes.n_evaluation * (3 * 5 + study.n_random + 2 * study.n_noise)
     seconds = {
         "data": own * config.tokens / manifest.epochs / speeds.generated,
         "train": n_groups * config.tokens / speeds.forward + n_sites * config.tokens / speeds.sae,
@@ -203,13 +203,23 @@ def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
     return Sizes(6_000, 50_000, 24, 80, few)
 
 
+def n_baselines(config: SuiteConfig, tokens: int) -> int:
+    """Sites at which baselines are trained."""
+    return config.baseline_sites if tokens >= FEW else min(1, config.baseline_sites)
+
+
+def manifest_of(lm: HookedLM, config: SuiteConfig) -> mixes.Manifest:
+    """The data recipe of a suite. Raises ValueError as `mixes.read_manifest` does."""
+    return mixes.read_manifest(config.recipe or mixes.default_manifest(lm.model_name))
+
+
 def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None = None) -> dict[str, Any]:
     """The plan as plain values: it is measured, checked against memory and disk, and printed.
 
     Raises ValueError for sites that do not exist, one site that does not fit into memory, too little disk, and hours in
     which nothing can be trained.
     """
-    manifest = mixes.read_manifest(config.recipe or mixes.default_manifest(lm.model_name))
+    manifest = manifest_of(lm, config)
     names = sites_of(lm, config.sites, config.layers)
     tokens, hours = parse_budget(config.budget)
     on_gpu = lm.device.type == "cuda"
@@ -220,9 +230,7 @@ def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None =
         recipe = recipe_for(config, lm.d_model, len(names), n, on_gpu)
         groups = plan_groups([recipe], dict.fromkeys(names, lm.d_model), free, 8192)
         sizes = sizes_for(lm, config, n)
-        spent = stage_hours(
-            speeds, recipe, manifest, len(names), len(groups), config.baseline_sites, sizes.study, sizes.n_evaluation, sizes
-        )
+        spent = stage_hours(speeds, recipe, manifest, len(names), len(groups), n_baselines(config, n), sizes)
         return {
             "model": lm.model_name, "recipe": manifest.name, "sites": names, "tokens": n, "d_sae": recipe.d_sae(lm.d_model),
             "training": asdict(recipe),
@@ -368,7 +376,7 @@ class _Suite:
 
     def data(self) -> list[Path]:
         files = {name: Path(path) for name, path in (self.config.files or {}).items()}
-        manifest = mixes.read_manifest(self.plan["recipe"])
+        manifest = manifest_of(self.lm, self.config)
         folder = self.out / "data"
         mixes.write_mix(
             self.lm, manifest, self.plan["tokens"], folder, files=files, folder=self.folder, seed=self.config.seed, bar=self.bar
@@ -390,7 +398,7 @@ class _Suite:
     def evaluate(self) -> list[Path]:
         suite = self._suite()
         score_suite(self.lm, suite, self.documents, self.sizes.evaluated, self.out / "evaluation", bar=self.bar)
-        places = self._spread(self.config.baseline_sites if self.plan["tokens"] >= FEW else min(1, self.config.baseline_sites))
+        places = self._spread(n_baselines(self.config, self.plan["tokens"]))
         if not places:
             return [self.out / "evaluation"]
         some = {variant: {name: sae for name, sae in saes.items() if name in places} for variant, saes in suite.items()}

@@ -160,6 +160,23 @@ def test_a_plan_in_tokens_and_in_hours(lm, tmp_path):
         make_plan(lm, SuiteConfig("20k"), tmp_path)
 
 
+def test_a_recipe_of_ones_own(lm, tmp_path, monkeypatch):
+    entry = json.loads((suite.mixes.MANIFESTS / "tiny-chat-v1.json").read_text(encoding="utf-8"))
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps(entry | {"name": "mine"}), encoding="utf-8")
+    config = SuiteConfig("60k", "resid", "3", recipe=str(path))
+    plan = make_plan(lm, config, tmp_path)
+    taken = []
+
+    def write_mix(lm, manifest, tokens, out, **rest):
+        (out / "slots").mkdir(parents=True)
+        taken.append((manifest.name, tokens))
+
+    monkeypatch.setattr(suite.mixes, "write_mix", write_mix)
+    suite._Suite(lm, tmp_path / "out", config, plan, None, None, False).data()
+    assert (plan["recipe"], taken) == ("mine", [("mine", 60_000)])
+
+
 def test_a_disk_that_is_too_small(lm, tmp_path, monkeypatch):
     monkeypatch.setattr(suite.shutil, "disk_usage", lambda path: suite.shutil._ntuple_diskusage(10**9, 10**9, 10**6))
     with pytest.raises(ValueError, match=r"takes \d.\d GB of disk, and 0.0 GB are free; free some"):
