@@ -12,6 +12,8 @@ from qsae_kit.files import write_text
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import answer_all
 
+ANSWER_TOKENS = 48
+"""Tokens of an answer, at most."""
 REFUSED_EVERY = 5
 """Every so many answers one is a stock refusal: a model that never refuses has no features for refusing otherwise."""
 
@@ -23,7 +25,9 @@ def mixed_prompts(model_name: str, n: int | None = None) -> list[str]:
     return [text for group in zip(*texts, strict=False) for text in group][:n]
 
 
-def own_dialogues(lm: HookedLM, prompts: Sequence[str], max_new_tokens: int = 48, batch: int = 48) -> Iterator[Document]:
+def own_dialogues(
+    lm: HookedLM, prompts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS, batch: int = 48
+) -> Iterator[Document]:
     """A chat to every prompt, answered by the model itself (greedy); see `REFUSED_EVERY`."""
     thinking = False if lm.has_thinking else None
     for start in trange(0, len(prompts), batch, desc="writing dialogues"):
@@ -34,7 +38,7 @@ def own_dialogues(lm: HookedLM, prompts: Sequence[str], max_new_tokens: int = 48
             yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def write_dialogues(lm: HookedLM, prompts: Sequence[str], path: Path, max_new_tokens: int = 48) -> int:
+def write_dialogues(lm: HookedLM, prompts: Sequence[str], path: Path, max_new_tokens: int = ANSWER_TOKENS) -> int:
     """Writes `own_dialogues` as JSON lines with `messages`, whole or not at all; gives their number."""
     lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in own_dialogues(lm, prompts, max_new_tokens)]
     write_text(path, "".join(line + "\n" for line in lines))

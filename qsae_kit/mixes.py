@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from qsae_kit.behaviours import refusal_prompts
 from qsae_kit.benches import read_bench
 from qsae_kit.data import Document, parse_record, read_documents, tokenize_document
-from qsae_kit.dialogues import mixed_prompts, own_dialogues
+from qsae_kit.dialogues import ANSWER_TOKENS, mixed_prompts, own_dialogues
 from qsae_kit.facts import facts_of
 from qsae_kit.files import atomic_file, write_text
 from qsae_kit.models import HookedLM
@@ -108,6 +108,18 @@ def read_manifest(source: str) -> Manifest:
         raise ValueError(
             f"{path.name} is no data recipe ({error}); take qsae_kit/manifests/qwen3-chat-v1.json as a pattern."
         ) from error
+
+
+def written_tokens(manifest: Manifest, tokens: int, model_name: str) -> float:
+    """How many tokens, about, the model itself writes for a mix that trains on `tokens`."""
+    written = 0.0
+    for slot in manifest.slots:
+        wanted = tokens * slot.share / manifest.epochs
+        if slot.dataset == OWN:
+            written += min(wanted, len(mixed_prompts(model_name)) * ANSWER_TOKENS)
+        elif slot.kind == "prompts":
+            written += wanted
+    return written
 
 
 def default_manifest(model_name: str) -> str:

@@ -166,14 +166,13 @@ def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
 
 
 def stage_hours(
-    speeds: Speeds, config: TrainConfig, manifest: mixes.Manifest, n_sites: int, n_groups: int, baseline_sites: int, sizes: "Sizes"
+    speeds: Speeds, config: TrainConfig, written: float, n_sites: int, n_groups: int, baseline_sites: int, sizes: "Sizes"
 ) -> dict[str, float]:  # fmt: skip
-    """Hours for each stage at these speeds."""
-    own = sum(slot.share for slot in manifest.slots if slot.kind == "prompts" or slot.dataset == mixes.OWN)
+    """Hours for each stage at these speeds; written: tokens that the model writes for its data."""
     study = sizes.study
     answers = sizes.n_evaluation * (3 * 5 + study.n_random + 2 * study.n_noise)
     seconds = {
-        "data": own * config.tokens / manifest.epochs / speeds.generated,
+        "data": written / speeds.generated,
         "train": n_groups * config.tokens / speeds.forward + n_sites * config.tokens / speeds.sae,
         "evaluate": sizes.evaluated * (1 + 0.6 * n_sites) / speeds.forward + 4 * baseline_sites * config.tokens / speeds.sae,
         "index": sizes.indexed / speeds.forward + n_sites * sizes.indexed / (2 * speeds.sae),
@@ -230,7 +229,8 @@ def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None =
         recipe = recipe_for(config, lm.d_model, len(names), n, on_gpu)
         groups = plan_groups([recipe], dict.fromkeys(names, lm.d_model), free, 8192)
         sizes = sizes_for(lm, config, n)
-        spent = stage_hours(speeds, recipe, manifest, len(names), len(groups), n_baselines(config, n), sizes)
+        written = mixes.written_tokens(manifest, n, lm.model_name)
+        spent = stage_hours(speeds, recipe, written, len(names), len(groups), n_baselines(config, n), sizes)
         return {
             "model": lm.model_name, "recipe": manifest.name, "sites": names, "tokens": n, "d_sae": recipe.d_sae(lm.d_model),
             "training": asdict(recipe),

@@ -18,7 +18,7 @@ from qsae_kit.activations import Block, NormFilter, Place, RowSource, shuffled
 from qsae_kit.checkpoints import Checkpoints
 from qsae_kit.formats import load_sae, save_sae
 from qsae_kit.optim import Adam
-from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, plan_groups, return_freed_memory
+from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, kept_memory, plan_groups, return_freed_memory
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
@@ -114,11 +114,14 @@ class SiteTrainer:
         loss = self.sae.training_loss(x, State(self.dead, progress))
         loss.total.backward()
         self.sae.remove_parallel_gradient()
-        norm = torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        weights = [p for p in self.sae.parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
         if not norm.isfinite():
             raise ValueError(
                 f"After {self.rows:,} rows the gradient is not finite (loss {float(loss.total.detach()):.3g}); choose a lower lr."
             )
+        if norm > 1:
+            torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
         self.optimizer.step(self.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
         self.optimizer.zero_grad()  # at once: one SAE's gradients are alive at a time
         self.sae.constrain()
@@ -291,26 +294,27 @@ class _GroupRun:
                 if not trainers:
                     trainers = self.trainers(block)
                     self._announce(block, trainers, bar)
-                for rows in shuffled(block, lead.batch, lead.seed, self.given):
-                    began = time.perf_counter()
-                    for (_, site), trainer in trainers.items():
-                        trainer.step(rows[site], (self.rows + lead.batch / 2) / lead.tokens)
-                    self.seconds += time.perf_counter() - began
-                    self.given, self.rows = self.given + 1, self.rows + lead.batch
-                    last = self.complete or self.interrupts.asked
-                    progress = Progress(self.number, self.rows, self.seconds, last, trainers)
-                    meter.update(lead.batch)
-                    for watcher in watch:
-                        watcher(progress)
-                    steps, stop = self.rows // lead.batch, self.interrupts.asked
-                    if self.complete or steps % LOG_EVERY == 0:
-                        self._log(progress, meter)
-                    if self.checkpoints is not None and not self.complete and (stop or time.monotonic() >= due):
-                        began = time.monotonic()
-                        self.checkpoints.save(self.state(), {"~".join(key): t.tensors() for key, t in trainers.items()})
-                        due = time.monotonic() + max(every, 20 * (time.monotonic() - began) if every else 0)
-                    if self.complete or stop:
-                        return trainers
+                with kept_memory():
+                    for rows in shuffled(block, lead.batch, lead.seed, self.given):
+                        began = time.perf_counter()
+                        for (_, site), trainer in trainers.items():
+                            trainer.step(rows[site], (self.rows + lead.batch / 2) / lead.tokens)
+                        self.seconds += time.perf_counter() - began
+                        self.given, self.rows = self.given + 1, self.rows + lead.batch
+                        last = self.complete or self.interrupts.asked
+                        progress = Progress(self.number, self.rows, self.seconds, last, trainers)
+                        meter.update(lead.batch)
+                        for watcher in watch:
+                            watcher(progress)
+                        steps, stop = self.rows // lead.batch, self.interrupts.asked
+                        if self.complete or steps % LOG_EVERY == 0:
+                            self._log(progress, meter)
+                        if self.checkpoints is not None and not self.complete and (stop or time.monotonic() >= due):
+                            began = time.monotonic()
+                            self.checkpoints.save(self.state(), {"~".join(key): t.tensors() for key, t in trainers.items()})
+                            due = time.monotonic() + max(every, 20 * (time.monotonic() - began) if every else 0)
+                        if self.complete or stop:
+                            return trainers
                 self.given = 0
                 rows = {}
                 del block  # before the next one is made

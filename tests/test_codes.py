@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qsae_kit.sae import codes as sparse
-from qsae_kit.sae.codes import Codes, largest_columns, select_above, select_top_k
+from qsae_kit.sae.codes import Codes, above, largest_columns, select_top_k
 
 N_ROWS, D, D_SAE = 40, 10, 48
 
@@ -23,10 +23,23 @@ def tensors():
     return draw(N_ROWS, D), draw(D_SAE, D), draw(D_SAE), draw(D_SAE, D)
 
 
-@pytest.mark.parametrize("select", [select_top_k(5), select_above(0.7), select_above(100.0)], ids=["top", "above", "nothing"])
-def test_values_and_gradients_are_those_of_dense_products(path, select):
+def of_top(x, encoder, b_enc):
+    return sparse.encode(x, encoder, b_enc, select_top_k(5))
+
+
+def of_chosen(x, encoder, b_enc):
+    codes = Codes.from_columns(torch.arange(N_ROWS)[:, None] % 7 + torch.tensor([0, 9, 30]), D_SAE)
+    return sparse.encode_at(x, encoder, b_enc, codes), codes
+
+
+def over(least):
+    return lambda x, encoder, b_enc: sparse.encode_above(x, encoder, b_enc, torch.linspace(-least, least, D_SAE).double())
+
+
+@pytest.mark.parametrize("encode", [of_top, of_chosen, over(1.4), over(100.0)], ids=["top", "chosen", "above", "all or nothing"])
+def test_values_and_gradients_are_those_of_dense_products(path, encode):
     x, encoder, b_enc, W_dec = tensors()
-    v, codes = sparse.encode(x, encoder, b_enc, select)
+    v, codes = encode(x, encoder, b_enc)
     f = v**2 + v
     x_hat = sparse.decode(f, W_dec, codes)
     (x_hat - x.detach()).pow(3).sum().backward()
@@ -52,12 +65,43 @@ def test_the_largest_are_exactly_the_largest(n_cols, k):
     torch.testing.assert_close(pre.gather(1, found).sort(descending=True).values, expected, atol=0, rtol=0)
 
 
-def test_entries_above_a_threshold():
-    pre = torch.tensor([[0.5, -1.0, 2.0], [-1.0, -1.0, -1.0], [3.0, 0.2, 0.1]])
-    codes = select_above(torch.tensor([0.4, 0.1, 1.0]))(pre)
-    assert codes.rows.tolist() == [0, 0, 2, 2]
-    assert codes.cols.tolist() == [0, 2, 0, 1]
-    assert codes.starts.tolist() == [0, 2, 2]
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("least", [0.0, 0.75])
+def test_entries_above_a_number(dtype, least):
+    pre = torch.tensor([[0.5, -1.0, 2.0], [-0.0, -torch.inf, 0.75], [3.0, 0.0, 0.1]], dtype=dtype)
+    places = above(pre, least)
+    assert places.tolist() == (pre.float().view(-1) > least).nonzero().view(-1).tolist()
+    codes = Codes.from_flat(places, *pre.shape)
+    assert codes.dense(torch.ones(len(codes))).bool().tolist() == (pre.float() > least).tolist()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_entries_above_a_value_of_their_column(path, dtype):
+    x, encoder, b_enc, _ = (t.detach().float() for t in tensors())
+    least = torch.linspace(-1, 1, D_SAE)
+    exact = least + 0.5
+    pre = x @ encoder.T + b_enc
+    v, codes = sparse.encode_above(x, encoder, b_enc, least, dtype, exact)
+    found = codes.dense(torch.ones(len(codes))).bool()
+    off = 0.1 if dtype else 1e-5  # bfloat16 keeps eight binary digits
+    assert not ((pre > least + off) & ~found).any()
+    assert not (found & (pre < least - off)).any()
+    true = pre[codes.rows, codes.cols]
+    torch.testing.assert_close(v, true, atol=off, rtol=0)
+    sure = v > exact[codes.cols] + off
+    assert sure.sum() > 100
+    torch.testing.assert_close(v[sure], true[sure])
+
+
+def test_what_is_narrowed_gives_the_same_products(path):
+    x, _, _, W_dec = (t.detach() for t in tensors())
+    codes = Codes.from_columns(torch.arange(N_ROWS)[:, None] % 7 + torch.tensor([0, 9, 30]), D_SAE)
+    values = torch.linspace(-1, 2, len(codes), dtype=torch.float64).relu()
+    before = codes.times(values, W_dec), codes.transposed_times(values, x), codes.dots(x, W_dec), codes.sums(values)
+    codes.narrow(values > 0)
+    after = codes.times(values, W_dec), codes.transposed_times(values, x), codes.dots(x, W_dec), codes.sums(values)
+    for one, other in zip(before, after, strict=True):
+        torch.testing.assert_close(one, other)
 
 
 def test_a_part_of_the_entries():

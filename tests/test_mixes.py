@@ -204,3 +204,13 @@ def test_data_sets_of_the_hub_are_read_by_column(tmp_path, lm):
 def test_errors_say_what_to_do(lm, tmp_path, slot, files, message):
     with pytest.raises(ValueError, match=message):
         write_mix(lm, manifest(slot), 300, tmp_path / "out", files=files, folder=tmp_path, bar=False)
+
+
+def test_written_tokens_are_bounded_by_the_prompts():
+    own = mixes.read_manifest("own-chat-v1")
+    few, many = mixes.written_tokens(own, 10_000, "smollm2"), mixes.written_tokens(own, 10**9, "smollm2")
+    assert few == 10_000
+    assert many == mixes.written_tokens(own, 10**8, "smollm2") < 10**6
+    chats = mixes.read_manifest("qwen3-chat-v1")
+    asked = sum(slot.share for slot in chats.slots if slot.kind == "prompts")
+    assert mixes.written_tokens(chats, 10**6, "Qwen/Qwen3-8B") == pytest.approx(asked * 10**6 / chats.epochs)

@@ -60,7 +60,7 @@ class State(NamedTuple):
 AUX_COEFFICIENT, AUX_K = 1 / 32, 2
 """See `SAE.aux_k_loss`."""
 AUX_EVERY = 4
-"""The auxiliary loss is taken on every fourth row: dead latents are many or none, and dense to decode."""
+"""The auxiliary loss is taken on every fourth row, which costs a quarter and revives as many."""
 
 
 class SAE(nn.Module, ABC):
@@ -128,6 +128,12 @@ class SAE(nn.Module, ABC):
         """Pre-activations of the entries that `select` picks from [row, d_sae]; differentiable in the encoder."""
         return sparse.encode(x, self.encoder, self.b_enc, select, self.product_dtype)
 
+    def encode_above(
+        self, x: Float[Tensor, "row d_model"], least: Float[Tensor, " d_sae"], exact: Float[Tensor, " d_sae"] | None = None
+    ) -> tuple[Float[Tensor, " entry"], Codes]:
+        """Pre-activations of the entries above `least`, see `codes.encode_above`; differentiable in the encoder."""
+        return sparse.encode_above(x, self.encoder, self.b_enc, least, self.product_dtype, exact)
+
     def decode_entries(self, f: Float[Tensor, " entry"], codes: Codes) -> Float[Tensor, "row d_model"]:
         """Reconstruction from activations of entries; differentiable in all."""
         return sparse.decode(f, self.W_dec, codes) + self.b_dec
@@ -141,11 +147,14 @@ class SAE(nn.Module, ABC):
         ids = dead.nonzero().view(-1)
         if not len(ids):
             return 0.0
-        x, error = x[::AUX_EVERY], error.detach()[::AUX_EVERY]
-        pre = x @ self.encoder[ids].T + self.b_enc[ids]
-        values, columns = pre.topk(min(len(ids), max(1, round(AUX_K * self.sparsity))), dim=-1, sorted=False)
-        revived = torch.zeros_like(pre).scatter(-1, columns, values.relu())
-        missed = (error - revived @ self.W_dec[ids]).pow(2).sum(-1).mean()
+        x, error = x[::AUX_EVERY].contiguous(), error.detach()[::AUX_EVERY]
+        with torch.no_grad():
+            dtype = self.product_dtype or x.dtype
+            pre = torch.addmm(self.b_enc[ids].to(dtype), x.to(dtype), self.encoder[ids].to(dtype).T)
+            columns = sparse.largest_columns(pre, min(len(ids), max(1, round(AUX_K * self.sparsity))))
+            codes = Codes.from_columns(ids[columns], self.d_sae)
+        values = sparse.encode_at(x, self.encoder, self.b_enc, codes)
+        missed = (error - sparse.decode(values.relu(), self.W_dec, codes)).pow(2).sum(-1).mean()
         return AUX_COEFFICIENT * missed / error.pow(2).sum(-1).mean().clamp(min=1e-12)
 
     def forward(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
-from qsae_kit.sae.codes import Codes
+from qsae_kit.sae.codes import Codes, above
 from qsae_kit.sae.jumprelu import JumpReLUSAE
 
 
@@ -32,9 +32,9 @@ class BatchTopKSAE(SAE):
         wanted = min(max(1, int(self.sparsity * len(pre))), pre.numel())
         flat = pre.view(-1)
         guess = 0.8 * float(self.threshold)
-        places = (flat > guess).nonzero().view(-1)
+        places = above(pre, guess)
         if len(places) < wanted and guess > 0:
-            places = (flat > 0).nonzero().view(-1)
+            places = above(pre, 0.0)
         values = flat[places]
         if len(values) > wanted:
             values, kept = values.topk(wanted, sorted=False)

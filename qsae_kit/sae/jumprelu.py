@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
-from qsae_kit.sae.codes import of_column, select_above
+from qsae_kit.sae.codes import of_column
 
 Sparsity: TypeAlias = Literal["target", "step", "tanh"]
 COEFFICIENT: dict[Sparsity, float] = {"target": 3.0, "step": 0.01, "tanh": 0.01}
@@ -77,9 +77,11 @@ class JumpReLUSAE(SAE):
         return torch.where(pre > self.threshold, pre, 0.0)  # several times faster than a product with a mask
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        near = self.threshold.detach() - self.bandwidth / 2  # below it there is neither value nor gradient
-        pre, codes = self.encode_entries(x, select_above(near))
+        theta = self.threshold.detach()
+        # Below the kernel there is neither value nor gradient; in its lower half it only matters that an entry is there.
+        pre, codes = self.encode_above(x, theta - self.bandwidth / 2, exact=theta - self.bandwidth / 8)
         f, fired = _Jump.apply(pre, of_column(self.threshold, codes), self.bandwidth)
+        codes.narrow(fired.detach() > 0)
         error = x - self.decode_entries(f, codes)
         weight = self.coefficient * min(1.0, state.progress / WARM_UP[self.sparsity_loss])
         total = error.pow(2).sum(-1).mean() + weight * self._sparsity(f, fired, len(x))

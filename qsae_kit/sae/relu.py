@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
-from qsae_kit.sae.codes import select_above
 
 GAIN = 0.02
 """Change of log lambda a step, per unit of (L0 / target - 1), which is cut to [-1, 1]."""
@@ -34,7 +33,7 @@ class ReLUSAE(SAE):
         return pre.relu()
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        pre, codes = self.encode_entries(x, select_above(0.0))
+        pre, codes = self.encode_above(x, torch.zeros_like(self.b_enc))
         f = pre.relu()  # a product in a short format may have selected what is not above 0
         error = x - self.decode_entries(f, codes)
         penalty = self.penalty(f, len(x), state) * f.sum() / len(x)

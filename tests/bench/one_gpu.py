@@ -38,7 +38,8 @@ def row(shape: Shape, budget: str, expansion: float) -> list[str]:
     a_row = 2 * d * m / FLOPS + (8 * k * d * 4 + 16 * m) / BANDWIDTH + 2 * d * m * 24 / BANDWIDTH / recipe.batch
     speeds = Speeds(FLOPS / (2 * shape.parameters), 1 / a_row, 64 / max(STEP, 2 * shape.parameters / BANDWIDTH))
     sizes = Sizes(50_000, 500_000, 48, 300, StudyConfig())
-    hours = stage_hours(speeds, recipe, mixes.read_manifest("qwen3-chat-v1"), len(sites), len(groups), 2, sizes)
+    written = mixes.written_tokens(mixes.read_manifest("qwen3-chat-v1"), tokens, shape.name)
+    hours = stage_hours(speeds, recipe, written, len(sites), len(groups), 2, sizes)
     largest = max(group.bytes for group in groups)
     said = [shape.name, budget, f"{expansion:g}x ({m:,})", f"{len(sites)} in {len(groups)}", f"{largest / 1e9:.0f} GB"]
     disk = disk_bytes(recipe, d, len(sites), largest, tokens)
