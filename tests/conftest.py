@@ -1,5 +1,11 @@
 """Shared fixtures. Shapes in annotations are checked by beartype here, and only here."""
 
+import os
+
+# Workers of pytest-xdist, and what they start, share the cores; set before torch is imported.
+if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // int(workers)))
+
 from jaxtyping import config, install_import_hook
 
 with install_import_hook("qsae_kit", "typecheck.check"):

@@ -67,7 +67,7 @@ def test_the_readme_names_the_test_command_that_ci_runs():
     readme = (ROOT / "README.md").read_text()
     block = re.search(r"<!-- test command -->\n```bash\n(.+)\n```", readme)
     assert block
-    assert block[1] == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/pytest"
+    assert block[1] == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/pytest -n 2 --dist loadfile"
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "environment.yml", "pyproject.toml"])
