@@ -74,7 +74,7 @@ class SuiteConfig:
     goal: Goal = "suppress"
     """Of the refusal study."""
     baseline_sites: int = 2
-    """Sites at which what an SAE has to beat is trained and evaluated too; at most one below `FEW` tokens."""
+    """Sites at which what an SAE has to beat is trained and evaluated too; at most one where the suite is a small one."""
     seed: int = 0
 
 
@@ -166,15 +166,16 @@ def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
 
 
 def stage_hours(
-    speeds: Speeds, config: TrainConfig, written: float, n_sites: int, n_groups: int, baseline_sites: int, sizes: "Sizes"
+    speeds: Speeds, config: TrainConfig, written: float, n_sites: int, n_groups: int, sizes: "Sizes"
 ) -> dict[str, float]:  # fmt: skip
     """Hours for each stage at these speeds; written: tokens that the model writes for its data."""
     study = sizes.study
     answers = sizes.n_evaluation * (3 * 5 + study.n_random + 2 * study.n_noise)
+    baselines = (config.tokens / speeds.forward + 4 * sizes.baselines * config.tokens / speeds.sae) if sizes.baselines else 0
     seconds = {
         "data": written / speeds.generated,
         "train": n_groups * config.tokens / speeds.forward + n_sites * config.tokens / speeds.sae,
-        "evaluate": sizes.evaluated * (1 + 0.6 * n_sites) / speeds.forward + 4 * baseline_sites * config.tokens / speeds.sae,
+        "evaluate": sizes.evaluated * (1 + 0.6 * n_sites) / speeds.forward + baselines,
         "index": sizes.indexed / speeds.forward + n_sites * sizes.indexed / (2 * speeds.sae),
         "study": answers * study.max_new_tokens / speeds.generated,
     }
@@ -189,6 +190,8 @@ class Sizes:
     indexed: int
     n_selection: int
     n_evaluation: int
+    baselines: int
+    """Sites at which baselines are trained."""
     study: StudyConfig
 
 
@@ -197,14 +200,9 @@ def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
     new = 40 if lm.model_name == "tiny" else 48
     base = StudyConfig(goal=config.goal, seed=config.seed, max_new_tokens=new)
     if tokens >= FEW and lm.model_name != "smollm2":
-        return Sizes(50_000, 500_000, 48, 300, base)
+        return Sizes(50_000, 500_000, 48, 300, config.baseline_sites, base)
     few = replace(quick(base), n_random=3, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
-    return Sizes(6_000, 50_000, 24, 80, few)
-
-
-def n_baselines(config: SuiteConfig, tokens: int) -> int:
-    """Sites at which baselines are trained."""
-    return config.baseline_sites if tokens >= FEW else min(1, config.baseline_sites)
+    return Sizes(6_000, 50_000, 24, 80, min(1, config.baseline_sites), few)
 
 
 def manifest_of(lm: HookedLM, config: SuiteConfig) -> mixes.Manifest:
@@ -230,7 +228,7 @@ def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None =
         groups = plan_groups([recipe], dict.fromkeys(names, lm.d_model), free, 8192)
         sizes = sizes_for(lm, config, n)
         written = mixes.written_tokens(manifest, n, lm.model_name)
-        spent = stage_hours(speeds, recipe, written, len(names), len(groups), n_baselines(config, n), sizes)
+        spent = stage_hours(speeds, recipe, written, len(names), len(groups), sizes)
         return {
             "model": lm.model_name, "recipe": manifest.name, "sites": names, "tokens": n, "d_sae": recipe.d_sae(lm.d_model),
             "training": asdict(recipe),
@@ -398,7 +396,7 @@ class _Suite:
     def evaluate(self) -> list[Path]:
         suite = self._suite()
         score_suite(self.lm, suite, self.documents, self.sizes.evaluated, self.out / "evaluation", bar=self.bar)
-        places = self._spread(n_baselines(self.config, self.plan["tokens"]))
+        places = self._spread(self.sizes.baselines)
         if not places:
             return [self.out / "evaluation"]
         some = {variant: {name: sae for name, sae in saes.items() if name in places} for variant, saes in suite.items()}
@@ -451,4 +449,4 @@ class _Suite:
         """So many sites, residual streams first, spread over the layers."""
         streams = [name for name in self.plan["sites"] if parse_hook_name(name).kind == "resid"] or self.plan["sites"]
         n = min(n, len(streams))
-        return [streams[round((i + 1) * (len(streams) - 1) / (n + 1))] for i in range(n)]
+        return [streams[(2 * i + 1) * len(streams) // (2 * n)] for i in range(n)]

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -22,6 +23,7 @@ from qsae_kit.suite import (
     Record,
     Sizes,
     SuiteConfig,
+    _Suite,
     make_plan,
     make_suite,
     parse_budget,
@@ -31,7 +33,7 @@ from qsae_kit.suite import (
 )
 
 SMALL = Sizes(
-    1500, 2000, 6, 8,
+    1500, 2000, 6, 8, 1,
     StudyConfig(
         strengths=(0.3, 0.8, 1.5), n_candidates=4, n_trials=1, n_random=2, n_noise=1, dose_prompts=4, search_prompts=4, cost_prompts=4,
         n_facts=4, max_new_tokens=24,
@@ -296,3 +298,11 @@ def test_a_record_of_another_suite(tmp_path):
     Record(tmp_path, {"model": "tiny", "budget": "1M"})
     with pytest.raises(ValueError, match="another budget; give the same, or another folder"):
         Record(tmp_path, {"model": "tiny", "budget": "2M"})
+
+
+@pytest.mark.parametrize(("n", "expected"), [(0, []), (1, [1]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2])])
+def test_baselines_are_spread_over_distinct_sites(lm, tmp_path, n, expected):
+    names = [f"blocks.{layer}.hook_resid_post" for layer in (1, 3, 5)]
+    recipe = recipe_for(CONFIG, lm.d_model, 3, 50_000, False)
+    plan = {"training": asdict(recipe), "tokens": 50_000, "sites": [*names, "blocks.3.hook_mlp_out"]}
+    assert _Suite(lm, tmp_path, CONFIG, plan, None, None, False)._spread(n) == [names[i] for i in expected]

@@ -37,9 +37,9 @@ def row(shape: Shape, budget: str, expansion: float) -> list[str]:
     d, m, k = shape.d_model, recipe.d_sae(shape.d_model), recipe.sparsity
     a_row = 2 * d * m / FLOPS + (8 * k * d * 4 + 16 * m) / BANDWIDTH + 2 * d * m * 24 / BANDWIDTH / recipe.batch
     speeds = Speeds(FLOPS / (2 * shape.parameters), 1 / a_row, 64 / max(STEP, 2 * shape.parameters / BANDWIDTH))
-    sizes = Sizes(50_000, 500_000, 48, 300, StudyConfig())
+    sizes = Sizes(50_000, 500_000, 48, 300, 2, StudyConfig())
     written = mixes.written_tokens(mixes.read_manifest("qwen3-chat-v1"), tokens, shape.name)
-    hours = stage_hours(speeds, recipe, written, len(sites), len(groups), 2, sizes)
+    hours = stage_hours(speeds, recipe, written, len(sites), len(groups), sizes)
     largest = max(group.bytes for group in groups)
     said = [shape.name, budget, f"{expansion:g}x ({m:,})", f"{len(sites)} in {len(groups)}", f"{largest / 1e9:.0f} GB"]
     disk = disk_bytes(recipe, d, len(sites), largest, tokens)
