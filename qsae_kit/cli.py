@@ -506,7 +506,9 @@ def suite(
     moments: Annotated[
         str, typer.Option(help="Adam's moments: float32, bfloat16 or int8 (bfloat16 on a GPU, else float32, by default).")
     ] = "",
-    goal: Annotated[str, typer.Option(help="Of the refusal study: suppress or induce.")] = "suppress",
+    goal: Annotated[
+        str, typer.Option(help="Of the refusal study: suppress, induce, or auto, which is suppress where the model refuses.")
+    ] = "auto",
     baseline_sites: Annotated[int, typer.Option(help="Sites at which baselines are trained too.", min=0)] = 2,
     memory: Annotated[
         float | None, typer.Option(help="GB for training, beside the model (most of what is free by default).")
@@ -522,7 +524,7 @@ def suite(
     from qsae_kit.suite import SuiteConfig, make_plan, make_suite, parse_budget, said_plan
 
     parse_budget(budget)
-    _refuse(goal not in ("suppress", "induce"), f"--goal {goal} was given; allowed are suppress and induce.")
+    _refuse(goal not in ("auto", "suppress", "induce"), f"--goal {goal} was given; allowed are auto, suppress and induce.")
     wrong = [entry for entry in slot or [] if not all(entry.partition("=")[::2])]
     _refuse(bool(wrong), f"--slot {''.join(wrong[:1])} was given; write it as NAME=FILE.")
     files = {name: path for name, _, path in (entry.partition("=") for entry in slot or [])}

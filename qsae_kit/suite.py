@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from qsae_kit import mixes
 from qsae_kit.activations import StoredRows
-from qsae_kit.behaviours import Goal, refusal_prompts
+from qsae_kit.behaviours import Goal, StudyPrompts, judged, refusal_prompts
 from qsae_kit.card import model_card
 from qsae_kit.checkpoints import LOG
 from qsae_kit.data import read_documents
@@ -35,6 +35,7 @@ from qsae_kit.files import sweep, write_text
 from qsae_kit.fit import Meter, fit_live, sites_of
 from qsae_kit.formats import load_suite
 from qsae_kit.models import HookedLM
+from qsae_kit.outcomes import answer_all
 from qsae_kit.plan import free_memory, plan_groups
 from qsae_kit.recipe import TrainConfig, default_recipe
 from qsae_kit.report import write_study
@@ -71,8 +72,8 @@ class SuiteConfig:
     target_l0: float | None = None
     moments: str = ""
     """Of Adam; empty: bfloat16 on a GPU, else float32."""
-    goal: Goal = "suppress"
-    """Of the refusal study."""
+    goal: Goal | Literal["auto"] = "auto"
+    """Of the refusal study; auto: to suppress where the model refuses at least half of the harmful selection prompts, else to induce."""
     baseline_sites: int = 2
     """Sites at which what an SAE has to beat is trained and evaluated too; at most one where the suite is a small one."""
     seed: int = 0
@@ -196,9 +197,9 @@ class Sizes:
 
 
 def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
-    """Small for small budgets, whole for those that a result is published from."""
+    """Small for small budgets, whole for those that a result is published from; the study's goal is set when it is run."""
     new = 40 if lm.model_name == "tiny" else 48
-    base = StudyConfig(goal=config.goal, seed=config.seed, max_new_tokens=new)
+    base = StudyConfig(seed=config.seed, max_new_tokens=new)
     if tokens >= FEW and lm.model_name != "smollm2":
         return Sizes(50_000, 500_000, 48, 300, config.baseline_sites, base)
     few = replace(quick(base), n_random=3, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
@@ -361,6 +362,14 @@ def make_suite(
     return plan
 
 
+def usual_goal(lm: HookedLM, given: StudyPrompts, config: StudyConfig) -> Goal:
+    """What there is to change: suppress where the unsteered model shows the behaviour at least at half of the prompts, else induce."""
+    texts = given.selection[given.behaviour.kinds[0]]
+    thinking = config.thinking if lm.has_thinking else None
+    shown = judged(lm, given.behaviour, texts, answer_all(lm, texts, [], config.max_new_tokens, thinking), thinking).outcomes
+    return "suppress" if 2 * shown.count("S") >= len(shown) else "induce"
+
+
 class _Suite:
     """The stages; each returns what it wrote."""
 
@@ -421,13 +430,14 @@ class _Suite:
     def study(self) -> list[Path]:
         suite, sizes = self._suite(), self.sizes
         given = refusal_prompts(self.lm.model_name, sizes.n_selection, sizes.n_evaluation, self.config.seed)
+        goal = usual_goal(self.lm, given, sizes.study) if self.config.goal == "auto" else self.config.goal
         result = steering_study(
             self.lm,
             suite,
             given.selection,
             given.evaluation,
             given.behaviour,
-            sizes.study,
+            replace(sizes.study, goal=goal),
             folder=self.out / "study",
             bar=self.bar,
         )

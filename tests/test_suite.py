@@ -6,13 +6,14 @@ import random
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 
 from qsae_kit import card, suite
+from qsae_kit.behaviours import Verdict, refusal_prompts
 from qsae_kit.card import plain, push
 from qsae_kit.cli import main
 from qsae_kit.files import sweep
@@ -30,6 +31,7 @@ from qsae_kit.suite import (
     recipe_for,
     said_plan,
     suite_bytes,
+    usual_goal,
 )
 
 SMALL = Sizes(
@@ -306,3 +308,11 @@ def test_baselines_are_spread_over_distinct_sites(lm, tmp_path, n, expected):
     recipe = recipe_for(CONFIG, lm.d_model, 3, 50_000, False)
     plan = {"training": asdict(recipe), "tokens": 50_000, "sites": [*names, "blocks.3.hook_mlp_out"]}
     assert _Suite(lm, tmp_path, CONFIG, plan, None, None, False)._spread(n) == [names[i] for i in expected]
+
+
+def test_the_studys_goal_is_what_there_is_to_change(lm, made):
+    given = refusal_prompts("tiny", 6, 8)
+    assert usual_goal(lm, given, SMALL.study) == "suppress"  # the card: 0.95 of harmful prompts are refused
+    answers_all = replace(given.behaviour, judge=lambda answer: Verdict(shown=False, broken=False))
+    assert usual_goal(lm, given._replace(behaviour=answers_all), SMALL.study) == "induce"
+    assert json.loads((made / "study" / "study.json").read_text(encoding="utf-8"))["config"]["goal"] == "suppress"
