@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
@@ -28,8 +28,8 @@ class Group(NamedTuple):
         return list(dict.fromkeys(site for _, site in self.keys))
 
 
-PER_ENTRY = {"standard": 40, "gated": 40}
-"""Bytes a pre-activation of a batch takes with its selection; half of them are selected at first in these, elsewhere few."""
+PER_ENTRY = {"standard": 40, "gated": 40, "jumprelu": 30}
+"""Bytes a pre-activation of a batch takes with its selection: in these many are selected at first, elsewhere few."""
 
 
 def needed_bytes(configs: Sequence[TrainConfig], widths: Sequence[int], forward_rows: int = 0) -> int:
@@ -74,7 +74,7 @@ def group_of(configs: Sequence[TrainConfig], widths: Mapping[str, int], forward_
 
 
 class Peak:
-    """The most memory that was taken since it was made, beyond what was taken then."""
+    """The most memory that was taken since it was made, beyond what was taken then; on a CPU without pages of mapped files."""
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
@@ -85,15 +85,16 @@ class Peak:
             clear = Path("/proc/self/clear_refs")
             with suppress(OSError):
                 clear.write_text("5")  # sets the high-water mark back to what is held now
-            self._before = _status("VmRSS:") or 0
+        self.began = _status("RssAnon:") or 0
+        """Bytes that the process held then beside mapped files."""
 
     @property
     def bytes(self) -> int | None:
         """None where the system does not say."""
         if self._cuda is not None:
             return torch.cuda.max_memory_allocated(self._cuda) - self._before
-        peak = _status("VmHWM:")
-        return None if peak is None else peak - self._before
+        peak, mapped = _status("VmHWM:"), _status("RssFile:")  # the weights of a model are read in as they are used
+        return None if peak is None or mapped is None else max(0, peak - mapped - self.began)
 
 
 def _status(name: str) -> int | None:
@@ -113,18 +114,23 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def kept_memory() -> Iterator[None]:
+def kept_memory(most: int) -> Iterator[Callable[[], None]]:
     """Within it, glibc keeps what is freed, up to blocks of 32 MiB; steps that want the same blocks again are faster so.
 
-    What was kept goes back at the end, and `return_freed_memory` holds again.
+    It cannot use all of it again, so that more and more is kept: the function given, called between steps, gives what is
+    free back where the process holds more than `most` bytes. At the end all goes back.
     """
     _mallopt(32 << 20, 1 << 30)
     try:
-        yield
+        yield lambda: _trim() if (_status("RssAnon:") or 0) > most else None
     finally:
         return_freed_memory()
-        with suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)
+        _trim()
+
+
+def _trim() -> None:
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _mallopt(mmap: int, trim: int) -> None:

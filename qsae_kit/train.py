@@ -282,9 +282,9 @@ class _GroupRun:
         return start_trainers(self.group.keys, by_variant, block)
 
     def train(
-        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: float, bar: bool
+        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: float, most: int, bar: bool
     ) -> dict[Key, SiteTrainer]:
-        """Steps until the group is complete or an interrupt was asked for."""
+        """Steps until the group is complete or an interrupt was asked for; `most`: see `kept_memory`."""
         lead = self.lead
         trainers: dict[Key, SiteTrainer] = {}
         due = time.monotonic() + every
@@ -294,11 +294,12 @@ class _GroupRun:
                 if not trainers:
                     trainers = self.trainers(block)
                     self._announce(block, trainers, bar)
-                with kept_memory():
+                with kept_memory(most) as limit_kept:
                     for rows in shuffled(block, lead.batch, lead.seed, self.given):
                         began = time.perf_counter()
                         for (_, site), trainer in trainers.items():
                             trainer.step(rows[site], (self.rows + lead.batch / 2) / lead.tokens)
+                            limit_kept()
                         self.seconds += time.perf_counter() - began
                         self.given, self.rows = self.given + 1, self.rows + lead.batch
                         last = self.complete or self.interrupts.asked
@@ -421,7 +422,7 @@ def train_saes(
             if state is not None and number == state["group"]:
                 run.resume(state)
             peak = Peak(source.device)
-            trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, bar)
+            trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, peak.began + group.bytes, bar)
             if bar and peak.bytes is not None:
                 _say(f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned")
             while trainers:

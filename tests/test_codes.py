@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qsae_kit.sae import codes as sparse
-from qsae_kit.sae.codes import Codes, above, largest_columns, select_top_k
+from qsae_kit.sae.codes import Codes, above, largest_columns, select_positive, select_top_k
 
 N_ROWS, D, D_SAE = 40, 10, 48
 
@@ -32,11 +32,11 @@ def of_chosen(x, encoder, b_enc):
     return sparse.encode_at(x, encoder, b_enc, codes), codes
 
 
-def over(least):
-    return lambda x, encoder, b_enc: sparse.encode_above(x, encoder, b_enc, torch.linspace(-least, least, D_SAE).double())
+def of_positive(x, encoder, b_enc):
+    return sparse.encode(x, encoder, b_enc, select_positive)
 
 
-@pytest.mark.parametrize("encode", [of_top, of_chosen, over(1.4), over(100.0)], ids=["top", "chosen", "above", "all or nothing"])
+@pytest.mark.parametrize("encode", [of_top, of_chosen, of_positive], ids=["top", "chosen", "positive"])
 def test_values_and_gradients_are_those_of_dense_products(path, encode):
     x, encoder, b_enc, W_dec = tensors()
     v, codes = encode(x, encoder, b_enc)
@@ -78,19 +78,23 @@ def test_entries_above_a_number(dtype, least):
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 def test_entries_above_a_value_of_their_column(path, dtype):
     x, encoder, b_enc, _ = (t.detach().float() for t in tensors())
-    least = torch.linspace(-1, 1, D_SAE)
-    exact = least + 0.5
+    least = torch.linspace(-0.5, 1.5, D_SAE)
+    sampled = least - 0.5
     pre = x @ encoder.T + b_enc
-    v, codes = sparse.encode_above(x, encoder, b_enc, least, dtype, exact)
+    v, codes, everywhere = sparse.encode_above(x, encoder, b_enc, least, sampled, 4, dtype)
     found = codes.dense(torch.ones(len(codes))).bool()
+    wanted = least.expand(N_ROWS, D_SAE).clone()
+    wanted[::4] = sampled
     off = 0.1 if dtype else 1e-5  # bfloat16 keeps eight binary digits
-    assert not ((pre > least + off) & ~found).any()
-    assert not (found & (pre < least - off)).any()
+    assert not ((pre > wanted + off) & ~found).any()
+    assert not (found & (pre < wanted - off)).any()
     true = pre[codes.rows, codes.cols]
     torch.testing.assert_close(v, true, atol=off, rtol=0)
-    sure = v > exact[codes.cols] + off
-    assert sure.sum() > 100
-    torch.testing.assert_close(v[sure], true[sure])
+    assert everywhere.sum() > 100
+    assert (~everywhere).sum() > 10
+    torch.testing.assert_close(v[everywhere], true[everywhere])
+    assert (true[~everywhere] < least[codes.cols[~everywhere]] + off).all()
+    assert (codes.rows[~everywhere] % 4 == 0).all()
 
 
 def test_what_is_narrowed_is_skipped(path):

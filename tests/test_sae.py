@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from qsae_kit.activations import NormFilter
 from qsae_kit.formats import load_sae, load_suite, save_rows, save_sae, save_suite
-from qsae_kit.sae import ARCHITECTURES, Provenance
+from qsae_kit.sae import ARCHITECTURES, Provenance, jumprelu
 from qsae_kit.sae.base import State
 from qsae_kit.sae.batchtopk import BatchTopKSAE
 from qsae_kit.sae.jumprelu import _Jump
@@ -156,12 +156,34 @@ def test_jump_gradients_are_the_straight_through_ones():
     pre = (torch.randn(50, 6, generator=generator) * 0.05).requires_grad_()
     theta = torch.full((6,), 0.02, requires_grad=True)
     grad_f, grad_l0 = torch.randn(50, 6, generator=generator), torch.randn(50, generator=generator)
-    f, fired = _Jump.apply(pre, theta.expand_as(pre), 0.03)
+    f, fired = _Jump.apply(pre, theta.expand_as(pre), torch.ones(50, 6), 0.03)
     ((f * grad_f).sum() + (fired.sum(-1) * grad_l0).sum()).backward()
     inside = ((pre - theta).abs() < 0.03 / 2).float()
     assert torch.equal(pre.grad, grad_f * (pre > theta))
     expected = -(inside * (theta * grad_f + grad_l0[:, None])).sum(0) / 0.03
     torch.testing.assert_close(theta.grad, expected)
+
+
+def test_sampled_rows_stand_for_the_others_in_jumprelu(monkeypatch):
+    sae, x = make("jumprelu", sparsity=3.0)
+    monkeypatch.setattr(jumprelu, "SAMPLED_ROWS", 50)
+    with torch.no_grad():
+        sae.bandwidth = 0.4
+        sae.threshold.fill_(0.3)
+    x = x[:50].repeat_interleave(4, 0)  # so the sampled rows are like those that they stand for
+    state = State(torch.zeros(sae.d_sae, dtype=torch.bool), 1.0)
+    sae.training_loss(x, state).total.backward()
+    found = sae.threshold.grad.clone(), sae.encoder.grad.clone(), sae.b_enc.grad.clone()
+    sae.zero_grad()
+
+    pre = sae.pre_activations(x)
+    f, fired = _Jump.apply(pre, sae.threshold.expand_as(pre), torch.ones_like(pre), sae.bandwidth)
+    l0 = fired.sum(-1).mean()
+    loss = (x - sae.decode(f)).pow(2).sum(-1).mean() + sae.coefficient * (l0 / sae.sparsity - 1) ** 2
+    loss.backward()
+    assert ((pre > 0.1) & (pre < 0.25)).sum() > 500  # that only sampled rows tell of
+    for one, other in zip(found, (sae.threshold.grad, sae.encoder.grad, sae.b_enc.grad), strict=True):
+        torch.testing.assert_close(one, other)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from qsae_kit.activations import NormFilter
@@ -129,10 +129,10 @@ class SAE(nn.Module, ABC):
         return sparse.encode(x, self.encoder, self.b_enc, select, self.product_dtype)
 
     def encode_above(
-        self, x: Float[Tensor, "row d_model"], least: Float[Tensor, " d_sae"], exact: Float[Tensor, " d_sae"] | None = None
-    ) -> tuple[Float[Tensor, " entry"], Codes]:
-        """Pre-activations of the entries above `least`, see `codes.encode_above`; differentiable in the encoder."""
-        return sparse.encode_above(x, self.encoder, self.b_enc, least, self.product_dtype, exact)
+        self, x: Float[Tensor, "row d_model"], least: Float[Tensor, " d_sae"], sampled: Float[Tensor, " d_sae"], every: int
+    ) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"]]:
+        """Pre-activations of the entries above thresholds, see `codes.encode_above`; differentiable in the encoder."""
+        return sparse.encode_above(x, self.encoder, self.b_enc, least, sampled, every, self.product_dtype)
 
     def decode_entries(self, f: Float[Tensor, " entry"], codes: Codes) -> Float[Tensor, "row d_model"]:
         """Reconstruction from activations of entries; differentiable in all."""

@@ -225,24 +225,28 @@ def encode_above(
     encoder: Float[Tensor, "d_sae d_model"],
     b_enc: Float[Tensor, " d_sae"],
     least: Float[Tensor, " d_sae"],
+    sampled: Float[Tensor, " d_sae"],
+    every: int,
     dtype: torch.dtype | None = None,
-    exact: Float[Tensor, " d_sae"] | None = None,
-) -> tuple[Float[Tensor, " entry"], Codes]:
-    """Pre-activations of the entries above `least` of their column; dtype: as for `encode`.
+) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"]]:
+    """Pre-activations of the entries above `least` of their column, and on each `every`-th row of those above `sampled`, a smaller value.
 
-    exact: a value of each column below which the short product's values will do.
+    dtype: as for `encode`. Returned too: which entries are there in every row; the others have the values of the short product.
     """
     dtype = dtype or x.dtype
     with torch.no_grad():
         pre = torch.addmm((b_enc - least).to(dtype), x.to(dtype), encoder.T.to(dtype))
+        pre[::every] += (least - sampled).to(dtype)
         flat = above(pre, 0.0)
         codes = Codes.from_flat(flat, *pre.shape)
-        v = pre.view(-1)[flat].to(x.dtype) + least[codes.cols]
+        on_sampled = codes.rows % every == 0
+        least = least[codes.cols]
+        v = pre.view(-1)[flat].to(x.dtype) + torch.where(on_sampled, sampled[codes.cols], least)
+        everywhere = ~on_sampled | (v > least)
         if dtype != x.dtype:
-            anew = v > (-torch.inf if exact is None else exact[codes.cols])
-            part = codes.where(anew)
-            v[anew] = part.dots(x, encoder) + b_enc[part.cols]
-    return encode_at(x, encoder, b_enc, codes, v), codes
+            part = codes.where(everywhere)
+            v[everywhere] = part.dots(x, encoder) + b_enc[part.cols]
+    return encode_at(x, encoder, b_enc, codes, v), codes, everywhere
 
 
 def encode_at(
@@ -287,6 +291,11 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
 def select_top_k(k: int) -> Select:
     """Each row's k largest."""
     return lambda pre: Codes.from_columns(largest_columns(pre, k), pre.shape[1])
+
+
+def select_positive(pre: Float[Tensor, "row d_sae"]) -> Codes:
+    """All above 0."""
+    return Codes.from_flat(above(pre, 0.0), *pre.shape)
 
 
 def above(pre: Float[Tensor, "row d_sae"], least: float) -> Int[Tensor, " entry"]:

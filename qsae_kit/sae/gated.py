@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsae_kit.sae.base import Loss, Provenance, State
-from qsae_kit.sae.codes import decode, of_column
+from qsae_kit.sae.codes import decode, of_column, select_positive
 from qsae_kit.sae.relu import ReLUSAE
 
 
@@ -30,7 +30,7 @@ class GatedSAE(ReLUSAE):
         return (pre > 0) * (self.r_mag.exp() * (pre - self.b_enc) + self.b_mag).relu()
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        gate, codes = self.encode_above(x, torch.zeros_like(self.b_enc))
+        gate, codes = self.encode_entries(x, select_positive)
         scale, gate_bias, bias = (of_column(t, codes) for t in (self.r_mag.exp(), self.b_enc, self.b_mag))
         f = (scale * (gate - gate_bias) + bias).relu() * (gate > 0)
         error = x - self.decode_entries(f, codes)

@@ -30,22 +30,26 @@ LIFT = 1e-2
 """Coefficient of the lift of dead latents; three times as much raises the FVU."""
 
 
+SAMPLED_ROWS = 512
+"""About so many rows of a batch tell how many entries lie below their thresholds."""
+
+
 class _Jump(torch.autograd.Function):
-    """(pre, theta) -> (f, fired), entry by entry, with the straight-through gradients above."""
+    """(pre, theta, rows that an entry stands for) -> (f, fired), entry by entry, with the straight-through gradients above."""
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, theta: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, pre: Tensor, theta: Tensor, stands_for: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
         fired = pre > theta
-        ctx.save_for_backward(pre, theta, fired)
+        ctx.save_for_backward(pre, theta, stands_for, fired)
         ctx.bandwidth = bandwidth
         return pre * fired, fired.to(pre.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_f, grad_fired = grads
-        pre, theta, fired = ctx.saved_tensors
-        near = (pre - theta).abs_() < ctx.bandwidth / 2
-        return grad_f * fired, (grad_f * theta).add_(grad_fired).mul_(near).div_(-ctx.bandwidth), None
+        pre, theta, stands_for, fired = ctx.saved_tensors
+        density = ((pre - theta).abs_() < ctx.bandwidth / 2) * stands_for / ctx.bandwidth
+        return grad_f * fired, (grad_f * theta).add_(grad_fired).mul_(density).neg_(), None, None
 
 
 class JumpReLUSAE(SAE):
@@ -78,9 +82,12 @@ class JumpReLUSAE(SAE):
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         theta = self.threshold.detach()
-        # Below the kernel there is neither value nor gradient; in its lower half it only matters that an entry is there.
-        pre, codes = self.encode_above(x, theta - self.bandwidth / 2, exact=theta - self.bandwidth / 8)
-        f, fired = _Jump.apply(pre, of_column(self.threshold, codes), self.bandwidth)
+        # Below the kernel there is neither value nor gradient. In its lower half entries only tell how many there are,
+        # for which a part of the rows will do; near the threshold all are taken, since there rounding decides.
+        every = max(1, round(len(x) / SAMPLED_ROWS))
+        pre, codes, everywhere = self.encode_above(x, theta - self.bandwidth / 8, theta - self.bandwidth / 2, every)
+        stands_for = torch.where(everywhere, 1.0, len(x) / len(x[::every]))
+        f, fired = _Jump.apply(pre, of_column(self.threshold, codes), stands_for, self.bandwidth)
         codes.narrow(fired.detach() > 0)
         error = x - self.decode_entries(f, codes)
         weight = self.coefficient * min(1.0, state.progress / WARM_UP[self.sparsity_loss])

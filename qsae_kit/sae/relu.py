@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
+from qsae_kit.sae.codes import select_positive
 
 GAIN = 0.02
 """Change of log lambda a step, per unit of (L0 / target - 1), which is cut to [-1, 1]."""
@@ -33,7 +34,7 @@ class ReLUSAE(SAE):
         return pre.relu()
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        pre, codes = self.encode_above(x, torch.zeros_like(self.b_enc))
+        pre, codes = self.encode_entries(x, select_positive)
         f = pre.relu()  # a product in a short format may have selected what is not above 0
         error = x - self.decode_entries(f, codes)
         penalty = self.penalty(f, len(x), state) * f.sum() / len(x)
