@@ -15,6 +15,12 @@ app = typer.Typer(
 )  # fmt: skip
 
 Model = Annotated[str, typer.Option(help="tiny, smollm2, a hub id such as Qwen/Qwen3-0.6B, or a local folder.")]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of the model's weights: float32, bfloat16, float16, or auto: float32 on a CPU, on a GPU the checkpoint's own."
+    ),
+]
 Sites = Annotated[list[str] | None, typer.Option("--site", help="Only this hook name of the suite; may be given again.")]
 Variants = Annotated[list[str] | None, typer.Option("--variant", help="Only this variant of the suite; may be given again.")]
 
@@ -27,6 +33,7 @@ def _qsae() -> None:
 @app.command()
 def demo(
     model: Model = "tiny",
+    dtype: Dtype = "auto",
     out: Annotated[Path, typer.Option(help="Folder for suite/, the tables and report.html.")] = Path("runs/demo"),
     sites: Annotated[str | None, typer.Option(help="Comma-separated: resid, mlp, attn.")] = None,
     layers: Annotated[str | None, typer.Option(help='"all", "0,2" or "1-3".')] = None,
@@ -42,7 +49,7 @@ def demo(
     from qsae_kit.report import SHOWN, summary
 
     _check_out(out)
-    lm = load_model(model)
+    lm = load_model(model, dtype)
     config = default_config(lm)
     config = replace(config, sites=sites or config.sites, layers=layers or config.layers)
     if tokens is not None:
@@ -63,6 +70,7 @@ def demo(
 @app.command()
 def harvest(
     model: Model = "tiny",
+    dtype: Dtype = "auto",
     data: Annotated[
         str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; the bundled model has its world.")
     ] = None,
@@ -76,7 +84,7 @@ def harvest(
     from qsae_kit.models import load_model
 
     _check_out(out.parent)
-    lm = load_model(model)
+    lm = load_model(model, dtype)
     n = harvest_rows(lm, data, site, tokens, out, drop_template)
     typer.echo(f"{n:,} rows of {site} in {out}")
 
@@ -84,6 +92,7 @@ def harvest(
 @app.command()
 def dialogues(
     model: Model = "tiny",
+    dtype: Dtype = "auto",
     prompts: Annotated[
         Path | None, typer.Option(help="One a line, a JSON list, or CSV/JSONL; the package's own by default.")
     ] = None,
@@ -98,13 +107,14 @@ def dialogues(
 
     _check_out(out.parent)
     texts = mixed_prompts(model, n) if prompts is None else read_prompts(prompts)[:n]
-    lm = load_model(model)
+    lm = load_model(model, dtype)
     typer.echo(f"{write_dialogues(lm, texts, out, max_new_tokens):,} chats in {out}")
 
 
 @app.command()
 def train(
     model: Annotated[str | None, typer.Option(help="tiny (the default), smollm2, a hub id or a local folder.")] = None,
+    dtype: Dtype = "auto",
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
     sites: Annotated[str | None, typer.Option(help="Comma-separated: resid, mlp, attn (all by default).")] = None,
     layers: Annotated[str | None, typer.Option(help='"all" (the default), "0,2" or "1-3".')] = None,
@@ -155,7 +165,17 @@ def train(
     _refuse(d_sae is not None and expansion is not None, "--d-sae and --expansion both give the width; leave one out.")
     _refuse(k is not None and not top, f"--k has no effect on {arch}; give --target-l0.")
     _refuse(target_l0 is not None and top, f"--target-l0 has no effect on {arch}; give --k.")
-    live = [name for name, value in (("--model", model), ("--data", data), ("--sites", sites), ("--layers", layers)) if value]
+    live = [
+        name
+        for name, value in (
+            ("--model", model),
+            ("--dtype", dtype != "auto"),
+            ("--data", data),
+            ("--sites", sites),
+            ("--layers", layers),
+        )
+        if value
+    ]
     _refuse(acts is not None and bool(live), f"--acts takes rows from a file, so {', '.join(live)} would have no effect.")
     parts = get_args(Frozen)[1:]
     _refuse(not set(frozen or ()) <= set(parts), f"--frozen {' '.join(frozen or ())} was given; allowed are {', '.join(parts)}.")
@@ -163,7 +183,7 @@ def train(
         acts is not None and bool(frozen), "--frozen trains SAEs beside others, and --acts trains one; leave one of them out."
     )
     _refuse(acts is None and bool(site or curve), "--site and --curve belong to --acts; choose sites with --sites and --layers.")
-    lm = None if acts is not None else load_model(model or "tiny")
+    lm = None if acts is not None else load_model(model or "tiny", dtype)
     hook_names = fit.sites_of(lm, sites or "resid,mlp,attn", layers or "all") if lm is not None else [site]
     file = fit.read_rows(acts) if acts is not None else None
     d_model = lm.d_model if lm is not None else file.acts.shape[1]  # type: ignore[union-attr]
@@ -204,6 +224,7 @@ def train(
 @app.command("eval")
 def evaluate(
     model: Annotated[str | None, typer.Option(help="tiny (the default), smollm2, a hub id or a local folder.")] = None,
+    dtype: Dtype = "auto",
     suite: Annotated[
         str | None, typer.Option(help="A folder such as runs/train/suite, or a release of SAEs: see qsae inspect.")
     ] = None,
@@ -254,7 +275,7 @@ def evaluate(
     assert suite is not None
     _check_out(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
-    lm = load_model(model or "tiny")
+    lm = load_model(model or "tiny", dtype)
     _say_measured(fit_to_model(lm, trained, lambda: documents_of(lm, data)[1]()))
     scores = score_suite(lm, trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts)
     table = scores.evaluation
@@ -279,6 +300,7 @@ def evaluate(
 @app.command()
 def sweep(
     model: Model = "tiny",
+    dtype: Dtype = "auto",
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
     sites: Annotated[str, typer.Option(help="Comma-separated: resid, mlp, attn.")] = "resid",
     layers: Annotated[str, typer.Option(help='"all", "0,2" or "1-3".')] = "all",
@@ -298,7 +320,7 @@ def sweep(
     from qsae_kit.score import sweep as run_sweep
 
     _check_out(out)
-    lm = load_model(model)
+    lm = load_model(model, dtype)
     names = fit.sites_of(lm, sites, layers)
     l0s, widths = _numbers("--target-l0", target_l0), _numbers("--expansion", expansion)
     lengths = [int(n) for n in _numbers("--tokens", tokens)]
@@ -315,6 +337,7 @@ def sweep(
 def features(
     suite: Annotated[str, typer.Option(help="Folder of a suite, or a release of SAEs: see qsae inspect.")],
     model: Model = "tiny",
+    dtype: Dtype = "auto",
     variant: Variants = None,
     site: Sites = None,
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
@@ -334,7 +357,7 @@ def features(
 
     _check_out(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
-    lm = load_model(model)
+    lm = load_model(model, dtype)
     _say_measured(fit_to_model(lm, trained, stream_of(lm, data)))
     config = IndexConfig(tokens=tokens, top=top, sampled=sampled)
     build_index(lm, trained, stream_of(lm, data), out, config, data=data or "the bundled model's world", resume=resume)
@@ -356,6 +379,7 @@ def steer(
         ),
     ],
     model: Model = "tiny",
+    dtype: Dtype = "auto",
     goal: Annotated[str, typer.Option(help="suppress or induce.")] = "suppress",
     behaviour: Annotated[
         str, typer.Option(help="refusal; on tiny also rule, language, verbosity, bias, false_fact or unknown.")
@@ -443,7 +467,7 @@ def steer(
     config = quick(config) if small else config
     wanted = [variant, *(f"*{end}" for end in CONTROL_SAES)] if variant else ()
     trained = load_suite(suite, variants=wanted, hook_names=() if config.conditional else site or ())  # detectors lie before
-    lm = load_model(model)
+    lm = load_model(model, dtype)
     asked = [[{"role": "user", "content": text}] for texts in made.selection.values() for text in texts]
     _say_measured(fit_to_model(lm, trained, lambda: asked))
     first = made.behaviour.kinds[0]
@@ -472,7 +496,7 @@ def steer(
         typer.echo(f"\nOver {seeds} seeds (seeds.csv)\n{over_seeds(drawn).round(3).to_string(index=False, na_rep='')}")
     if benches:
         used = {text for texts in made.selection.values() for text in texts}
-        judges = partial(guard_judgements, load_model(guard)) if guard else None
+        judges = partial(guard_judgements, load_model(guard, dtype)) if guard else None
         measured = measure_benches(
             lm, refusal(), asked_of, arms, trained, max_new_tokens, thinking if lm.has_thinking else None, guard=judges,
             guard_name=guard, without=used, folder=out,
@@ -484,6 +508,7 @@ def steer(
 @app.command()
 def suite(
     model: Annotated[str, typer.Argument(help="tiny, smollm2, a hub id such as Qwen/Qwen3-1.7B, or a local folder.")],
+    dtype: Dtype = "auto",
     budget: Annotated[
         str, typer.Option(help="smoke (5M tokens), useful (100M), publish (500M), tokens such as 300k, or hours such as 12h.")
     ] = "useful",
@@ -531,7 +556,7 @@ def suite(
     missing = [path for path in files.values() if not Path(path).is_file()]
     _refuse(bool(missing), f"There is no file {''.join(missing[:1])!r}; --slot takes NAME=FILE.")
     _check_out(out)
-    lm = load_model(model)
+    lm = load_model(model, dtype)
     config = SuiteConfig(
         budget, sites, layers, recipe, files, expansion, target_l0, moments, goal, baseline_sites, seed,  # type: ignore[arg-type]
     )  # fmt: skip
@@ -552,6 +577,7 @@ def diff(
     suite: Annotated[str, typer.Option(help="A folder of SAEs of one of them, or a release of SAEs.")],
     variant: Variants = None,
     site: Sites = None,
+    dtype: Dtype = "auto",
     data: Annotated[str | None, typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens that both read.", min=1)] = 20_000,
     out: Annotated[Path, typer.Option(help="Folder for sites.csv and features.parquet.")] = Path("runs/diff"),
@@ -567,7 +593,7 @@ def diff(
 
     _check_out(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
-    pair = load_model(first), load_model(second)
+    pair = load_model(first, dtype), load_model(second, dtype)
     held_out, others = documents_of(pair[1], data)
     _say_measured(fit_to_model(pair[1], trained, others))
     found = compare_models(*pair, trained, held_out_batches(pair[1], held_out, tokens))

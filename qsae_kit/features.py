@@ -708,7 +708,14 @@ def build_index(
     memory = free_memory(lm.device) // 2 if memory is None else memory
     checksums = {"/".join(key): sae.checksum() for key, sae in saes.items()}
     work = out / ".building"
-    identity = {"index": VERSION, "settings": asdict(config), "suite": checksums, "model": lm.model_name, "data": data}
+    identity = {
+        "index": VERSION,
+        "settings": asdict(config),
+        "suite": checksums,
+        "model": lm.model_name,
+        "dtype": str(lm.dtype),
+        "data": data,
+    }
     checkpoints = Checkpoints(work, identity)
     state = checkpoints.load() if resume else None
     if state is None:

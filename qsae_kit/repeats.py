@@ -46,7 +46,7 @@ def answered_again(
         [{kind: list(texts) for kind, texts in prompts.items()}, {name: arm.to_json(suite) for name, arm in arms.items()}]
     )
     about = {
-        "repeats": 1, "model": lm.model_name, "behaviour": behaviour.name, "max_new_tokens": max_new_tokens, "thinking": thinking,
+        "repeats": 1, "model": lm.model_name, "dtype": str(lm.dtype), "behaviour": behaviour.name, "max_new_tokens": max_new_tokens, "thinking": thinking,
         "asked": hashlib.sha256(told.encode()).hexdigest(),
     }  # fmt: skip
     journal = Journal(folder and folder / "seeds.jsonl", about)

@@ -203,6 +203,8 @@ def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
     if tokens >= FEW and lm.model_name != "smollm2":
         return Sizes(50_000, 500_000, 48, 300, config.baseline_sites, base)
     few = replace(quick(base), n_random=3, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
+    if lm.model_name != "tiny":  # a second for an answer
+        few = replace(few, strengths=few.strengths[::2])
     return Sizes(6_000, 50_000, 24, 80, min(1, config.baseline_sites), few)
 
 
@@ -341,7 +343,7 @@ def make_suite(
     """
     out.mkdir(parents=True, exist_ok=True)
     sweep(out)
-    record = Record(out, {"model": lm.model_name, **json.loads(json.dumps(asdict(config)))})
+    record = Record(out, {"model": lm.model_name, "dtype": str(lm.dtype), **json.loads(json.dumps(asdict(config)))})
     if not (out / PLAN).is_file():
         plan = make_plan(lm, config, out, memory)
         write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")

@@ -65,6 +65,8 @@ def complaint(done):
         (["dialogues", "--prompts", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
         (["train", "--moments", "int4"], "moments='int4' was given"),
         (["train", "--precision", "int4"], "precision='int4' was given"),
+        (["suite", "tiny", "--dtype", "int4"], "The dtype 'int4' was given; choose from auto, float32"),
+        (["train", "--acts", "EMPTY_FILE", "--dtype", "bfloat16"], "--dtype would have no effect"),
         (["train", "--layers", "99"], "layers 0 to 5"),
         (["harvest", "--site", "blocks.0.hook_resid"], "is not a site"),
         (["harvest", "--site", "blocks.99.hook_resid_post"], "no hook point"),
@@ -127,6 +129,13 @@ def test_harvest(tmp_path):
     assert acts.shape == expected.shape
     assert (acts.float() / float(header["scale"]) - expected).abs().max() < 1e-2 * expected.abs().max()
     assert header["hook_name"] == "blocks.2.hook_mlp_out"
+    short = tmp_path / "short.safetensors"
+    given = "harvest", "--data", tmp_path / "chats.jsonl", "--site", "blocks.2.hook_mlp_out", "--dtype", "bfloat16"
+    done = qsae(*given, "--out", short)
+    assert done.returncode == 0, done.stderr
+    with safe_open(short, "pt") as file:
+        off = (file.get_tensor("acts").float() / float(file.metadata()["scale"]) - expected).norm() / expected.norm()
+    assert 1e-3 < off < 0.05  # bfloat16 keeps eight binary digits
 
 
 def test_features(lm, tmp_path):

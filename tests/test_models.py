@@ -385,6 +385,8 @@ def test_loads_from_a_folder_and_from_memory(lm, tmp_path):
     with torch.no_grad():
         assert torch.equal(folder(ids), lm(ids))
         assert torch.equal(memory(ids), lm(ids))
+    assert load_model(str(tmp_path), "bfloat16").dtype == torch.bfloat16
+    assert load_model(str(tmp_path), "auto", "cpu").dtype == torch.float32
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="no weights"):
         load_model(str(tmp_path))
