@@ -372,6 +372,7 @@ def write_mix(
             slot.name: {
                 "dataset": str(files[slot.name].name) if slot.name in files else slot.dataset, "licence": "" if slot.name in files else slot.licence,
                 "kind": slot.kind, "thinking": slot.thinking and lm.has_thinking, "share": slot.share,
+                "answered": slot.kind == "prompts" or (slot.dataset == OWN and slot.name not in files),
                 **{name: stores[slot.name].state[name] for name in ("documents", "tokens", "left_out", "too_long")},
             }
             for slot in manifest.slots

@@ -121,8 +121,10 @@ def test_shares_are_of_tokens_and_no_evaluation_prompt_is_left(lm, tmp_path):
     assert 0 < sum(kinds) < 40  # dealt out in turn, not one after another
     assert about["slots"]["texts"]["dataset"] == "texts.jsonl"
     clean = jsonl(tmp_path / "first.jsonl", [{"messages": chats[-1]}, *({"messages": c} for c in chats[:5])])
-    about = write_mix(lm, manifest(Slot("chats", "chats", "", 1.0)), 400, tmp_path / "again", files={"chats": clean}, bar=False)
+    recipe = manifest(Slot("chats", "chats", mixes.OWN, 1.0))
+    about = write_mix(lm, recipe, 400, tmp_path / "again", files={"chats": clean}, bar=False)
     assert about["slots"]["chats"]["left_out"] == 1
+    assert not about["slots"]["chats"]["answered"]  # a file's answers are not the model's own
 
 
 def test_the_models_own_answers_with_thinking_and_without(lm, tmp_path):

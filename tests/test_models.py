@@ -18,7 +18,10 @@ from transformers import (
 
 from qsae_kit import load_model
 from qsae_kit.models import HookedLM
+from qsae_kit.plan import group_of, plan_groups
+from qsae_kit.recipe import default_recipe
 from qsae_kit.sources import TINY_WEIGHTS
+from qsae_kit.suite import suite_bytes
 
 PROMPTS = ["How do I thank the nurse?", "How do I cut the wood?", "How do I burn the teacher?"]
 
@@ -366,15 +369,39 @@ def test_what_cannot_be_hooked_is_refused(lm, model, message):
         HookedLM(model().eval(), lm.tokenizer)
 
 
-@pytest.mark.parametrize(("d", "layers", "heads", "kv"), [(1024, 28, 16, 8), (5120, 64, 64, 8)], ids=["0.6B", "32B"])
-def test_qwen3_sizes_on_the_meta_device(lm, d, layers, heads, kv):
+# hidden_size, intermediate_size, layers, heads, tied embeddings, and the parameters of the released weights
+QWEN3 = {
+    "0.6B": (1024, 3072, 28, 16, True, 596_049_920), "1.7B": (2048, 6144, 28, 16, True, 1_720_574_976),
+    "4B": (2560, 9728, 36, 32, True, 4_022_468_096), "8B": (4096, 12288, 36, 32, False, 8_190_735_360),
+    "14B": (5120, 17408, 40, 40, False, 14_768_307_200), "32B": (5120, 25600, 64, 64, False, 32_762_123_264),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", QWEN3)
+def test_qwen3_sizes_on_the_meta_device(lm, size):
+    d, mlp, layers, heads, tied, n_parameters = QWEN3[size]
+    config = Qwen3Config(
+        vocab_size=151_936, hidden_size=d, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied, attn_implementation="eager",
+    )  # fmt: skip
     with torch.device("meta"):
-        config = Qwen3Config(
-            hidden_size=d, intermediate_size=3 * d, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv
-        )
         model = HookedLM(Qwen3ForCausalLM(config), lm.tokenizer)
-    assert model.n_layers == layers
-    assert f"blocks.{layers - 1}.hook_resid_post" in model.hook_dict
+    assert sum(p.numel() for p in model.hf.parameters()) == n_parameters
+    names = [f"blocks.{layer}.{hook}" for layer in range(layers) for hook in ("hook_resid_post", "hook_mlp_out", "hook_attn_out")]
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(torch.zeros(2, 5, dtype=torch.long, device="meta"), names_filter=names)
+    assert logits.shape == (2, 5, 151_936)
+    assert {name: tuple(cache[name].shape) for name in names} == dict.fromkeys(names, (2, 5, d))
+
+    recipe = default_recipe(d, len(names), tokens=10**8)
+    sae = recipe.build(d, torch.device("meta"))
+    parameters = sum(p.numel() for p in sae.parameters())
+    one, two = (group_of([recipe], dict.fromkeys(names[:n], d)).bytes for n in (1, 2))
+    assert two - one == pytest.approx(parameters * (4 + 8) + 4 * (recipe.pool + recipe.batch) * d, rel=1e-3)
+    assert suite_bytes(recipe, d, len(names)) == pytest.approx(len(names) * 4 * parameters, rel=1e-3)
+    groups = plan_groups([recipe], dict.fromkeys(names, d), 4 * two)
+    assert [name for group in groups for name in group.sites] == names
+    assert all(group.bytes <= 4 * two for group in groups)
 
 
 def test_loads_from_a_folder_and_from_memory(lm, tmp_path):

@@ -3,11 +3,13 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -30,6 +32,7 @@ from qsae_kit.suite import (
     parse_budget,
     recipe_for,
     said_plan,
+    sizes_for,
     suite_bytes,
     usual_goal,
 )
@@ -214,14 +217,29 @@ def test_the_size_of_a_suite_on_disk(made):
     assert suite_bytes(recipe, 160, 2) == pytest.approx(real, rel=0.02)
 
 
+def test_small_budgets_and_slow_models_get_smaller_studies():
+    small, slow, whole = (
+        sizes_for(SimpleNamespace(model_name=name), SuiteConfig(), tokens)
+        for name, tokens in (("tiny", 300_000), ("smollm2", 10**6), ("Qwen/Qwen3-1.7B", 10**8))
+    )
+    assert small.n_evaluation == slow.n_evaluation < whole.n_evaluation == 300
+    assert small.study.n_random == slow.study.n_random < whole.study.n_random
+    assert slow.study.strengths == whole.study.strengths[::2]
+    assert small.study.strengths == whole.study.strengths
+
+
 def test_markup_in_a_card_is_text(made):
     assert plain("|x|\n[a](b)") == "\\|x\\| \\[a\\](b)"
     told, study, plan = (
         json.loads((made / name).read_text(encoding="utf-8")) for name in ("data/data.json", "study/study.json", "plan.json")
     )
+    assert {slot["kind"]: slot["answered"] for slot in told["slots"].values()}.items() >= {("chats", False), ("prompts", True)}
+    told["slots"]["made"] = {**told["slots"]["world"], "answered": True}
     rows = pd.read_csv(made / "evaluation" / "evaluation.csv")
     page = card.model_card(plan | {"model": 'x"\ny: <b>'}, told, rows, study | {"verdict": "<script>alert(1)</script> [x](y)"})
     assert "<script>" not in page
+    assert re.search(r"^\| made \|.*\| yes \|", page, re.MULTILINE)
+    assert re.search(r"^\| world \|.*\| no \|", page, re.MULTILINE)
     assert "[x](y)" not in page
     assert page.split("base_model: ")[1].split("\n")[0].count('"') == 3  # on one line, its quote escaped
 
