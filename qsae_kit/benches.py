@@ -150,12 +150,8 @@ def measure_benches(
     empty = [f"{bench} {part}" for (bench, part), texts in kept.items() if not texts]
     if empty:
         raise ValueError(f"All prompts of {', '.join(empty)} were used for choosing; choose the features on others.")
-    about = {
-        "benches": 1,
-        "model": lm.model_name,
-        "dtype": str(lm.dtype),
-        "prompts": [[*key, texts] for key, texts in kept.items()],
-    }
+    about = {"benches": 1, "model": lm.model_name, "dtype": str(lm.dtype)}
+    about |= {"prompts": [[*key, texts] for key, texts in kept.items()]}
     about |= {"arms": {arm: steering.to_json(suite) for arm, steering in arms.items()}, "behaviour": behaviour.name}
     about |= {"max_new_tokens": max_new_tokens, "thinking": enable_thinking, "guard": guard and (guard_name or True)}
     journal = Journal(folder and folder / "benches.jsonl", about)

@@ -165,17 +165,8 @@ def train(
     _refuse(d_sae is not None and expansion is not None, "--d-sae and --expansion both give the width; leave one out.")
     _refuse(k is not None and not top, f"--k has no effect on {arch}; give --target-l0.")
     _refuse(target_l0 is not None and top, f"--target-l0 has no effect on {arch}; give --k.")
-    live = [
-        name
-        for name, value in (
-            ("--model", model),
-            ("--dtype", dtype != "auto"),
-            ("--data", data),
-            ("--sites", sites),
-            ("--layers", layers),
-        )
-        if value
-    ]
+    flags = {"--model": model, "--dtype": dtype != "auto", "--data": data, "--sites": sites, "--layers": layers}
+    live = [name for name, value in flags.items() if value]
     _refuse(acts is not None and bool(live), f"--acts takes rows from a file, so {', '.join(live)} would have no effect.")
     parts = get_args(Frozen)[1:]
     _refuse(not set(frozen or ()) <= set(parts), f"--frozen {' '.join(frozen or ())} was given; allowed are {', '.join(parts)}.")

@@ -101,6 +101,13 @@ def test_what_counts_as_evaluation(tmp_path, lm):
     }  # fmt: skip
 
 
+def test_the_packages_prompts_count_as_answered_by_the_model(lm, tmp_path, monkeypatch):
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": "You paint it."}] for q in ASK]
+    monkeypatch.setattr(mixes, "own_dialogues", lambda lm, prompts: iter(chats * 20))
+    about = write_mix(lm, manifest(Slot("own", "chats", mixes.OWN, 1.0)), 400, tmp_path, bar=False)
+    assert about["slots"]["own"]["answered"]
+
+
 def test_shares_are_of_tokens_and_no_evaluation_prompt_is_left(lm, tmp_path):
     told = evaluation_prompts("tiny")[0]
     chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": "You paint it."}] for q in [*ASK * 40, told]]

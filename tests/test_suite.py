@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from qsae_kit import card, suite
+from qsae_kit import card, load_model, suite
 from qsae_kit.behaviours import Verdict, refusal_prompts
 from qsae_kit.card import plain, push
 from qsae_kit.cli import main
@@ -125,6 +125,8 @@ def test_a_stage_is_skipped_while_its_files_are_as_they_were(made, lm, tmp_path,
     make_suite(lm, out, CONFIG, bar=False)
     assert ran == ["evaluate", "index", "study", "card"]
     assert not table.exists()  # what is damaged is not built upon
+    with pytest.raises(ValueError, match="another dtype; give the same"):
+        make_suite(load_model("tiny", "bfloat16"), out, CONFIG, bar=False)
     with pytest.raises(ValueError, match="another budget and baseline_sites"):
         make_suite(lm, out, SuiteConfig("60k", "resid", "2,3", baseline_sites=0), bar=False)
 
