@@ -1,5 +1,6 @@
 """Trains many SAEs from one source of rows; it never sees a language model."""
 
+import math
 import signal
 import sys
 import threading
@@ -73,17 +74,22 @@ class SiteTrainer:
         self.config, self.normaliser = config, normaliser
         self.sae = config.build(d_in, device)
         self.lr = config.peak_lr(d_in)
-        self.optimizer = Adam(list(self.sae.parameters()), config.moments, seed=config.seed)
+        self.optimizer = Adam(list(self.sae.parameters()), config.moments, seed=config.seed, unit_rows=self.sae.W_dec)
         self.quiet = torch.zeros(self.sae.d_sae, device=device)  # rows since each latent last fired
         self.sae.W_dec.requires_grad_(config.frozen != "decoder")
         self.sae.encoder.requires_grad_(config.frozen != "encoder")
         self.anchor = self.sae.W_dec.detach().clone() if config.frozen == "soft_decoder" else None
+        self.any_dead = False
         self.rows = self.skipped = 0
         self.loss = self.l0 = 0.0
 
     @property
     def dead(self) -> Tensor:
         return self.quiet > self.config.quiet_rows
+
+    def _state(self, progress: float) -> State:
+        # Only where there are some: finding out which waits for the device.
+        return State(self.dead.nonzero().view(-1) if self.any_dead else self.quiet.new_empty(0, dtype=torch.long), progress)
 
     def start(self, first: Float[Tensor, "row d_model"]) -> None:
         """Initial weights from raw rows."""
@@ -99,7 +105,7 @@ class SiteTrainer:
         places = []
         self.sae.eval()
         for self.sae.product_dtype in (torch.float32, dtype):
-            loss = self.sae.training_loss(x, State(self.dead, 0.0))
+            loss = self.sae.training_loss(x, self._state(0.0))
             places.append((loss.codes.rows * loss.codes.n_cols + loss.codes.cols)[loss.f > 0])
         self.sae.train()
         return 1 - float(torch.isin(*places).float().mean()) if len(places[0]) else 0.0
@@ -111,29 +117,25 @@ class SiteTrainer:
         self.skipped += given - len(x)
         if not len(x):
             return
-        loss = self.sae.training_loss(x, State(self.dead, progress))
+        loss = self.sae.training_loss(x, self._state(progress))
         loss.total.backward()
-        self.sae.remove_parallel_gradient()
-        weights = [p for p in self.sae.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in weights if p.grad is not None])
-        if not norm.isfinite():
-            raise ValueError(
-                f"After {self.rows:,} rows the gradient is not finite (loss {float(loss.total.detach()):.3g}); choose a lower lr."
-            )
-        if norm > 1:
-            torch.nn.utils.clip_grads_with_norm_(weights, 1.0, norm)
-        self.optimizer.step(self.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3))
+        norm = self.optimizer.gradient_norm()
+        with torch.no_grad():
+            fires, cols = loss.f > 0, loss.codes.cols
+            self.quiet += len(x)
+            self.quiet.scatter_reduce_(0, cols, self.quiet[cols].masked_fill_(fires, 0), "amin")
+            wanted = torch.stack([loss.total.double(), norm.double(), fires.sum().double(), self.dead.any().double()])
+        self.loss, length, fired, any_dead = wanted.tolist()  # all at once: each look at the device waits for it
+        if not math.isfinite(length):
+            raise ValueError(f"After {self.rows:,} rows the gradient is not finite (loss {self.loss:.3g}); choose a lower lr.")
+        self.optimizer.step(self.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3), clip=min(1.0, 1 / max(length, 1e-12)))
         self.optimizer.zero_grad()  # at once: one SAE's gradients are alive at a time
         self.sae.constrain()
         if self.anchor is not None:
             keep_near(self.sae.W_dec, self.anchor, SOFT_COSINE)
-        with torch.no_grad():
-            fired = loss.codes.cols[loss.f > 0]
-            self.quiet += len(x)
-            self.quiet[fired] = 0
-            l0 = len(fired) / len(x)
-            self.l0 = 0.95 * self.l0 + 0.05 * l0 if self.rows else l0
-        self.loss = float(loss.total.detach())
+        self.any_dead = bool(any_dead)
+        l0 = fired / len(x)
+        self.l0 = 0.95 * self.l0 + 0.05 * l0 if self.rows else l0
         self.rows += len(x)
 
     @torch.no_grad()
@@ -174,6 +176,7 @@ class SiteTrainer:
         self.sae.load_state_dict(part("sae."))
         self.optimizer.load_tensors(part("adam."))
         self.quiet.copy_(tensors["quiet"])
+        self.any_dead = bool(self.dead.any())
         if self.anchor is not None:
             self.anchor.copy_(tensors["anchor"])
         self.rows, self.skipped, self.loss, self.l0 = int(rows), int(skipped), loss, l0

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from qsae_kit.activations import NormFilter
@@ -51,8 +51,8 @@ class Loss(NamedTuple):
 class State(NamedTuple):
     """What a loss may know about the training."""
 
-    dead: Tensor
-    """bool [d_sae]: latents that have not fired lately."""
+    dead: Int[Tensor, " latent"]
+    """Latents that have not fired lately."""
     progress: float
     """0 to 1."""
 
@@ -106,7 +106,7 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        """The loss on normalised rows, written over selected entries (`encode_entries`, `decode_entries`)."""
+        """The loss on normalised rows, written over selected entries (`encode_entries`, `squared_error`)."""
 
     def rescale_activations(self, scale: float) -> None:
         """Adapts thresholds when every feature's activation is multiplied by `scale`."""
@@ -134,27 +134,31 @@ class SAE(nn.Module, ABC):
         """Pre-activations of the entries above thresholds, see `codes.encode_above`; differentiable in the encoder."""
         return sparse.encode_above(x, self.encoder, self.b_enc, least, sampled, every, self.product_dtype)
 
-    def decode_entries(self, f: Float[Tensor, " entry"], codes: Codes) -> Float[Tensor, "row d_model"]:
-        """Reconstruction from activations of entries; differentiable in all."""
-        return sparse.decode(f, self.W_dec, codes) + self.b_dec
+    def squared_error(
+        self, x: Float[Tensor, "row d_model"], f: Float[Tensor, " entry"], codes: Codes
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_model"]]:
+        """E|x - x_hat|^2 from activations of entries, differentiable, and the rows x - x_hat, which are not."""
+        return sparse.squared_error(x, f, self.W_dec, self.b_dec, codes, self.product_dtype)
 
-    def aux_k_loss(self, x: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
+    def aux_k_loss(
+        self, x: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"], dead: Int[Tensor, " latent"]
+    ) -> Tensor | float:
         """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): AUX_COEFFICIENT * E|e - e_hat|^2 / E|e|^2.
 
         e is the detached error, e_hat is decoded from the largest pre-activations among dead latents, without b_dec. They
         are AUX_K times as many as `sparsity` (d_model / 2 in the paper: many weak ones, of which fewer come back).
         """
-        ids = dead.nonzero().view(-1)
-        if not len(ids):
+        if not len(dead):
             return 0.0
-        x, error = x[::AUX_EVERY].contiguous(), error.detach()[::AUX_EVERY]
+        x, error = x[::AUX_EVERY].contiguous(), error.detach()[::AUX_EVERY].to(x.dtype)
         with torch.no_grad():
             dtype = self.product_dtype or x.dtype
-            pre = torch.addmm(self.b_enc[ids].to(dtype), x.to(dtype), self.encoder[ids].to(dtype).T)
-            columns = sparse.largest_columns(pre, min(len(ids), max(1, round(AUX_K * self.sparsity))))
-            codes = Codes.from_columns(ids[columns], self.d_sae)
-        values = sparse.encode_at(x, self.encoder, self.b_enc, codes)
-        missed = (error - sparse.decode(values.relu(), self.W_dec, codes)).pow(2).sum(-1).mean()
+            pre = torch.addmm(self.b_enc[dead].to(dtype), x.to(dtype), self.encoder[dead].to(dtype).T)
+            columns = sparse.largest_columns(pre, min(len(dead), max(1, round(AUX_K * self.sparsity))))
+            codes = Codes.from_columns(dead[columns], self.d_sae)
+        values = sparse.encode_at(x, self.encoder, self.b_enc, codes, self.product_dtype)
+        nothing = torch.zeros_like(self.b_dec)
+        missed, _ = sparse.squared_error(error, values.relu(), self.W_dec, nothing, codes, self.product_dtype)
         return AUX_COEFFICIENT * missed / error.pow(2).sum(-1).mean().clamp(min=1e-12)
 
     def forward(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
@@ -188,21 +192,12 @@ class SAE(nn.Module, ABC):
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
         """Sets thresholds, where an architecture has them, from the first rows."""
 
-    @torch.no_grad()
     def constrain(self) -> None:
-        """After each step: decoder rows to unit norm."""
-        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp(min=1e-8))
+        """After each step, once decoder rows are back at unit norm: what else an architecture keeps within bounds."""
 
     def exported(self) -> "SAE":
         """The SAE as it is stored and used; an architecture for training only becomes another one."""
         return self
-
-    @torch.no_grad()
-    def remove_parallel_gradient(self) -> None:
-        """Takes the part of the decoder's gradient along its (unit) rows away: the norm is no degree of freedom."""
-        if self.W_dec.grad is None:  # frozen
-            return
-        self.W_dec.grad.addcmul_((self.W_dec.grad * self.W_dec).sum(-1, keepdim=True), self.W_dec, value=-1)
 
     @torch.no_grad()
     def fold(self, mean: Float[Tensor, " d_model"], scale: float) -> None:

@@ -51,8 +51,8 @@ class BatchTopKSAE(SAE):
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         f, codes = self.encode_entries(x, self.select)
-        error = x - self.decode_entries(f, codes)
-        return Loss(error.pow(2).sum(-1).mean() + self.aux_k_loss(x, error, state.dead), f, codes)
+        missed, error = self.squared_error(x, f, codes)
+        return Loss(missed + self.aux_k_loss(x, error, state.dead), f, codes)
 
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:

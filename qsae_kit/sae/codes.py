@@ -6,7 +6,9 @@ activations cost E * d_model each, against row * d_sae * d_model when dense. Whe
 in its first steps) the dense products are the cheaper ones and are used instead; the results are the same.
 
 On CUDA the sparse products are Triton kernels (`kernels`), elsewhere embedding bags. The dense product may be made in
-bfloat16: then it only selects, and the values of what it selected are made again in float32.
+bfloat16. On a CPU it then only selects, and the values of what it selected are made again in float32. On CUDA the sparse
+products read weights and rows in bfloat16 too, since reading them is what they take time for; sums, values and
+gradients are float32 on both.
 """
 
 import importlib.util
@@ -33,23 +35,41 @@ def fastest_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cpu" and has_amx() else torch.float32
 
 
+def with_kernels(device: torch.device) -> bool:
+    """Whether Triton kernels take part on a device."""
+    return device.type == "cuda" and HAS_TRITON
+
+
 def path_name(device: torch.device, dtype: torch.dtype) -> str:
     """What products are made with on a device, for printing."""
-    sparse = "Triton kernels" if device.type == "cuda" and HAS_TRITON else "embedding bags"
+    sparse = "Triton kernels" if with_kernels(device) else "embedding bags"
     return f"{str(dtype).removeprefix('torch.')} encoder product, {sparse} on {device.type}"
+
+
+def _table(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """What sparse products read: on CUDA in the short format."""
+    return x if dtype is None or not x.is_cuda else x.to(dtype)
 
 
 def _gather(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
     """Row i: the sum of weights[e] * table[index[e]] over the entries e from starts[i] up to the next start."""
-    if table.is_cuda and HAS_TRITON:
+    if with_kernels(table.device):
         from qsae_kit.sae import kernels
 
         return kernels.gather(table, index, weights, _offsets(starts, len(index)))
-    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights)
+    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights.to(table.dtype)).to(weights.dtype)
 
 
 def _offsets(starts: Tensor, n: int) -> Tensor:
-    return torch.cat([starts, starts.new_tensor([n])])
+    return F.pad(starts, (0, 1), value=n)
+
+
+def _starts(keys: Tensor, n: int) -> Tensor:
+    """Where each of n groups begins among ascending keys from 0 to n - 1."""
+    if keys.is_cuda:  # counting would wait for the device
+        return torch.searchsorted(keys, torch.arange(n, device=keys.device, dtype=keys.dtype))
+    counts = torch.bincount(keys, minlength=n)
+    return counts.cumsum(0) - counts
 
 
 class Codes:
@@ -66,8 +86,7 @@ class Codes:
     def from_flat(cls, flat: Int[Tensor, " entry"], n_rows: int, n_cols: int) -> "Codes":
         """From ascending indices into the flattened matrix."""
         rows = flat.div(n_cols, rounding_mode="floor")
-        counts = torch.bincount(rows, minlength=n_rows)
-        return cls(rows, flat - rows * n_cols, counts.cumsum(0) - counts, n_cols)
+        return cls(rows, flat - rows * n_cols, _starts(rows, n_rows), n_cols)
 
     @classmethod
     def from_columns(cls, cols: Int[Tensor, "row k"], n_cols: int) -> "Codes":
@@ -98,8 +117,7 @@ class Codes:
     def where(self, keep: Tensor) -> "Codes":
         """Only the entries of a mask [entry]."""
         rows = self.rows[keep]
-        counts = torch.bincount(rows, minlength=self.n_rows)
-        return Codes(rows, self.cols[keep], counts.cumsum(0) - counts, self.n_cols)
+        return Codes(rows, self.cols[keep], _starts(rows, self.n_rows), self.n_cols)
 
     def narrow(self, live: Bool[Tensor, " entry"]) -> None:
         """Says that values, and gradients of pre-activations, are 0 outside of `live`: `times` and `transposed_times` skip the rest."""
@@ -108,12 +126,14 @@ class Codes:
     def by_column(self) -> tuple[Int[Tensor, " entry"], Int[Tensor, " column"]]:
         """The entries' order column by column, and where each column begins."""
         if self._by_column is None:
-            counts = torch.bincount(self.cols, minlength=self.n_cols)
-            keys = self.cols.short() if self.n_cols < 2**15 else self.cols  # sorted in a quarter of the time
-            self._by_column = keys.argsort(stable=True), counts.cumsum(0) - counts
+            keys = (
+                self.cols.short() if self.n_cols <= 2**15 else self.cols.int()
+            )  # short ones are sorted in a quarter of the time
+            ascending, order = keys.sort(stable=True)
+            self._by_column = order, _starts(ascending, self.n_cols)
         return self._by_column
 
-    # --- products
+    # --- products; weights and rows may be in another format than values, and results are in that of values
 
     def times(self, values: Float[Tensor, " entry"], W: Float[Tensor, "column d"]) -> Float[Tensor, "row d"]:
         """values @ W."""
@@ -121,7 +141,7 @@ class Codes:
             live, part = self._live
             return part.times(values[live], W)
         if self.crowded:
-            return self.dense(values) @ W
+            return (self.dense(values.to(W.dtype)) @ W).to(values.dtype)
         return _gather(W, self.cols, values, self.starts)
 
     def transposed_times(self, values: Float[Tensor, " entry"], x: Float[Tensor, "row d"]) -> Float[Tensor, "column d"]:
@@ -130,19 +150,31 @@ class Codes:
             live, part = self._live
             return part.transposed_times(values[live], x)
         if self.crowded:
-            return self.dense(values).T @ x
+            return (self.dense(values.to(x.dtype)).T @ x).to(values.dtype)
         order, starts = self.by_column()
         return _gather(x, self.rows[order], values[order], starts)
 
     def dots(self, x: Float[Tensor, "row d"], W: Float[Tensor, "column d"]) -> Float[Tensor, " entry"]:
         """x[row] . W[column] of every entry: the gradient of `times` with respect to its values."""
         if self.crowded:
-            return (x @ W.T)[self.rows, self.cols]
-        if x.is_cuda and HAS_TRITON:
+            return (x @ W.T)[self.rows, self.cols].to(torch.float32 if x.is_cuda else x.dtype)
+        if with_kernels(x.device):
             from qsae_kit.sae import kernels
 
             return kernels.dots(x, W, self.cols, _offsets(self.starts, len(self)))
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, self.cols, self.starts, self.rows, 0, -1)
+
+    def errors(
+        self, x: Float[Tensor, "row d"], values: Float[Tensor, " entry"], W: Float[Tensor, "column d"], bias: Float[Tensor, " d"]
+    ) -> tuple[Float[Tensor, "row d"], Float[Tensor, ""], Float[Tensor, " entry"] | None]:
+        """x - values @ W - bias, its mean squared length and, where they come with it, its `dots` with W."""
+        if self.crowded or not with_kernels(x.device):
+            error = x - self.times(values, W) - bias
+            return error.to(W.dtype), error.pow(2).sum(-1).mean(), None
+        from qsae_kit.sae import kernels
+
+        error, squares, dots = kernels.errors(x, values, W, bias, self.cols, _offsets(self.starts, len(self)))
+        return error, squares.mean(), dots
 
     def sums(self, values: Float[Tensor, " entry"]) -> Float[Tensor, " column"]:
         """Sum of every column, always in the same order."""
@@ -186,6 +218,32 @@ class _Decode(torch.autograd.Function):
         return grad_f, grad_W, None
 
 
+class _SquaredError(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, f: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, codes: Codes, dtype: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        table = _table(W_dec, dtype)
+        error, loss, dots = codes.errors(x, f, table, b_dec)
+        ctx.save_for_backward(f, error, *([table] if dots is None else [dots]))
+        ctx.codes, ctx.has_dots = codes, dots is not None
+        ctx.mark_non_differentiable(error)
+        return loss, error
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        f, error, last = ctx.saved_tensors
+        scale = grads[0] * (-2 / len(error))
+        grad_f = grad_W = grad_b = None
+        if ctx.needs_input_grad[0]:
+            grad_f = (last if ctx.has_dots else ctx.codes.dots(error, last)) * scale
+        if ctx.needs_input_grad[1]:
+            grad_W = ctx.codes.transposed_times(f * scale, error)
+        if ctx.needs_input_grad[2]:
+            grad_b = error.sum(0, dtype=scale.dtype) * scale
+        return grad_f, grad_W, grad_b, None, None, None
+
+
 class _OfColumn(torch.autograd.Function):
     """What each entry's column holds. Indexing does the same, but sums its gradient in an order that depends on timing."""
 
@@ -214,10 +272,12 @@ def encode(
     """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks; dtype: of the product that it picks from (None: as x)."""
     dtype = dtype or x.dtype
     with torch.no_grad():
-        pre = torch.addmm(b_enc.to(dtype), x.to(dtype), encoder.T.to(dtype))
+        short, weights = x.to(dtype), encoder.to(dtype)
+        pre = torch.addmm(b_enc.to(dtype), short, weights.T)
         codes = select(pre)
-        v = pre[codes.rows, codes.cols] if dtype == x.dtype else None
-    return encode_at(x, encoder, b_enc, codes, v), codes
+        exact = dtype == x.dtype or x.is_cuda
+        v = pre[codes.rows, codes.cols].to(x.dtype) if exact else codes.dots(x, encoder) + b_enc[codes.cols]
+    return _Encode.apply(encoder, b_enc, short if x.is_cuda else x, v, codes), codes
 
 
 def encode_above(
@@ -234,8 +294,9 @@ def encode_above(
     dtype: as for `encode`. Returned too: which entries are there in every row; the others have the values of the short product.
     """
     dtype = dtype or x.dtype
+    rows, table = _table(x, dtype), _table(encoder, dtype)
     with torch.no_grad():
-        pre = torch.addmm((b_enc - least).to(dtype), x.to(dtype), encoder.T.to(dtype))
+        pre = torch.addmm((b_enc - least).to(dtype), rows.to(dtype), table.T.to(dtype))
         pre[::every] += (least - sampled).to(dtype)
         flat = above(pre, 0.0)
         codes = Codes.from_flat(flat, *pre.shape)
@@ -245,8 +306,8 @@ def encode_above(
         everywhere = ~on_sampled | (v > least)
         if dtype != x.dtype:
             part = codes.where(everywhere)
-            v[everywhere] = part.dots(x, encoder) + b_enc[part.cols]
-    return encode_at(x, encoder, b_enc, codes, v), codes, everywhere
+            v[everywhere] = part.dots(rows, table) + b_enc[part.cols]
+    return _Encode.apply(encoder, b_enc, rows, v, codes), codes, everywhere
 
 
 def encode_at(
@@ -254,18 +315,33 @@ def encode_at(
     encoder: Float[Tensor, "d_sae d_model"],
     b_enc: Float[Tensor, " d_sae"],
     codes: Codes,
-    v: Float[Tensor, " entry"] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, " entry"]:
-    """Pre-activations of chosen entries; v: their values, where they are known already."""
-    if v is None:
-        with torch.no_grad():
-            v = codes.dots(x, encoder) + b_enc[codes.cols]
-    return _Encode.apply(encoder, b_enc, x, v, codes)
+    """Pre-activations of chosen entries; dtype: what they are read in on CUDA."""
+    rows = _table(x, dtype)
+    with torch.no_grad():
+        v = codes.dots(rows, _table(encoder, dtype)) + b_enc[codes.cols]
+    return _Encode.apply(encoder, b_enc, rows, v, codes)
 
 
 def decode(f: Float[Tensor, " entry"], W_dec: Float[Tensor, "d_sae d_model"], codes: Codes) -> Float[Tensor, "row d_model"]:
     """f @ W_dec, differentiable in both."""
     return _Decode.apply(f.contiguous(), W_dec, codes)
+
+
+def squared_error(
+    x: Float[Tensor, "row d_model"],
+    f: Float[Tensor, " entry"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    b_dec: Float[Tensor, " d_model"],
+    codes: Codes,
+    dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_model"]]:
+    """The mean over rows of |x - f @ W_dec - b_dec|^2, differentiable in all but x, and the rows of the difference, which are not.
+
+    dtype: of the weights as they are read on CUDA, and of the rows returned there.
+    """
+    return _SquaredError.apply(f.contiguous(), W_dec, b_dec, x, codes, dtype)
 
 
 # --- selection
@@ -277,6 +353,11 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
     Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest maxima.
     """
     n_rows, n_cols = pre.shape
+    if with_kernels(pre.device):
+        from qsae_kit.sae import kernels
+
+        if n_cols <= kernels.WIDEST and pre.element_size() in (2, 4):
+            return kernels.largest(pre, k)
     sizes = [s for s in range(2, 65) if n_cols % s == 0 and n_cols // s >= k]
     size = min(sizes, key=lambda s: n_cols // s + s * k, default=0)  # maxima and candidates that are searched
     if not size or 2 * (n_cols // size + size * k) > n_cols:

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from qsae_kit.sae.base import Loss, Provenance, State
-from qsae_kit.sae.codes import decode, of_column, select_positive
+from qsae_kit.sae.codes import of_column, select_positive, squared_error
 from qsae_kit.sae.relu import ReLUSAE
 
 
@@ -33,11 +33,12 @@ class GatedSAE(ReLUSAE):
         gate, codes = self.encode_entries(x, select_positive)
         scale, gate_bias, bias = (of_column(t, codes) for t in (self.r_mag.exp(), self.b_enc, self.b_mag))
         f = (scale * (gate - gate_bias) + bias).relu() * (gate > 0)
-        error = x - self.decode_entries(f, codes)
+        missed, _ = self.squared_error(x, f, codes)
         opened = gate.relu()
-        by_gate = x - decode(opened, self.W_dec.detach(), codes) - self.b_dec.detach()
+        frozen = self.W_dec.detach(), self.b_dec.detach()
+        missed_by_gate, _ = squared_error(x, opened, *frozen, codes, self.product_dtype)
         penalty = self.penalty(f, len(x), state) * opened.sum() / len(x)
-        return Loss(error.pow(2).sum(-1).mean() + penalty + by_gate.pow(2).sum(-1).mean(), f, codes)
+        return Loss(missed + penalty + missed_by_gate, f, codes)
 
     def tensors(self) -> dict[str, Tensor]:
         own = super().tensors()

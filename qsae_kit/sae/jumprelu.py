@@ -16,7 +16,7 @@ theta is a plain float32 parameter kept from falling below zero, not a logarithm
 from typing import Any, Literal, TypeAlias
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from qsae_kit.sae.base import SAE, Loss, Provenance, State
@@ -89,9 +89,9 @@ class JumpReLUSAE(SAE):
         stands_for = torch.where(everywhere, 1.0, len(x) / len(x[::every]))
         f, fired = _Jump.apply(pre, of_column(self.threshold, codes), stands_for, self.bandwidth)
         codes.narrow(fired.detach() > 0)
-        error = x - self.decode_entries(f, codes)
+        missed, error = self.squared_error(x, f, codes)
         weight = self.coefficient * min(1.0, state.progress / WARM_UP[self.sparsity_loss])
-        total = error.pow(2).sum(-1).mean() + weight * self._sparsity(f, fired, len(x))
+        total = missed + weight * self._sparsity(f, fired, len(x))
         return Loss(total + self.aux_k_loss(x, error, state.dead) + self._lift(x, state.dead), f, codes)
 
     def _sparsity(self, f: Tensor, fired: Tensor, n_rows: int) -> Tensor:
@@ -100,12 +100,11 @@ class JumpReLUSAE(SAE):
         l0 = fired.sum() / n_rows
         return l0 if self.sparsity_loss == "step" else (l0 / self.sparsity - 1) ** 2
 
-    def _lift(self, x: Float[Tensor, "row d_model"], dead: Tensor) -> Tensor | float:
+    def _lift(self, x: Float[Tensor, "row d_model"], dead: Int[Tensor, " latent"]) -> Tensor | float:
         """Raises the biases of dead latents gently to their thresholds (after Conerly et al. 2025); AuxK turns their rows."""
-        ids = dead.nonzero().view(-1)
-        if not len(ids):
+        if not len(dead):
             return 0.0
-        gap = self.threshold[ids] - (x[::8] @ self.encoder[ids].detach().T + self.b_enc[ids])
+        gap = self.threshold[dead] - (x[::8] @ self.encoder[dead].detach().T + self.b_enc[dead])
         return LIFT * gap.relu().mean(0).sum() / self.d_sae**0.5
 
     @torch.no_grad()
@@ -119,7 +118,6 @@ class JumpReLUSAE(SAE):
 
     @torch.no_grad()
     def constrain(self) -> None:
-        super().constrain()
         self.threshold.clamp_(min=0)
 
     def rescale_activations(self, scale: float) -> None:

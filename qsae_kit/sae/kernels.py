@@ -1,12 +1,14 @@
-"""Triton kernels for the sparse products of `codes`, for CUDA.
+"""Triton kernels for CUDA: the sparse products of `codes`, selection, and the update of a matrix row by row.
 
-    times              out[r]    = sum over entries e of row r     values[e] * W[cols[e]]
-    transposed_times   out[c]    = sum over entries e of column c  values[e] * x[rows[e]]
-    dots               out[e]    = x[rows[e]] . W[cols[e]]
+    gather     out[i] = sum over entries e of row (column) i   weight[e] * table[index[e]]
+    dots       out[e] = x[row of e] . table[index[e]]
+    errors     rows x - f @ W - b, their squared lengths, and their dots with W, from one pass over the rows of W
+    largest    the columns of each row's k largest entries
+    row_norms  squared lengths of gradient rows, and their dots with the parameter's rows
+    adam_rows  Adam, with the part of a gradient along its row taken away and rows brought back to unit length
 
-One program makes one row (column) of the output, or a block of it, from the entries between two offsets: a weighted
-gather, with sums in float32 whatever the operands are. Nothing is scattered, so results do not depend on timing.
-On a CPU they run under TRITON_INTERPRET=1, for tests.
+Tables may be in bfloat16, which halves what is read; sums are in float32. Nothing is scattered, so that results do not
+depend on timing. On a CPU the kernels run under TRITON_INTERPRET=1, for tests.
 """
 
 import torch
@@ -14,38 +16,161 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+AT_ONCE = 8
+"""Entries whose lines are loaded together."""
+WIDEST = 65_536
+"""Columns that `largest` holds in registers."""
+
 
 @triton.jit
-def _gather(out, table, index, weight, offsets, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gather(out, table, index, weight, offsets, width, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
+    end = tl.load(offsets + row + 1)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
-    for entry in range(tl.load(offsets + row), tl.load(offsets + row + 1)):
-        line = tl.load(table + tl.load(index + entry).to(tl.int64) * width + at, mask=inside, other=0.0)
-        total += tl.load(weight + entry).to(tl.float32) * line.to(tl.float32)
+    for first in range(tl.load(offsets + row), end, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            entry = tl.minimum(first + i, end - 1)
+            here = inside & (tl.full((BLOCK,), first + i, tl.int64) < end)
+            line = tl.load(table + tl.load(index + entry).to(tl.int64) * width + at, mask=here, other=0.0)
+            total += tl.load(weight + entry) * line.to(tl.float32)
     tl.store(out + row * width + at, total, mask=inside)
 
 
 @triton.jit
-def _dots(out, x, table, index, offsets, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _dots(out, x, table, index, offsets, width, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    end = tl.load(offsets + row + 1)
+    for first in range(tl.load(offsets + row), end, AT_ONCE):
+        entry = first + tl.arange(0, AT_ONCE)
+        place = tl.load(index + entry, mask=entry < end, other=0).to(tl.int64)
+        total = tl.zeros((AT_ONCE, BLOCK), dtype=tl.float32)
+        for begin in range(0, width, BLOCK):
+            at = begin + tl.arange(0, BLOCK)
+            own = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
+            inside = (entry < end)[:, None] & (at < width)[None, :]
+            lines = tl.load(table + place[:, None] * width + at[None, :], mask=inside, other=0.0)
+            total += own[None, :] * lines.to(tl.float32)
+        tl.store(out + entry, tl.sum(total, 1), mask=entry < end)
+
+
+@triton.jit
+def _errors(  # type: ignore[no-untyped-def]
+    error, squares, dots, x, bias, table, index, value, offsets, width, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
-    own = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
-    for entry in range(tl.load(offsets + row), tl.load(offsets + row + 1)):
-        line = tl.load(table + tl.load(index + entry).to(tl.int64) * width + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(out + entry, tl.sum(own * line))
+    begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    rest = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32) - tl.load(bias + at, mask=inside, other=0.0)
+    for first in range(begin, end, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            entry = tl.minimum(first + i, end - 1)
+            here = inside & (tl.full((BLOCK,), first + i, tl.int64) < end)
+            f = tl.where(here, tl.load(value + entry), 0.0)
+            line = tl.load(table + tl.load(index + entry).to(tl.int64) * width + at, mask=f != 0, other=0.0)
+            rest -= f * line.to(tl.float32)
+    tl.store(error + row * width + at, rest, mask=inside)
+    tl.store(squares + row, tl.sum(rest * rest))
+    for first in range(begin, end, AT_ONCE):  # the same lines, which lie in the cache now
+        entry = first + tl.arange(0, AT_ONCE)
+        place = tl.load(index + entry, mask=entry < end, other=0).to(tl.int64)
+        mask = (entry < end)[:, None] & inside[None, :]
+        lines = tl.load(table + place[:, None] * width + at[None, :], mask=mask, other=0.0)
+        tl.store(dots + entry, tl.sum(rest[None, :] * lines.to(tl.float32), 1), mask=entry < end)
+
+
+@triton.jit
+def _ordered(bits, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Bits of floats as int32 of the same order, whose lower bits are 0 where a float has 16."""
+    high = bits.to(tl.int32) << (32 - BITS)
+    return (high ^ ((high >> 31) & 0x7FFFFFFF)) & (-1 << (32 - BITS))
+
+
+@triton.jit
+def _largest(out, pre, k, width, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    least: tl.constexpr = -(1 << 31)
+    at = tl.arange(0, BLOCK)
+    keys = tl.where(at < width, _ordered(tl.load(pre + row * width + at, mask=at < width, other=0), BITS), least)
+    kth = tl.full((), least, tl.int32)  # bit by bit, the largest number that k keys reach
+    for i in tl.static_range(BITS):
+        guess = kth ^ least if i == 0 else kth | (1 << (31 - i))
+        kth = tl.where(tl.sum((keys >= guess).to(tl.int32)) >= k, guess, kth)
+    above, ties = 0, tl.sum((keys > kth).to(tl.int32))
+    for begin in range(0, width, CHUNK):
+        col = begin + tl.arange(0, CHUNK)
+        some = tl.where(col < width, _ordered(tl.load(pre + row * width + col, mask=col < width, other=0), BITS), least)
+        greater, equal = (some > kth).to(tl.int32), ((some == kth) & (col < width)).to(tl.int32)
+        place = above + tl.cumsum(greater, 0) - 1
+        tl.store(out + row * k + place, col, mask=greater > 0)
+        place = ties + tl.cumsum(equal, 0) - 1
+        tl.store(out + row * k + place, col, mask=(equal > 0) & (place < k))
+        above += tl.sum(greater)
+        ties += tl.sum(equal)
+
+
+@triton.jit
+def _row_norms(squares, along, grad, param, width, UNIT: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    g = tl.load(grad + row * width + at, mask=at < width, other=0.0)
+    square = tl.sum(g * g)
+    if UNIT:
+        dot = tl.sum(g * tl.load(param + row * width + at, mask=at < width, other=0.0))
+        tl.store(along + row, dot)
+        square -= dot * dot
+    tl.store(squares + row, square)
+
+
+@triton.jit
+def _rounded(x, noise):  # type: ignore[no-untyped-def]
+    """bfloat16, up or down at random (16 bits of noise), right on average."""
+    return ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+
+
+@triton.jit(do_not_specialize=["seed"])
+def _adam_rows(  # type: ignore[no-untyped-def]
+    param, grad, first, second, along, width, clip, size, floor, b1, b2, seed,
+    UNIT: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    place = row * width + at
+    p = tl.load(param + place, mask=inside, other=0.0)
+    g = tl.load(grad + place, mask=inside, other=0.0)
+    if UNIT:
+        g -= tl.load(along + row) * p
+    g *= clip
+    m = tl.load(first + place, mask=inside, other=0.0).to(tl.float32)
+    v = tl.load(second + place, mask=inside, other=0.0).to(tl.float32)
+    m = b1 * m + (1 - b1) * g
+    v = b2 * v + (1 - b2) * g * g
+    p -= size * m / (tl.sqrt(v) / floor + 1e-8)
+    if UNIT:
+        p /= tl.maximum(tl.sqrt(tl.sum(p * p)), 1e-8)
+    tl.store(param + place, p, mask=inside)
+    if SHORT:
+        noise = tl.randint(seed, place.to(tl.int32)).to(tl.int32, bitcast=True)
+        tl.store(first + place, _rounded(m, noise & 0xFFFF), mask=inside)
+        tl.store(second + place, _rounded(v, (noise >> 16) & 0xFFFF), mask=inside)
+    else:
+        tl.store(first + place, m, mask=inside)
+        tl.store(second + place, v, mask=inside)
 
 
 def gather(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """out[i] = sum of weight[e] * table[index[e]] over e from offsets[i] to offsets[i + 1]. [len(offsets) - 1, width]"""
     table = table.contiguous()
     n, width = len(offsets) - 1, table.shape[1]
-    out = torch.empty(n, width, dtype=weight.dtype, device=table.device)
-    block = min(512, triton.next_power_of_2(width))
+    out = torch.empty(n, width, dtype=torch.float32, device=table.device)
+    block = min(2048 // table.element_size(), triton.next_power_of_2(width))  # 16 bytes a thread
     with torch.cuda.device_of(table):
-        _gather[(n, triton.cdiv(width, block))](out, table, index, weight.contiguous(), offsets, width, BLOCK=block)
+        _gather[(n, triton.cdiv(width, block))](
+            out, table, index, weight.contiguous(), offsets, width, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4
+        )
     return out
 
 
@@ -53,7 +178,66 @@ def dots(x: Tensor, table: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     """out[e] = x[i] . table[index[e]] for e from offsets[i] to offsets[i + 1]. [len(index)]"""
     x, table = x.contiguous(), table.contiguous()
     width = x.shape[1]
-    out = torch.empty(len(index), dtype=x.dtype, device=x.device)
+    out = torch.empty(len(index), dtype=torch.float32, device=x.device)
+    block = min(512 // table.element_size(), triton.next_power_of_2(width))
     with torch.cuda.device_of(table):
-        _dots[(len(x),)](out, x, table, index, offsets, width, BLOCK=triton.next_power_of_2(width))
+        _dots[(len(x),)](out, x, table, index, offsets, width, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4)
     return out
+
+
+def errors(x: Tensor, f: Tensor, table: Tensor, bias: Tensor, index: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows e = x - bias - sum of f * table rows [row, width] in the table's format, |e|^2 [row], and e . table row [entry]."""
+    x, table = x.contiguous(), table.contiguous()
+    n, width = x.shape
+    error = torch.empty(n, width, dtype=table.dtype, device=x.device)
+    squares = torch.empty(n, dtype=torch.float32, device=x.device)
+    products = torch.empty(len(index), dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(table):
+        _errors[(n,)](
+            error, squares, products, x, bias.contiguous(), table, index, f.contiguous(), offsets, width,
+            BLOCK=block, AT_ONCE=4, num_warps=8 if block > 1024 else 4,
+        )  # fmt: skip
+    return error, squares, products
+
+
+def largest(pre: Tensor, k: int) -> Tensor:
+    """The columns of each row's k largest entries [row, k], at most `WIDEST` columns; among equal ones the first."""
+    n, width = pre.shape
+    out = torch.empty(n, k, dtype=torch.int64, device=pre.device)
+    bits = {2: torch.int16, 4: torch.int32}[pre.element_size()]
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(pre):
+        _largest[(n,)](
+            out, pre.contiguous().view(bits), k, width, BITS=8 * pre.element_size(), BLOCK=block, CHUNK=min(block, 2048),
+            num_warps=max(4, min(32, block // 2048)),
+        )  # fmt: skip
+    return out
+
+
+def row_norms(grad: Tensor, param: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
+    """Squared lengths of gradient rows [row] and, where rows of the parameter have unit length (`unit`), their dots with
+    them [row], whose part is taken off."""
+    n, width = grad.shape
+    squares, along = (torch.empty(n, dtype=torch.float32, device=grad.device) for _ in range(2))
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(grad):
+        _row_norms[(n,)](squares, along, grad.contiguous(), param, width, UNIT=unit, BLOCK=block, num_warps=4)
+    return squares, along
+
+
+def adam_rows(
+    param: Tensor, grad: Tensor, first: Tensor, second: Tensor, along: Tensor | None,
+    clip: float, size: float, floor: float, betas: tuple[float, float], seed: int,
+) -> None:  # fmt: skip
+    """One step in place: size = rate / (1 - b1^t), floor = sqrt(1 - b2^t); along: of `row_norms`, where rows have unit length.
+
+    Moments in bfloat16 are rounded at random, by the seed.
+    """
+    n, width = param.shape
+    block = triton.next_power_of_2(width)
+    with torch.cuda.device_of(param):
+        _adam_rows[(n,)](
+            param, grad.contiguous(), first, second, param if along is None else along, width, clip, size, floor, *betas, seed,
+            UNIT=along is not None, SHORT=first.dtype == torch.bfloat16, BLOCK=block, num_warps=4 if block <= 2048 else 8,
+        )  # fmt: skip

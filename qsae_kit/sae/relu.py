@@ -36,9 +36,9 @@ class ReLUSAE(SAE):
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         pre, codes = self.encode_entries(x, select_positive)
         f = pre.relu()  # a product in a short format may have selected what is not above 0
-        error = x - self.decode_entries(f, codes)
+        missed, _ = self.squared_error(x, f, codes)
         penalty = self.penalty(f, len(x), state) * f.sum() / len(x)
-        return Loss(error.pow(2).sum(-1).mean() + penalty, f, codes)
+        return Loss(missed + penalty, f, codes)
 
     @torch.no_grad()
     def penalty(self, f: Float[Tensor, " entry"], n_rows: int, state: State) -> Tensor:

@@ -35,5 +35,5 @@ class TopKSAE(SAE):
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         v, codes = self.encode_entries(x, select_top_k(self.k))
         f = v.relu()
-        error = x - self.decode_entries(f, codes)
-        return Loss(error.pow(2).sum(-1).mean() + self.aux_k_loss(x, error, state.dead), f, codes)
+        missed, error = self.squared_error(x, f, codes)
+        return Loss(missed + self.aux_k_loss(x, error, state.dead), f, codes)

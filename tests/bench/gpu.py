@@ -1,24 +1,27 @@
-"""A TopK training step on a CUDA device, phase by phase, beside its bounds and beside dense bfloat16 autograd.
+"""A TopK training step on a CUDA device, phase by phase, beside its bounds, plain torch and dense bfloat16 autograd.
 
     python tests/bench/gpu.py [--batch 8192] [--json FILE]        needs no network and no model: rows are random
 
 Bounds are measured here: the bfloat16 matmul rate (a square product) and the bandwidth of a copy. The step's bound is
 the encoder product at that rate plus what the step must move at that bandwidth: weights, gradients and moments once, and
-a row of the decoder (encoder) for every entry and product. `--device cpu --d 64 --d-sae 512 --k 8 --batch 256 --size 256`
-runs the same script small, to test it.
+one line of a table for every entry of the decoder's forward pass and of each weight's gradient. `plain` is the same phase
+in torch's own operations, dense where that is the obvious way, compiled where compiling helps.
+`--device cpu --d 64 --d-sae 512 --k 8 --batch 256 --size 256` runs the same script small, to test it.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
 from qsae_kit.activations import NormFilter
+from qsae_kit.optim import MOMENT_BYTES
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae.codes import Codes, largest_columns, path_name
 from qsae_kit.train import Normaliser, SiteTrainer
@@ -65,64 +68,124 @@ class Dense(torch.nn.Module):
         return (x - (f @ self.W_dec + self.b_dec)).pow(2).sum(-1).mean()
 
 
+class Phase(NamedTuple):
+    name: str
+    ours: Callable[[], object]
+    bound: float
+    """Seconds."""
+    plain: Callable[[], object] | None = None
+
+
 def our_step(a: argparse.Namespace, device: torch.device) -> tuple[list[dict[str, object]], float]:
     """A row a phase with its bound, and the whole step's seconds."""
     rate, bandwidth = ceilings(device, a.size)
     x = torch.randn(a.batch, a.d, device=device) / a.d**0.5
     config = TrainConfig(
-        "topk", a.k, expansion=a.d_sae / a.d, tokens=a.batch * 1000, batch=a.batch, pool=a.batch, dead_after=10**12
-    )
+        "topk", a.k, expansion=a.d_sae / a.d, tokens=a.batch * 1000, batch=a.batch, pool=a.batch, dead_after=10**12,
+        moments=a.moments,
+    )  # fmt: skip
     trainer = SiteTrainer(config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device)
     trainer.start(x)
     sae = trainer.sae
     dtype = sae.product_dtype or torch.float32
     print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; {path_name(device, dtype)}")
     print(f"measured: {rate / 1e12:.1f} TFLOP/s in bfloat16, {bandwidth / 1e12:.3f} TB/s copied")
-    weights, rows, b_enc = sae.encoder.detach(), x.to(dtype), sae.b_enc.detach().to(dtype)
+    table = [timed(phase, a.batch, device) for phase in phases(a, trainer, x, dtype, rate, bandwidth)]
+    bound = sum(float(row["bound_ms"]) for row in table) / 1e3  # type: ignore[arg-type]
+    table.append(timed(Phase("whole step", lambda: trainer.step(x, 0.5), bound), a.batch, device))
+    return table, float(table[-1]["ms"]) / 1e3  # type: ignore[arg-type]
+
+
+def timed(phase: Phase, batch: int, device: torch.device) -> dict[str, object]:
+    took = seconds(phase.ours, device)
+    plain = seconds(phase.plain, device) if phase.plain else float("nan")
+    figures = {"ms": took * 1e3, "bound_ms": phase.bound * 1e3, "share_of_bound": phase.bound / took}
+    return {"phase": phase.name, **figures, "tokens_per_s": batch / took, "plain_ms": plain * 1e3}
+
+
+def phases(
+    a: argparse.Namespace, trainer: SiteTrainer, x: Tensor, dtype: torch.dtype, rate: float, bandwidth: float
+) -> Iterator[Phase]:
+    """What a step does, one thing after the other."""
+    sae = trainer.sae
+    encoder, W_dec, b_dec = sae.encoder.detach(), sae.W_dec.detach(), sae.b_dec.detach()
+    on_gpu = x.is_cuda
+    compiled: Callable[..., Callable[..., object]] = torch.compile if on_gpu else lambda work: work
+    yield Phase(f"weights to {dtype}", lambda: (encoder.to(dtype), W_dec.to(dtype)), 2 * 6 * encoder.numel() / bandwidth)
+    rows, weights, b_enc = x.to(dtype), encoder.to(dtype), sae.b_enc.detach().to(dtype)
+    decoder = W_dec.to(dtype) if on_gpu else W_dec
 
     def product() -> Tensor:
-        return torch.addmm(b_enc, rows, weights.T.to(dtype))
+        return torch.addmm(b_enc, rows, weights.T)
 
     pre = product()
+    bound = 2 * a.batch * a.d * a.d_sae / rate + (weights.nbytes + pre.nbytes) / bandwidth
+    yield Phase("encoder product", product, bound)
+    yield Phase("selection", lambda: largest_columns(pre, a.k), pre.nbytes / bandwidth, lambda: pre.topk(a.k, sorted=False))
     columns = largest_columns(pre, a.k)
     codes = Codes.from_columns(columns, a.d_sae)
-    f = torch.rand(len(codes), device=device)
-    entries, line = len(codes), a.d * 4
-    everything = sum(t.nbytes for t in sae.parameters())
-    phases: list[tuple[str, Callable[[], object], float]] = [
-        ("encoder product", product, 2 * a.batch * a.d * a.d_sae / rate + (weights.nbytes + pre.nbytes) / bandwidth),
-        ("selection", lambda: largest_columns(pre, a.k), pre.nbytes / bandwidth),
-        ("values again in float32", lambda: codes.dots(x, weights), entries * line / bandwidth),
-        ("decode", lambda: codes.times(f, sae.W_dec.detach()), entries * line / bandwidth),
-        ("gradient of activations", lambda: codes.dots(x, sae.W_dec.detach()), entries * line / bandwidth),
-        ("entries by column", lambda: Codes.from_columns(columns, a.d_sae).by_column(), 4 * 8 * entries / bandwidth),
-        ("gradient of the decoder", lambda: codes.transposed_times(f, x), (entries * line + weights.nbytes) / bandwidth),
-        ("gradient of the encoder", lambda: codes.transposed_times(f, x), (entries * line + weights.nbytes) / bandwidth),
-    ]
-    table: list[dict[str, object]] = []
+    f = torch.rand(len(codes), device=x.device)
+    line = a.d * decoder.element_size()
+    lines = len(codes) * line / bandwidth
 
-    def phase(name: str, work: Callable[[], object], bound: float) -> dict[str, object]:
-        took = seconds(work, device)
-        figures = {"ms": took * 1e3, "bound_ms": bound * 1e3, "share_of_bound": bound / took, "tokens_per_s": a.batch / took}
-        return {"phase": name, **figures}
+    def dense_errors() -> object:
+        error = x - codes.dense(f.to(dtype)) @ W_dec.to(dtype) - b_dec
+        return error, (error.to(dtype) @ W_dec.to(dtype).T)[codes.rows, codes.cols]
 
-    table += [phase(*one) for one in phases]
-    trainer.step(x, 0.5)
+    error = codes.errors(x, f, decoder, b_dec)[0]
+    named = "errors (decode) and gradient of activations"
+    yield Phase(
+        named, lambda: codes.errors(x, f, decoder, b_dec), lines + (x.nbytes + error.nbytes) / bandwidth, compiled(dense_errors)
+    )
+    sorting = 4 * 8 * len(codes) / bandwidth
+    yield Phase("entries by column", lambda: Codes.from_columns(columns, a.d_sae).by_column(), sorting)
+    for name in ("decoder", "encoder"):
+        yield Phase(
+            f"gradient of the {name}",
+            lambda: codes.transposed_times(f, error),
+            lines + W_dec.nbytes / bandwidth,
+            lambda: codes.dense(f.to(dtype)).T @ error.to(dtype),
+        )
+    gradients = {p: torch.randn_like(p) * 1e-3 for p in sae.parameters()}
 
     def update() -> None:
         for p in sae.parameters():
             p.grad = gradients[p]
-        torch.nn.utils.clip_grad_norm_(sae.parameters(), 1.0)
-        trainer.optimizer.step(1e-4)
-        sae.constrain()
+        trainer.optimizer.gradient_norm()
+        trainer.optimizer.step(1e-4, clip=0.5)
+        trainer.optimizer.zero_grad()
 
-    gradients = {p: torch.randn_like(p) * 1e-3 for p in sae.parameters()}
     # Adam reads weights, gradients and two moments and writes all but the gradients; unit norms and clipping fit beside it.
-    phases.append(("clipping, Adam, unit norms", update, 7 * everything / bandwidth))
-    table.append(phase(*phases[-1]))
-    step_bound = sum(bound for _, _, bound in phases)
-    table.append(phase("whole step", lambda: trainer.step(x, 0.5), step_bound))
-    return table, a.batch / float(table[-1]["tokens_per_s"])  # type: ignore[arg-type]
+    size = sum(p.numel() for p in sae.parameters()) * (4 + 4 + 4 + 2 * MOMENT_BYTES[trainer.config.moments])
+    yield Phase(
+        "clipping, Adam, unit norms", update, size / bandwidth, plain_update(encoder.clone(), W_dec.clone(), gradients, compiled)
+    )
+
+
+def plain_update(
+    encoder: Tensor, W_dec: Tensor, gradients: dict[Any, Tensor], compiled: Callable[..., Callable[..., object]]
+) -> Callable[[], object]:
+    """The same update in torch's own operations, with its fused Adam."""
+    params = [torch.nn.Parameter(encoder), torch.nn.Parameter(W_dec)]
+    given = [g for g in gradients.values() if g.shape == encoder.shape]
+    optimizer = torch.optim.Adam(params, lr=1e-4, fused=True)
+
+    @compiled
+    def aside(grad: Tensor, W: Tensor) -> Tensor:
+        return grad - (grad * W).sum(-1, keepdim=True) * W
+
+    @compiled
+    def unit(W: Tensor) -> Tensor:
+        return W / W.norm(dim=-1, keepdim=True)
+
+    @torch.no_grad()
+    def update() -> None:
+        params[0].grad, params[1].grad = given[0].clone(), aside(given[1], params[1])
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        params[1].copy_(unit(params[1]))
+
+    return update
 
 
 def dense_step(a: argparse.Namespace, device: torch.device) -> float:
@@ -149,6 +212,7 @@ def main() -> None:
     p.add_argument("--d-sae", type=int, default=32_768)
     p.add_argument("--k", type=int, default=64)
     p.add_argument("--batch", type=int, default=8192)
+    p.add_argument("--moments", default="float32", choices=sorted(MOMENT_BYTES))
     p.add_argument("--size", type=int, default=8192, help="of the product and the copy that measure the bounds")
     p.add_argument("--json", type=Path)
     a = p.parse_args()
