@@ -356,8 +356,7 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
     if with_kernels(pre.device):
         from qsae_kit.sae import kernels
 
-        if n_cols <= kernels.WIDEST and pre.element_size() in (2, 4):
-            return kernels.largest(pre, k)
+        return kernels.largest(pre, k)
     sizes = [s for s in range(2, 65) if n_cols % s == 0 and n_cols // s >= k]
     size = min(sizes, key=lambda s: n_cols // s + s * k, default=0)  # maxima and candidates that are searched
     if not size or 2 * (n_cols // size + size * k) > n_cols:

@@ -16,10 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-AT_ONCE = 8
+AT_ONCE = 4
 """Entries whose lines are loaded together."""
-WIDEST = 65_536
-"""Columns that `largest` holds in registers."""
 
 
 @triton.jit
@@ -89,26 +87,53 @@ def _ordered(bits, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _largest(out, pre, k, width, BITS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
+def _load_keys(pre, at, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`_ordered` floats, the smallest number where nothing is inside."""
+    return tl.where(inside, _ordered(tl.load(pre + at, mask=inside, other=0), BITS), -(1 << 31))
+
+
+@triton.jit
+def _kth(keys, k, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The k-th largest of keys [n]: bit by bit, the largest number that k of them reach."""
     least: tl.constexpr = -(1 << 31)
-    at = tl.arange(0, BLOCK)
-    keys = tl.where(at < width, _ordered(tl.load(pre + row * width + at, mask=at < width, other=0), BITS), least)
-    kth = tl.full((), least, tl.int32)  # bit by bit, the largest number that k keys reach
+    kth = tl.full((), least, tl.int32)
     for i in tl.static_range(BITS):
         guess = kth ^ least if i == 0 else kth | (1 << (31 - i))
         kth = tl.where(tl.sum((keys >= guess).to(tl.int32)) >= k, guess, kth)
-    above, ties = 0, tl.sum((keys > kth).to(tl.int32))
-    for begin in range(0, width, CHUNK):
-        col = begin + tl.arange(0, CHUNK)
-        some = tl.where(col < width, _ordered(tl.load(pre + row * width + col, mask=col < width, other=0), BITS), least)
-        greater, equal = (some > kth).to(tl.int32), ((some == kth) & (col < width)).to(tl.int32)
-        place = above + tl.cumsum(greater, 0) - 1
-        tl.store(out + row * k + place, col, mask=greater > 0)
-        place = ties + tl.cumsum(equal, 0) - 1
-        tl.store(out + row * k + place, col, mask=(equal > 0) & (place < k))
-        above += tl.sum(greater)
-        ties += tl.sum(equal)
+    return kth
+
+
+@triton.jit
+def _store_largest(out, keys, columns, inside, kth, k):  # type: ignore[no-untyped-def]
+    """The columns of the keys above the k-th, and of those equal to it until there are k."""
+    greater, equal = (keys > kth).to(tl.int32), ((keys == kth) & inside).to(tl.int32)
+    tl.store(out + tl.cumsum(greater, 0) - 1, columns, mask=greater > 0)
+    place = tl.sum(greater) + tl.cumsum(equal, 0) - 1
+    tl.store(out + place, columns, mask=(equal > 0) & (place < k))
+
+
+@triton.jit
+def _largest(  # type: ignore[no-untyped-def]
+    out, pre, k, width, blocks,
+    BITS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    pre, out = pre + row * width, out + row * k
+    block = tl.arange(0, BLOCKS)  # column c is in block c mod blocks
+    best = tl.full((BLOCKS,), -(1 << 31), tl.int32)
+    for first in range(0, SIZE, AT_ONCE):
+        for i in tl.static_range(AT_ONCE):
+            at = (first + i) * blocks + block
+            best = tl.maximum(best, _load_keys(pre, at, (block < blocks) & (at < width), BITS))
+    _store_largest(out, best, block, block < blocks, _kth(best, k, BITS), k)  # a row's k largest are in these blocks
+    tl.debug_barrier()
+    chosen = tl.load(out + tl.arange(0, K), mask=tl.arange(0, K) < k, other=0).to(tl.int32)
+    tl.debug_barrier()
+    columns = chosen[None, :] + blocks * tl.arange(0, SIZE)[:, None]
+    inside = (tl.arange(0, K) < k)[None, :] & (columns < width)
+    columns, inside = tl.reshape(columns, (SIZE * K,)), tl.reshape(inside, (SIZE * K,))
+    keys = _load_keys(pre, columns, inside, BITS)
+    _store_largest(out, keys, columns, inside, _kth(keys, k, BITS), k)
 
 
 @triton.jit
@@ -179,9 +204,9 @@ def dots(x: Tensor, table: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
     x, table = x.contiguous(), table.contiguous()
     width = x.shape[1]
     out = torch.empty(len(index), dtype=torch.float32, device=x.device)
-    block = min(512 // table.element_size(), triton.next_power_of_2(width))
+    block = min(2048 // table.element_size(), triton.next_power_of_2(width))
     with torch.cuda.device_of(table):
-        _dots[(len(x),)](out, x, table, index, offsets, width, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4)
+        _dots[(len(x),)](out, x, table, index, offsets, width, BLOCK=block, AT_ONCE=4, num_warps=4)
     return out
 
 
@@ -196,21 +221,27 @@ def errors(x: Tensor, f: Tensor, table: Tensor, bias: Tensor, index: Tensor, off
     with torch.cuda.device_of(table):
         _errors[(n,)](
             error, squares, products, x, bias.contiguous(), table, index, f.contiguous(), offsets, width,
-            BLOCK=block, AT_ONCE=4, num_warps=8 if block > 1024 else 4,
+            BLOCK=block, AT_ONCE=4, num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip
     return error, squares, products
 
 
 def largest(pre: Tensor, k: int) -> Tensor:
-    """The columns of each row's k largest entries [row, k], at most `WIDEST` columns; among equal ones the first."""
+    """The columns of each row's k largest entries [row, k], in no order.
+
+    Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest maxima.
+    """
     n, width = pre.shape
+    size = 1
+    while width > 2048 * size and width >= 4 * k * size:  # until maxima, or a block's columns, are too many
+        size *= 2
+    blocks = triton.cdiv(width, size)
     out = torch.empty(n, k, dtype=torch.int64, device=pre.device)
     bits = {2: torch.int16, 4: torch.int32}[pre.element_size()]
-    block = triton.next_power_of_2(width)
     with torch.cuda.device_of(pre):
         _largest[(n,)](
-            out, pre.contiguous().view(bits), k, width, BITS=8 * pre.element_size(), BLOCK=block, CHUNK=min(block, 2048),
-            num_warps=max(4, min(32, block // 2048)),
+            out, pre.contiguous().view(bits), k, width, blocks, BITS=8 * pre.element_size(),
+            BLOCKS=triton.next_power_of_2(blocks), SIZE=size, K=triton.next_power_of_2(k), AT_ONCE=min(AT_ONCE, size), num_warps=4,
         )  # fmt: skip
     return out
 

@@ -1,12 +1,14 @@
-"""A TopK training step on a CUDA device, phase by phase, beside its bounds, plain torch and dense bfloat16 autograd.
+"""Training on a CUDA device: a TopK step phase by phase, other architectures' steps, many SAEs on a running model.
 
-    python tests/bench/gpu.py [--batch 8192] [--json FILE]        needs no network and no model: rows are random
+    python tests/bench/gpu.py [--batch 8192] [--json FILE]        needs no network and no weights: rows and model are random
 
 Bounds are measured here: the bfloat16 matmul rate (a square product) and the bandwidth of a copy. The step's bound is
 the encoder product at that rate plus what the step must move at that bandwidth: weights, gradients and moments once, and
-one line of a table for every entry of the decoder's forward pass and of each weight's gradient. `plain` is the same phase
-in torch's own operations, dense where that is the obvious way, compiled where compiling helps.
-`--device cpu --d 64 --d-sae 512 --k 8 --batch 256 --size 256` runs the same script small, to test it.
+one line of a table for every entry of the decoder's forward pass and of each weight's gradient. A second read of lines
+that lie in the cache can beat it. `plain` is the same phase in torch's own operations, dense where that is the obvious
+way, compiled where compiling helps; the last line of the table is a whole step of that kind.
+The live part trains SAEs at three sites of every fourth layer of a model of Qwen3-1.7B's shape, forward passes included.
+`--device cpu --d 64 --d-sae 512 --k 8 --batch 256 --size 256 --layers 4` runs the same script small, to test it.
 """
 
 import argparse
@@ -19,12 +21,15 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qsae_kit.activations import NormFilter
+from qsae_kit.activations import LiveRows, NormFilter, kept_rows
+from qsae_kit.data import TokenBatch
+from qsae_kit.models import HookedLM, load_model
 from qsae_kit.optim import MOMENT_BYTES
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae.codes import Codes, largest_columns, path_name
-from qsae_kit.train import Normaliser, SiteTrainer
+from qsae_kit.train import Normaliser, SiteTrainer, train_saes
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:
@@ -99,7 +104,7 @@ def our_step(a: argparse.Namespace, device: torch.device) -> tuple[list[dict[str
 def timed(phase: Phase, batch: int, device: torch.device) -> dict[str, object]:
     took = seconds(phase.ours, device)
     plain = seconds(phase.plain, device) if phase.plain else float("nan")
-    figures = {"ms": took * 1e3, "bound_ms": phase.bound * 1e3, "share_of_bound": phase.bound / took}
+    figures = {"ms": took * 1e3, "bound_ms": phase.bound * 1e3, "bound/ms": phase.bound / took}
     return {"phase": phase.name, **figures, "tokens_per_s": batch / took, "plain_ms": plain * 1e3}
 
 
@@ -111,7 +116,7 @@ def phases(
     encoder, W_dec, b_dec = sae.encoder.detach(), sae.W_dec.detach(), sae.b_dec.detach()
     on_gpu = x.is_cuda
     compiled: Callable[..., Callable[..., object]] = torch.compile if on_gpu else lambda work: work
-    yield Phase(f"weights to {dtype}", lambda: (encoder.to(dtype), W_dec.to(dtype)), 2 * 6 * encoder.numel() / bandwidth)
+    yield Phase(f"weights to {dtype}".replace("torch.", ""), lambda: (encoder.to(dtype), W_dec.to(dtype)), 0.0)
     rows, weights, b_enc = x.to(dtype), encoder.to(dtype), sae.b_enc.detach().to(dtype)
     decoder = W_dec.to(dtype) if on_gpu else W_dec
 
@@ -205,6 +210,63 @@ def dense_step(a: argparse.Namespace, device: torch.device) -> float:
     return seconds(step, device)
 
 
+def other_steps(a: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
+    """Whole steps of the sparse architectures, after a few."""
+    x = torch.randn(a.batch, a.d, device=device) / a.d**0.5
+    table = []
+    for name, moments in (("topk", "bfloat16"), ("batchtopk", "float32"), ("matryoshka", "float32"), ("jumprelu", "float32")):
+        config = TrainConfig(
+            name, a.k, expansion=a.d_sae / a.d, tokens=a.batch * 1000, batch=a.batch, pool=a.batch, moments=moments,  # type: ignore[arg-type]
+            dead_after=10**12,
+        )  # fmt: skip
+        trainer = SiteTrainer(config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device)
+        trainer.start(x)
+        for step in range(20):
+            trainer.step(x, (step + 1) / 1000)
+        took = seconds(lambda trainer=trainer: trainer.step(x, 0.02), device, 10)  # type: ignore[misc]
+        table.append(
+            {"step": f"{name}, moments in {moments}", "ms": took * 1e3, "tokens_per_s": a.batch / took, "L0": trainer.l0}
+        )
+    return table
+
+
+def live(a: argparse.Namespace, device: torch.device) -> str:
+    """SAEs at three sites of every fourth layer of a random model, from one stream."""
+    shape = {"hidden_size": a.d, "intermediate_size": 3 * a.d, "num_hidden_layers": a.layers, "head_dim": min(128, a.d // 4)}
+    heads = a.d // shape["head_dim"]
+    config = Qwen3Config(
+        vocab_size=151_936 if a.d > 1000 else 1000, num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True,
+        **shape,
+    )  # fmt: skip
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    with torch.device(device):
+        hf = Qwen3ForCausalLM(config).to(dtype).eval()
+    lm = HookedLM(hf, load_model("tiny").tokenizer)
+    ids = torch.randint(0, config.vocab_size, (max(1, a.batch // 512), min(512, a.batch)), device=device)
+    ones = torch.ones_like(ids)
+    sites = [f"blocks.{i}.hook_{kind}" for i in range(3, a.layers, 4) for kind in ("resid_post", "mlp_out", "attn_out")]
+
+    def batches() -> Iterator[TokenBatch]:
+        generator = torch.Generator(device).manual_seed(0)
+        while True:
+            yield TokenBatch(ids[torch.randperm(len(ids), device=device, generator=generator)].roll(1, 1), ones, ones.bool())
+
+    recipe = TrainConfig("topk", a.k, expansion=a.d_sae / a.d, tokens=16 * a.batch, batch=a.batch, pool=2 * a.batch)
+    source = LiveRows(lm, sites, batches)
+    forward = seconds(lambda: kept_rows(lm, sites, next(batches())), device, 5)
+    marks: list[tuple[float, float]] = []
+    train_saes(
+        source, [recipe], model_name="random", watch=[lambda progress: marks.append((time.perf_counter(), progress.seconds))]
+    )
+    rows = (len(marks) - 3) * a.batch
+    whole, steps = (marks[-1][i] - marks[2][i] for i in (0, 1))
+    return (
+        f"live: {len(sites)} SAEs from one stream of a model with {sum(p.numel() for p in hf.parameters()) / 1e9:.2f} billion weights: "
+        f"{rows / whole:,.0f} tokens/s with forward passes, {rows * len(sites) / whole:,.0f} tokens/s and SAE; "
+        f"forward alone {ids.numel() / forward:,.0f} tokens/s, steps alone {rows * len(sites) / steps:,.0f} tokens/s and SAE"
+    )
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--device", default="cuda")
@@ -212,6 +274,7 @@ def main() -> None:
     p.add_argument("--d-sae", type=int, default=32_768)
     p.add_argument("--k", type=int, default=64)
     p.add_argument("--batch", type=int, default=8192)
+    p.add_argument("--layers", type=int, default=28, help="of the model of the live part")
     p.add_argument("--moments", default="float32", choices=sorted(MOMENT_BYTES))
     p.add_argument("--size", type=int, default=8192, help="of the product and the copy that measure the bounds")
     p.add_argument("--json", type=Path)
@@ -221,11 +284,15 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     table, took = our_step(a, device)
     plain = dense_step(a, device)
-    table.append({"phase": "dense bfloat16 autograd, compiled", "ms": plain * 1e3})
+    table.append({"phase": "dense bfloat16 autograd, compiled", "ms": plain * 1e3, "tokens_per_s": a.batch / plain})
     print(pd.DataFrame(table).round(3).to_string(index=False))
-    print(f"{a.batch / took:,.0f} tokens/s, {a.batch / plain:,.0f} dense")
+    print(f"{a.batch / took:,.0f} tokens/s, {a.batch / plain:,.0f} dense", flush=True)
+    others = other_steps(a, device)
+    print(pd.DataFrame(others).round(3).to_string(index=False), flush=True)
+    said = live(a, device)
+    print(said)
     if a.json:
-        a.json.write_text(json.dumps(table, indent=1))
+        a.json.write_text(json.dumps({"phases": table, "steps": others, "live": said}, indent=1))
 
 
 main()
