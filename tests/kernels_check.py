@@ -30,7 +30,8 @@ def products(device, rows, width, columns, share, table_dtype):
     ends = _offsets(starts, len(codes))
     near(kernels.gather(x, codes.rows[order], values[order], ends), f.double().T @ x.double())
     places = codes.rows, codes.cols
-    near(kernels.dots(x, W, codes.cols, offsets), (x.double() @ W.double().T)[places])
+    near(kernels.dots(x, W, *places), (x.double() @ W.double().T)[places])
+    near(kernels.sums(values[order], ends), f.double().sum(0))
     error, squares, dots = kernels.errors(x.float(), values, W, bias, codes.cols, offsets)
     expected = x.double() - f.double() @ W.double() - bias.double()
     assert error.dtype == table_dtype
@@ -93,7 +94,7 @@ def compile_all():
         rows = {"param": f32, "grad": f32, "first": t, "second": t, "along": f32, "width": "i32", "clip": "fp32"}
         rows |= dict.fromkeys(("size", "floor", "b1", "b2"), "fp32") | {"seed": "i32"}
         gathered = {"out": f32, "table": t, "index": i64, "weight": f32, "offsets": i64, "width": "i32"}
-        dotted = {"out": f32, "x": t, "table": t, "index": i64, "offsets": i64, "width": "i32"}
+        dotted = {"out": f32, "x": t, "table": t, "rows": i64, "index": i64, "n": "i32", "width": "i32"}
         missed = {"error": t, "squares": f32, "dots": f32, "x": f32, "bias": f32, "table": t, "index": i64, "value": f32}
         missed |= {"offsets": i64, "width": "i32"}
         bits = {"*bf16": "*i16", "*fp32": "*i32"}[t]
@@ -103,6 +104,7 @@ def compile_all():
         for kernel, signature, constants in (
             (kernels._gather, gathered, sizes),
             (kernels._dots, dotted, sizes),
+            (kernels._sums, {"out": f32, "values": f32, "offsets": i64}, {"BLOCK": 128}),
             (kernels._errors, missed, sizes),
             (kernels._largest, chosen, blocks),
             (kernels._row_norms, squared, {"UNIT": True, "BLOCK": 2048}),
@@ -110,7 +112,6 @@ def compile_all():
         ):
             source = ASTSource(kernel, signature | dict.fromkeys(constants, "constexpr"), constants)
             built = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-            print(kernel.__name__, t, {k: v for k, v in built.metadata._asdict().items() if k in ("shared",)}, file=sys.stderr)
             assert built.asm["cubin"]
 
 

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="triton exists for Linux only")
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "compile", "cuda"])
 def test_the_kernels_give_the_plain_products(device):
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")

@@ -79,6 +79,8 @@ class Codes:
         self, rows: Int[Tensor, " entry"], cols: Int[Tensor, " entry"], starts: Int[Tensor, " row"], n_cols: int
     ) -> None:
         self.rows, self.cols, self.starts, self.n_cols = rows, cols, starts, n_cols
+        self.even = False
+        """Whether every row has the same number of entries."""
         self._by_column: tuple[Tensor, Tensor] | None = None
         self._live: tuple[Tensor, Codes] | None = None
 
@@ -94,7 +96,9 @@ class Codes:
         n_rows, k = cols.shape
         starts = torch.arange(n_rows, device=cols.device) * k
         rows = torch.arange(n_rows, device=cols.device).repeat_interleave(k)
-        return cls(rows, cols.reshape(-1), starts, n_cols)
+        codes = cls(rows, cols.reshape(-1), starts, n_cols)
+        codes.even = True
+        return codes
 
     def __len__(self) -> int:
         return len(self.cols)
@@ -161,14 +165,14 @@ class Codes:
         if with_kernels(x.device):
             from qsae_kit.sae import kernels
 
-            return kernels.dots(x, W, self.cols, _offsets(self.starts, len(self)))
+            return kernels.dots(x, W, self.rows, self.cols)
         return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, self.cols, self.starts, self.rows, 0, -1)
 
     def errors(
         self, x: Float[Tensor, "row d"], values: Float[Tensor, " entry"], W: Float[Tensor, "column d"], bias: Float[Tensor, " d"]
     ) -> tuple[Float[Tensor, "row d"], Float[Tensor, ""], Float[Tensor, " entry"] | None]:
         """x - values @ W - bias, its mean squared length and, where they come with it, its `dots` with W."""
-        if self.crowded or not with_kernels(x.device):
+        if not self.even or self.crowded or not with_kernels(x.device):
             error = x - self.times(values, W) - bias
             return error.to(W.dtype), error.pow(2).sum(-1).mean(), None
         from qsae_kit.sae import kernels
@@ -181,6 +185,10 @@ class Codes:
         if values.device.type == "cpu":
             return torch.bincount(self.cols, weights=values, minlength=self.n_cols).to(values.dtype)
         order, starts = self.by_column()
+        if with_kernels(values.device):
+            from qsae_kit.sae import kernels
+
+            return kernels.sums(values[order], _offsets(starts, len(self)))
         return F.embedding_bag(order, values[:, None], starts, mode="sum")[:, 0]
 
 
@@ -205,17 +213,19 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: Tensor, W_dec: Tensor, codes: Codes) -> Tensor:
-        ctx.save_for_backward(f, W_dec)
+    def forward(ctx: Any, f: Tensor, W_dec: Tensor, codes: Codes, dtype: torch.dtype | None) -> Tensor:
+        table = _table(W_dec, dtype)
+        ctx.save_for_backward(f, table)
         ctx.codes = codes
-        return codes.times(f, W_dec)
+        return codes.times(f, table)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        f, W_dec = ctx.saved_tensors
-        grad_f = ctx.codes.dots(grads[0], W_dec) if ctx.needs_input_grad[0] else None
-        grad_W = ctx.codes.transposed_times(f, grads[0]) if ctx.needs_input_grad[1] else None
-        return grad_f, grad_W, None
+        f, table = ctx.saved_tensors
+        rows = _table(grads[0], table.dtype)
+        grad_f = ctx.codes.dots(rows, table) if ctx.needs_input_grad[0] else None
+        grad_W = ctx.codes.transposed_times(f, rows) if ctx.needs_input_grad[1] else None
+        return grad_f, grad_W, None, None
 
 
 class _SquaredError(torch.autograd.Function):
@@ -324,9 +334,11 @@ def encode_at(
     return _Encode.apply(encoder, b_enc, rows, v, codes)
 
 
-def decode(f: Float[Tensor, " entry"], W_dec: Float[Tensor, "d_sae d_model"], codes: Codes) -> Float[Tensor, "row d_model"]:
-    """f @ W_dec, differentiable in both."""
-    return _Decode.apply(f.contiguous(), W_dec, codes)
+def decode(
+    f: Float[Tensor, " entry"], W_dec: Float[Tensor, "d_sae d_model"], codes: Codes, dtype: torch.dtype | None = None
+) -> Float[Tensor, "row d_model"]:
+    """f @ W_dec, differentiable in both; dtype: what weights are read in on CUDA."""
+    return _Decode.apply(f.contiguous(), W_dec, codes, dtype)
 
 
 def squared_error(
@@ -353,10 +365,6 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
     Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest maxima.
     """
     n_rows, n_cols = pre.shape
-    if with_kernels(pre.device):
-        from qsae_kit.sae import kernels
-
-        return kernels.largest(pre, k)
     sizes = [s for s in range(2, 65) if n_cols % s == 0 and n_cols // s >= k]
     size = min(sizes, key=lambda s: n_cols // s + s * k, default=0)  # maxima and candidates that are searched
     if not size or 2 * (n_cols // size + size * k) > n_cols:
@@ -370,7 +378,15 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
 
 def select_top_k(k: int) -> Select:
     """Each row's k largest."""
-    return lambda pre: Codes.from_columns(largest_columns(pre, k), pre.shape[1])
+
+    def select(pre: Tensor) -> Codes:
+        if not with_kernels(pre.device):
+            return Codes.from_columns(largest_columns(pre, k), pre.shape[1])
+        from qsae_kit.sae import kernels
+
+        return Codes.from_columns(kernels.largest(pre, k), pre.shape[1])
+
+    return select
 
 
 def select_positive(pre: Float[Tensor, "row d_sae"]) -> Codes:

@@ -1,7 +1,8 @@
 """Triton kernels for CUDA: the sparse products of `codes`, selection, and the update of a matrix row by row.
 
     gather     out[i] = sum over entries e of row (column) i   weight[e] * table[index[e]]
-    dots       out[e] = x[row of e] . table[index[e]]
+    dots       out[e] = x[rows[e]] . table[index[e]]
+    sums       out[i] = sum over entries e of row (column) i   values[e]
     errors     rows x - f @ W - b, their squared lengths, and their dots with W, from one pass over the rows of W
     largest    the columns of each row's k largest entries
     row_norms  squared lengths of gradient rows, and their dots with the parameter's rows
@@ -36,21 +37,31 @@ def _gather(out, table, index, weight, offsets, width, BLOCK: tl.constexpr, AT_O
     tl.store(out + row * width + at, total, mask=inside)
 
 
+@triton.jit(do_not_specialize=["n"])
+def _dots(out, x, table, rows, index, n, width, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
+    entry = tl.program_id(0).to(tl.int64) * AT_ONCE + tl.arange(0, AT_ONCE)
+    here = entry < n
+    row = tl.load(rows + entry, mask=here, other=0).to(tl.int64)
+    place = tl.load(index + entry, mask=here, other=0).to(tl.int64)
+    total = tl.zeros((AT_ONCE, BLOCK), dtype=tl.float32)
+    for begin in range(0, width, BLOCK):
+        at = begin + tl.arange(0, BLOCK)[None, :]
+        inside = here[:, None] & (at < width)
+        own = tl.load(x + row[:, None] * width + at, mask=inside, other=0.0)
+        line = tl.load(table + place[:, None] * width + at, mask=inside, other=0.0)
+        total += own.to(tl.float32) * line.to(tl.float32)
+    tl.store(out + entry, tl.sum(total, 1), mask=here)
+
+
 @triton.jit
-def _dots(out, x, table, index, offsets, width, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
+def _sums(out, values, offsets, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0)
     end = tl.load(offsets + row + 1)
-    for first in range(tl.load(offsets + row), end, AT_ONCE):
-        entry = first + tl.arange(0, AT_ONCE)
-        place = tl.load(index + entry, mask=entry < end, other=0).to(tl.int64)
-        total = tl.zeros((AT_ONCE, BLOCK), dtype=tl.float32)
-        for begin in range(0, width, BLOCK):
-            at = begin + tl.arange(0, BLOCK)
-            own = tl.load(x + row * width + at, mask=at < width, other=0.0).to(tl.float32)
-            inside = (entry < end)[:, None] & (at < width)[None, :]
-            lines = tl.load(table + place[:, None] * width + at[None, :], mask=inside, other=0.0)
-            total += own[None, :] * lines.to(tl.float32)
-        tl.store(out + entry, tl.sum(total, 1), mask=entry < end)
+    total = tl.zeros((BLOCK,), dtype=tl.float32)
+    for first in range(tl.load(offsets + row), end, BLOCK):
+        entry = first + tl.arange(0, BLOCK)
+        total += tl.load(values + entry, mask=entry < end, other=0.0)
+    tl.store(out + row, tl.sum(total))
 
 
 @triton.jit
@@ -112,7 +123,7 @@ def _store_largest(out, keys, columns, inside, kth, k):  # type: ignore[no-untyp
     tl.store(out + place, columns, mask=(equal > 0) & (place < k))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def _largest(  # type: ignore[no-untyped-def]
     out, pre, k, width, blocks,
     BITS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, AT_ONCE: tl.constexpr,
@@ -199,14 +210,22 @@ def gather(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Ten
     return out
 
 
-def dots(x: Tensor, table: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-    """out[e] = x[i] . table[index[e]] for e from offsets[i] to offsets[i + 1]. [len(index)]"""
+def dots(x: Tensor, table: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """out[e] = x[rows[e]] . table[index[e]]. [len(index)]"""
     x, table = x.contiguous(), table.contiguous()
-    width = x.shape[1]
-    out = torch.empty(len(index), dtype=torch.float32, device=x.device)
+    n, width = len(index), x.shape[1]
+    out = torch.empty(n, dtype=torch.float32, device=x.device)
     block = min(2048 // table.element_size(), triton.next_power_of_2(width))
     with torch.cuda.device_of(table):
-        _dots[(len(x),)](out, x, table, index, offsets, width, BLOCK=block, AT_ONCE=4, num_warps=4)
+        _dots[(max(1, triton.cdiv(n, AT_ONCE)),)](out, x, table, rows, index, n, width, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4)
+    return out
+
+
+def sums(values: Tensor, offsets: Tensor) -> Tensor:
+    """out[i] = sum of values[e] over e from offsets[i] to offsets[i + 1]. [len(offsets) - 1]"""
+    out = torch.empty(len(offsets) - 1, dtype=torch.float32, device=values.device)
+    with torch.cuda.device_of(values):
+        _sums[(len(out),)](out, values.contiguous(), offsets, BLOCK=128, num_warps=1)
     return out
 
 
@@ -221,7 +240,7 @@ def errors(x: Tensor, f: Tensor, table: Tensor, bias: Tensor, index: Tensor, off
     with torch.cuda.device_of(table):
         _errors[(n,)](
             error, squares, products, x, bias.contiguous(), table, index, f.contiguous(), offsets, width,
-            BLOCK=block, AT_ONCE=4, num_warps=4 if block <= 2048 else 8,
+            BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4 if block <= 2048 else 8,
         )  # fmt: skip
     return error, squares, products
 

@@ -27,7 +27,7 @@ class MatryoshkaSAE(BatchTopKSAE):
         for share in PREFIXES:
             end = max(begin + 1, round(share * self.d_sae))
             inside = (codes.cols >= begin) & (codes.cols < end)
-            x_hat = x_hat + decode(f[inside], self.W_dec, codes.where(inside))
+            x_hat = x_hat + decode(f[inside], self.W_dec, codes.where(inside), self.product_dtype)
             total = total + (x - x_hat).pow(2).sum(-1).mean() / len(PREFIXES)
             begin = end
         return Loss(total + self.aux_k_loss(x, x - x_hat, state.dead), f, codes)

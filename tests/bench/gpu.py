@@ -15,6 +15,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ from qsae_kit.data import TokenBatch
 from qsae_kit.models import HookedLM, load_model
 from qsae_kit.optim import MOMENT_BYTES
 from qsae_kit.recipe import TrainConfig
-from qsae_kit.sae.codes import Codes, largest_columns, path_name
+from qsae_kit.sae.codes import Codes, path_name, select_top_k
 from qsae_kit.train import Normaliser, SiteTrainer, train_saes
 
 
@@ -123,12 +124,11 @@ def phases(
     def product() -> Tensor:
         return torch.addmm(b_enc, rows, weights.T)
 
-    pre = product()
+    pre, select = product(), select_top_k(a.k)
     bound = 2 * a.batch * a.d * a.d_sae / rate + (weights.nbytes + pre.nbytes) / bandwidth
     yield Phase("encoder product", product, bound)
-    yield Phase("selection", lambda: largest_columns(pre, a.k), pre.nbytes / bandwidth, lambda: pre.topk(a.k, sorted=False))
-    columns = largest_columns(pre, a.k)
-    codes = Codes.from_columns(columns, a.d_sae)
+    yield Phase("selection", lambda: select(pre), pre.nbytes / bandwidth, lambda: pre.topk(a.k, sorted=False))
+    codes = select(pre)
     f = torch.rand(len(codes), device=x.device)
     line = a.d * decoder.element_size()
     lines = len(codes) * line / bandwidth
@@ -143,7 +143,7 @@ def phases(
         named, lambda: codes.errors(x, f, decoder, b_dec), lines + (x.nbytes + error.nbytes) / bandwidth, compiled(dense_errors)
     )
     sorting = 4 * 8 * len(codes) / bandwidth
-    yield Phase("entries by column", lambda: Codes.from_columns(columns, a.d_sae).by_column(), sorting)
+    yield Phase("entries by column", lambda: Codes.from_columns(codes.cols.view(-1, a.k), a.d_sae).by_column(), sorting)
     for name in ("decoder", "encoder"):
         yield Phase(
             f"gradient of the {name}",
@@ -211,21 +211,30 @@ def dense_step(a: argparse.Namespace, device: torch.device) -> float:
 
 
 def other_steps(a: argparse.Namespace, device: torch.device) -> list[dict[str, object]]:
-    """Whole steps of the sparse architectures, after a few."""
-    x = torch.randn(a.batch, a.d, device=device) / a.d**0.5
+    """Whole steps of other recipes, after a few."""
+    recipes = [("topk", "float32", a.batch // 4), ("topk", "bfloat16", a.batch)]
+    recipes += [(name, "float32", a.batch) for name in ("batchtopk", "matryoshka", "jumprelu")]
     table = []
-    for name, moments in (("topk", "bfloat16"), ("batchtopk", "float32"), ("matryoshka", "float32"), ("jumprelu", "float32")):
+    for name, moments, batch in recipes:
+        rows = torch.randn(4 * batch, a.d, device=device) / a.d**0.5
+        batches = cycle(rows.split(batch))
         config = TrainConfig(
-            name, a.k, expansion=a.d_sae / a.d, tokens=a.batch * 1000, batch=a.batch, pool=a.batch, moments=moments,  # type: ignore[arg-type]
-            dead_after=10**12,
-        )  # fmt: skip
+            name, a.k, expansion=a.d_sae / a.d, tokens=batch * 1000, batch=batch, pool=batch, moments=moments, dead_after=10**12
+        )  # type: ignore[arg-type]
         trainer = SiteTrainer(config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device)
-        trainer.start(x)
+        trainer.start(rows)
         for step in range(20):
-            trainer.step(x, (step + 1) / 1000)
-        took = seconds(lambda trainer=trainer: trainer.step(x, 0.02), device, 10)  # type: ignore[misc]
+            trainer.step(next(batches), (step + 1) / 1000)
+        took = seconds(lambda trainer=trainer, batches=batches: trainer.step(next(batches), 0.02), device, 10)  # type: ignore[misc]
         table.append(
-            {"step": f"{name}, moments in {moments}", "ms": took * 1e3, "tokens_per_s": a.batch / took, "L0": trainer.l0}
+            {
+                "step of": name,
+                "batch": batch,
+                "moments": moments,
+                "ms": took * 1e3,
+                "tokens_per_s": batch / took,
+                "L0": trainer.l0,
+            }
         )
     return table
 
@@ -251,15 +260,18 @@ def live(a: argparse.Namespace, device: torch.device) -> str:
         while True:
             yield TokenBatch(ids[torch.randperm(len(ids), device=device, generator=generator)].roll(1, 1), ones, ones.bool())
 
-    recipe = TrainConfig("topk", a.k, expansion=a.d_sae / a.d, tokens=16 * a.batch, batch=a.batch, pool=2 * a.batch)
+    recipe = TrainConfig(
+        "topk", a.k, expansion=a.d_sae / a.d, tokens=24 * a.batch, batch=a.batch, pool=2 * a.batch, dead_after=6 * a.batch
+    )
     source = LiveRows(lm, sites, batches)
     forward = seconds(lambda: kept_rows(lm, sites, next(batches())), device, 5)
     marks: list[tuple[float, float]] = []
     train_saes(
         source, [recipe], model_name="random", watch=[lambda progress: marks.append((time.perf_counter(), progress.seconds))]
     )
-    rows = (len(marks) - 3) * a.batch
-    whole, steps = (marks[-1][i] - marks[2][i] for i in (0, 1))
+    warm = 12  # steps, by when dead latents have been met and every kernel is there
+    rows = (len(marks) - warm) * a.batch
+    whole, steps = (marks[-1][i] - marks[warm - 1][i] for i in (0, 1))
     return (
         f"live: {len(sites)} SAEs from one stream of a model with {sum(p.numel() for p in hf.parameters()) / 1e9:.2f} billion weights: "
         f"{rows / whole:,.0f} tokens/s with forward passes, {rows * len(sites) / whole:,.0f} tokens/s and SAE; "
