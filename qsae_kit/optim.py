@@ -70,7 +70,7 @@ class Adam:
         if not self._kernels:
             if self.unit_rows is not None and self.unit_rows.grad is not None:
                 grad = self.unit_rows.grad
-                grad.addcmul_((grad * self.unit_rows).sum(-1, keepdim=True), self.unit_rows, value=-1)
+                grad.addcmul_(torch.linalg.vecdot(grad, self.unit_rows)[:, None], self.unit_rows, value=-1)
             return torch.nn.utils.get_total_norm([p.grad for p in (*self._exact, *self._packed) if p.grad is not None])
         from qsae_kit.sae import kernels
 

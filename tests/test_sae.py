@@ -322,7 +322,7 @@ def test_the_auxiliary_loss_by_hand():
     sae.init_from_rows(x, generator)
     dead = torch.tensor([1, 2, 4])
     others = torch.tensor([0, 3, 5, 6, 7, 8])
-    loss = sae.aux_k_loss(x, error, dead)
+    loss = sae.aux_k_loss(x, error, dead, sae.pre_activations(x)[::4])
     some, left = x[::4], error[::4]
     pre = (some @ sae.W_enc + sae.b_enc)[:, dead]
     kept = pre * (pre >= pre.sort(descending=True).values[:, 1:2]) * (pre > 0)
@@ -332,7 +332,7 @@ def test_the_auxiliary_loss_by_hand():
     assert sae.W_dec.grad[dead].any()
     assert not sae.W_dec.grad[others].any()
     assert not sae.encoder.grad[others].any()
-    assert sae.aux_k_loss(x, error, torch.arange(0)) == 0
+    assert sae.aux_k_loss(x, error, torch.arange(0), sae.pre_activations(x)[::4]) == 0
 
 
 def test_dead_latents_are_lifted_by_their_biases_and_thresholds_alone():

@@ -124,13 +124,15 @@ class SAE(nn.Module, ABC):
         """Reconstruction from feature activations."""
         return f @ self.W_dec + self.b_dec
 
-    def encode_entries(self, x: Float[Tensor, "row d_model"], select: Select) -> tuple[Float[Tensor, " entry"], Codes]:
-        """Pre-activations of the entries that `select` picks from [row, d_sae]; differentiable in the encoder."""
+    def encode_entries(
+        self, x: Float[Tensor, "row d_model"], select: Select
+    ) -> tuple[Float[Tensor, " entry"], Codes, Float[Tensor, "row d_sae"]]:
+        """Pre-activations of the entries that `select` picks, differentiable in the encoder, and all, which are not."""
         return sparse.encode(x, self.encoder, self.b_enc, select, self.product_dtype)
 
     def encode_above(
         self, x: Float[Tensor, "row d_model"], least: Float[Tensor, " d_sae"], sampled: Float[Tensor, " d_sae"], every: int
-    ) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"]]:
+    ) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"], Float[Tensor, "row d_sae"]]:
         """Pre-activations of the entries above thresholds, see `codes.encode_above`; differentiable in the encoder."""
         return sparse.encode_above(x, self.encoder, self.b_enc, least, sampled, every, self.product_dtype)
 
@@ -141,24 +143,28 @@ class SAE(nn.Module, ABC):
         return sparse.squared_error(x, f, self.W_dec, self.b_dec, codes, self.product_dtype)
 
     def aux_k_loss(
-        self, x: Float[Tensor, "row d_model"], error: Float[Tensor, "row d_model"], dead: Int[Tensor, " latent"]
+        self,
+        x: Float[Tensor, "row d_model"],
+        error: Float[Tensor, "row d_model"],
+        dead: Int[Tensor, " latent"],
+        pre: Float[Tensor, "some d_sae"],
     ) -> Tensor | float:
         """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): AUX_COEFFICIENT * E|e - e_hat|^2 / E|e|^2.
 
         e is the detached error, e_hat is decoded from the largest pre-activations among dead latents, without b_dec. They
         are AUX_K times as many as `sparsity` (d_model / 2 in the paper: many weak ones, of which fewer come back).
+        pre: the pre-activations of each AUX_EVERY-th row.
         """
         if not len(dead):
             return 0.0
         x, error = x[::AUX_EVERY].contiguous(), error.detach()[::AUX_EVERY].to(x.dtype)
         with torch.no_grad():
-            dtype = self.product_dtype or x.dtype
-            pre = torch.addmm(self.b_enc[dead].to(dtype), x.to(dtype), self.encoder[dead].to(dtype).T)
-            columns = sparse.largest_columns(pre, min(len(dead), max(1, round(AUX_K * self.sparsity))))
-            codes = Codes.from_columns(dead[columns], self.d_sae)
-        values = sparse.encode_at(x, self.encoder, self.b_enc, codes, self.product_dtype)
+            others = torch.full_like(pre[0], -torch.inf).index_fill_(0, dead, 0)
+            k = min(len(dead), max(1, round(AUX_K * self.sparsity)))
+            codes = Codes.from_columns(sparse.largest_columns(pre + others, k), self.d_sae)
+        values = sparse.encode_at(x, self.encoder, self.b_enc, codes, pre).relu()
         nothing = torch.zeros_like(self.b_dec)
-        missed, _ = sparse.squared_error(error, values.relu(), self.W_dec, nothing, codes, self.product_dtype)
+        missed, _ = sparse.squared_error(error, values, self.W_dec, nothing, codes, self.product_dtype)
         return AUX_COEFFICIENT * missed / error.pow(2).sum(-1).mean().clamp(min=1e-12)
 
     def forward(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:

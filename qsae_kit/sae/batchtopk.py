@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.sae.base import SAE, Loss, Provenance, State
+from qsae_kit.sae.base import AUX_EVERY, SAE, Loss, Provenance, State
 from qsae_kit.sae.codes import Codes, above
 from qsae_kit.sae.jumprelu import JumpReLUSAE
 
@@ -50,9 +50,9 @@ class BatchTopKSAE(SAE):
         return Codes.from_flat(places, *pre.shape)
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        f, codes = self.encode_entries(x, self.select)
+        f, codes, pre = self.encode_entries(x, self.select)
         missed, error = self.squared_error(x, f, codes)
-        return Loss(missed + self.aux_k_loss(x, error, state.dead), f, codes)
+        return Loss(missed + self.aux_k_loss(x, error, state.dead, pre[::AUX_EVERY]), f, codes)
 
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:

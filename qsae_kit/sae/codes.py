@@ -6,9 +6,9 @@ activations cost E * d_model each, against row * d_sae * d_model when dense. Whe
 in its first steps) the dense products are the cheaper ones and are used instead; the results are the same.
 
 On CUDA the sparse products are Triton kernels (`kernels`), elsewhere embedding bags. The dense product may be made in
-bfloat16. On a CPU it then only selects, and the values of what it selected are made again in float32. On CUDA the sparse
-products read weights and rows in bfloat16 too, since reading them is what they take time for; sums, values and
-gradients are float32 on both.
+bfloat16, with sums in float32; only what is compared with a threshold of its own (`encode_above`) is made again in
+float32. On CUDA the sparse products read weights and rows in bfloat16 too, since reading them is what they take time
+for. Sums, weights and gradients are float32 everywhere.
 """
 
 import importlib.util
@@ -28,11 +28,11 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware (CUDA from compute capability 8, CPUs with AMX), else float32."""
+    """bfloat16 where the processor multiplies it in hardware (CUDA from compute capability 8, CPUs with AMX or AVX512-BF16), else float32."""
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    has_amx = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return torch.bfloat16 if device.type == "cpu" and has_amx() else torch.float32
+    has = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("amx_tile", "avx512_bf16"))
+    return torch.bfloat16 if device.type == "cpu" and any(test() for test in has) else torch.float32
 
 
 def with_kernels(device: torch.device) -> bool:
@@ -118,6 +118,12 @@ class Codes:
         out[self.rows, self.cols] = values
         return out
 
+    def of(self, matrix: Float[Tensor, "row column"]) -> Float[Tensor, " entry"]:
+        """What a whole matrix holds at the entries."""
+        if self.even:
+            return matrix.gather(1, self.cols.view(self.n_rows, -1)).view(-1)
+        return matrix[self.rows, self.cols]
+
     def where(self, keep: Tensor) -> "Codes":
         """Only the entries of a mask [entry]."""
         rows = self.rows[keep]
@@ -161,7 +167,7 @@ class Codes:
     def dots(self, x: Float[Tensor, "row d"], W: Float[Tensor, "column d"]) -> Float[Tensor, " entry"]:
         """x[row] . W[column] of every entry: the gradient of `times` with respect to its values."""
         if self.crowded:
-            return (x @ W.T)[self.rows, self.cols].to(torch.float32 if x.is_cuda else x.dtype)
+            return self.of(x @ W.T).to(torch.float32 if x.is_cuda else x.dtype)
         if with_kernels(x.device):
             from qsae_kit.sae import kernels
 
@@ -278,16 +284,28 @@ def encode(
     b_enc: Float[Tensor, " d_sae"],
     select: Select,
     dtype: torch.dtype | None = None,
-) -> tuple[Float[Tensor, " entry"], Codes]:
-    """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks; dtype: of the product that it picks from (None: as x)."""
+) -> tuple[Float[Tensor, " entry"], Codes, Float[Tensor, "row d_sae"]]:
+    """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks, and all of them, which are not differentiable.
+
+    dtype: of the product (None: as x).
+    """
     dtype = dtype or x.dtype
     with torch.no_grad():
-        short, weights = x.to(dtype), encoder.to(dtype)
-        pre = torch.addmm(b_enc.to(dtype), short, weights.T)
+        short = x.to(dtype)
+        pre = torch.addmm(b_enc.to(dtype), short, encoder.T.to(dtype))
         codes = select(pre)
-        exact = dtype == x.dtype or x.is_cuda
-        v = pre[codes.rows, codes.cols].to(x.dtype) if exact else codes.dots(x, encoder) + b_enc[codes.cols]
-    return _Encode.apply(encoder, b_enc, short if x.is_cuda else x, v, codes), codes
+    return encode_at(short if x.is_cuda else x, encoder, b_enc, codes, pre), codes, pre
+
+
+def encode_at(
+    x: Float[Tensor, "row d_model"],
+    encoder: Float[Tensor, "d_sae d_model"],
+    b_enc: Float[Tensor, " d_sae"],
+    codes: Codes,
+    pre: Float[Tensor, "row d_sae"],
+) -> Float[Tensor, " entry"]:
+    """Pre-activations of chosen entries, taken from all of them, differentiable in the encoder."""
+    return _Encode.apply(encoder, b_enc, x, codes.of(pre.detach()).to(encoder.dtype), codes)
 
 
 def encode_above(
@@ -298,10 +316,11 @@ def encode_above(
     sampled: Float[Tensor, " d_sae"],
     every: int,
     dtype: torch.dtype | None = None,
-) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"]]:
+) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"], Float[Tensor, "row d_sae"]]:
     """Pre-activations of the entries above `least` of their column, and on each `every`-th row of those above `sampled`, a smaller value.
 
-    dtype: as for `encode`. Returned too: which entries are there in every row; the others have the values of the short product.
+    dtype: as for `encode`. Returned too: which entries are there in every row, the others have the values of the short
+    product; and that product, less `sampled` on each `every`-th row and less `least` on the others.
     """
     dtype = dtype or x.dtype
     rows, table = _table(x, dtype), _table(encoder, dtype)
@@ -317,21 +336,7 @@ def encode_above(
         if dtype != x.dtype:
             part = codes.where(everywhere)
             v[everywhere] = part.dots(rows, table) + b_enc[part.cols]
-    return _Encode.apply(encoder, b_enc, rows, v, codes), codes, everywhere
-
-
-def encode_at(
-    x: Float[Tensor, "row d_model"],
-    encoder: Float[Tensor, "d_sae d_model"],
-    b_enc: Float[Tensor, " d_sae"],
-    codes: Codes,
-    dtype: torch.dtype | None = None,
-) -> Float[Tensor, " entry"]:
-    """Pre-activations of chosen entries; dtype: what they are read in on CUDA."""
-    rows = _table(x, dtype)
-    with torch.no_grad():
-        v = codes.dots(rows, _table(encoder, dtype)) + b_enc[codes.cols]
-    return _Encode.apply(encoder, b_enc, rows, v, codes)
+    return _Encode.apply(encoder, b_enc, rows, v, codes), codes, everywhere, pre
 
 
 def decode(
@@ -364,29 +369,33 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
 
     Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest maxima.
     """
+    if with_kernels(pre.device):
+        from qsae_kit.sae import kernels
+
+        return kernels.largest(pre, k)
     n_rows, n_cols = pre.shape
     sizes = [s for s in range(2, 65) if n_cols % s == 0 and n_cols // s >= k]
     size = min(sizes, key=lambda s: n_cols // s + s * k, default=0)  # maxima and candidates that are searched
     if not size or 2 * (n_cols // size + size * k) > n_cols:
-        return pre.topk(k, dim=-1, sorted=False).indices
+        return _top_k(pre, k)
     blocks = n_cols // size  # column c is in block c mod blocks, so that maxima are taken over whole lines of memory
-    best = pre.view(n_rows, size, blocks).amax(1).topk(k, dim=-1, sorted=False).indices
+    best = _top_k(pre.view(n_rows, size, blocks).amax(1), k)
     members = torch.arange(size, device=pre.device)[None, :, None] * blocks
     candidates = (best[:, None, :] + members).view(n_rows, size * k)
-    return candidates.gather(1, pre.gather(1, candidates).topk(k, dim=-1, sorted=False).indices)
+    return candidates.gather(1, _top_k(pre.gather(1, candidates), k))
+
+
+def _top_k(values: Float[Tensor, "row column"], k: int) -> Int[Tensor, "row k"]:
+    """Columns of each row's k largest. CPUs find those of whole numbers in two thirds of the time."""
+    if values.dtype == torch.bfloat16 and values.device.type == "cpu":
+        bits = values.view(torch.int16)
+        values = bits ^ ((bits >> 15) & 0x7FFF)  # in the order of the floats
+    return values.topk(k, dim=-1, sorted=False).indices
 
 
 def select_top_k(k: int) -> Select:
     """Each row's k largest."""
-
-    def select(pre: Tensor) -> Codes:
-        if not with_kernels(pre.device):
-            return Codes.from_columns(largest_columns(pre, k), pre.shape[1])
-        from qsae_kit.sae import kernels
-
-        return Codes.from_columns(kernels.largest(pre, k), pre.shape[1])
-
-    return select
+    return lambda pre: Codes.from_columns(largest_columns(pre, k), pre.shape[1])
 
 
 def select_positive(pre: Float[Tensor, "row d_sae"]) -> Codes:

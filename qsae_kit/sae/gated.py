@@ -30,7 +30,7 @@ class GatedSAE(ReLUSAE):
         return (pre > 0) * (self.r_mag.exp() * (pre - self.b_enc) + self.b_mag).relu()
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        gate, codes = self.encode_entries(x, select_positive)
+        gate, codes, _ = self.encode_entries(x, select_positive)
         scale, gate_bias, bias = (of_column(t, codes) for t in (self.r_mag.exp(), self.b_enc, self.b_mag))
         f = (scale * (gate - gate_bias) + bias).relu() * (gate > 0)
         missed, _ = self.squared_error(x, f, codes)

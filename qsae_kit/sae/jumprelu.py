@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from qsae_kit.sae.base import SAE, Loss, Provenance, State
+from qsae_kit.sae.base import AUX_EVERY, SAE, Loss, Provenance, State
 from qsae_kit.sae.codes import of_column
 
 Sparsity: TypeAlias = Literal["target", "step", "tanh"]
@@ -85,14 +85,19 @@ class JumpReLUSAE(SAE):
         # Below the kernel there is neither value nor gradient. In its lower half entries only tell how many there are,
         # for which a part of the rows will do; near the threshold all are taken, since there rounding decides.
         every = max(1, round(len(x) / SAMPLED_ROWS))
-        pre, codes, everywhere = self.encode_above(x, theta - self.bandwidth / 8, theta - self.bandwidth / 2, every)
+        least, sampled = theta - self.bandwidth / 8, theta - self.bandwidth / 2
+        pre, codes, everywhere, shifted = self.encode_above(x, least, sampled, every)
         stands_for = torch.where(everywhere, 1.0, len(x) / len(x[::every]))
         f, fired = _Jump.apply(pre, of_column(self.threshold, codes), stands_for, self.bandwidth)
         codes.narrow(fired.detach() > 0)
         missed, error = self.squared_error(x, f, codes)
         weight = self.coefficient * min(1.0, state.progress / WARM_UP[self.sparsity_loss])
         total = missed + weight * self._sparsity(f, fired, len(x))
-        return Loss(total + self.aux_k_loss(x, error, state.dead) + self._lift(x, state.dead), f, codes)
+        if len(state.dead):
+            some = torch.arange(0, len(x), AUX_EVERY, device=x.device)[:, None]
+            all_pre = shifted[::AUX_EVERY] + torch.where(some % every == 0, sampled, least).to(shifted.dtype)
+            total = total + self.aux_k_loss(x, error, state.dead, all_pre) + self._lift(x, state.dead)
+        return Loss(total, f, codes)
 
     def _sparsity(self, f: Tensor, fired: Tensor, n_rows: int) -> Tensor:
         if self.sparsity_loss == "tanh":
@@ -100,10 +105,8 @@ class JumpReLUSAE(SAE):
         l0 = fired.sum() / n_rows
         return l0 if self.sparsity_loss == "step" else (l0 / self.sparsity - 1) ** 2
 
-    def _lift(self, x: Float[Tensor, "row d_model"], dead: Int[Tensor, " latent"]) -> Tensor | float:
+    def _lift(self, x: Float[Tensor, "row d_model"], dead: Int[Tensor, " latent"]) -> Tensor:
         """Raises the biases of dead latents gently to their thresholds (after Conerly et al. 2025); AuxK turns their rows."""
-        if not len(dead):
-            return 0.0
         gap = self.threshold[dead] - (x[::8] @ self.encoder[dead].detach().T + self.b_enc[dead])
         return LIFT * gap.relu().mean(0).sum() / self.d_sae**0.5
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.sae.base import Loss, State
+from qsae_kit.sae.base import AUX_EVERY, Loss, State
 from qsae_kit.sae.batchtopk import BatchTopKSAE
 from qsae_kit.sae.codes import decode
 
@@ -20,7 +20,7 @@ class MatryoshkaSAE(BatchTopKSAE):
     architecture = "matryoshka"
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        f, codes = self.encode_entries(x, self.select)
+        f, codes, pre = self.encode_entries(x, self.select)
         x_hat: Tensor = self.b_dec
         total = torch.zeros((), device=x.device)
         begin = 0
@@ -30,4 +30,4 @@ class MatryoshkaSAE(BatchTopKSAE):
             x_hat = x_hat + decode(f[inside], self.W_dec, codes.where(inside), self.product_dtype)
             total = total + (x - x_hat).pow(2).sum(-1).mean() / len(PREFIXES)
             begin = end
-        return Loss(total + self.aux_k_loss(x, x - x_hat, state.dead), f, codes)
+        return Loss(total + self.aux_k_loss(x, x - x_hat, state.dead, pre[::AUX_EVERY]), f, codes)

@@ -34,7 +34,7 @@ class ReLUSAE(SAE):
         return pre.relu()
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        pre, codes = self.encode_entries(x, select_positive)
+        pre, codes, _ = self.encode_entries(x, select_positive)
         f = pre.relu()  # a product in a short format may have selected what is not above 0
         missed, _ = self.squared_error(x, f, codes)
         penalty = self.penalty(f, len(x), state) * f.sum() / len(x)

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.sae.base import SAE, Loss, Provenance, State
+from qsae_kit.sae.base import AUX_EVERY, SAE, Loss, Provenance, State
 from qsae_kit.sae.codes import select_top_k
 
 
@@ -33,7 +33,7 @@ class TopKSAE(SAE):
         return torch.zeros_like(pre).scatter(-1, indices, values.relu())
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        v, codes = self.encode_entries(x, select_top_k(self.k))
+        v, codes, pre = self.encode_entries(x, select_top_k(self.k))
         f = v.relu()
         missed, error = self.squared_error(x, f, codes)
-        return Loss(missed + self.aux_k_loss(x, error, state.dead), f, codes)
+        return Loss(missed + self.aux_k_loss(x, error, state.dead, pre[::AUX_EVERY]), f, codes)
