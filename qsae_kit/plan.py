@@ -114,12 +114,15 @@ def return_freed_memory() -> None:
 
 
 @contextmanager
-def kept_memory(most: int) -> Iterator[Callable[[], None]]:
+def kept_memory(most: int | None) -> Iterator[Callable[[], None]]:
     """Within it, glibc keeps what is freed, up to blocks of 32 MiB; steps that want the same blocks again are faster so.
 
     It cannot use all of it again, so that more and more is kept: the function given, called between steps, gives what is
-    free back where the process holds more than `most` bytes. At the end all goes back.
+    free back where the process holds more than `most` bytes. At the end all goes back. None: nothing of this is wanted.
     """
+    if most is None:
+        yield lambda: None
+        return
     _mallopt(32 << 20, 1 << 30)
     try:
         yield lambda: _trim() if (_status("RssAnon:") or 0) > most else None

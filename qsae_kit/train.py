@@ -285,7 +285,7 @@ class _GroupRun:
         return start_trainers(self.group.keys, by_variant, block)
 
     def train(
-        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: float, most: int, bar: bool
+        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: float, most: int | None, bar: bool
     ) -> dict[Key, SiteTrainer]:
         """Steps until the group is complete or an interrupt was asked for; `most`: see `kept_memory`."""
         lead = self.lead
@@ -425,7 +425,8 @@ def train_saes(
             if state is not None and number == state["group"]:
                 run.resume(state)
             peak = Peak(source.device)
-            trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, peak.began + group.bytes, bar)
+            most = peak.began + group.bytes if source.device.type == "cpu" else None
+            trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, most, bar)
             if bar and peak.bytes is not None:
                 _say(f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned")
             while trainers:

@@ -326,7 +326,7 @@ def test_the_auxiliary_loss_by_hand():
     some, left = x[::4], error[::4]
     pre = (some @ sae.W_enc + sae.b_enc)[:, dead]
     kept = pre * (pre >= pre.sort(descending=True).values[:, 1:2]) * (pre > 0)
-    expected = (left - kept @ sae.W_dec[dead]).pow(2).sum() / left.pow(2).sum() / 32
+    expected = (left - kept @ sae.W_dec[dead]).pow(2).sum() / left.pow(2).sum() / 8
     torch.testing.assert_close(loss, expected)
     loss.backward()
     assert sae.W_dec.grad[dead].any()

@@ -57,8 +57,8 @@ class State(NamedTuple):
     """0 to 1."""
 
 
-AUX_COEFFICIENT, AUX_K = 1 / 32, 2
-"""See `SAE.aux_k_loss`."""
+AUX_COEFFICIENT, AUX_K = 1 / 8, 2
+"""See `SAE.aux_k_loss`. The paper's 1 / 32 leaves half as many latents again dead, for a hundredth less FVU."""
 AUX_EVERY = 4
 """The auxiliary loss is taken on every fourth row, which costs a quarter and revives as many."""
 
