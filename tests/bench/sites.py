@@ -25,7 +25,8 @@ def main() -> None:
         tokens += int(batch.keep.sum())
         if tokens >= TOKENS:
             break
-    table = evaluate_suite(lm, load_suite(a.suite), batches, 1)[["variant", "site", "fvu", "l0", "target", "dead"]]
+    table = evaluate_suite(lm, load_suite(a.suite), batches, 1)
+    table = table.loc[table["category"] == "all", ["variant", "site", "fvu", "l0", "target", "dead"]].copy()
     table["l0 off by"] = table["l0"] / table["target"] - 1
     print(table.to_string(index=False, float_format="{:.4f}".format))
     print(
