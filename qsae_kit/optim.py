@@ -36,7 +36,7 @@ class Adam:
     moments: float32 takes torch's fused kernel; bfloat16 and int8 hold the moments of matrices in 4 and 2 bytes a
     parameter. Vectors keep float32: their entries belong to different latents, whose gradients differ by decades.
     On CUDA float32 and bfloat16 moments of matrices are updated by this package's kernel.
-    unit_rows: a matrix whose rows keep unit length, so that gradients along them are taken away.
+    unit_rows: a matrix whose rows keep unit length, gradients along which are taken away.
     """
 
     def __init__(
@@ -65,8 +65,11 @@ class Adam:
         return _Stored(torch.zeros(n_blocks * BLOCK, dtype=torch.int8, device=p.device), torch.zeros(n_blocks, device=p.device))
 
     @torch.no_grad()
-    def gradient_norm(self) -> Float[Tensor, ""]:
-        """Length of all gradients together, after the parts along unit rows are taken away; to be called before each step."""
+    def project_gradients(self) -> Float[Tensor, ""]:
+        """Takes gradients' parts along unit rows away (on CUDA within the step); the length of all gradients after that.
+
+        To be called before each step.
+        """
         if not self._kernels:
             if self.unit_rows is not None and self.unit_rows.grad is not None:
                 grad = self.unit_rows.grad

@@ -119,7 +119,7 @@ class SiteTrainer:
             return
         loss = self.sae.training_loss(x, self._state(progress))
         loss.total.backward()
-        norm = self.optimizer.gradient_norm()
+        norm = self.optimizer.project_gradients()
         with torch.no_grad():
             fires, cols = loss.f > 0, loss.codes.cols
             self.quiet += len(x)

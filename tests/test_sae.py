@@ -85,7 +85,7 @@ def test_the_loss_reaches_every_parameter(architecture):
         assert len(loss.codes) == 5 * len(x)
     else:
         torch.testing.assert_close(loss.codes.dense(loss.f), sae.encode(x))
-    Adam(list(sae.parameters()), unit_rows=sae.W_dec).gradient_norm()
+    Adam(list(sae.parameters()), unit_rows=sae.W_dec).project_gradients()
     assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-5
 
 
@@ -344,3 +344,39 @@ def test_dead_latents_are_lifted_by_their_biases_and_thresholds_alone():
     assert (sae.threshold.grad[:3] > 0).all()
     assert not sae.b_enc.grad[3:].any()
     assert sae.encoder.grad is None
+
+
+@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "matryoshka", "jumprelu"])
+def test_the_auxiliary_loss_sees_the_pre_activations_of_its_rows(architecture):
+    sae, x = make(architecture)
+    sae.eval()  # thresholds stay
+    with torch.no_grad():
+        alive = sae.training_loss(x, State(torch.arange(0), 1.0))
+        dead = torch.arange(3, 9)
+        error = x - sae.decode(alive.codes.dense(alive.f))
+        expected = sae.aux_k_loss(x, error, dead, sae.pre_activations(x)[::4])
+        if architecture == "jumprelu":
+            expected = expected + sae._lift(x, dead)
+        found = sae.training_loss(x, State(dead, 1.0)).total - alive.total
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_optimiser_is_adam_on_clipped_gradients_beside_unit_rows():
+    generator = torch.Generator().manual_seed(0)
+    W, b = torch.nn.functional.normalize(torch.randn(6, 5, generator=generator), dim=-1), torch.randn(6, generator=generator)
+    ours = [W.clone().requires_grad_(), b.clone().requires_grad_()]
+    theirs = [W.clone().requires_grad_(), b.clone().requires_grad_()]
+    optimizer, plain = Adam(ours, unit_rows=ours[0]), torch.optim.Adam(theirs)
+    for scale in (0.1, 30.0, 0.2, 5.0):  # by which a clip of ever other size shows in the moments
+        for one, other in zip(ours, theirs, strict=True):
+            grad = torch.randn(one.shape, generator=generator) * scale
+            one.grad, other.grad = grad.clone(), grad
+        W, grad = theirs[0].detach(), theirs[0].grad
+        theirs[0].grad = grad - (grad * W).sum(-1, keepdim=True) * W
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        plain.param_groups[0]["lr"] = 0.05
+        plain.step()
+        W.div_(W.norm(dim=-1, keepdim=True))
+        optimizer.step(0.05, clip=min(1.0, 1 / float(optimizer.project_gradients())))
+        for one, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(one, other)

@@ -58,7 +58,7 @@ class State(NamedTuple):
 
 
 AUX_COEFFICIENT, AUX_K = 1 / 8, 2
-"""See `SAE.aux_k_loss`. The paper's 1 / 32 leaves half as many latents again dead, for a hundredth less FVU."""
+"""See `SAE.aux_k_loss`. The paper's 1 / 32 leaves half as many latents again dead, at hardly less FVU."""
 AUX_EVERY = 4
 """The auxiliary loss is taken on every fourth row, which costs a quarter and revives as many."""
 

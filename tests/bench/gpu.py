@@ -156,7 +156,7 @@ def phases(
     def update() -> None:
         for p in sae.parameters():
             p.grad = gradients[p]
-        trainer.optimizer.gradient_norm()
+        trainer.optimizer.project_gradients()
         trainer.optimizer.step(1e-4, clip=0.5)
         trainer.optimizer.zero_grad()
 
