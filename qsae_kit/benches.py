@@ -20,6 +20,7 @@ from qsae_kit.metrics import paired_bootstrap, wilson
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import answer_all
 from qsae_kit.steering import Steering, Suite
+from qsae_kit.writers import only_writer
 
 Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
 """Prompts and answers -> what a guard says of each, such as `partial(judges.guard_judgements, load_model(...))`."""
@@ -154,25 +155,26 @@ def measure_benches(
     about |= {"prompts": [[*key, texts] for key, texts in kept.items()]}
     about |= {"arms": {arm: steering.to_json(suite) for arm, steering in arms.items()}, "behaviour": behaviour.name}
     about |= {"max_new_tokens": max_new_tokens, "thinking": enable_thinking, "guard": guard and (guard_name or True)}
-    journal = Journal(folder and folder / "benches.jsonl", about)
-    rows = []
-    for (bench, part), texts in kept.items():
-        clean = ""
-        for arm, steering in {"none": Steering(), **arms}.items():
-            compute = partial(_said, lm, behaviour, texts, steering.edits(suite), max_new_tokens, enable_thinking, guard)
-            said = journal.get(f"{bench}/{part}/{arm}", compute)
-            clean = clean or said["outcomes"]
-            shown = wilson(said["outcomes"].count("S"), len(texts))
-            change = paired_bootstrap([changes(said["outcomes"], clean)], [1.0], seed=seed)
-            rows.append(
-                {
-                    "bench": bench, "part": part, "harmful": _is_harmful(bench, part), "intervention": arm, "n": len(texts),
-                    "left_out": len(prompts[bench][part]) - len(texts), "refusal_rate": shown.rate, "ci_low": shown.low, "ci_high": shown.high,
-                    "broken_rate": rate(said["outcomes"], "B"), "change": change.rate, "change_low": change.low,
-                    "change_high": change.high, "published": PUBLISHED.get((bench, part)), **_guarded(said),
-                }
-            )  # fmt: skip
-    return pd.DataFrame(rows)
+    with only_writer(folder):
+        journal = Journal(folder and folder / "benches.jsonl", about)
+        rows = []
+        for (bench, part), texts in kept.items():
+            clean = ""
+            for arm, steering in {"none": Steering(), **arms}.items():
+                compute = partial(_said, lm, behaviour, texts, steering.edits(suite), max_new_tokens, enable_thinking, guard)
+                said = journal.get(f"{bench}/{part}/{arm}", compute)
+                clean = clean or said["outcomes"]
+                shown = wilson(said["outcomes"].count("S"), len(texts))
+                change = paired_bootstrap([changes(said["outcomes"], clean)], [1.0], seed=seed)
+                rows.append(
+                    {
+                        "bench": bench, "part": part, "harmful": _is_harmful(bench, part), "intervention": arm, "n": len(texts),
+                        "left_out": len(prompts[bench][part]) - len(texts), "refusal_rate": shown.rate, "ci_low": shown.low, "ci_high": shown.high,
+                        "broken_rate": rate(said["outcomes"], "B"), "change": change.rate, "change_low": change.low,
+                        "change_high": change.high, "published": PUBLISHED.get((bench, part)), **_guarded(said),
+                    }
+                )  # fmt: skip
+        return pd.DataFrame(rows)
 
 
 def _is_harmful(bench: str, part: str) -> bool:

@@ -1,15 +1,47 @@
 """The model card of a suite, and its way to the hub."""
 
-from collections.abc import Mapping
-from pathlib import Path
+import json
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from qsae_kit.files import inside, write_text
+from qsae_kit.jsonfiles import read_json
+from qsae_kit.writers import only_writer
+
 TEMPLATE = Path(__file__).with_name("card.md.jinja")
-LEFT_HERE = ["data/*", "checkpoint-*/*", ".*", "*/.*", "study/journal.jsonl"]
-"""What is not pushed: the documents (other people's texts, under their own licences), checkpoints and journals."""
+CARD = "README.md"
+PUBLISHED = {
+    "SAEs": ("suite/*/*/cfg.json", "suite/*/*/sae_weights.safetensors"),
+    "the card, the plan and what the files are": (CARD, "plan.json", "manifest.json", "data/data.json"),
+    "the training's log": ("train.jsonl",),
+    "evaluation": ("evaluation/evaluation.*", "baselines/evaluation.*", "baselines/baselines.html", "baselines/seeds.*"),
+    "figures of every feature, with single tokens": (
+        "features/index.json",
+        "features/tokens.parquet",
+        "features/tables/*/*/features.parquet",
+    ),
+    "the steering study, its prompts and some answers": (
+        *(f"study/{name}.csv" for name in ("study", "candidates", "selection", "examples")),
+        *(f"study/{name}.json" for name in ("study", "steering", "prompts")),
+        *(f"study/{name}.html" for name in ("dose", "controls", "report")),
+    ),
+}
+"""All that is pushed, by what it is; nothing else ever is: no documents, no labels, no checkpoints, no journals."""
+EXAMPLES = {
+    "texts of the documents, as the features' examples": (
+        "features/documents.parquet",
+        "features/tables/*/*/examples.parquet",
+    )
+}
+"""What is pushed beside it where the data allow it or the user says so."""
+BEGIN, END = "<!-- published -->", "<!-- end of published -->"
+"""Between them a card says what is published."""
 
 
 def plain(text: Any) -> str:
@@ -28,34 +60,147 @@ def model_card(plan: Mapping[str, Any], data: Mapping[str, Any], evaluation: pd.
     )
 
 
-def push(out: Path, repository: str, private: bool = True) -> str:
-    """Uploads a finished suite to the hub, without `LEFT_HERE`; an upload that was cut off goes on. Returns the address.
+def write_card(out: Path) -> None:
+    """Writes a suite's README.md from its plan, data, evaluation and study."""
+    data = read_json(out / "data" / "data.json", "a suite's data")
+    study = read_json(out / "study" / "study.json", "a study")
+    page = model_card(
+        read_json(out / "plan.json", "a suite's plan"), data, pd.read_csv(out / "evaluation" / "evaluation.csv"), study
+    )
+    write_text(out / CARD, page)
 
-    Raises ValueError with what to do where the folder is not whole, or the hub cannot be reached or says no.
+
+def examples_allowed(out: Path) -> bool:
+    """Whether all data of a suite may be passed on, by its recipe's licences; not where nobody knows."""
+    path = out / "data" / "data.json"
+    about = read_json(path, "a suite's data") if path.is_file() else {}
+    slots = about.get("slots") if isinstance(about, dict) else None
+    if not isinstance(slots, dict) or not slots:
+        return False
+    return all(isinstance(slot, dict) and slot.get("publish") is True for slot in slots.values())
+
+
+def published(out: Path, examples: bool) -> dict[str, list[str]]:
+    """Names of the files of a suite that are pushed, by what they are: of those that its manifest names.
+
+    Raises ValueError where the manifest is none, and where a link stands in the place of a file.
+    """
+    wanted = PUBLISHED | (EXAMPLES if examples else {})
+    made = ["manifest.json", *_made(out / "manifest.json")]
+    return {
+        what: [name for name in made if _is_one_of(name, patterns) and _is_there(out, name)] for what, patterns in wanted.items()
+    }
+
+
+def _made(path: Path) -> list[str]:
+    """The names of a manifest's files, checked."""
+    manifest = read_json(path, "a suite's manifest")
+    stages = manifest.get("stages") if isinstance(manifest, dict) else None
+    if not isinstance(stages, dict) or not all(isinstance(files, dict) for files in stages.values()):
+        raise ValueError(f"{str(path)!r} is no manifest of a suite; let qsae suite come to its end first.")
+    names = sorted({name for files in stages.values() for name in files})
+    for name in names:
+        inside(path.parent, name, "The suite's manifest")
+    return names
+
+
+def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
+    depth = name.count("/")
+    return any(pattern.count("/") == depth and fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_there(out: Path, name: str) -> bool:
+    path = out / name
+    parts = [PurePosixPath(name), *PurePosixPath(name).parents][:-1]
+    if any((out / part).is_symlink() for part in parts):
+        raise ValueError(f"{str(path)!r} is a link, and links are not published; put the file itself there.")
+    return path.is_file()
+
+
+def _said(files: Mapping[str, Sequence[str]], examples: bool) -> str:
+    """What a card says of what is published."""
+    lines = [f"- {what}: {_short(names)}" for what, names in files.items() if names]
+    texts = "Texts of the documents are in it." if examples else "No text of the documents is in it."
+    return "\n".join([BEGIN, "", "What is in this repository, and nothing else:", "", *lines, "", texts, "", END])
+
+
+def _short(names: Sequence[str]) -> str:
+    """Files as patterns: those of one name in several folders as one."""
+    parts = [PurePosixPath(name) for name in names]
+    shown = dict.fromkeys(f"{p.parts[0]}/.../{p.name}" if len(p.parts) > 2 else str(p) for p in parts)
+    return ", ".join(f"`{name}`" for name in shown)
+
+
+def _tell(out: Path, files: Mapping[str, Sequence[str]], examples: bool) -> None:
+    """Writes what is published into the card. Raises ValueError for a card without a place for it."""
+    path = out / CARD
+    text = path.read_text(encoding="utf-8")
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(
+            f"{str(path)!r} has no place between {BEGIN} and {END} for what is published; put the two lines back, or "
+            "take the card away and let qsae suite write it again with --remake."
+        )
+    write_text(path, before + _said(files, examples) + after)
+
+
+def _check_paths(out: Path, names: Sequence[str]) -> None:
+    """ValueError where a file that would be pushed names a folder of this machine."""
+    home = f"{Path.home()}/"
+    secrets = [str(path) for path in (out.resolve(), Path.cwd()) if len(path.parts) > 1] + ([home] if home != "//" else [])
+    for name in names:
+        path = out / name
+        content = b"" if path.suffix == ".safetensors" else path.read_bytes()
+        found = [secret for secret in secrets if secret.encode() in content or json.dumps(secret)[1:-1].encode() in content]
+        if found:
+            raise ValueError(
+                f"{name} names the folder {found[0]!r} of this machine, and was not published; take the name out of it, or make "
+                "the suite again."
+            )
+
+
+def push(out: Path, repository: str, private: bool = True, examples: bool | None = None) -> str:
+    """Uploads a finished suite to the hub: what `PUBLISHED` lists, which its card says; returns the address.
+
+    examples: whether texts of the documents (`EXAMPLES`) go along; None: where the recipe's licences allow it for all of them.
+    An upload that was cut off goes on. Raises ValueError with what to do where the folder is not whole, a file names a folder of
+    this machine, or the hub cannot be reached or says no.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
-    if not (out / "README.md").is_file():
+    if not (out / CARD).is_file():
         raise ValueError(f"{str(out)!r} holds no finished suite (there is no README.md); let qsae suite come to its end first.")
-    api = HfApi()
-    again = "what is uploaded already is not sent again: run the same command"
-    try:
-        address = str(api.create_repo(repository, private=private, exist_ok=True))
-        # Up to huggingface_hub 1 the upload that can be cut off has a name of its own; later it is the usual one.
-        upload: Any = getattr(api, "upload_large_folder", None)
-        if upload is not None:
-            upload(repo_id=repository, folder_path=out, repo_type="model", ignore_patterns=LEFT_HERE)
-        else:
-            api.upload_folder(repo_id=repository, folder_path=out, ignore_patterns=LEFT_HERE, commit_message="A suite of SAEs")
-    except HfHubHTTPError as error:
-        reason = str(error).strip().splitlines()[0].rstrip(".")
-        raise ValueError(
-            f"The hub refused {repository!r} ({reason}); log in with a token that may write (hf auth login); {again}."
-        ) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-        raise ValueError(
-            f"The suite could not be pushed to {repository!r} ({reason}); check network, disk and name; {again}."
-        ) from error
+    with only_writer(out):
+        given = examples_allowed(out) if examples is None else examples
+        files = published(out, given)
+        _tell(out, files, given)
+        names = [name for some in files.values() for name in some]
+        _check_paths(out, names)
+        again = "what is uploaded already is not sent again: run the same command"
+        try:
+            api = HfApi()
+            address = str(api.create_repo(repository, private=private, exist_ok=True))
+            _upload(api, repository, out, names)
+        except HfHubHTTPError as error:
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"The hub refused {repository!r} ({reason}); log in with a token that may write (hf auth login); {again}."
+            ) from error
+        except (OSError, ValueError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            raise ValueError(
+                f"The suite could not be pushed to {repository!r} ({reason}); check network, disk and name; {again}."
+            ) from error
     return address
+
+
+def _upload(api: Any, repository: str, out: Path, names: list[str]) -> None:
+    """Sends just these files. Up to huggingface_hub 1 the upload that can be cut off has a name of its own."""
+    names = [re.sub(r"([*?[])", r"[\1]", name) for name in names]  # they are read as patterns
+    large: Any = getattr(api, "upload_large_folder", None)
+    if large is not None:
+        large(repo_id=repository, folder_path=out, repo_type="model", allow_patterns=names)
+    else:
+        api.upload_folder(repo_id=repository, folder_path=out, allow_patterns=names, commit_message="A suite of SAEs")

@@ -1,13 +1,19 @@
 """The `qsae` command: parses, calls, prints."""
 
+import signal
 import sys
 import warnings
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from qsae_kit.fit import FitResult
 
 app = typer.Typer(
     help="Sparse autoencoders for chat models: train, evaluate, steer.", no_args_is_help=True, add_completion=False,
@@ -25,9 +31,15 @@ Sites = Annotated[list[str] | None, typer.Option("--site", help="Only this hook 
 Variants = Annotated[list[str] | None, typer.Option("--variant", help="Only this variant of the suite; may be given again.")]
 
 
+LIKELY_WIDTH = 1024
+"""A d_model to try a recipe with before the model's own is known."""
+_running: ContextVar[typer.Context] = ContextVar("running")
+
+
 @app.callback()
-def _qsae() -> None:
+def _qsae(context: typer.Context) -> None:
     """Sparse autoencoders for chat models: train, evaluate, steer."""
+    _running.set(context)
 
 
 @app.command()
@@ -48,7 +60,7 @@ def demo(
     from qsae_kit.models import load_model
     from qsae_kit.report import SHOWN, summary
 
-    _check_out(out)
+    _write_to(out)
     lm = load_model(model, dtype)
     config = default_config(lm)
     config = replace(config, sites=sites or config.sites, layers=layers or config.layers)
@@ -83,7 +95,7 @@ def harvest(
     from qsae_kit.harvest import harvest_rows
     from qsae_kit.models import load_model
 
-    _check_out(out.parent)
+    _write_file(out)
     lm = load_model(model, dtype)
     n = harvest_rows(lm, data, site, tokens, out, drop_template)
     typer.echo(f"{n:,} rows of {site} in {out}")
@@ -105,7 +117,7 @@ def dialogues(
     from qsae_kit.models import load_model
     from qsae_kit.prompts import read_prompts
 
-    _check_out(out.parent)
+    _write_file(out)
     texts = mixed_prompts(model, n) if prompts is None else read_prompts(prompts)[:n]
     lm = load_model(model, dtype)
     typer.echo(f"{write_dialogues(lm, texts, out, max_new_tokens):,} chats in {out}")
@@ -152,15 +164,17 @@ def train(
     from typing import cast, get_args
 
     from qsae_kit import fit
+    from qsae_kit.interrupts import say
     from qsae_kit.models import load_model
-    from qsae_kit.recipe import Frozen, default_recipe
+    from qsae_kit.recipe import WIDEST, Frozen, default_recipe
     from qsae_kit.sae import ARCHITECTURES
     from qsae_kit.watch import WATCHERS
 
-    _check_out(out)
+    _write_to(out)
     _refuse(watch is not None and watch not in WATCHERS, f"--watch {watch} was given; allowed are {', '.join(WATCHERS)}.")
     _refuse(arch not in ARCHITECTURES, f"There is no architecture {arch!r}; choose from {', '.join(ARCHITECTURES)}.")
-    _refuse(d_sae is not None and d_sae < 1, f"--d-sae {d_sae} was given; it must be positive.")
+    wide = d_sae is not None and not 1 <= d_sae <= WIDEST
+    _refuse(wide, f"--d-sae {d_sae} was given; allowed are 1 to {WIDEST:,}.")
     top = arch in ("topk", "batchtopk", "matryoshka")
     _refuse(d_sae is not None and expansion is not None, "--d-sae and --expansion both give the width; leave one out.")
     _refuse(k is not None and not top, f"--k has no effect on {arch}; give --target-l0.")
@@ -174,18 +188,20 @@ def train(
         acts is not None and bool(frozen), "--frozen trains SAEs beside others, and --acts trains one; leave one of them out."
     )
     _refuse(acts is None and bool(site or curve), "--site and --curve belong to --acts; choose sites with --sites and --layers.")
+    given = {
+        "sparsity": k if k is not None else target_l0, "expansion": expansion, "batch": batch, "tokens": tokens, "lr": lr,
+        "pool": pool, "options": _options(option or []) or None,
+    }  # fmt: skip
+    recipe: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+    recipe |= {"architecture": arch, "seed": seed, "moments": moments, "precision": precision}
+    default_recipe(LIKELY_WIDTH, **recipe)  # what is wrong is better said before a model is loaded
     lm = None if acts is not None else load_model(model or "tiny", dtype)
     hook_names = fit.sites_of(lm, sites or "resid,mlp,attn", layers or "all") if lm is not None else [site]
     file = fit.read_rows(acts) if acts is not None else None
     d_model = lm.d_model if lm is not None else file.acts.shape[1]  # type: ignore[union-attr]
-    given = {
-        "sparsity": k if k is not None else target_l0, "expansion": d_sae / d_model if d_sae is not None else expansion,
-        "batch": batch, "tokens": tokens, "lr": lr, "pool": pool, "options": _options(option or []) or None,
-    }  # fmt: skip
-    config = default_recipe(
-        d_model, len(hook_names), architecture=arch, seed=seed, moments=moments, precision=precision,
-        **{name: value for name, value in given.items() if value is not None},
-    )  # fmt: skip
+    if d_sae is not None:
+        recipe["expansion"] = d_sae / d_model
+    config = default_recipe(d_model, len(hook_names), **recipe)
     configs = [config, *(replace(config, frozen=cast("Frozen", part)) for part in dict.fromkeys(frozen or []))]
     if given["sparsity"] is None and config.targeted and not json_:
         typer.echo(f"No {'--k' if top else '--target-l0'} given: {config.sparsity} is assumed, the square root of d_model.")
@@ -196,20 +212,25 @@ def train(
         assert lm is not None
         result = fit.fit_live(lm, data, hook_names, configs, out, resume=resume, watch=watchers, bar=not json_)
     if json_:
-        typer.echo(json.dumps(result.figures))
-        return
+        typer.echo(json.dumps(result.figures | {"complete": result.complete}))
+    else:
+        _say_trained(result, file is not None, out)
+    if not result.complete:
+        say(f"Stopped before the end; the same command with --resume goes on (--out {out}).")
+        raise typer.Exit(INTERRUPTED)
+
+
+def _say_trained(result: "FitResult", stored: bool, out: Path) -> None:
     for variant, saes in result.suite.items():
         for hook_name, sae in saes.items():
             said = ", ".join(f"{name} {value:.3g}" for name, value in sae.provenance.figures.items()) if sae.provenance else ""
             typer.echo(f"{variant}/{hook_name}: {said}")
-    if file is not None:
+    if stored:
         figures = {name: result.figures[name] for name in ("fvu", "l0", "dead", "held_out", "epochs")}
         typer.echo("Held-out rows: " + ", ".join(f"{name} {value:.4g}" for name, value in figures.items()))
         for seconds, rows, fvu in result.figures["curve"]:
             typer.echo(f"  after {rows:,} rows and {seconds:.1f} s: FVU {fvu:.4f}")
     typer.echo(f"{result.figures['tokens_per_s']:,.0f} tokens/s; the SAEs are in {out / 'suite'}")
-    if not result.complete:
-        typer.echo(f"Stopped before the end; the same command with --resume goes on (--out {out}).")
 
 
 @app.command("eval")
@@ -264,7 +285,7 @@ def evaluate(
     _refuse(suite is None, "No --suite was given; give the folder of a suite, or --acts and --sae.")
     _refuse(rows is not None or json_, "--rows and --json belong to --acts.")
     assert suite is not None
-    _check_out(out)
+    _write_to(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     lm = load_model(model or "tiny", dtype)
     _say_measured(fit_to_model(lm, trained, lambda: documents_of(lm, data)[1]()))
@@ -310,7 +331,7 @@ def sweep(
     from qsae_kit.recipe import default_recipe
     from qsae_kit.score import sweep as run_sweep
 
-    _check_out(out)
+    _write_to(out)
     lm = load_model(model, dtype)
     names = fit.sites_of(lm, sites, layers)
     l0s, widths = _numbers("--target-l0", target_l0), _numbers("--expansion", expansion)
@@ -340,18 +361,18 @@ def features(
 ) -> None:
     """Index what every feature of a suite does: densities, examples, promoted tokens, neighbours."""
     from qsae_kit.calibrate import fit_to_model
-    from qsae_kit.corpus import stream_of
+    from qsae_kit.corpus import named, stream_of
     from qsae_kit.features import IndexConfig, build_index
     from qsae_kit.formats import load_suite
     from qsae_kit.index import load_index
     from qsae_kit.models import load_model
 
-    _check_out(out)
+    _write_to(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     lm = load_model(model, dtype)
     _say_measured(fit_to_model(lm, trained, stream_of(lm, data)))
     config = IndexConfig(tokens=tokens, top=top, sampled=sampled)
-    build_index(lm, trained, stream_of(lm, data), out, config, data=data or "the bundled model's world", resume=resume)
+    build_index(lm, trained, stream_of(lm, data), out, config, data=named(data), resume=resume)
     index = load_index(out)
     seen = index.manifest["tokens"]
     for name, hook_name in index.keys:
@@ -432,7 +453,7 @@ def steer(
     from qsae_kit.report import SHOWN, summary, write_study
     from qsae_kit.study import CONTROL_SAES, StudyConfig, quick, steering_study
 
-    _check_out(out)
+    _write_to(out)
     files = {"harmful": harmful, "harmless": harmless, "borderline": borderline}
     given = {kind: read_prompts(path) for kind, path in files.items() if path is not None}
     tiny = model == "tiny" and not given
@@ -532,7 +553,14 @@ def suite(
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder of the suite.")] = Path("runs/suite"),
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan, and make nothing.")] = False,
+    remake: Annotated[
+        bool, typer.Option("--remake", help="Make the first stage whose files are gone or changed anew, and all that follow it.")
+    ] = False,
     push: Annotated[str, typer.Option(help="A repository on the hub to upload the finished suite to (private).")] = "",
+    push_examples: Annotated[
+        bool | None,
+        typer.Option(help="Whether texts of the documents go along; by default where the recipe's licences allow it for all."),
+    ] = None,
 ) -> None:
     """Make a whole suite: data, SAEs, evaluation, feature index, refusal study, model card. A cut-off run goes on."""
     from qsae_kit.card import push as push_suite
@@ -546,7 +574,7 @@ def suite(
     files = {name: path for name, _, path in (entry.partition("=") for entry in slot or [])}
     missing = [path for path in files.values() if not Path(path).is_file()]
     _refuse(bool(missing), f"There is no file {''.join(missing[:1])!r}; --slot takes NAME=FILE.")
-    _check_out(out)
+    (_check_out if plan else _write_to)(out)
     lm = load_model(model, dtype)
     config = SuiteConfig(
         budget, sites, layers, recipe, files, expansion, target_l0, moments, goal, baseline_sites, seed,  # type: ignore[arg-type]
@@ -555,10 +583,10 @@ def suite(
     if plan:
         typer.echo(said_plan(make_plan(lm, config, out, taken)))
         return
-    make_suite(lm, out, config, memory=taken, folder=data_folder)
+    make_suite(lm, out, config, memory=taken, folder=data_folder, remake=remake)
     typer.echo(f"The suite: {out}; its card: {out / 'README.md'}; what is in it: {out / 'manifest.json'}")
     if push:
-        typer.echo(f"Pushed to {push_suite(out, push)}")
+        typer.echo(f"Pushed to {push_suite(out, push, examples=push_examples)}")
 
 
 @app.command()
@@ -582,7 +610,7 @@ def diff(
     from qsae_kit.modeldiff import compare_models, most_changed
     from qsae_kit.models import load_model
 
-    _check_out(out)
+    _write_to(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     pair = load_model(first, dtype), load_model(second, dtype)
     held_out, others = documents_of(pair[1], data)
@@ -627,7 +655,7 @@ def convert(
     """Write the SAEs of a public release as a suite in SAELens's format, whole or not at all."""
     from qsae_kit.formats import convert_suite
 
-    _check_out(out)
+    _write_file(out)
     written = convert_suite(source, out, variants=variant or (), hook_names=site or (), model_name=model)
     typer.echo(f"{len(written)} SAEs in {out}, the first in {written[0]}")
 
@@ -664,8 +692,29 @@ def _refuse(wrong: bool, message: str) -> None:
         raise ValueError(message)
 
 
+def _write_to(folder: Path) -> None:
+    """Holds a folder for results until the command ends. ValueError before any work where it cannot be written, or is held."""
+    from qsae_kit.writers import only_writer
+
+    _check_out(folder)
+    _hold(only_writer(folder))
+
+
+def _write_file(path: Path) -> None:
+    """The same for a single file, or a folder that appears as a whole."""
+    from qsae_kit.files import check_writable
+    from qsae_kit.writers import only_writer_of
+
+    check_writable(path)
+    _check_out(path.parent)
+    _hold(only_writer_of(path))
+
+
+def _hold(lock: AbstractContextManager[None]) -> None:
+    _running.get().with_resource(lock)
+
+
 def _check_out(folder: Path) -> None:
-    """ValueError before any work where a folder for results cannot be made or written."""
     import os
 
     existing = next(p for p in (folder, *folder.absolute().parents) if p.exists())
@@ -673,6 +722,10 @@ def _check_out(folder: Path) -> None:
         raise ValueError(
             f"{str(folder)!r} cannot be written to: {str(existing)!r} is not a writable folder; choose another --out."
         )
+
+
+INTERRUPTED = 128 + signal.SIGINT
+"""The exit code of a command that was interrupted, as Typer gives it too."""
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """Which documents are looked at: a file's, a data set's or the bundled model's world; and which are held out."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from qsae_kit.data import Document, again, read_documents, split_documents
 from qsae_kit.models import HookedLM
@@ -9,6 +10,14 @@ from qsae_kit.tiny import world
 HELD_OUT_DOCUMENTS = 256
 TRAINING, HELD_OUT, HARVEST, INDEX = 1_000_007, 1_000_008, 1_000_009, 1_000_010
 """Seeds of the world's dialogues, by what they are for."""
+
+
+def named(data: str | None) -> str:
+    """What files say of the data that they were made of: a data set's id, or a file's name without its folders."""
+    if data is None:
+        return "the bundled model's world"
+    path = Path(data)
+    return path.name if path.is_absolute() or path.exists() else data
 
 
 def stream_of(lm: HookedLM, data: str | None, seed: int = INDEX) -> Callable[[], Iterator[Document]]:

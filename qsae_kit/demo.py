@@ -22,6 +22,7 @@ from qsae_kit.sae import SAE
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
 from qsae_kit.study import StudyConfig, StudyResult, steering_study
 from qsae_kit.train import train_saes
+from qsae_kit.writers import only_writer
 
 
 @dataclass(frozen=True)
@@ -102,9 +103,13 @@ def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: st
     (`report.write_study`) and report.html to `out`.
 
     data: a file or data set of chats to train on instead of the default. Raises ValueError for sites or layers that do
-    not exist, and for bad data, before anything is written.
+    not exist, and for bad data, before anything is written, and while another process writes there.
     """
-    config = config or default_config(lm)
+    with only_writer(out):
+        return _run_demo(lm, out, config or default_config(lm), data, bar)
+
+
+def _run_demo(lm: HookedLM, out: Path, config: DemoConfig, data: str | None, bar: bool) -> DemoResult:
     names = [site.hook_name for site in expand_sites(parse_kinds(config.sites), parse_layers(config.layers, lm.n_layers))]
     given = refusal_prompts(lm.model_name, config.n_selection, config.n_evaluation)
     fewer = {kind: texts if kind == "harmful" else texts[: config.n_harmless] for kind, texts in given.evaluation.items()}

@@ -11,6 +11,7 @@ from qsae_kit.data import Document
 from qsae_kit.files import write_text
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import answer_all
+from qsae_kit.writers import only_writer_of
 
 ANSWER_TOKENS = 48
 """Tokens of an answer, at most."""
@@ -39,7 +40,11 @@ def own_dialogues(
 
 
 def write_dialogues(lm: HookedLM, prompts: Sequence[str], path: Path, max_new_tokens: int = ANSWER_TOKENS) -> int:
-    """Writes `own_dialogues` as JSON lines with `messages`, whole or not at all; gives their number."""
-    lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in own_dialogues(lm, prompts, max_new_tokens)]
-    write_text(path, "".join(line + "\n" for line in lines))
+    """Writes `own_dialogues` as JSON lines with `messages`, whole or not at all; gives their number.
+
+    Raises ValueError while another process writes the file.
+    """
+    with only_writer_of(path):
+        lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in own_dialogues(lm, prompts, max_new_tokens)]
+        write_text(path, "".join(line + "\n" for line in lines))
     return len(lines)

@@ -14,6 +14,8 @@ together, what the token alone tells) comes from a sample of them of a set size.
 
 import hashlib
 import json
+import math
+import os
 import shutil
 import time
 import unicodedata
@@ -36,14 +38,19 @@ from tqdm.auto import tqdm
 
 from qsae_kit.activations import site_activations
 from qsae_kit.chat import Phase, phases
-from qsae_kit.checkpoints import Checkpoints
+from qsae_kit.checkpoints import Checkpoints, delete_checkpoint, found
 from qsae_kit.data import Document, TokenBatch, keep_mask, token_batches
 from qsae_kit.evaluate import CATEGORIES, check_fit
-from qsae_kit.files import atomic_file, write_text
+from qsae_kit.files import OWN, atomic_file, inside, write_text
+from qsae_kit.interrupts import Interrupts, say
+from qsae_kit.jsonfiles import read_json
 from qsae_kit.models import HookedLM
 from qsae_kit.plan import free_memory
 from qsae_kit.sae import SAE
+from qsae_kit.writers import only_writer
 
+WORK, RETIRED = f"{OWN}building", "retired.json"
+"""The working folder of a build in the index's own, and there the manifest of the index that it takes the place of."""
 Key: TypeAlias = tuple[str, str]
 """Variant and hook name."""
 VERSION = 1
@@ -696,8 +703,9 @@ def build_index(
     documents: gives the same dialogues each time it is called. data: what they are, for the manifest. memory: bytes to take
     (None: half of what is free); SAEs that do not fit together are indexed one group after another, a pass of the model
     each. resume: goes on with a build that was cut off in `out`. An index that is there already is replaced once the new
-    one is whole; its labels stay. Raises ValueError where an SAE does not fit the model, for data without tokens, and
-    for going on with another build.
+    one is whole; its labels stay, and so do files that are not an index's. An interrupt leaves a checkpoint. Raises ValueError
+    where an SAE does not fit the model, for data without tokens, for going on with another build, for a folder in which other
+    files have an index's names, and while another process writes there.
     """
     out, config = Path(out), config or IndexConfig()
     saes: dict[Key, SAE] = {(variant, name): sae for variant, site_saes in suite.items() for name, sae in site_saes.items()}
@@ -707,7 +715,6 @@ def build_index(
         check_fit(lm, sae)
     memory = free_memory(lm.device) // 2 if memory is None else memory
     checksums = {"/".join(key): sae.checksum() for key, sae in saes.items()}
-    work = out / ".building"
     identity = {
         "index": VERSION,
         "settings": asdict(config),
@@ -716,96 +723,227 @@ def build_index(
         "dtype": str(lm.dtype),
         "data": data,
     }
-    checkpoints = Checkpoints(work, identity)
-    state = checkpoints.load() if resume else None
-    if state is None:
-        shutil.rmtree(work, ignore_errors=True)
-    checkpoints.begin(state)
-    dialogues = _Dialogues()
-    if state is not None:
-        dialogues.load_tensors(checkpoints.tensors("dialogues"))
-    groups = _groups(saes, config, memory)
-    if len(groups) > 1:
-        print(f"{len(saes)} SAEs are indexed in {len(groups)} groups, a pass each, to stay within {memory / 1e9:.1f} GB.")
-    texts = vocabulary(lm)
-    tokens = 0
-    with tqdm(total=config.tokens * len(groups), unit="tok", desc="indexing", disable=not bar) as meter:
-        for number, group in enumerate(groups):
-            if state is not None and number < state["group"]:
-                meter.update(config.tokens)
-                continue
-            tallies = {key: Tally(saes[key], config) for key in group}
-            resumed = state if state is not None and number == state["group"] else None
-            tokens = _pass(lm, documents, config, tallies, dialogues, checkpoints, number, resumed, meter)
-            dialogues.forget(tallies.values(), done=True)
-            for (variant, name), tally in tallies.items():
-                _write_site(lm, tally, texts, dialogues.ids, work / TABLES / variant / name)
-    numbers = sorted(dialogues.ids)
-    _write(pa.table({"document": pa.array(numbers, pa.int32()), "ids": [dialogues.ids[n] for n in numbers]}), work / DOCUMENTS)
-    _write(pa.table({"id": pa.array(range(len(texts)), pa.int32()), "text": texts}), work / TOKENS)
-    sites = [
-        {
-            "variant": variant, "hook_name": name, "d_sae": sae.d_sae, "architecture": sae.architecture, "sparsity": sae.sparsity,
-            "checksum": checksums[f"{variant}/{name}"], "median_norm": sae.provenance.filter.median,  # type: ignore[union-attr]
-            "norm_factor": sae.provenance.filter.factor,  # type: ignore[union-attr]
-        }
-        for (variant, name), sae in saes.items()
-    ]  # fmt: skip
-    manifest = identity | {"suite": sites, "tokens": tokens, "built": datetime.now(UTC).isoformat(timespec="seconds")}
-    (out / MANIFEST).unlink(missing_ok=True)  # until the new one is written there is none, rather than a mixture
-    for name in (TABLES, DOCUMENTS, TOKENS):
-        old = work / f"old-{name}"
-        if (out / name).exists():
-            (out / name).rename(old)
-        (work / name).rename(out / name)
-    write_text(out / MANIFEST, json.dumps(manifest, indent=1) + "\n")
-    shutil.rmtree(work)
+    with only_writer(out), Interrupts() as interrupts:
+        work = out / WORK
+        if _put_in_place(out) and resume and _made_as(out) == identity:
+            return out
+        _check_own(out)
+        build = _Build(lm, saes, documents, config, work, interrupts)
+        tokens = build.run(identity, resume, memory, bar)
+        sites = [_site_entry(key, sae, checksums["/".join(key)]) for key, sae in saes.items()]
+        built = datetime.now(UTC).isoformat(timespec="seconds")
+        manifest = identity | {"suite": sites, "tokens": tokens, "built": built}
+        write_text(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # from here on it is whole
+        _put_in_place(out)
     return out
+
+
+def _site_entry(key: Key, sae: SAE, checksum: str) -> dict[str, Any]:
+    """What a manifest says of an SAE."""
+    assert sae.provenance is not None
+    return {
+        "variant": key[0], "hook_name": key[1], "d_sae": sae.d_sae, "architecture": sae.architecture, "sparsity": sae.sparsity,
+        "checksum": checksum, "median_norm": sae.provenance.filter.median, "norm_factor": sae.provenance.filter.factor,
+    }  # fmt: skip
+
+
+@dataclass
+class _Build:
+    """One build, in a working folder of its own."""
+
+    lm: HookedLM
+    saes: Mapping[Key, SAE]
+    documents: Callable[[], Iterable[Document]]
+    config: IndexConfig
+    work: Path
+    interrupts: Interrupts
+
+    def run(self, identity: Mapping[str, Any], resume: bool, memory: int, bar: bool) -> int:
+        """Writes all tables to the working folder; returns the tokens seen."""
+        checkpoints = Checkpoints(self.work, identity)
+        state = checkpoints.load() if resume else None
+        if state is None:
+            shutil.rmtree(self.work, ignore_errors=True)
+        checkpoints.begin(state)
+        dialogues = _Dialogues()
+        if state is not None:
+            dialogues.load_tensors(checkpoints.tensors("dialogues"))
+        groups = _groups(self.saes, self.config, memory)
+        if len(groups) > 1:
+            print(
+                f"{len(self.saes)} SAEs are indexed in {len(groups)} groups, a pass each, to stay within {memory / 1e9:.1f} GB."
+            )
+        texts = vocabulary(self.lm)
+        tokens = 0
+        with tqdm(total=self.config.tokens * len(groups), unit="tok", desc="indexing", disable=not bar) as meter:
+            for number, group in enumerate(groups):
+                if state is not None and number < state["group"]:
+                    meter.update(self.config.tokens)
+                    continue
+                tallies = {key: Tally(self.saes[key], self.config) for key in group}
+                resumed = state if state is not None and number == state["group"] else None
+                tokens = self._pass(tallies, dialogues, checkpoints, number, resumed, meter)
+                dialogues.forget(tallies.values(), done=True)
+                for (variant, name), tally in tallies.items():
+                    _write_site(self.lm, tally, texts, dialogues.ids, self.work / TABLES / variant / name)
+        ids = [dialogues.ids[n] for n in sorted(dialogues.ids)]
+        _write(pa.table({"document": pa.array(sorted(dialogues.ids), pa.int32()), "ids": ids}), self.work / DOCUMENTS)
+        _write(pa.table({"id": pa.array(range(len(texts)), pa.int32()), "text": texts}), self.work / TOKENS)
+        return tokens
+
+    @torch.no_grad()
+    def _pass(
+        self,
+        tallies: Mapping[Key, Tally],
+        dialogues: _Dialogues,
+        checkpoints: Checkpoints,
+        group: int,
+        state: Mapping[str, Any] | None,
+        meter: tqdm,
+    ) -> int:
+        """One pass of the model for one group of SAEs; returns the tokens seen. An interrupt leaves a checkpoint."""
+        reached = 0
+        if state is not None:
+            reached = int(state["batches"])
+            for key, tally in tallies.items():
+                tally.load_tensors(checkpoints.tensors(_file(key)))
+        names = list(dict.fromkeys(name for _, name in tallies))
+        saved, tokens = time.monotonic(), 0
+        for number, (now, seen) in enumerate(_batches(self.lm, self.documents(), self.config), 1):
+            meter.update(now - tokens)
+            tokens = now
+            if number <= reached:
+                dialogues.check(seen)
+                continue
+            acts = site_activations(self.lm, names, seen.batch)
+            for (_, name), tally in tallies.items():
+                tally.add(seen, acts[name])
+            dialogues.add(seen, tallies.values())
+            if self.interrupts.asked or time.monotonic() - saved > SAVE_EVERY:
+                parts = {_file(key): tally.tensors() for key, tally in tallies.items()} | {"dialogues": dialogues.tensors()}
+                checkpoints.save({"group": group, "rows": tokens, "batches": number}, parts)
+                saved = time.monotonic()
+            if self.interrupts.asked:
+                say("The index was stopped before its end; the same call with resume goes on.")
+                raise KeyboardInterrupt
+        if not any(tally.rows for tally in tallies.values()):
+            raise ValueError("There are no tokens to index; give dialogues whose keep-mask and norm filter leave some.")
+        return tokens
+
+
+def _check_own(out: Path) -> None:
+    """ValueError where an index would take the place of files that are not an index's."""
+    there = [name for name in (MANIFEST, DOCUMENTS, TOKENS, TABLES) if os.path.lexists(out / name)]
+    if there and not (out / MANIFEST).is_file():
+        raise ValueError(f"{str(out)!r} holds {', '.join(there)}, which are of no index; give another folder.")
+    if there:
+        read_manifest(out)
+
+
+def _made_as(out: Path) -> dict[str, Any]:
+    """The identity of the build that made an index."""
+    manifest = read_manifest(out)
+    suite = {f"{entry['variant']}/{entry['hook_name']}": entry["checksum"] for entry in manifest["suite"]}
+    return {name: value for name, value in manifest.items() if name not in ("tokens", "built")} | {"suite": suite}
+
+
+def _put_in_place(out: Path) -> bool:
+    """Moves a whole build from its working folder to its place, and can go on from any point at which it was killed.
+
+    The index that was there goes, manifest first, so that there is none for a moment rather than a mixture; labels stay, and
+    so does all that is not an index's. Returns whether there was a whole build.
+    """
+    work = out / WORK
+    if not (work / MANIFEST).is_file():
+        return False
+    for old in found(work):
+        delete_checkpoint(old)
+    if (out / MANIFEST).is_file():
+        _check_own(out)
+        os.replace(out / MANIFEST, work / RETIRED)
+    if (work / RETIRED).is_file():
+        _delete_index(out, read_manifest(work, RETIRED))
+    for file in sorted(path for path in work.rglob("*.parquet") if path.is_file()):
+        place = out / file.relative_to(work)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(file, place)
+    os.replace(work / MANIFEST, out / MANIFEST)
+    shutil.rmtree(work)
+    return True
+
+
+def _delete_index(out: Path, manifest: Mapping[str, Any]) -> None:
+    """Deletes the tables that a manifest names."""
+    for entry in manifest["suite"]:
+        folder = site_folder(out, entry)
+        for name in (FEATURES, EXAMPLES):
+            (folder / name).unlink(missing_ok=True)
+        for empty in (folder, folder.parent):
+            if empty.is_dir() and not any(empty.iterdir()):
+                empty.rmdir()
+
+
+def site_folder(out: Path, entry: Mapping[str, Any]) -> Path:
+    """Where an index keeps the tables of an SAE. Raises ValueError for names that would lead elsewhere."""
+    return inside(out, f"{TABLES}/{entry['variant']}/{entry['hook_name']}", "An index")
+
+
+LARGEST_D_SAE = 2**24
+"""Features of an SAE in an index."""
+MANIFEST_LIMIT = 64 * 2**20
+"""Bytes of an index's manifest."""
+
+
+def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
+    """An index's manifest, its entries checked. Raises ValueError for one of another version and for what no index says."""
+    path = folder / name
+    manifest = read_json(path, "a feature index", MANIFEST_LIMIT)
+    version = manifest.get("index") if isinstance(manifest, dict) else None
+    if isinstance(version, int) and version != VERSION:
+        raise ValueError(f"{str(folder)!r} is an index of version {version}, this is version {VERSION}; build it again.")
+    wrong = _wrong_entry(manifest) if version == VERSION else "index"
+    if wrong:
+        raise ValueError(f"{str(path)!r} cannot be read (its entry {wrong} is not what an index writes); build the index again.")
+    for entry in manifest["suite"]:
+        site_folder(folder, entry)
+    return manifest
+
+
+def _wrong_entry(manifest: Mapping[str, Any]) -> str:
+    """The first entry of a manifest that is missing or of another kind; "" where all are well."""
+    settings = manifest.get("settings")
+    if not isinstance(settings, dict) or not all(_count(settings.get(name), 10**12) for name in asdict(IndexConfig())):
+        return "settings"
+    if settings["before"] + settings["after"] > LONGEST_WINDOW or settings["top"] + settings["sampled"] > MOST_EXAMPLES:
+        return "settings"
+    for name, kind in (("model", str), ("data", str), ("built", str), ("tokens", int)):
+        if not isinstance(manifest.get(name), kind):
+            return name
+    suite = manifest.get("suite")
+    return "" if isinstance(suite, list) and all(map(_is_site, suite)) and suite else "suite"
+
+
+LONGEST_WINDOW, MOST_EXAMPLES = 10_000, 10_000
+"""Tokens around an example, and examples of a feature, that an index is read with."""
+
+
+def _count(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _is_site(entry: Any) -> bool:
+    if not isinstance(entry, dict):
+        return False
+    texts = all(isinstance(entry.get(name), str) for name in ("variant", "hook_name", "checksum"))
+    median = entry.get("median_norm")
+    known = isinstance(median, (int, float)) and not isinstance(median, bool) and math.isfinite(median) and median > 0
+    return texts and known and _count(entry.get("d_sae"), LARGEST_D_SAE) and entry["d_sae"] > 0
 
 
 def vocabulary(lm: HookedLM) -> list[str]:
     """The text of every token id of the model."""
     size = lm.hf.get_output_embeddings().weight.shape[0]
     return lm.tokenizer.batch_decode([[i] for i in range(size)])
-
-
-@torch.no_grad()
-def _pass(
-    lm: HookedLM,
-    documents: Callable[[], Iterable[Document]],
-    config: IndexConfig,
-    tallies: Mapping[Key, Tally],
-    dialogues: _Dialogues,
-    checkpoints: Checkpoints,
-    group: int,
-    state: Mapping[str, Any] | None,
-    meter: tqdm,
-) -> int:
-    """One pass of the model for one group of SAEs; returns the tokens seen."""
-    reached = 0
-    if state is not None:
-        reached = int(state["batches"])
-        for key, tally in tallies.items():
-            tally.load_tensors(checkpoints.tensors(_file(key)))
-    names = list(dict.fromkeys(name for _, name in tallies))
-    saved, tokens = time.monotonic(), 0
-    for number, (now, seen) in enumerate(_batches(lm, documents(), config), 1):
-        meter.update(now - tokens)
-        tokens = now
-        if number <= reached:
-            dialogues.check(seen)
-            continue
-        acts = site_activations(lm, names, seen.batch)
-        for (_, name), tally in tallies.items():
-            tally.add(seen, acts[name])
-        dialogues.add(seen, tallies.values())
-        if time.monotonic() - saved > SAVE_EVERY:
-            parts = {_file(key): tally.tensors() for key, tally in tallies.items()} | {"dialogues": dialogues.tensors()}
-            checkpoints.save({"group": group, "rows": tokens, "batches": number}, parts)
-            saved = time.monotonic()
-    if not any(tally.rows for tally in tallies.values()):
-        raise ValueError("There are no tokens to index; give dialogues whose keep-mask and norm filter leave some.")
-    return tokens
 
 
 def _file(key: Key) -> str:

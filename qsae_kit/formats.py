@@ -14,10 +14,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from qsae_kit.activations import Rows
-from qsae_kit.files import atomic_file, atomic_folder
+from qsae_kit.files import atomic_file, atomic_folder, checked_name
 from qsae_kit.readers import find_saes, open_release, read_sae, select
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
+from qsae_kit.writers import only_writer_of
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -31,7 +32,10 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[s
 
 
 def save_sae(sae: SAE, folder: Path) -> None:
-    """Writes one SAE folder, whole or not at all. Raises ValueError for an SAE without provenance."""
+    """Writes one SAE folder, whole or not at all; other files that are in it stay.
+
+    Raises ValueError for an SAE without provenance or with values that are not finite, and while another process writes it.
+    """
     origin = sae.provenance
     if origin is None:
         raise ValueError("This SAE has no provenance (site, model, filter); set sae.provenance before saving it.")
@@ -64,7 +68,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
             },
         },
     }
-    with atomic_folder(folder) as part:
+    with only_writer_of(folder), atomic_folder(folder) as part:
         tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in sae.tensors().items()}
         write_tensors(tensors, part / WEIGHTS)
         (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -139,9 +143,7 @@ def save_suite(suite: dict[str, dict[str, SAE]], folder: Path) -> None:
 
 def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
     """Where a suite keeps an SAE. Raises ValueError for names that would lead elsewhere."""
-    if variant in ("", ".", "..") or Path(variant).name != variant:
-        raise ValueError(f"The variant {variant!r} is no name for a folder; rename it.")
-    return folder / variant / parse_hook_name(hook_name).hook_name
+    return folder / checked_name(variant, "A variant") / parse_hook_name(hook_name).hook_name
 
 
 def convert_suite(
@@ -154,7 +156,7 @@ def convert_suite(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{str(out)!r} is not an empty folder; give another one, or remove it first.")
     written = []
-    with atomic_folder(out) as part:
+    with only_writer_of(out), atomic_folder(out) as part:
         for variant, sae in iter_saes(source, variants=variants, hook_names=hook_names, model_name=model_name):
             assert sae.provenance is not None
             folder = suite_folder(part, variant, sae.provenance.hook_name)
@@ -172,5 +174,5 @@ def save_rows(rows: Rows, hook_name: str, path: Path, about: dict[str, str]) -> 
     largest = float(acts.abs().max())
     scale = 1.0 if largest < 30_000 else 30_000 / largest
     header = about | {"hook_name": hook_name, "scale": repr(scale), "order": "token order within shuffled dialogues"}
-    with atomic_file(path) as part:
+    with only_writer_of(path), atomic_file(path) as part:
         write_tensors({"acts": (acts * scale).half().contiguous()}, part, header)

@@ -6,19 +6,25 @@ import torch
 from tqdm.auto import tqdm
 
 from qsae_kit.activations import stream_rows
-from qsae_kit.corpus import HARVEST, stream_of
+from qsae_kit.corpus import HARVEST, named, stream_of
 from qsae_kit.data import token_batches
 from qsae_kit.formats import save_rows
 from qsae_kit.models import HookedLM
 from qsae_kit.sites import parse_hook_name
+from qsae_kit.writers import only_writer_of
 
 
 def harvest_rows(lm: HookedLM, data: str | None, hook_name: str, tokens: int, out: Path, drop_template: bool = False) -> int:
     """Writes at most `tokens` rows; returns how many there were.
 
-    Raises ValueError for a site that does not exist, for no data with another model than the bundled one, and for bad
-    data.
+    Raises ValueError for a site that does not exist, for no data with another model than the bundled one, for bad data, and
+    while another process writes the file.
     """
+    with only_writer_of(out):
+        return _harvest(lm, data, hook_name, tokens, out, drop_template)
+
+
+def _harvest(lm: HookedLM, data: str | None, hook_name: str, tokens: int, out: Path, drop_template: bool) -> int:
     lm.check_hook_names([parse_hook_name(hook_name).hook_name])
     documents = stream_of(lm, data, HARVEST)()
     parts, size = [], 0
@@ -32,7 +38,7 @@ def harvest_rows(lm: HookedLM, data: str | None, hook_name: str, tokens: int, ou
                 break
     if not size:
         raise ValueError("The data gave no tokens after the keep-mask; give longer texts.")
-    about = {"model": lm.model_name, "drop_template": str(drop_template), "data": data or "the bundled model's world"}
+    about = {"model": lm.model_name, "drop_template": str(drop_template), "data": named(data)}
     save_rows({hook_name: torch.cat([part.float() for part in parts])}, hook_name, out, about)
     return size
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from jaxtyping import Float
@@ -28,22 +29,29 @@ from qsae_kit.features import (
     DOCUMENTS,
     EXAMPLES,
     FEATURES,
+    LARGEST_D_SAE,
     MANIFEST,
     SMALLEST,
-    TABLES,
     TOKENS,
-    VERSION,
     Key,
+    read_manifest,
+    site_folder,
     token_features,
 )
-from qsae_kit.files import atomic_file
+from qsae_kit.files import check_file, write_text
+from qsae_kit.jsonfiles import parse_json, read_bytes
 from qsae_kit.models import HookedLM
 from qsae_kit.recovery import judge
 from qsae_kit.sae import SAE
+from qsae_kit.writers import only_writer_of
 
 LABELS = "labels.jsonl"
 MAX_LABEL = 500
 """Characters of a label."""
+LABEL_WAIT = 5.0
+"""Seconds to wait for another process that writes labels."""
+LABELS_LIMIT = 2**28
+"""Bytes of a file of labels."""
 
 
 class Example(NamedTuple):
@@ -94,6 +102,66 @@ class FeaturePage(NamedTuple):
 
 BANDS = 4
 PER_BAND = 3
+LARGEST_VOCABULARY, MOST_DOCUMENTS = 2**24, 2**28
+"""Rows of an index's tables of tokens and documents."""
+EXPANSION, SMALL = 400, 2**26
+"""Times its size that a table may take in memory, and bytes up to which it does not matter."""
+BYTES_A_VALUE = 8
+
+
+class Table:
+    """A Parquet file of an index, of which only what is asked for is read.
+
+    Raises ValueError for one that cannot be read or has more than `most` rows, and, then or on reading, for one that would take
+    far more memory than its size lets expect: a few kilobytes of repetitions can stand for gigabytes.
+    """
+
+    def __init__(self, path: Path, most: int) -> None:
+        self.path = path
+        try:
+            about = pq.read_metadata(path)
+            columns = [about.row_group(i).column(j) for i in range(about.num_row_groups) for j in range(about.num_columns)]
+            texts = list({column.path_in_schema for column in columns if column.physical_type == "BYTE_ARRAY"})
+            self.file = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
+            self.room = max(SMALL, EXPANSION * path.stat().st_size)
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
+        self.rows = about.num_rows
+        self.group_rows = about.row_group(0).num_rows if about.num_row_groups else 1
+        if self.rows > most:
+            raise ValueError(f"{str(path)!r} has {self.rows:,} rows, at most {most:,} are an index's; build it again.")
+        self._check_room(sum(BYTES_A_VALUE * column.num_values for column in columns))
+
+    def _unreadable(self, error: Exception) -> ValueError:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        return ValueError(f"{str(self.path)!r} cannot be read ({reason}); build the index again.")
+
+    def _check_room(self, taken: int) -> None:
+        if taken > self.room:
+            raise ValueError(f"{str(self.path)!r} would take {taken:,} bytes of memory for its size; build the index again.")
+
+    def columns(self, lists: bool) -> list[str]:
+        """Names of the columns that hold lists, or of those that do not."""
+        return [field.name for field in self.file.schema_arrow if pa.types.is_list(field.type) == lists]
+
+    def read(self, columns: list[str] | None = None, groups: list[int] | None = None) -> pa.Table:
+        """Some columns of all rows, or of some row groups."""
+        try:
+            found = self.file.read(columns) if groups is None else self.file.read_row_groups(groups, columns)
+        except (OSError, pa.ArrowException) as error:
+            raise self._unreadable(error) from error
+        coded = [name for name in found.column_names if pa.types.is_dictionary(found[name].type)]
+        self._check_room(sum(_text_bytes(chunk) for name in coded for chunk in found[name].chunks))
+        for name in coded:
+            plain = found[name].cast(found[name].type.value_type)
+            found = found.set_column(found.column_names.index(name), name, plain)
+        return found
+
+
+def _text_bytes(texts: pa.DictionaryArray) -> int:
+    """Bytes of texts, each counted as often as it stands there."""
+    lengths = pc.binary_length(texts.dictionary).take(texts.indices)
+    return pc.sum(lengths).as_py() or 0
 
 
 class SiteFeatures:
@@ -106,16 +174,21 @@ class SiteFeatures:
         self.d_sae: int = entry["d_sae"]
         self.checksum: str = entry["checksum"]
         self.median_norm: float = entry["median_norm"]
-        folder = index.folder / TABLES / self.variant / self.hook_name
-        self._features = pq.ParquetFile(folder / FEATURES, memory_map=True)
-        self._examples = pq.ParquetFile(folder / EXAMPLES, memory_map=True)
+        folder, kept = site_folder(index.folder, entry), index.manifest["settings"]
+        self._features = Table(folder / FEATURES, self.d_sae)
+        examples = folder / EXAMPLES
+        self._examples: Table | None = None  # a published index may lack them
+        if os.path.lexists(examples):
+            self._examples = Table(examples, self.d_sae * (kept["top"] + kept["sampled"]))
+        if self._features.rows != self.d_sae:
+            raise ValueError(
+                f"{str(folder / FEATURES)!r} has not a row for each of {self.d_sae} features; build the index again."
+            )
 
     @cached_property
     def figures(self) -> pd.DataFrame:
         """`features.COLUMNS` by feature."""
-        schema = self._features.schema_arrow
-        names = [field.name for field in schema if not pa.types.is_list(field.type)]
-        return self._features.read(columns=names).to_pandas().set_index("feature")
+        return self._features.read(self._features.columns(lists=False)).to_pandas().set_index("feature")
 
     @property
     def table(self) -> pd.DataFrame:
@@ -133,12 +206,14 @@ class SiteFeatures:
     @cached_property
     def promoted(self) -> np.ndarray:
         """Promoted token ids [d_sae, n]."""
-        return self._features.read(columns=["promoted"])["promoted"].combine_chunks().flatten().to_numpy().reshape(self.d_sae, -1)
+        return self._features.read(["promoted"])["promoted"].combine_chunks().flatten().to_numpy().reshape(self.d_sae, -1)
 
     @cached_property
     def _places(self) -> dict[str, np.ndarray]:
         """The examples' feature, top, document and pos, an array each."""
-        table = self._examples.read(columns=["feature", "top", "document", "pos"])
+        if self._examples is None:
+            return {name: np.zeros(0, np.int64) for name in ("feature", "top", "document", "pos")}
+        table = self._examples.read(["feature", "top", "document", "pos"])
         return {name: table[name].to_numpy() for name in table.column_names}
 
     def check(self, feature: int) -> int:
@@ -150,9 +225,8 @@ class SiteFeatures:
     def page(self, feature: int) -> FeaturePage:
         """All that is known of one feature. Raises ValueError for one that the SAE does not have."""
         feature = self.check(feature)
-        size = self._features.metadata.row_group(0).num_rows
-        lists = [field.name for field in self._features.schema_arrow if pa.types.is_list(field.type)]
-        row = self._features.read_row_group(feature // size, columns=lists).slice(feature % size, 1).to_pylist()[0]
+        size, lists = self._features.group_rows, self._features.columns(lists=True)
+        row = self._features.read(lists, [feature // size]).slice(feature % size, 1).to_pylist()[0]
         tokens = self.index.tokens
         examples = self.examples(feature)
         sampled = sorted(examples[1], key=lambda example: -example.value)
@@ -175,11 +249,11 @@ class SiteFeatures:
     def examples(self, feature: int) -> tuple[list[Example], list[Example]]:
         """The strongest examples, one a dialogue, and those drawn at random."""
         first, last = np.searchsorted(self._places["feature"], [self.check(feature), feature + 1])
-        if first == last:
+        if first == last or self._examples is None:
             return [], []
-        size = self._examples.metadata.row_group(0).num_rows
+        size = self._examples.group_rows
         groups = list(range(first // size, (last - 1) // size + 1))
-        rows = self._examples.read_row_groups(groups).slice(first - groups[0] * size, last - first).to_pylist()
+        rows = self._examples.read(groups=groups).slice(first - groups[0] * size, last - first).to_pylist()
         out: tuple[list[Example], list[Example]] = ([], [])
         for row in rows:
             ids = self.index.document(row["document"])
@@ -334,7 +408,7 @@ class FeatureIndex:
     @cached_property
     def tokens(self) -> list[str]:
         """The vocabulary."""
-        return pq.read_table(self.folder / TOKENS, columns=["text"])["text"].to_pylist()
+        return Table(self.folder / TOKENS, LARGEST_VOCABULARY).read(["text"])["text"].to_pylist()
 
     @cached_property
     def folded_tokens(self) -> list[str]:
@@ -343,7 +417,10 @@ class FeatureIndex:
     @cached_property
     def _documents(self) -> tuple[np.ndarray, np.ndarray]:
         """All token ids one after another, and where each document number begins (those that were not kept are empty)."""
-        table = pq.read_table(self.folder / DOCUMENTS)
+        path = self.folder / DOCUMENTS
+        if not os.path.lexists(path):  # a published index may lack them
+            return np.zeros(0, np.int64), np.zeros(1, np.int64)
+        table = Table(path, MOST_DOCUMENTS).read()
         numbers, lists = table["document"].to_numpy(), table["ids"].combine_chunks()
         lengths = np.zeros(int(numbers.max(initial=-1)) + 2, np.int64)
         lengths[numbers + 1] = np.diff(lists.offsets.to_numpy())
@@ -432,7 +509,9 @@ class FeatureIndex:
             "sae": site.checksum, "variant": site.variant, "hook_name": site.hook_name, "feature": site.check(feature), "label": text,
             "when": datetime.now(UTC).isoformat(timespec="microseconds"), "index": self.manifest["built"],
         }  # fmt: skip
-        with (self.folder / LABELS).open("a", encoding="utf-8") as file:
+        path = self.folder / LABELS
+        check_file(path)
+        with only_writer_of(path, wait=LABEL_WAIT), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -461,11 +540,12 @@ class FeatureIndex:
 
         Raises ValueError for a file that holds no labels.
         """
-        own = _label_lines(self.folder / LABELS)
-        new = [line for line in _label_lines(Path(other), needed=True) if line not in own]
-        with atomic_file(self.folder / LABELS) as part:
+        path = self.folder / LABELS
+        with only_writer_of(path, wait=LABEL_WAIT):
+            own = _label_lines(path)
+            new = [line for line in _label_lines(Path(other), needed=True) if line not in own]
             lines = sorted([*own, *new], key=lambda line: line["when"])
-            part.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
         self.labels = _read_labels(self.folder / LABELS)
         return len(new)
 
@@ -480,26 +560,35 @@ def _label_lines(path: Path, needed: bool = False) -> list[dict[str, Any]]:
             raise ValueError(f"There is no file {str(path)!r}; give an index's {LABELS}.")
         return []
     out = []
-    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            line = json.loads(text)
-            line["sae"], line["feature"], line["label"], line["when"]
-        except (ValueError, KeyError, TypeError) as error:
-            if needed:
-                raise ValueError(f"{str(path)!r}, line {number}, is no label; give an index's {LABELS}.") from error
+    lines = read_bytes(path, "labels", LABELS_LIMIT).decode("utf-8", errors="replace").split("\n")
+    for number, text in enumerate(lines, 1):
+        if not text.strip():
             continue
-        out.append(line)
+        try:
+            line = parse_json(text, f"{str(path)!r}, line {number},")
+        except ValueError:
+            line = None
+        if _is_label(line):
+            out.append(line)
+        elif needed:
+            raise ValueError(f"{str(path)!r}, line {number}, is no label; give an index's {LABELS}.")
     return out
+
+
+def _is_label(line: Any) -> bool:
+    if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("sae", "label", "when")):
+        return False
+    return isinstance(line.get("feature"), int) and 0 <= line["feature"] <= LARGEST_D_SAE and len(line["label"]) <= MAX_LABEL
 
 
 def _read_labels(path: Path) -> dict[str, dict[int, str]]:
     """Labels by the SAE's checksum and feature; the latest counts, an empty one takes the label away."""
     out: dict[str, dict[int, str]] = {}
-    for line in sorted(_label_lines(path), key=lambda line: str(line["when"])):
-        own = out.setdefault(str(line["sae"]), {})
-        own.pop(int(line["feature"]), None)
+    for line in sorted(_label_lines(path), key=lambda line: line["when"]):
+        own = out.setdefault(line["sae"], {})
+        own.pop(line["feature"], None)
         if line["label"]:
-            own[int(line["feature"])] = str(line["label"])
+            own[line["feature"]] = line["label"]
     return out
 
 
@@ -514,14 +603,7 @@ def load_index(
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(f"{str(folder)!r} holds no feature index; build one with build_index or qsae features.")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        version = manifest["index"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error}); build the index again.") from error
-    if version != VERSION:
-        raise ValueError(f"{str(folder)!r} is an index of version {version}, this is version {VERSION}; build it again.")
-    index = FeatureIndex(folder, manifest)
+    index = FeatureIndex(folder, read_manifest(folder))
     if (lm is None) != (suite is None):
         raise ValueError("The model and the suite go together; give both or neither.")
     return index if lm is None or suite is None else index.attach(lm, suite)

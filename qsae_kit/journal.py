@@ -6,19 +6,25 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from qsae_kit.files import check_file
+from qsae_kit.jsonfiles import parse_json, read_bytes
+
+LIMIT = 2**30
+"""Bytes of a journal."""
+
 
 class Journal:
     """Results of steps as JSON lines in a file; without a path they are kept in memory alone."""
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        """about: what the run is; the file's first line. Raises ValueError where the file is of another run."""
+        """about: what the run is; the file's first line. Raises ValueError where the file is of another run, or no journal."""
         self.path = path
         self.done: dict[str, Any] = {}
         if path is None:
             return
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        entries = [json.loads(line) for line in lines[:-1]]  # what follows the last line's end was cut off
+        check_file(path)
         told = json.loads(json.dumps(about))
+        entries = _entries(path) if path.exists() else []
         if entries:
             changed = [name for name in {*told, *entries[0]} if told.get(name) != entries[0].get(name)]
             if changed:
@@ -44,3 +50,18 @@ class Journal:
                     os.fsync(file.fileno())
             self.done[key] = value
         return self.done[key]
+
+
+def _entries(path: Path) -> list[dict[str, Any]]:
+    """The lines of a journal; a last one that was cut off is left out. Raises ValueError for a file that is none."""
+    *lines, cut = read_bytes(path, "a journal", LIMIT).split(b"\n")
+    entries = []
+    for number, line in enumerate(lines, 1):
+        where = f"{str(path)!r}, line {number},"
+        entry = parse_json(line.decode("utf-8", errors="replace"), where)
+        if not isinstance(entry, dict) or (number > 1 and not (isinstance(entry.get("key"), str) and "value" in entry)):
+            raise ValueError(f"{where} is no step of a journal; choose another folder.")
+        entries.append(entry)
+    if not entries and cut and not b'{"'.startswith(cut[:2]):
+        raise ValueError(f"{str(path)!r} is no journal, and stays; choose another folder.")
+    return entries

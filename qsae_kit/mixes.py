@@ -4,12 +4,14 @@ A manifest is a versioned JSON file; its data sets are never bundled. Documents 
 by batch, and are then dealt out in the manifest's shares of tokens.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -21,7 +23,8 @@ from qsae_kit.benches import read_bench
 from qsae_kit.data import Document, parse_record, read_documents, tokenize_document
 from qsae_kit.dialogues import ANSWER_TOKENS, mixed_prompts, own_dialogues
 from qsae_kit.facts import facts_of
-from qsae_kit.files import atomic_file, write_text
+from qsae_kit.files import atomic_file, check_file, checked_name, write_text
+from qsae_kit.jsonfiles import read_json
 from qsae_kit.models import HookedLM
 from qsae_kit.prompts import read_prompts
 from qsae_kit.tiny import world
@@ -33,7 +36,7 @@ Kind = Literal["prompts", "chats", "texts"]
 WORLD, OWN = "tiny world", "own dialogues"
 """Data sets that are made here: the bundled model's world, and the package's prompts with the model's own answers."""
 WORLD_SEEDS: dict[Kind, int] = {"chats": 1_000_011, "prompts": 1_000_012, "texts": 1_000_013}
-DEALT, ABOUT = "documents.jsonl", "data.json"
+DEALT, ABOUT, SLOTS = "documents.jsonl", "data.json", "slots"
 MAX_LENGTH = 512
 """Tokens of a document that training sees."""
 
@@ -50,6 +53,8 @@ class Slot:
     share: float
     """Of the tokens."""
     licence: str = ""
+    publish: bool = False
+    """Whether the licence lets texts of it be passed on, as a published index's examples do."""
     gated: bool = False
     config: str | None = None
     split: str = "train"
@@ -61,10 +66,13 @@ class Slot:
     max_new_tokens: int = 400
 
     def __post_init__(self) -> None:
+        checked_name(self.name, "A slot of the recipe")
         if self.kind not in get_args(Kind):
             raise ValueError(f"The slot {self.name!r} has the kind {self.kind!r}; allowed are {', '.join(get_args(Kind))}.")
         if not 0 < self.share <= 1:
             raise ValueError(f"The slot {self.name!r} has a share of {self.share}; it lies above 0 and is at most 1.")
+        if self.skip < 0 or self.max_new_tokens < 1:
+            raise ValueError(f"The slot {self.name!r} skips no negative number of rows, and answers have a token at least.")
 
 
 @dataclass(frozen=True)
@@ -92,22 +100,62 @@ class Manifest:
             )
         if self.epochs < 1 or self.ngram < 2:
             raise ValueError(f"The manifest {self.name!r} needs at least one epoch, and n-grams of two words or more.")
+        drawn = [number for settings in self.sampling.values() for number in dict(settings).values()]
+        if not all(isinstance(name, str) for name in self.benches) or not all(isinstance(n, NUMBER) for n in drawn):
+            raise ValueError(f"The manifest {self.name!r} needs names as benches, and numbers as settings of sampling.")
 
 
 def read_manifest(source: str) -> Manifest:
     """A manifest by its name (`qwen3-chat-v1`) or from a file. Raises ValueError for one that is not there or malformed."""
     path = Path(source) if source.endswith(".json") else MANIFESTS / f"{source}.json"
-    if not path.is_file():
+    if not path.is_file() or (not source.endswith(".json") and path.parent.resolve() != path.resolve().parent):
         known = ", ".join(sorted(p.stem for p in MANIFESTS.glob("*.json")))
         raise ValueError(f"There is no data recipe {source!r}; choose from {known}, or give a .json file.")
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))
-        slots = tuple(Slot(**slot) for slot in entry.pop("slots"))
-        return Manifest(**{**entry, "slots": slots, "benches": tuple(entry.get("benches", ()))})
-    except (TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        entry = read_json(path, "a data recipe", MANIFEST_LIMIT)
+        slots = tuple(_typed(Slot, slot) for slot in entry.pop("slots"))
+        return _typed(Manifest, {**entry, "slots": slots, "benches": tuple(entry.get("benches", ()))})
+    except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
             f"{path.name} is no data recipe ({error}); take qsae_kit/manifests/qwen3-chat-v1.json as a pattern."
         ) from error
+
+
+MANIFEST_LIMIT = 2**20
+"""Bytes of a recipe."""
+NUMBER = (int, float)
+ENTRIES: dict[str, type | tuple[type, ...]] = {
+    "name": str,
+    "kind": str,
+    "dataset": str,
+    "share": NUMBER,
+    "licence": str,
+    "publish": bool,
+    "gated": bool,
+    "config": (str, type(None)),
+    "split": str,
+    "column": str,
+    "skip": int,
+    "thinking": bool,
+    "max_new_tokens": int,
+    "about": str,
+    "slots": tuple,
+    "epochs": int,
+    "ngram": int,
+    "benches": tuple,
+    "sampling": dict,
+}
+"""What a recipe's file may hold for a field of a slot or a manifest."""
+
+
+def _typed(kind: type, entry: Mapping[str, Any]) -> Any:
+    """A slot or manifest of a file's entries. Raises TypeError for one that is unknown or of another type."""
+    known = {own.name for own in fields(kind)}
+    for name, value in entry.items():
+        numeric = isinstance(value, bool) and ENTRIES.get(name) is not bool
+        if name not in known or numeric or not isinstance(value, ENTRIES[name]):
+            raise TypeError(f"{str(name)[:40]} is {str(value)[:40]!r}")
+    return kind(**entry)
 
 
 def written_tokens(manifest: Manifest, tokens: int, model_name: str) -> float:
@@ -125,6 +173,12 @@ def written_tokens(manifest: Manifest, tokens: int, model_name: str) -> float:
 def default_manifest(model_name: str) -> str:
     """The recipe that a model is trained with by default."""
     return {"tiny": "tiny-chat-v1", "smollm2": "own-chat-v1"}.get(model_name, "qwen3-chat-v1")
+
+
+def file_id(path: Path) -> str:
+    """A file's name and checksum: what tells it from others, wherever it lies."""
+    with path.open("rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
 
 
 # --- what must not be in the data
@@ -259,21 +313,21 @@ def _answered(lm: HookedLM, slot: Slot, manifest: Manifest, asked: Sequence[Docu
 class _SlotFile:
     """A slot's documents on disk, with how far its source was read; what was half-written when it was cut off is dropped."""
 
-    def __init__(self, path: Path, about: Mapping[str, Any]) -> None:
-        self.path, self.state_path = path, path.with_suffix(".json")
-        fresh: dict[str, Any] = {
-            "about": dict(about),
-            "rows": 0,
-            "tokens": 0,
-            "documents": 0,
-            "left_out": 0,
-            "too_long": 0,
-            "bytes": 0,
-            "done": False,
-        }
-        state = json.loads(self.state_path.read_text(encoding="utf-8")) if self.state_path.is_file() else fresh
-        self.state: dict[str, Any] = state if state["about"] == json.loads(json.dumps(about)) else fresh
+    def __init__(self, out: Path, name: str, about: Mapping[str, Any]) -> None:
+        """Raises ValueError where another file has the slot's name."""
+        self.path, self.state_path = _slot_files(out, name)
+        path = self.path
+        check_file(path)
+        there = self.state_path.is_file()
+        if not there and path.is_file() and path.stat().st_size:
+            raise ValueError(f"{str(path)!r} is no slot that this package wrote, and stays; give another folder.")
+        told = json.loads(json.dumps(about))
+        state = read_json(self.state_path, "a slot's state") if there else None
+        self.state: dict[str, Any] = {"about": told, **dict.fromkeys(COUNTS, 0), "done": False}
+        if isinstance(state, dict) and _is_slot_state(state) and state["about"] == told:
+            self.state = state
         path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(self.state_path, json.dumps(self.state) + "\n")
         with path.open("ab") as file:
             file.truncate(self.state["bytes"])
 
@@ -291,6 +345,17 @@ class _SlotFile:
             "left_out": state["left_out"] + left_out, "too_long": state["too_long"] + too_long, "bytes": size, "done": done,
         }  # fmt: skip
         write_text(self.state_path, json.dumps(self.state) + "\n")
+
+
+COUNTS = ("rows", "tokens", "documents", "left_out", "too_long", "bytes")
+"""What a slot's state counts."""
+
+
+def _is_slot_state(state: Mapping[str, Any]) -> bool:
+    """Whether a file's entries are a slot's state."""
+    if "about" not in state or not isinstance(state.get("done"), bool):
+        return False
+    return all(isinstance(state.get(name), int) and state[name] >= 0 for name in COUNTS)
 
 
 BATCH = 64
@@ -350,12 +415,12 @@ def write_mix(
         about = {
             "manifest": manifest.name,
             "slot": repr(slot),
-            "file": str(file or ""),
+            "file": "" if file is None else file_id(file),
             "wanted": wanted,
             "seed": seed,
             "model": lm.model_name,
         }
-        store = stores[slot.name] = _SlotFile(out / "slots" / f"{slot.name}.jsonl", about)
+        store = stores[slot.name] = _SlotFile(out, slot.name, about)
         _fill(lm, slot, manifest, wanted, store, lambda s=slot, f=file: _documents(lm, s, f, folder), clean, seed, bar)  # type: ignore[misc]
         if not store.state["documents"]:
             raise ValueError(
@@ -371,7 +436,7 @@ def write_mix(
         "slots": {
             slot.name: {
                 "dataset": str(files[slot.name].name) if slot.name in files else slot.dataset, "licence": "" if slot.name in files else slot.licence,
-                "kind": slot.kind, "thinking": slot.thinking and lm.has_thinking, "share": slot.share,
+                "publish": slot.publish and slot.name not in files, "kind": slot.kind, "thinking": slot.thinking and lm.has_thinking, "share": slot.share,
                 "answered": slot.kind == "prompts" or (slot.dataset == OWN and slot.name not in files),
                 **{name: stores[slot.name].state[name] for name in ("documents", "tokens", "left_out", "too_long")},
             }
@@ -380,6 +445,21 @@ def write_mix(
     }  # fmt: skip
     write_text(out / ABOUT, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
+
+
+def delete_slots(out: Path, manifest: Manifest) -> None:
+    """Takes the files of single slots away, once the mix is noted as done; what others put beside them stays."""
+    for slot in manifest.slots:
+        for path in _slot_files(out, slot.name):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or not empty
+        (out / SLOTS).rmdir()
+
+
+def _slot_files(out: Path, name: str) -> tuple[Path, Path]:
+    """Where a slot's documents and its state lie."""
+    path = out / SLOTS / f"{checked_name(name, 'A slot of the recipe')}.jsonl"
+    return path, path.with_suffix(".json")
 
 
 def _deal(paths: Mapping[str, Path], shares: Mapping[str, float], lm: HookedLM) -> Iterator[bytes]:

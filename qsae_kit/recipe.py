@@ -1,5 +1,6 @@
 """The recipe of one SAE variant: a value that is checked when it is made."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from inspect import signature
@@ -15,6 +16,8 @@ Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
 Frozen: TypeAlias = Literal["", "decoder", "soft_decoder", "encoder"]
 
 
+WIDEST = 2**31 - 1
+"""Features that can be numbered."""
 LR, LR_WIDTH = 4e-3, 1024
 """The default peak learning rate is LR at d_sae = LR_WIDTH and falls with its square root (Gao et al. 2024,
 arXiv 2406.04093, appendix A.3)."""
@@ -56,8 +59,8 @@ class TrainConfig:
             raise ValueError(f"There is no architecture {self.architecture!r}; choose from {', '.join(ARCHITECTURES)}.")
         for name in ("sparsity", "expansion", "tokens", "batch", "lr", "pool", "dead_after"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name}={value} was given; it must be positive.")
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name}={value} was given; it must be positive and finite.")
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} was given; allowed are 0 to {2**31 - 1}.")
         if self.tokens < self.batch:
@@ -78,7 +81,12 @@ class TrainConfig:
             )
 
     def build(self, d_in: int, device: torch.device = torch.device("cpu")) -> SAE:
-        """An untrained SAE of this recipe."""
+        """An untrained SAE of this recipe. Raises ValueError where it would have more than `WIDEST` features."""
+        if self.d_sae(d_in) > WIDEST:
+            raise ValueError(
+                f"A width of {self.d_sae(d_in):,} features was asked for (expansion {self.expansion:g}); at most {WIDEST:,} are "
+                "possible, choose fewer."
+            )
         sae = ARCHITECTURES[self.architecture](d_in, self.d_sae(d_in), self.sparsity, **self.options).to(device)
         sae.product_dtype = fastest_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
         return sae

@@ -21,6 +21,7 @@ from qsae_kit.metrics import wilson
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import Asked, answer_groups
 from qsae_kit.steering import Steering, Suite
+from qsae_kit.writers import only_writer
 
 SAMPLING: Mapping[bool, Mapping[str, Any]] = {
     True: {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
@@ -49,31 +50,32 @@ def answered_again(
         "repeats": 1, "model": lm.model_name, "dtype": str(lm.dtype), "behaviour": behaviour.name, "max_new_tokens": max_new_tokens, "thinking": thinking,
         "asked": hashlib.sha256(told.encode()).hexdigest(),
     }  # fmt: skip
-    journal = Journal(folder and folder / "seeds.jsonl", about)
+    with only_writer(folder):
+        journal = Journal(folder and folder / "seeds.jsonl", about)
 
-    def ask(seed: int, arm: str, kind: str) -> dict[str, Any]:
-        texts = prompts[kind]
-        [said] = answer_groups(
-            lm, [Asked(texts, edits[arm])], max_new_tokens, thinking, sampling=SAMPLING[bool(thinking)], seed=seed
-        )
-        return {
-            "outcomes": judged(lm, behaviour, texts, said, thinking).outcomes,
-            "thought": sum("</think>" in text for text in said.text) / len(texts),
-        }
+        def ask(seed: int, arm: str, kind: str) -> dict[str, Any]:
+            texts = prompts[kind]
+            [said] = answer_groups(
+                lm, [Asked(texts, edits[arm])], max_new_tokens, thinking, sampling=SAMPLING[bool(thinking)], seed=seed
+            )
+            return {
+                "outcomes": judged(lm, behaviour, texts, said, thinking).outcomes,
+                "thought": sum("</think>" in text for text in said.text) / len(texts),
+            }
 
-    rows = []
-    for seed in seeds:
-        for arm in edits:
-            for kind, texts in prompts.items():
-                found = journal.get(f"{seed}/{arm}/{kind}", partial(ask, seed, arm, kind))
-                shown = wilson(found["outcomes"].count("S"), len(texts))
-                rows.append(
-                    {
-                        "seed": seed, "intervention": arm, "prompt_kind": kind, "n": len(texts), "refusal_rate": shown.rate, "ci_low": shown.low,
-                        "ci_high": shown.high, "broken_rate": rate(found["outcomes"], "B"), "thought": found["thought"],
-                    }
-                )  # fmt: skip
-    return pd.DataFrame(rows)
+        rows = []
+        for seed in seeds:
+            for arm in edits:
+                for kind, texts in prompts.items():
+                    found = journal.get(f"{seed}/{arm}/{kind}", partial(ask, seed, arm, kind))
+                    shown = wilson(found["outcomes"].count("S"), len(texts))
+                    rows.append(
+                        {
+                            "seed": seed, "intervention": arm, "prompt_kind": kind, "n": len(texts), "refusal_rate": shown.rate, "ci_low": shown.low,
+                            "ci_high": shown.high, "broken_rate": rate(found["outcomes"], "B"), "thought": found["thought"],
+                        }
+                    )  # fmt: skip
+        return pd.DataFrame(rows)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:

@@ -15,8 +15,14 @@ from qsae_kit.findings import COLUMNS
 from qsae_kit.plots import controls_figure, dose_figure, reconstruction_figure
 from qsae_kit.steering import Suite
 from qsae_kit.study import StudyResult
+from qsae_kit.writers import only_writer
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
+STUDY_FILES = (
+    "study.csv", "candidates.csv", "selection.csv", "examples.csv", "prompts.json", "study.json", "steering.json", "dose.html",
+    "controls.html", "report.html",
+)  # fmt: skip
+"""What `write_study` writes."""
 SHOWN = [
     "intervention", "prompt_kind", "strength", "n", "refusal_rate", "ci_low", "ci_high", "correct_rate", "broken_rate", "change",
     "change_low", "change_high", "kl_first", "kl_answer", "perplexity", "repetition",
@@ -84,16 +90,17 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
 def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) -> None:
     """Writes study.csv (its columns are `findings.COLUMNS`), study.json (headline, verdict, configuration), steering.json (the frozen
     edit, for `load_steering`), candidates.csv, selection.csv, examples.csv, prompts.json, two figures and report.html."""
-    write_table(study.table, out / "study.csv")
-    write_table(study.candidates, out / "candidates.csv")
-    write_table(study.selection, out / "selection.csv")
-    write_table(study.examples, out / "examples.csv")
-    write_text(out / "prompts.json", json.dumps(study.prompts, indent=1, ensure_ascii=False) + "\n")
-    about = {"headline": study.headline, "verdict": study.verdict, "config": asdict(study.config)}
-    write_text(out / "study.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    study.steering.save(out / "steering.json", suite)
-    for name, figure in (("dose", dose_figure), ("controls", controls_figure)):
-        write_text(
-            out / f"{name}.html", figure(study.table, study.target, model_name).to_html(include_plotlyjs=True, div_id=name)
-        )
-    write_text(out / "report.html", render_report(model_name, None, [study]))
+    with only_writer(out):
+        write_table(study.table, out / "study.csv")
+        write_table(study.candidates, out / "candidates.csv")
+        write_table(study.selection, out / "selection.csv")
+        write_table(study.examples, out / "examples.csv")
+        write_text(out / "prompts.json", json.dumps(study.prompts, indent=1, ensure_ascii=False) + "\n")
+        about = {"headline": study.headline, "verdict": study.verdict, "config": asdict(study.config)}
+        write_text(out / "study.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+        study.steering.save(out / "steering.json", suite)
+        for name, figure in (("dose", dose_figure), ("controls", controls_figure)):
+            write_text(
+                out / f"{name}.html", figure(study.table, study.target, model_name).to_html(include_plotlyjs=True, div_id=name)
+            )
+        write_text(out / "report.html", render_report(model_name, None, [study]))

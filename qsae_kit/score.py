@@ -30,6 +30,7 @@ from qsae_kit.recipe import TrainConfig, default_recipe
 from qsae_kit.recovery import judge, recover, summarise
 from qsae_kit.sae import SAE
 from qsae_kit.tiny import concepts as planted
+from qsae_kit.writers import only_writer
 
 SPLICED_SHARE = 0.2
 """Of the held-out tokens, those that are spliced: a pass a site instead of one for all."""
@@ -92,6 +93,20 @@ def score_suite(
     """
     if concepts and lm.model_name != "tiny":
         raise ValueError(f"The concepts of {lm.model_name!r} are not known; --concepts is for the bundled model, tiny.")
+    with only_writer(out):
+        return _score_suite(lm, suite, data, tokens, out, baselines, concepts, bar)
+
+
+def _score_suite(
+    lm: HookedLM,
+    suite: Mapping[str, Mapping[str, SAE]],
+    data: str | None,
+    tokens: int,
+    out: Path,
+    baselines: bool,
+    concepts: bool,
+    bar: bool,
+) -> Scores:
     for saes in suite.values():
         for sae in saes.values():
             check_fit(lm, sae)  # before anything is trained
@@ -200,7 +215,25 @@ def sweep(
 
     lengths: numbers of training tokens, each a run of its own in tokens_<n>/ (a decayed learning rate has no useful middle).
     tokens: held-out ones. The table is `evaluate_suite`'s with the columns expansion and target, and effective_rank.
+    Raises ValueError while another process writes there.
     """
+    with only_writer(out):
+        return _sweep(lm, data, sites, config, l0s, expansions, lengths, tokens, out, resume, bar)
+
+
+def _sweep(
+    lm: HookedLM,
+    data: str | None,
+    sites: Sequence[str],
+    config: TrainConfig,
+    l0s: Sequence[float],
+    expansions: Sequence[float],
+    lengths: Sequence[int],
+    tokens: int,
+    out: Path,
+    resume: bool,
+    bar: bool,
+) -> pd.DataFrame:
     recipes = [replace(config, sparsity=l0, expansion=x) for x in expansions for l0 in l0s]
     batches = held_out_batches(lm, documents_of(lm, data)[0], tokens)
     tables = []

@@ -48,6 +48,7 @@ from qsae_kit.prompts import STOCK_REFUSALS
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.steering import Change, Condition, FeatureSet, Steering, Suite
+from qsae_kit.writers import only_writer
 
 STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0)
 CONTRASTS = ("auto", "prompts", "answers")
@@ -336,7 +337,8 @@ def steering_study(
     suite: variant -> hook name -> SAE; variants whose names end with frozen_decoder or frozen_soft_decoder are controls at the
     same site. behaviour: refusal by default. hook_names, variant: where to choose from (`steered_sites`). folder: every step
     is written there, and a study that was cut off goes on (`journal.jsonl`); the same seed gives the same digits.
-    Raises ValueError for prompts that are missing, empty, in both sets or all of one kind, and for sites that are not there.
+    Raises ValueError for prompts that are missing, empty, in both sets or all of one kind, for sites that are not there, and
+    while another process writes to the folder.
     """
     behaviour = behaviour or refusal()
     check_prompts(behaviour, config.target, selection, evaluation)
@@ -350,9 +352,9 @@ def steering_study(
         "saes": {f"{variant}/{name}": suite[variant][name].checksum() for name in names},
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip
-    return _Study(
-        lm, suite, prompts, behaviour, config, variant, names, Journal(folder and folder / "journal.jsonl", about), bar
-    ).run()
+    with only_writer(folder):
+        journal = Journal(folder and folder / "journal.jsonl", about)
+        return _Study(lm, suite, prompts, behaviour, config, variant, names, journal, bar).run()
 
 
 class _Study:

@@ -13,37 +13,41 @@ A stage whose files are there and unchanged is skipped; one that was cut off goe
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
 from qsae_kit import mixes
 from qsae_kit.activations import StoredRows
 from qsae_kit.behaviours import Goal, StudyPrompts, judged, refusal_prompts
-from qsae_kit.card import model_card
-from qsae_kit.checkpoints import LOG
+from qsae_kit.card import write_card
+from qsae_kit.checkpoints import delete_checkpoint, found
 from qsae_kit.data import read_documents
 from qsae_kit.features import IndexConfig, build_index
-from qsae_kit.files import sweep, write_text
+from qsae_kit.files import OWN, inside, write_text
 from qsae_kit.fit import Meter, fit_live, sites_of
 from qsae_kit.formats import load_suite
+from qsae_kit.interrupts import say
+from qsae_kit.jsonfiles import read_json
 from qsae_kit.models import HookedLM
 from qsae_kit.outcomes import answer_all
 from qsae_kit.plan import free_memory, plan_groups
 from qsae_kit.recipe import TrainConfig, default_recipe
-from qsae_kit.report import write_study
+from qsae_kit.report import STUDY_FILES, write_study
 from qsae_kit.sae import SAE
 from qsae_kit.score import score_suite
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.study import StudyConfig, quick, steering_study
 from qsae_kit.train import train_saes
+from qsae_kit.writers import only_writer
 
 STAGES = ("data", "train", "evaluate", "index", "study", "card")
 RECORD, PLAN = "manifest.json", "plan.json"
@@ -281,47 +285,108 @@ def said_plan(plan: Mapping[str, Any]) -> str:
 # --- what is done
 
 
+PRODUCTS: dict[str, tuple[str, ...]] = {
+    "data": ("data/documents.jsonl", "data/data.json"),
+    "train": ("suite/*/*/cfg.json", "suite/*/*/sae_weights.safetensors", "train.jsonl"),
+    "evaluate": (
+        *(f"{folder}/evaluation.{kind}" for folder in ("evaluation", "baselines") for kind in ("csv", "parquet", "html")),
+        *(f"baselines/{name}" for name in ("baselines.html", "seeds.csv", "seeds.parquet")),
+    ),
+    "index": (
+        *(f"features/{name}" for name in ("index.json", "documents.parquet", "tokens.parquet")),
+        *(f"features/tables/*/*/{name}.parquet" for name in ("features", "examples")),
+    ),
+    "study": tuple(f"study/{name}" for name in (*STUDY_FILES, "journal.jsonl")),
+    "card": ("README.md", "plan.json"),
+}
+"""What the stages write; whatever else lies in the folder is not theirs."""
+NEEDS: dict[str, tuple[str, ...]] = {
+    "data": (),
+    "train": ("data",),
+    "evaluate": ("data", "train"),
+    "index": ("data", "train"),
+    "study": ("train",),
+    "card": ("data", "evaluate", "study"),
+}
+"""The stages whose files a stage reads."""
+REPLACED = f"{OWN}replaced"
+"""The folder of what is made anew, until the new one is whole."""
+
+
 class Record:
     """Which stages are done, with their files."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
-        """Raises ValueError where the folder holds another suite."""
+        """Raises ValueError where the folder holds another suite, or a manifest that is none of a suite."""
         self.out, self.path = out, out / RECORD
         told = json.loads(json.dumps(identity))
         self.entry: dict[str, Any] = {"run": told, "stages": {}}
-        if self.path.is_file():
-            self.entry = json.loads(self.path.read_text(encoding="utf-8"))
+        if os.path.lexists(self.path):
+            self.entry = read_json(self.path, "a suite's manifest")
+            _check_record(self.path, self.entry)
             other = [name for name in told if self.entry["run"].get(name) != told[name]]
             if other:
                 raise ValueError(
                     f"{str(out)!r} holds a suite with another {' and '.join(other)}; give the same, or another folder."
                 )
+        self._write()
+
+    def _write(self) -> None:
         write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
 
-    def valid(self, stage: str) -> bool:
-        """Whether a stage is done and its files are as they were."""
-        files = self.entry["stages"].get(stage)
-        return files is not None and all(self._same(self.out / name, told) for name, told in files.items())
+    def pending(self) -> list[str]:
+        """The stages that are not done."""
+        return [stage for stage in STAGES if stage not in self.entry["stages"]]
+
+    def changed(self) -> list[str]:
+        """The stages that are done and whose files are not all there as they were."""
+        return [stage for stage in STAGES if stage in self.entry["stages"] and not self._as_it_was(stage)]
+
+    def _as_it_was(self, stage: str) -> bool:
+        files = self.entry["stages"][stage]
+        return all(self._same(inside(self.out, name, "The suite's manifest"), told) for name, told in files.items())
 
     def _same(self, path: Path, told: Mapping[str, Any]) -> bool:
         if not path.is_file() or path.stat().st_size != told["bytes"]:
             return False
         return told["bytes"] > HASHED or _sha256(path) == told["sha256"]
 
-    def drop(self, stages: Sequence[str]) -> None:
-        """Forgets stages, and deletes what they had written."""
+    def put_aside(self, stages: Sequence[str]) -> None:
+        """Makes room for stages that are made anew: what they had written is kept until they are done again."""
         for stage in stages:
-            for name in self.entry["stages"].pop(stage, {}):
-                (self.out / name).unlink(missing_ok=True)
-        write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
+            for name in self.entry["stages"].get(stage, {}):
+                path, kept = inside(self.out, name, "The suite's manifest"), self.out / REPLACED / stage / name
+                if path.is_file():
+                    kept.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, kept)
+            if self.entry["stages"].pop(stage, None) is not None:
+                self._write()
 
-    def done(self, stage: str, paths: Sequence[Path]) -> None:
-        """Notes a stage's files and folders."""
-        found = sorted(file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+    def done(self, stage: str, names: Sequence[str]) -> None:
+        """Notes a stage's files, of these names, and lets go of those that they took the place of."""
+        there = {name: self.out / name for name in sorted(names) if (self.out / name).is_file()}
         self.entry["stages"][stage] = {
-            file.relative_to(self.out).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in found
+            name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in there.items()
         }
-        write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
+        self._write()
+        shutil.rmtree(self.out / REPLACED / stage, ignore_errors=True)
+        with suppress(OSError):  # it is not there, or not empty
+            (self.out / REPLACED).rmdir()
+
+
+def _check_record(path: Path, entry: Any) -> None:
+    """ValueError for a file that is no suite's manifest, or names what is none of a suite's files."""
+    wrong = f"{str(path)!r} is no manifest of a suite; give another folder."
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), dict) for name in ("run", "stages")):
+        raise ValueError(wrong)
+    for stage, files in entry["stages"].items():
+        if stage not in STAGES or not isinstance(files, dict):
+            raise ValueError(wrong)
+        for name, told in files.items():
+            inside(path.parent, name, "The suite's manifest")
+            numbers = isinstance(told, dict) and isinstance(told.get("bytes"), int) and isinstance(told.get("sha256"), str)
+            if not numbers or not any(PurePosixPath(name).match(pattern) for pattern in PRODUCTS[stage]):
+                raise ValueError(wrong)
 
 
 def _sha256(path: Path) -> str:
@@ -333,34 +398,81 @@ def _sha256(path: Path) -> str:
 
 
 def make_suite(
-    lm: HookedLM, out: Path, config: SuiteConfig = SuiteConfig(), *, memory: int | None = None, folder: Path | None = None, bar: bool = True
+    lm: HookedLM, out: Path, config: SuiteConfig = SuiteConfig(), *, memory: int | None = None, folder: Path | None = None,
+    remake: bool = False, bar: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Makes a suite, or goes on with it; returns its plan.
 
+    A stage that is done is never made again by itself, whatever became of its files or of those that it was made from. remake:
+    makes the first stage whose files are gone or changed anew, and all that follow it; the old ones are kept until then.
     memory: bytes that training may take beside the model (None: most of what is free). folder: where downloaded data sets lie,
-    each under its id, instead of the hub. Raises ValueError for what `make_plan` and `mixes.write_mix` do, and for a folder that
-    holds another suite.
+    each under its id, instead of the hub. Raises ValueError for what `make_plan` and `mixes.write_mix` do, for a folder that
+    holds another suite, where something that is left to do needs files that are gone or changed, and while another process
+    writes there.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    sweep(out)
-    record = Record(out, {"model": lm.model_name, "dtype": str(lm.dtype), **json.loads(json.dumps(asdict(config)))})
-    if not (out / PLAN).is_file():
-        plan = make_plan(lm, config, out, memory)
-        write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
-    plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
-    if bar:
-        tqdm.write(said_plan(plan))
-    stages = {name: getattr(_Suite(lm, out, config, plan, memory, folder, bar), name) for name in STAGES}
-    first = next((i for i, name in enumerate(STAGES) if not record.valid(name)), len(STAGES))
-    damaged = STAGES[first] if first < len(STAGES) and STAGES[first] in record.entry["stages"] else None
-    record.drop(STAGES[first:])  # what follows a stage is made from it
-    if damaged == "train":
-        for old in out.glob("checkpoint-*"):
-            shutil.rmtree(old)
-    for name in STAGES[first:]:
+    with only_writer(out):
+        record = Record(out, identity_of(lm, config))
+        if not (out / PLAN).is_file():
+            plan = make_plan(lm, config, out, memory)
+            write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
+        plan = read_plan(out / PLAN)
         if bar:
-            tqdm.write(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
-        record.done(name, stages[name]())
+            tqdm.write(said_plan(plan))
+        suite = _Suite(lm, out, config, plan, memory, folder, bar)
+        suite.clear(record)
+        if remake:
+            _make_room(record)
+        pending, changed = record.pending(), record.changed()
+        lacking = [stage for stage in changed if any(stage in NEEDS[later] for later in pending)]
+        if lacking:
+            raise ValueError(
+                f"Files of {' and '.join(lacking)} in {str(out)!r} are gone or changed, and {pending[0]} needs them; bring them back, "
+                "or make them and what follows anew with --remake."
+            )
+        if changed and bar:
+            tqdm.write(f"Gone or changed since they were made, and left so: files of {', '.join(changed)} (--remake).")
+        for name in pending:
+            if bar:
+                tqdm.write(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
+            getattr(suite, name)()
+            record.done(name, suite.products(name))
+            suite.clear(record)
+    return plan
+
+
+def _make_room(record: Record) -> None:
+    """Puts the first stage that is not as it was aside, with all that follow it."""
+    changed = record.changed()
+    if changed:
+        record.put_aside(STAGES[STAGES.index(changed[0]) :])
+
+
+def identity_of(lm: HookedLM, config: SuiteConfig) -> dict[str, Any]:
+    """What a suite's folder is told apart by; files by name and checksum, wherever they lie."""
+    manifest = manifest_of(lm, config)
+    told = json.dumps(asdict(manifest), sort_keys=True)
+    return {
+        "model": lm.model_name,
+        "dtype": str(lm.dtype),
+        **asdict(config),
+        "recipe": f"{manifest.name} {hashlib.sha256(told.encode()).hexdigest()}",
+        "files": {slot: mixes.file_id(Path(path)) for slot, path in (config.files or {}).items()},
+    }
+
+
+def read_plan(path: Path) -> dict[str, Any]:
+    """A suite's plan. Raises ValueError for a file that is none."""
+    plan = read_json(path, "a suite's plan")
+    try:
+        TrainConfig(**plan["training"])
+        said_plan(plan)
+        [parse_hook_name(name) for name in plan["sites"]]
+        if not isinstance(plan["tokens"], int) or not isinstance(plan["recipe"], str):
+            raise TypeError("tokens or recipe")
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} is no plan of a suite ({error}); take it away, and it is made anew, or give another folder."
+        ) from error
     return plan
 
 
@@ -373,7 +485,7 @@ def usual_goal(lm: HookedLM, given: StudyPrompts, config: StudyConfig) -> Goal:
 
 
 class _Suite:
-    """The stages; each returns what it wrote."""
+    """The stages; each writes its `PRODUCTS`."""
 
     def __init__(
         self, lm: HookedLM, out: Path, config: SuiteConfig, plan: Mapping[str, Any], memory: int | None, folder: Path | None, bar: bool
@@ -383,53 +495,62 @@ class _Suite:
         self.sizes = sizes_for(lm, config, plan["tokens"])
         self.documents = str(out / "data" / mixes.DEALT)
 
-    def data(self) -> list[Path]:
+    def data(self) -> None:
         files = {name: Path(path) for name, path in (self.config.files or {}).items()}
-        manifest = manifest_of(self.lm, self.config)
-        folder = self.out / "data"
         mixes.write_mix(
-            self.lm, manifest, self.plan["tokens"], folder, files=files, folder=self.folder, seed=self.config.seed, bar=self.bar
+            self.lm,
+            manifest_of(self.lm, self.config),
+            self.plan["tokens"],
+            self.out / "data",
+            files=files,
+            folder=self.folder,
+            seed=self.config.seed,
+            bar=self.bar,
         )
-        shutil.rmtree(folder / "slots")
-        return [folder]
 
-    def train(self) -> list[Path]:
-        resume = any(self.out.glob("checkpoint-*/state.json"))
+    def train(self) -> None:
         result = fit_live(
-            self.lm, self.documents, self.plan["sites"], [self.recipe], self.out, resume=resume, memory=self.memory, bar=self.bar
+            self.lm, self.documents, self.plan["sites"], [self.recipe], self.out, resume=True, memory=self.memory, bar=self.bar
         )
         if not result.complete:
-            raise ValueError("The training was stopped before its end; the same command goes on with it.")
-        for old in self.out.glob("checkpoint-*"):
-            shutil.rmtree(old)
-        return [self.out / "suite", self.out / LOG]
+            say("The training was stopped before its end; the same command goes on with it.")
+            raise KeyboardInterrupt
 
-    def evaluate(self) -> list[Path]:
+    def products(self, stage: str) -> list[str]:
+        """The names of a stage's files, as far as the plan tells."""
+        places = [f"{self.recipe.variant}/{site}" for site in self.plan["sites"]]
+        return [pattern.replace("*/*", place) for pattern in PRODUCTS[stage] for place in places]
+
+    def clear(self, record: Record) -> None:
+        """Takes away what stages that are done needed to go on."""
+        if "data" not in record.pending():
+            mixes.delete_slots(self.out / "data", manifest_of(self.lm, self.config))
+        if "train" not in record.pending():
+            for checkpoint in found(self.out):
+                delete_checkpoint(checkpoint)
+
+    def evaluate(self) -> None:
         suite = self._suite()
         score_suite(self.lm, suite, self.documents, self.sizes.evaluated, self.out / "evaluation", bar=self.bar)
         places = self._spread(self.sizes.baselines)
         if not places:
-            return [self.out / "evaluation"]
+            return
         some = {variant: {name: sae for name, sae in saes.items() if name in places} for variant, saes in suite.items()}
         score_suite(self.lm, some, self.documents, self.sizes.evaluated, self.out / "baselines", baselines=True, bar=self.bar)
-        return [self.out / "evaluation", self.out / "baselines"]
 
-    def index(self) -> list[Path]:
-        folder, config = self.out / "features", IndexConfig(tokens=self.sizes.indexed)
-        resume = (folder / ".building").is_dir() and any((folder / ".building").glob("checkpoint-*/state.json"))
+    def index(self) -> None:
         build_index(
             self.lm,
             self._suite(),
             lambda: read_documents(self.documents),
-            folder,
-            config,
+            self.out / "features",
+            IndexConfig(tokens=self.sizes.indexed),
             data=self.plan["recipe"],
-            resume=resume,
+            resume=True,
             bar=self.bar,
         )
-        return [folder]
 
-    def study(self) -> list[Path]:
+    def study(self) -> None:
         suite, sizes = self._suite(), self.sizes
         given = refusal_prompts(self.lm.model_name, sizes.n_selection, sizes.n_evaluation, self.config.seed)
         goal = usual_goal(self.lm, given, sizes.study) if self.config.goal == "auto" else self.config.goal
@@ -444,15 +565,9 @@ class _Suite:
             bar=self.bar,
         )
         write_study(result, suite, self.lm.model_name, self.out / "study")
-        return [self.out / "study"]
 
-    def card(self) -> list[Path]:
-        told = json.loads((self.out / "data" / mixes.ABOUT).read_text(encoding="utf-8"))
-        study = json.loads((self.out / "study" / "study.json").read_text(encoding="utf-8"))
-        evaluation = pd.read_csv(self.out / "evaluation" / "evaluation.csv")
-        path = self.out / "README.md"
-        write_text(path, model_card(self.plan, told, evaluation, study))
-        return [path, self.out / PLAN]
+    def card(self) -> None:
+        write_card(self.out)
 
     def _suite(self) -> dict[str, dict[str, SAE]]:
         return load_suite(self.out / "suite", self.lm.device)

@@ -1,8 +1,6 @@
 """Trains many SAEs from one source of rows; it never sees a language model."""
 
 import math
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,13 +15,15 @@ from tqdm.auto import tqdm
 
 from qsae_kit.activations import Block, NormFilter, Place, RowSource, shuffled
 from qsae_kit.checkpoints import Checkpoints
-from qsae_kit.formats import load_sae, save_sae
+from qsae_kit.formats import load_sae, save_sae, suite_folder
+from qsae_kit.interrupts import Interrupts, say
 from qsae_kit.optim import Adam
 from qsae_kit.plan import Group, Key, Peak, free_memory, group_of, kept_memory, plan_groups, return_freed_memory
 from qsae_kit.recipe import TrainConfig
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
+from qsae_kit.writers import only_writer
 
 
 class Normaliser(NamedTuple):
@@ -208,37 +208,6 @@ LOG_EVERY = 20
 """Steps between lines of the log."""
 
 
-def _say(text: str) -> None:
-    tqdm.write(text, file=sys.stderr)
-
-
-class _Interrupts:
-    """Within it, an interrupt (Ctrl-C, a notebook's stop button) is noted and waits; a second one does not wait."""
-
-    def __init__(self, stop: threading.Event | None) -> None:
-        self._stop = stop or threading.Event()
-
-    @property
-    def asked(self) -> bool:
-        return self._stop.is_set()
-
-    def __enter__(self) -> "_Interrupts":
-        self._before: Any = None
-        if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self._stop.set()
-        _say("Stopping after this step; interrupt again to stop at once.")
-
-    def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-
 @dataclass
 class _GroupRun:
     """The training of one group, which can be left after any step and gone on with."""
@@ -248,7 +217,7 @@ class _GroupRun:
     group: Group
     groups: Sequence[Group]
     checkpoints: Checkpoints | None
-    interrupts: _Interrupts
+    interrupts: Interrupts
     place: Place = Place()
     given: int = 0
     """Batches of the block at `place` that are done."""
@@ -333,7 +302,7 @@ class _GroupRun:
         if dtype == torch.bfloat16:
             said += f"; of what float32 selects {trainer.miss_rate(rows[: self.lead.batch]):.2%} is missed"
         if bar:
-            _say(f"Products: {said}")
+            say(f"Products: {said}")
 
     def _log(self, progress: Progress, meter: tqdm) -> None:
         figures = progress.figures()
@@ -380,46 +349,38 @@ def train_saes(
     drop_template, context_size: what the source's batches were made with; it is stored with the SAEs.
     folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a checkpoint every
     `checkpoint_seconds` (less often where writing it takes more than a twentieth of the time); `resume` goes on from
-    there, on a CPU to the same bits as without a break.
+    there, on a CPU to the same bits as without a break, and starts where there is none yet.
     memory: bytes that may be used beside the model, by default most of what is free; sites that do not fit together are
     trained one group after another, each with a pass over the data, and are returned on the CPU.
     watch: called with the `Progress` after each step, such as `watch.LiveFigure()`.
     stop: an event that works like an interrupt, from another thread.
-    An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they are.
+    An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they are; so does SIGTERM, which
+    then ends the process.
 
     Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together, too little data, a
-    folder with another or an unfinished run.
+    folder with another or an unfinished run, or one that another process writes.
     """
-    widths = source.widths
-    _check_configs(configs, widths)
-    return_freed_memory()
     if resume and folder is None:
         raise ValueError("resume=True was given without a folder to resume from; give the folder of the run.")
-    checkpoints, state = None, None
-    if folder is not None:
-        about = {"model": model_name, "drop_template": drop_template, "context size": context_size, "data": source.fingerprint()}
-        checkpoints = Checkpoints(folder, {"recipe": [asdict(c) for c in configs], "choice of sites": list(source.sites)} | about)
-        state = checkpoints.load()
-        if state is not None and not resume:
-            raise ValueError(f"{str(folder)!r} holds a run already; resume it or choose another folder.")
-        if state is None and resume:
-            raise ValueError(f"{str(folder)!r} holds no checkpoint to resume from; start without resuming.")
-        checkpoints.begin(state)
-    if state is not None:  # as it was planned then, whatever is free now
-        groups = [group_of(configs, {site: widths[site] for site in sites}, source.forward_rows) for sites in state["groups"]]
-    else:
-        groups = plan_groups(configs, widths, free_memory(source.device) if memory is None else memory, source.forward_rows)
-    if bar:
-        sizes = ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
-        _say(f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows")
-    suite: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
-    with _Interrupts(stop) as interrupts:
+    _check_configs(configs, source.widths)
+    return_freed_memory()
+    origin = Origin(model_name, drop_template, context_size)
+    with only_writer(folder), Interrupts(stop) as interrupts:
+        checkpoints, state = None, None
+        if folder is not None:
+            checkpoints = Checkpoints(folder, _identity(source, configs, origin))
+            state = _found_state(checkpoints, resume)
+        groups = _groups(source, configs, memory, state)
+        if bar:
+            sizes = ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
+            say(f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows")
+        suite: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
         if checkpoints is not None and state is None:  # so that a run can be resumed from its first moment
             checkpoints.save(_GroupRun(configs, 0, groups[0], groups, None, interrupts).state(), {})
         for number, group in enumerate(groups):
             if folder is not None and state is not None and number < state["group"]:
                 for variant, site in group.keys:
-                    suite[variant][site] = load_sae(folder / "suite" / variant / site)
+                    suite[variant][site] = load_sae(suite_folder(folder / "suite", variant, site))
                 continue
             run = _GroupRun(configs, number, group, groups, checkpoints, interrupts)
             if state is not None and number == state["group"]:
@@ -428,19 +389,78 @@ def train_saes(
             most = peak.began + group.bytes if source.device.type == "cpu" else None
             trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, most, bar)
             if bar and peak.bytes is not None:
-                _say(f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned")
+                say(f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned")
             while trainers:
                 (variant, site), trainer = trainers.popitem()
                 sae = trainer.finish(model_name, site, drop_template, context_size)
                 suite[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
                 if folder is not None:
-                    save_sae(sae, folder / "suite" / variant / site)
+                    save_sae(sae, suite_folder(folder / "suite", variant, site))
                 del trainer, sae  # before the next group begins
             if run.complete and checkpoints is not None:
                 checkpoints.save(_GroupRun(configs, number + 1, group, groups, None, interrupts).state(), {})
             if interrupts.asked:
                 break
     return {variant: {site: saes[site] for site in source.sites if site in saes} for variant, saes in suite.items()}
+
+
+class Origin(NamedTuple):
+    """Where a run's rows come from, as its SAEs will say."""
+
+    model_name: str
+    drop_template: bool
+    context_size: int
+
+
+def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin) -> dict[str, Any]:
+    """What a run has to have in common with the one that it goes on with."""
+    return {
+        "recipe": [asdict(config) for config in configs],
+        "choice of sites": list(source.sites),
+        "model": origin.model_name,
+        "drop_template": origin.drop_template,
+        "context size": origin.context_size,
+        "data": source.fingerprint(),
+    }
+
+
+def _found_state(checkpoints: Checkpoints, resume: bool) -> dict[str, Any] | None:
+    """The state to go on from, None where there is none yet; what a killed run left is cleared."""
+    state = checkpoints.load()
+    if state is not None and not resume:
+        raise ValueError(f"{str(checkpoints.folder)!r} holds a run already; resume it or choose another folder.")
+    if state is not None and not _is_state(state):
+        raise ValueError(
+            f"The checkpoint in {str(checkpoints.folder)!r} was not written by this package's training; choose another folder."
+        )
+    checkpoints.begin(state)
+    return state
+
+
+def _is_state(state: Mapping[str, Any]) -> bool:
+    """Whether a state has what `_GroupRun.state` writes."""
+    numbers = [state.get(name) for name in ("group", "rows", "given", "seconds")]
+    groups, place = state.get("groups"), state.get("place")
+    return (
+        all(isinstance(number, (int, float)) and number >= 0 for number in numbers)
+        and isinstance(groups, list)
+        and all(isinstance(sites, list) and all(isinstance(site, str) for site in sites) for sites in groups)
+        and isinstance(place, list)
+        and len(place) == len(Place())
+    )
+
+
+def _groups(
+    source: RowSource, configs: Sequence[TrainConfig], memory: int | None, state: Mapping[str, Any] | None
+) -> list[Group]:
+    """The groups of a run; of one that goes on those that were planned then, whatever is free now."""
+    widths = source.widths
+    if state is None:
+        free = free_memory(source.device) if memory is None else memory
+        return plan_groups(configs, widths, free, source.forward_rows)
+    if not {site for sites in state["groups"] for site in sites} <= set(widths):
+        raise ValueError("The checkpoint names sites that this run does not have; choose another folder.")
+    return [group_of(configs, {site: widths[site] for site in sites}, source.forward_rows) for sites in state["groups"]]
 
 
 def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> None:

@@ -13,12 +13,13 @@ from types import SimpleNamespace
 
 import pandas as pd
 import pytest
+from huggingface_hub.utils import filter_repo_objects
+from huggingface_hub.utils._paths import DEFAULT_IGNORE_PATTERNS
 
-from qsae_kit import card, load_model, suite
+from qsae_kit import card, load_index, load_model, suite
 from qsae_kit.behaviours import Verdict, refusal_prompts
 from qsae_kit.card import plain, push
 from qsae_kit.cli import main
-from qsae_kit.files import sweep
 from qsae_kit.formats import load_suite
 from qsae_kit.study import StudyConfig
 from qsae_kit.suite import (
@@ -111,24 +112,99 @@ def test_the_folder_is_complete_and_says_what_is_in_it(made, lm):
     assert "tiny world" in page
 
 
-@pytest.mark.slow
-def test_a_stage_is_skipped_while_its_files_are_as_they_were(made, lm, tmp_path, small, monkeypatch):
+def copied(made, tmp_path):
     out = tmp_path / "copy"
     subprocess.run(["cp", "-r", str(made), str(out)], check=True)
-    ran = []
+    return out
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Stages that would run, which write nothing."""
+    called = []
     for name in STAGES:
-        monkeypatch.setattr(suite._Suite, name, lambda self, name=name: ran.append(name) or [])
+        monkeypatch.setattr(suite._Suite, name, lambda self, name=name: called.append(name))
+    return called
+
+
+@pytest.mark.slow
+def test_a_stage_that_is_done_is_never_made_again_by_itself(made, lm, tmp_path, small, ran):
+    out = copied(made, tmp_path)
     make_suite(lm, out, CONFIG, bar=False)
     assert ran == []
     table = out / "evaluation" / "evaluation.csv"
     table.write_text(table.read_text().replace("blocks.2", "blocks.1", 1))
-    make_suite(lm, out, CONFIG, bar=False)
-    assert ran == ["evaluate", "index", "study", "card"]
-    assert not table.exists()  # what is damaged is not built upon
+    before = table.read_bytes()
+    make_suite(lm, out, CONFIG, bar=False)  # nothing that is left to do needs it
+    assert ran == []
+    assert table.read_bytes() == before
     with pytest.raises(ValueError, match="another dtype; give the same"):
         make_suite(load_model("tiny", "bfloat16"), out, CONFIG, bar=False)
     with pytest.raises(ValueError, match="another budget and baseline_sites"):
         make_suite(lm, out, SuiteConfig("60k", "resid", "2,3", baseline_sites=0), bar=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gone", ["data", "data/documents.jsonl", "suite", "features/documents.parquet"])
+def test_a_suite_without_its_inputs_keeps_all_that_was_made_of_them(made, lm, tmp_path, small, ran, gone):
+    out = copied(made, tmp_path)
+    subprocess.run(["rm", "-r", str(out / gone)], check=True)
+    before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+    make_suite(lm, out, CONFIG, bar=False)
+    assert ran == []
+    record = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    del record["stages"]["card"], record["stages"]["evaluate"]  # as where it was cut off
+    (out / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
+    before[out / "manifest.json"] = json.dumps(record, indent=1).encode() + b"\n"
+    if gone.startswith(("data", "suite")):
+        with pytest.raises(ValueError, match=r"gone or changed, and evaluate needs them; .* anew with --remake"):
+            make_suite(lm, out, CONFIG, bar=False)
+        assert ran == []
+    else:
+        make_suite(lm, out, CONFIG, bar=False)
+        assert ran == ["evaluate", "card"]
+        before.pop(out / "manifest.json")
+    assert {p: p.read_bytes() for p in before} == before
+
+
+@pytest.mark.slow
+def test_what_is_made_anew_is_kept_until_the_new_one_is_whole(made, lm, tmp_path, small, monkeypatch):
+    out = copied(made, tmp_path)
+    mine = {"suite/notes.txt": "my own", "evaluation/mine.csv": "a,b", "study/.keep": ""}
+    for name, text in mine.items():
+        (out / name).write_text(text)
+    table = out / "evaluation" / "evaluation.csv"
+    old = table.read_bytes()
+    table.write_bytes(old + b"\n")
+    evaluate = suite._Suite.evaluate
+
+    def fails(self):
+        raise ValueError("The disk is full.")
+
+    monkeypatch.setattr(suite._Suite, "evaluate", fails)
+    with pytest.raises(ValueError, match="full"):
+        make_suite(lm, out, CONFIG, remake=True, bar=False)
+    kept = out / suite.REPLACED
+    assert (kept / "evaluate" / "evaluation" / "evaluation.csv").read_bytes() == old + b"\n"
+    assert (kept / "study" / "study" / "study.csv").is_file()
+    assert not table.exists()
+    monkeypatch.setattr(suite._Suite, "evaluate", evaluate)
+    for name in ("index", "study"):
+        monkeypatch.setattr(suite._Suite, name, lambda self, name=name: restore(self.out, name))
+
+    def restore(out, stage):
+        for path in [p for p in (kept / stage).rglob("*") if p.is_file()]:
+            place = out / path.relative_to(kept / stage)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(path.read_bytes())
+
+    make_suite(lm, out, CONFIG, bar=False)  # without the flag: it goes on
+    assert not kept.exists()
+    assert table.read_bytes() == old
+    assert {name: (out / name).read_text() for name in mine} == mine
+    first, second = content(made), content(out)
+    assert {name for name in second if name not in first} == set(mine)
+    assert [name for name in first if first[name] != second[name]] == []
 
 
 @pytest.mark.slow
@@ -178,7 +254,6 @@ def test_a_recipe_of_ones_own(lm, tmp_path, monkeypatch):
     taken = []
 
     def write_mix(lm, manifest, tokens, out, **rest):
-        (out / "slots").mkdir(parents=True)
         taken.append((manifest.name, tokens))
 
     monkeypatch.setattr(suite.mixes, "write_mix", write_mix)
@@ -246,17 +321,6 @@ def test_markup_in_a_card_is_text(made):
     assert page.split("base_model: ")[1].split("\n")[0].count('"') == 3  # on one line, its quote escaped
 
 
-def test_what_a_killed_write_leaves_is_swept_and_nothing_else(tmp_path):
-    for name in (".README.md.ab_9zz01", "suite/.cfg.json.aaaaaaaa", "features/.building/x", ".git/config", "README.md"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("x")
-    (tmp_path / "suite" / ".v.old.aaaaaaaa").mkdir()
-    sweep(tmp_path)
-    left = {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()}
-    assert left == {"features/.building/x", ".git/config", "README.md"}
-    assert list((tmp_path / "suite").iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("given", "message"),
     [
@@ -289,31 +353,102 @@ def test_the_command_prints_a_plan_and_makes_nothing(tmp_path, monkeypatch, caps
 class Hub:
     """A hub that takes what it is given after failing as often as told."""
 
-    def __init__(self, errors):
-        self.errors, self.given = list(errors), []
+    def __init__(self, errors=()):
+        self.errors, self.given, self.sent = list(errors), [], {}
 
     def create_repo(self, repository, **options):
         assert options == {"private": True, "exist_ok": True}
         return f"https://hub/{repository}"
 
-    def upload_folder(self, **options):
-        self.given.append(options)
+    def upload_folder(self, repo_id, folder_path, allow_patterns, commit_message):
+        self.given.append(allow_patterns)
         if self.errors:
             raise self.errors.pop()
+        names = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()]
+        taken = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=DEFAULT_IGNORE_PATTERNS)
+        self.sent = {name: (Path(folder_path) / name).read_bytes() for name in taken}
 
 
-def test_a_push_that_is_cut_off_says_what_to_do_and_goes_on(tmp_path, monkeypatch):
-    hub = Hub([OSError(28, "No space left on device"), ConnectionError("Name or service not known")])
+@pytest.fixture
+def hub(monkeypatch):
+    hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", lambda: hub)
+    return hub
+
+
+@pytest.mark.slow
+def test_a_push_that_is_cut_off_says_what_to_do_and_goes_on(made, tmp_path, hub):
+    hub.errors = [OSError(28, "No space left on device"), ConnectionError("Name or service not known")]
     with pytest.raises(ValueError, match="no finished suite"):
         push(tmp_path, "me/saes")
-    (tmp_path / "README.md").write_text("x")
+    out = copied(made, tmp_path)
     for reason in ("Name or service not known", "No space left on device"):
         with pytest.raises(ValueError, match=f"{reason}.*not sent again: run the same command"):
-            push(tmp_path, "me/saes")
-    assert push(tmp_path, "me/saes") == "https://hub/me/saes"
-    assert hub.given[-1]["ignore_patterns"] == card.LEFT_HERE
-    assert "data/*" in card.LEFT_HERE
+            push(out, "me/saes")
+    assert push(out, "me/saes") == "https://hub/me/saes"
+
+
+@pytest.mark.slow
+def test_what_is_pushed_is_on_the_list_and_the_card_says_it(made, tmp_path, hub):
+    out = copied(made, tmp_path)
+    mine = ["suite/mine/blocks.2.hook_resid_post/cfg.json", "notes.md", "features/labels.jsonl", "data/more.jsonl"]
+    for name in mine:
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("private")
+    push(out, "me/saes", examples=False)
+    assert not {"data/documents.jsonl", "features/documents.parquet", "study/journal.jsonl", *mine} & set(hub.sent)
+    assert not [name for name in hub.sent if name.endswith("examples.parquet")]
+    assert [name for name in hub.sent if name.endswith("sae_weights.safetensors")]
+    card_text = hub.sent["README.md"].decode()
+    assert "No text of the documents is in it." in card_text
+    said = set(re.findall(r"`([^`]+)`", card_text.split(card.BEGIN)[1].split(card.END)[0]))
+    short = {f"{n.split('/')[0]}/.../{n.split('/')[-1]}" if n.count("/") > 1 else n for n in hub.sent}
+    assert said == short
+    # what stays at home still opens
+    home = tmp_path / "downloaded"
+    for name, data in hub.sent.items():
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(data)
+    page = load_index(home / "features").site().page(3)
+    assert page.top == []
+    assert page.promoted
+    assert len(load_index(home / "features").site().search("nurse")) >= 0
+    # the bundled model's world may be passed on
+    push(out, "me/saes")
+    assert {"features/documents.parquet"} <= set(hub.sent)
+    assert "Texts of the documents are in it." in hub.sent["README.md"].decode()
+
+
+@pytest.mark.slow
+def test_a_card_that_cannot_say_what_is_published_is_not_pushed(made, tmp_path, hub):
+    out = copied(made, tmp_path)
+    readme = out / "README.md"
+    readme.write_text("My own words.")
+    with pytest.raises(ValueError, match=r"no place between .* put the two lines back"):
+        push(out, "me/saes")
+    assert readme.read_text() == "My own words."
+    readme.write_text(f"My own words.\n{card.BEGIN}\n{card.END}\nMore of them.\n")
+    push(out, "me/saes")
+    assert readme.read_text().startswith("My own words.\n")
+    assert readme.read_text().endswith("\nMore of them.\n")
+    (out / "evaluation" / "evaluation.html").unlink()
+    (out / "evaluation" / "evaluation.html").symlink_to("/etc/hostname")
+    with pytest.raises(ValueError, match="a link that leads out of its folder"):
+        push(out, "me/saes")
+    (out / "evaluation" / "evaluation.html").unlink()
+    (out / "evaluation" / "evaluation.html").symlink_to(out / "data" / "documents.jsonl")
+    with pytest.raises(ValueError, match="is a link, and links are not published"):
+        push(out, "me/saes")
+
+
+@pytest.mark.slow
+def test_a_folder_of_this_machine_is_not_published(made, tmp_path, hub):
+    out = copied(made, tmp_path)
+    study = out / "study" / "study.json"
+    study.write_text(study.read_text().replace("{", f'{{"where": "{out.resolve()}/x", ', 1))
+    with pytest.raises(ValueError, match=r"study/study\.json names the folder"):
+        push(out, "me/saes")
+    assert hub.given == []
 
 
 def test_a_record_of_another_suite(tmp_path):

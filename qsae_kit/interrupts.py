@@ -1,0 +1,50 @@
+"""Interrupts that wait for a good moment: the end of a step, with a checkpoint."""
+
+import signal
+import sys
+import threading
+from typing import Any
+
+from tqdm.auto import tqdm
+
+
+def say(text: str) -> None:
+    """A line on stderr, above a progress bar."""
+    tqdm.write(text, file=sys.stderr)
+
+
+class Interrupts:
+    """Within it, an interrupt (Ctrl-C, a notebook's stop button) or SIGTERM (a cluster's, a machine that goes) is noted and waits.
+
+    A second one does not wait. SIGTERM is sent again on leaving, so that it ends the process after all.
+    """
+
+    def __init__(self, stop: threading.Event | None = None) -> None:
+        self._stop = stop or threading.Event()
+        self._terminated = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    @property
+    def asked(self) -> bool:
+        """Whether to stop at the next good moment."""
+        return self._stop.is_set()
+
+    def __enter__(self) -> "Interrupts":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, _frame: object) -> None:
+        self._terminated |= number == signal.SIGTERM
+        if self.asked:
+            raise KeyboardInterrupt
+        self._stop.set()
+        say("Stopping after this step; interrupt again to stop at once.")
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            if handler is not None:  # one that was not set from Python stays replaced
+                signal.signal(number, handler)
+        if self._terminated:
+            signal.raise_signal(signal.SIGTERM)
