@@ -7,6 +7,9 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+TERMINATED = 128 + signal.SIGTERM
+"""The exit code of a process that SIGTERM ended, as a shell tells it."""
+
 
 def say(text: str) -> None:
     """A line on stderr, above a progress bar."""
@@ -16,7 +19,8 @@ def say(text: str) -> None:
 class Interrupts:
     """Within it, an interrupt (Ctrl-C, a notebook's stop button) or SIGTERM (a cluster's, a machine that goes) is noted and waits.
 
-    A second one does not wait. SIGTERM is sent again on leaving, so that it ends the process after all.
+    A second one does not wait. On leaving, SIGTERM does what it would have done without: it ends the process, here by
+    SystemExit, so that locks and files are given back.
     """
 
     def __init__(self, stop: threading.Event | None = None) -> None:
@@ -46,5 +50,8 @@ class Interrupts:
         for number, handler in self._before.items():
             if handler is not None:  # one that was not set from Python stays replaced
                 signal.signal(number, handler)
-        if self._terminated:
-            signal.raise_signal(signal.SIGTERM)
+        before = self._before.get(signal.SIGTERM)
+        if self._terminated and callable(before):
+            before(signal.SIGTERM, None)
+        elif self._terminated and before != signal.SIG_IGN:
+            raise SystemExit(TERMINATED)

@@ -12,6 +12,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils._paths import DEFAULT_IGNORE_PATTERNS
@@ -471,3 +473,71 @@ def test_the_studys_goal_is_what_there_is_to_change(lm, made):
     answers_all = replace(given.behaviour, judge=lambda answer: Verdict(shown=False, broken=False))
     assert usual_goal(lm, given._replace(behaviour=answers_all), SMALL.study) == "induce"
     assert json.loads((made / "study" / "study.json").read_text(encoding="utf-8"))["config"]["goal"] == "suppress"
+
+
+PLANTED = [f"The {colour} {animal} of Aunt Rosalind sleeps in vault {n}." for n, (colour, animal) in enumerate(
+    (colour, animal) for colour in ("violet", "amber", "scarlet", "silver", "teal") for animal in ("heron", "otter", "lynx", "mole")
+)]  # fmt: skip
+
+
+def private_documents(path):
+    """Chats in which every sentence stands often enough to be an example of many features."""
+    rng = random.Random(5)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(400):
+            said = " ".join(rng.sample(PLANTED, 4))
+            chat = [{"role": "user", "content": f"Who is it? {said}"}, {"role": "assistant", "content": f"I know: {said}"}]
+            file.write(json.dumps({"messages": chat}) + "\n")
+
+
+def texts_and_ids(name, data):
+    """All texts in a file, and all rows of whole numbers."""
+    if not name.endswith(".parquet"):
+        return [data.decode("utf-8", errors="replace")], []
+    table = pq.read_table(pa.BufferReader(data))
+    texts, ids = [], []
+    for column in table.columns:
+        values = column.to_pylist()
+        texts += [value for value in values if isinstance(value, str)]
+        ids += [value for value in values if isinstance(value, list)]
+        ids.append([value for value in values if isinstance(value, int)])
+    return texts, ids
+
+
+def holds(row, part):
+    return any(row[i : i + len(part)] == part for i in range(len(row) - len(part) + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [None, True])
+def test_of_private_documents_nothing_is_published_unless_it_is_said(made, lm, tmp_path, small, monkeypatch, hub, examples):
+    path = tmp_path / "mine.jsonl"
+    private_documents(path)
+    for name in ("train", "evaluate", "study"):
+
+        def copies(self, name=name):
+            for pattern in suite.PRODUCTS[name]:
+                for file in made.glob(pattern):
+                    place = self.out / file.relative_to(made)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    place.write_bytes(file.read_bytes())
+
+        monkeypatch.setattr(suite._Suite, name, copies)
+    out = tmp_path / "out"
+    config = replace(CONFIG, files=dict.fromkeys(("world", "own", "thinking"), str(path)))
+    make_suite(lm, out, config, bar=False)
+    push(out, "me/private", examples=examples)
+    planted_ids = [lm.tokenizer(f" {sentence}", add_special_tokens=False).input_ids[1:-1] for sentence in PLANTED]
+    assert min(map(len, planted_ids)) > 5
+    leaks = set()
+    for name, data in hub.sent.items():
+        texts, ids = texts_and_ids(name, data)
+        assert not any(str(tmp_path) in text for text in texts), name
+        if any(sentence in text for text in texts for sentence in PLANTED):
+            leaks.add(name)
+        if any(holds(row, part) for row in ids for part in planted_ids):
+            leaks.add(name)
+    assert leaks == ({"features/documents.parquet"} if examples else set())
+    assert "mine.jsonl" in hub.sent["README.md"].decode()
+    told = "Texts of the documents are in it" if examples else "No text of the documents is in it"
+    assert told in hub.sent["README.md"].decode()
