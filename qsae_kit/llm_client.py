@@ -41,6 +41,8 @@ LEAST_SECRET = 16
 """Characters from which a key is masked in answers too: a shorter one ("EMPTY") may be a word."""
 EXAMPLE = '"http://127.0.0.1:8000/v1"'
 """An address, for errors."""
+MAX_ADDRESS = 4096
+"""Characters of an address: httpx takes 65,536, when they are quoted with up to twelve for one."""
 MAX_PORT = 2**16 - 1
 GZIP = 16
 """Added to zlib's window bits: gzip's header is before what is packed."""
@@ -245,6 +247,11 @@ def _parsed(url: str) -> httpx.URL:
     # Raised out here: an exception keeps the one that it is raised within, and so the address.
     if not url.isprintable() or " " in url:
         raise _error("An address with spaces or control characters was given", "give it without")
+    if len(url) > MAX_ADDRESS:
+        raise _error(
+            f"An address of {len(url)} characters was given",
+            f"give one of at most {MAX_ADDRESS}",
+        )
     if not url.lower().startswith(("http://", "https://")):
         raise _error(
             "An address was given that is none of a server, which begins with http:// or https://",

@@ -48,12 +48,14 @@ class Server:
 
     def _answer(self, connection):
         with connection:
-            request = b""
-            while b"\r\n\r\n" not in request or not request.endswith(b"}"):
+            head, request = b"", b""
+            while not head or (b"POST" in head and not request.endswith(b"}")):
                 part = connection.recv(65536)
                 if not part:
                     return
                 request += part
+                head, end, _ = request.partition(b"\r\n\r\n")
+                head = head if end else b""
             self.times.append(time.monotonic())
             self.requests.append(request)
             reply = self.replies[min(len(self.requests), len(self.replies)) - 1]
@@ -84,7 +86,7 @@ def serve():
 @pytest.fixture(autouse=True)
 def _soon(monkeypatch):
     """Little waiting between tries."""
-    monkeypatch.setattr(llm_client, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(llm_client, "FIRST_WAIT", 0.005)
 
 
 def http(body=b"", status="200 OK", *headers):
@@ -259,7 +261,7 @@ def test_nothing_of_the_address_but_its_place_is_shown(serve):
         ("http://a..b/", "host cannot exist"),
         ("http://" + "a" * 300, "host cannot exist"),
         ("http://" + "a." * 200 + "com", "host cannot exist"),
-        ("http://example.com/" + "a" * 100_000, "taken apart"),
+        ("http://example.com/" + "a" * 65_510, "65529 characters"),
     ],
 )
 def test_addresses_that_cannot_be_asked(url, match):
@@ -337,7 +339,7 @@ def test_packed_answers(serve):
     assert peak < 4 * llm_client.MAX_BYTES
 
 
-def timed_out(url, timeout=0.5, **how):
+def timed_out(url, timeout=0.3, **how):
     begin = time.monotonic()
     told = refused(url, timeout=timeout, **how)
     assert f"no answer within {timeout:g} seconds" in told
@@ -381,9 +383,9 @@ def test_a_name_that_takes_long_to_look_up(monkeypatch):
 
 
 def test_waits_count_to_the_timeout(serve, monkeypatch):
-    monkeypatch.setattr(llm_client, "FIRST_WAIT", 0.2)
+    monkeypatch.setattr(llm_client, "FIRST_WAIT", 0.1)
     server = serve(busy(503), drip(SLOWLY))
-    timed_out(server.url, timeout=0.8)
+    timed_out(server.url, timeout=0.5)
     assert len(server.requests) == 2
 
 
@@ -491,22 +493,21 @@ def test_waits_grow_and_are_drawn(serve, monkeypatch):
     monkeypatch.setattr(llm_client, "FIRST_WAIT", 0.1)
     monkeypatch.setattr(llm_client, "_jitter", draw)
     draw.drawn = 0.0
-    first, second, third = gaps(serve(busy(503), busy(503), busy(503), OK))
-    assert 0.1 <= first < 0.2 <= second < 0.4 <= third < 0.8
+    first, second = gaps(serve(busy(503), busy(503), OK))
+    assert first >= 0.1
+    assert second >= 0.2
     draw.drawn = 3.0
     (first,) = gaps(serve(busy(503), OK))
-    assert 0.4 <= first < 0.6
+    assert first >= 0.4
 
 
 def test_the_wait_that_a_server_asks_for(serve):
     (gap,) = gaps(serve(busy(429, "Retry-After: 1"), OK))
-    assert 1 <= gap < 1 + TOLERANCE
-    date = email.utils.formatdate(math.ceil(time.time()) + 1, usegmt=True)
-    (gap,) = gaps(serve(busy(503, f"Retry-After: {date}"), OK))
-    assert 0.9 <= gap < 2 + TOLERANCE
+    assert gap >= 1
     for other in ("soon", "-5", "²", "Wed, 99 Abc 0 25:00:00", "Wed, 21 Oct 2015 07:28:00 -0000"):
         (gap,) = gaps(serve(http(b"", "503 No", f"Retry-After: {other}"), OK))
         assert gap < TOLERANCE
+    assert 59 <= llm_client._seconds(email.utils.formatdate(time.time() + 60, usegmt=True)) <= 60
 
 
 @pytest.mark.parametrize("after", ["60", "9" * 5000, "Fri, 31 Dec 9999 23:59:59 GMT"])
