@@ -345,7 +345,7 @@ async def _said(response: httpx.Response) -> str:
 
 
 def _seconds(after: str) -> float:
-    """Retry-After in seconds, which it gives as such or as a date; 0 where it gives neither."""
+    """Retry-After in seconds, which it gives as such or as a date (past: below 0); else 0."""
     if re.fullmatch("[0-9]+", after):
         return float(after)
     try:
@@ -353,7 +353,7 @@ def _seconds(after: str) -> float:
     except (ValueError, TypeError, OverflowError):
         return 0.0
     date = date if date.tzinfo else date.replace(tzinfo=UTC)
-    return max(0.0, (date - datetime.now(UTC)).total_seconds())
+    return (date - datetime.now(UTC)).total_seconds()
 
 
 def _within(seconds: float, work: Coroutine[Any, Any, _T]) -> _T | None:

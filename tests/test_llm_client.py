@@ -12,6 +12,7 @@ import struct
 import threading
 import time
 import tracemalloc
+from urllib.parse import quote, unquote
 
 import pytest
 
@@ -187,6 +188,9 @@ ECHOES = {
     "a refusal": lambda token, target: http(
         json.dumps({"error": {"message": f"{token} {token.upper()} {target}"}}).encode(), "401 No"
     ),
+    "a refusal in other forms": lambda token, target: http(
+        json.dumps({"message": f"{quote(token, safe='')} {unquote(target)}"}).encode(), "404 No"
+    ),
     "a long refusal": lambda token, target: http(
         json.dumps({"detail": "." * (llm_client.MAX_SAID - 12) + token + target}).encode(), "400 No"
     ),
@@ -200,13 +204,15 @@ ECHOES = {
 @pytest.mark.parametrize("how", ECHOES)
 def test_what_a_server_echoes_is_masked(serve, how):
     told = refused(
-        serve(echo(ECHOES[how])).url + "?api_key=hun%20ter2&tok3n",
+        serve(echo(ECHOES[how])).url + "?a=tok&api_key=hun%20ter2&tok3n",
         KEY,
         KEY[:7],
         "hun ter2",
         "hun%20ter2",
         "hun+ter2",
-        "tok3n",
+        "tok",
+        "3n",
+        "0123456789",
         key=KEY,
     )
     assert "***" in told or how == "a redirect"
@@ -327,6 +333,8 @@ def test_packed_answers(serve):
     assert b"accept-encoding: gzip\r\n" in server.requests[0].lower()
     assert "ends too early" in refused(serve(http(packed[:-9], "200 OK", zipped)).url)
     assert "could be read" in refused(serve(http(b"no gzip", "200 OK", zipped)).url)
+    behind = packed + bytes(llm_client.MAX_BYTES)
+    assert "longer than" in refused(serve(http(behind, "200 OK", zipped)).url)
     assert "packed as 'br'" in refused(serve(http(OK, "200 OK", "Content-Encoding: br")).url)
     bomb = gzip.compress(bytes(16 * llm_client.MAX_BYTES))
     assert len(bomb) < 2**17
@@ -419,9 +427,11 @@ def test_an_interrupt_ends_the_question(serve):
 
 
 def test_no_thread_stays(serve):
-    refused(serve(drip(SLOWLY)).url, timeout=0.2)
+    server = serve(drip(SLOWLY))
+    before = {*threading.enumerate()}
+    refused(server.url, timeout=0.2)
     for _ in range(20):
-        if not [t for t in threading.enumerate() if t.name == "openai_chat"]:
+        if not [t for t in threading.enumerate() if t.name == "openai_chat" and t not in before]:
             return
         time.sleep(0.1)
     raise AssertionError("A thread is left.")
@@ -557,7 +567,9 @@ SHAPES = [
 
 @pytest.mark.parametrize("how", UNREADABLE)
 def test_answers_that_are_none(serve, how):
-    assert "The server at 'http://127.0.0.1" in refused(serve(UNREADABLE[how]).url, KEY, key=KEY)
+    told = refused(serve(UNREADABLE[how]).url, KEY, key=KEY)
+    assert told.startswith("The server at 'http://127.0.0.1")
+    assert ("answered with status 400;" in told) == how.startswith("a refusal")
 
 
 @pytest.mark.parametrize("shape", SHAPES)
