@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # A module imports only from those before it.
 ORDER = (
     "sites", "files", "chat", "sources", "locks", "models", "edits", "data", "activations", "sae", "tensorfiles", "readers", "formats", "calibrate", "optim", "recipe", "plan",
-    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "tiny", "recovery", "index", "explain", "corpus",
+    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "tiny", "recovery", "index", "llm_client", "explain", "corpus",
     "prompts", "steering", "answers", "outcomes", "dialogues", "choosing", "judges", "behaviours", "facts", "journal", "findings", "benches", "repeats", "study", "mixes", "modeldiff", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
     "widgets", "harvest", "fit", "score", "card", "suite", "demo", "cli",
 )  # fmt: skip
