@@ -41,7 +41,7 @@ from qsae_kit.chat import Phase, phases
 from qsae_kit.checkpoints import Checkpoints, delete_checkpoint, found
 from qsae_kit.data import Document, TokenBatch, keep_mask, token_batches
 from qsae_kit.evaluate import CATEGORIES, check_fit
-from qsae_kit.files import OWN, atomic_file, inside, write_text
+from qsae_kit.files import OWN, atomic_file, checked_name, inside, write_text
 from qsae_kit.interrupts import Interrupts, say
 from qsae_kit.jsonfiles import read_json
 from qsae_kit.models import HookedLM
@@ -885,7 +885,8 @@ def _delete_index(out: Path, manifest: Mapping[str, Any]) -> None:
 
 def site_folder(out: Path, entry: Mapping[str, Any]) -> Path:
     """Where an index keeps the tables of an SAE. Raises ValueError for names that would lead elsewhere."""
-    return inside(out, f"{TABLES}/{entry['variant']}/{entry['hook_name']}", "An index")
+    variant, hook_name = (checked_name(entry[part], "An SAE of an index") for part in ("variant", "hook_name"))
+    return inside(out, f"{TABLES}/{variant}/{hook_name}", "An index")
 
 
 LARGEST_D_SAE = 2**24

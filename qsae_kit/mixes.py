@@ -107,9 +107,10 @@ class Manifest:
 
 def read_manifest(source: str) -> Manifest:
     """A manifest by its name (`qwen3-chat-v1`) or from a file. Raises ValueError for one that is not there or malformed."""
-    path = Path(source) if source.endswith(".json") else MANIFESTS / f"{source}.json"
-    if not path.is_file() or (not source.endswith(".json") and path.parent.resolve() != path.resolve().parent):
-        known = ", ".join(sorted(p.stem for p in MANIFESTS.glob("*.json")))
+    own = {path.stem: path for path in sorted(MANIFESTS.glob("*.json"))}
+    path = Path(source) if source.endswith(".json") else own.get(source)
+    if path is None or not path.is_file():
+        known = ", ".join(own)
         raise ValueError(f"There is no data recipe {source!r}; choose from {known}, or give a .json file.")
     try:
         entry = read_json(path, "a data recipe", MANIFEST_LIMIT)

@@ -137,7 +137,20 @@ def test_sigterm_does_in_the_end_what_it_would_have_done():
 
 @pytest.mark.slow
 def test_a_real_command_under_sigterm(tmp_path):
-    words = ["train", "--layers", "2,3", "--tokens", "2000000", "--out", str(tmp_path / "out"), "--resume"]
+    words = [
+        "train",
+        "--layers",
+        "2",
+        "--sites",
+        "resid",
+        "--batch",
+        "256",
+        "--tokens",
+        "2000000",
+        "--out",
+        str(tmp_path / "out"),
+        "--resume",
+    ]
     run = subprocess.Popen([sys.executable, "-m", "qsae_kit.cli", *words], stderr=subprocess.PIPE)
     until = time.monotonic() + 120
     while time.monotonic() < until and not (tmp_path / "out" / "train.jsonl").exists():
