@@ -112,8 +112,8 @@ CASES = {
 }
 
 
-def forked(work: Callable[[], None], seconds: float | None, said: Path) -> int:
-    """Runs a function in a process of its own and kills it after some seconds (None: lets it end); its exit status."""
+def start(work: Callable[[], None], said: Path) -> int:
+    """Runs a function in a process of its own; its number."""
     child = os.fork()
     if child == 0:
         status = 1
@@ -134,6 +134,12 @@ def forked(work: Callable[[], None], seconds: float | None, said: Path) -> int:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
+    return child
+
+
+def forked(work: Callable[[], None], seconds: float | None, said: Path) -> int:
+    """Runs a function in a process of its own and kills it after some seconds (None: lets it end); its exit status."""
+    child = start(work, said)
     until = None if seconds is None else time.monotonic() + seconds
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if until is not None and time.monotonic() >= until:
@@ -215,6 +221,39 @@ def kill_at_random(case: Case, kills: int, home: Path, suite: Path, rng: random.
         names = expected.keys() | found.keys()
         problems += [f"{name} differs" for name in names if expected.get(name) != found.get(name)]
     return Told(done, problems, time.monotonic() - began)
+
+
+@dataclass
+class Crowded:
+    """What several processes on one folder came to."""
+
+    won: int
+    lost: int
+    problems: list[str]
+
+
+def crowd(case: Case, n: int, home: Path, suite: Path) -> Crowded:
+    """Runs a command so many times at once on one folder: one wins, the others say so, and the folder is as after one alone."""
+    mine = {name: text for name, text in case.mine.items()}
+    alone, out, said = home / "alone", home / "crowded", [home / f"said-{i}.txt" for i in range(n)]
+    plant(alone, mine)
+    plant(out, mine)
+    forked(partial(case.run, alone, suite), None, home / "said.txt")
+    children = [start(partial(case.run, out, suite), path) for path in said]
+    statuses = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    texts = [path.read_text() for path in said]
+    refused = [text for text, status in zip(texts, statuses, strict=True) if status]
+    problems = [f"a loser said {text[-300:]!r}" for text in refused if not _says_who(text)]
+    problems += [f"{name} was left" for name in (p.name for p in out.rglob(f"{OWN}*"))]
+    expected, found = state(alone), state(out)
+    problems += [f"{name} differs" for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    return Crowded(n - len(refused), len(refused), problems)
+
+
+def _says_who(text: str) -> bool:
+    """Whether a command that lost says in a sentence who writes, or that another run is there already."""
+    told = " ".join(text.split())
+    return "Traceback" not in told and ("is being written by process" in told or "is not an empty folder" in told)
 
 
 def lost(out: Path, mine: dict[str, str], before: dict[str, dict]) -> list[str]:

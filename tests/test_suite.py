@@ -508,9 +508,23 @@ def holds(row, part):
     return any(row[i : i + len(part)] == part for i in range(len(row) - len(part) + 1))
 
 
+def leaks(sent, lm, folder):
+    """The files in which a planted sentence stands, as text or as token ids; none may name a folder."""
+    planted = [lm.tokenizer(f" {sentence}", add_special_tokens=False).input_ids[1:-1] for sentence in PLANTED]
+    assert min(map(len, planted)) > 5
+    found = set()
+    for name, data in sent.items():
+        texts, ids = texts_and_ids(name, data)
+        assert not any(str(folder) in text for text in texts), name
+        if any(sentence in text for text in texts for sentence in PLANTED):
+            found.add(name)
+        if any(holds(row, part) for row in ids for part in planted):
+            found.add(name)
+    return found
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", [None, True])
-def test_of_private_documents_nothing_is_published_unless_it_is_said(made, lm, tmp_path, small, monkeypatch, hub, examples):
+def test_of_private_documents_nothing_is_published_unless_it_is_said(made, lm, tmp_path, small, monkeypatch, hub):
     path = tmp_path / "mine.jsonl"
     private_documents(path)
     for name in ("train", "evaluate", "study"):
@@ -526,18 +540,10 @@ def test_of_private_documents_nothing_is_published_unless_it_is_said(made, lm, t
     out = tmp_path / "out"
     config = replace(CONFIG, files=dict.fromkeys(("world", "own", "thinking"), str(path)))
     make_suite(lm, out, config, bar=False)
-    push(out, "me/private", examples=examples)
-    planted_ids = [lm.tokenizer(f" {sentence}", add_special_tokens=False).input_ids[1:-1] for sentence in PLANTED]
-    assert min(map(len, planted_ids)) > 5
-    leaks = set()
-    for name, data in hub.sent.items():
-        texts, ids = texts_and_ids(name, data)
-        assert not any(str(tmp_path) in text for text in texts), name
-        if any(sentence in text for text in texts for sentence in PLANTED):
-            leaks.add(name)
-        if any(holds(row, part) for row in ids for part in planted_ids):
-            leaks.add(name)
-    assert leaks == ({"features/documents.parquet"} if examples else set())
+    push(out, "me/private")
+    assert leaks(hub.sent, lm, tmp_path) == set()
     assert "mine.jsonl" in hub.sent["README.md"].decode()
-    told = "Texts of the documents are in it" if examples else "No text of the documents is in it"
-    assert told in hub.sent["README.md"].decode()
+    assert "No text of the documents is in it" in hub.sent["README.md"].decode()
+    push(out, "me/private", examples=True)
+    assert leaks(hub.sent, lm, tmp_path) == {"features/documents.parquet"}
+    assert "Texts of the documents are in it" in hub.sent["README.md"].decode()

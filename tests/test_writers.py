@@ -4,18 +4,26 @@ import contextvars
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
 
+import killing
 import pytest
-from safetensors import safe_open
+import torch
 
 from qsae_kit import writers
 from qsae_kit.cli import main
 from qsae_kit.writers import LOCK, only_writer, only_writer_of
+
+
+@pytest.fixture
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def entered(path, how=only_writer):
@@ -194,18 +202,9 @@ def test_every_command_that_writes_says_that_another_one_does(tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
-def test_several_commands_on_one_folder(tmp_path, n):
-    words = ["harvest", "--tokens", "3000", "--out", str(tmp_path / "acts.safetensors")]
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-m", "qsae_kit.cli", *words], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(n)
-    ]
-    said = [run.communicate(timeout=300) for run in runs]
-    lost = [err for run, (_, err) in zip(runs, said, strict=True) if run.returncode]
-    assert len(lost) < n
-    assert all("is being written by process" in err and "Traceback" not in err for err in lost)
-    with safe_open(tmp_path / "acts.safetensors", "pt") as file:
-        assert file.get_slice("acts").get_shape() == [3000, 160]
-    assert os.listdir(tmp_path) == ["acts.safetensors"]
+@pytest.mark.parametrize("name", ["harvest", "features"])
+def test_several_commands_on_one_folder(tmp_path, one_thread, name, n):
+    """One wins, the others say so, and nothing is corrupt; tests/bench/crowd.py does it with every command that writes."""
+    told = killing.crowd(killing.CASES[name], n, tmp_path, killing.make_suite_to_work_on(tmp_path / "suite"))
+    assert told.problems == []
+    assert told.won >= 1
