@@ -124,6 +124,16 @@ def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | 
     `with`, RuntimeError where another task or a paused generator of this thread holds the model, and on
     leaving where one that began inside is still there.
     """
+    return lm.hooks(fwd_hooks=_as_hooks(lm, edits, rows))
+
+
+def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Bool[Tensor, " batch"] | None]]) -> Entry[HookedLM]:
+    """`applied` for groups of rows, each under edits of its own."""
+    return lm.hooks(fwd_hooks=[hook for edits, rows in groups for hook in _as_hooks(lm, edits, rows)])
+
+
+def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | None) -> list[tuple[str, Callable[..., Any]]]:
+    """The hooks of `applied`; raises its ValueErrors."""
     lm.check_hook_names(hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit)))
     for edit in edits:
         check_positions(edit.positions)
@@ -156,7 +166,7 @@ def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | 
         return hook
 
     first: list[tuple[str, Callable[..., Any]]] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
-    return lm.hooks(fwd_hooks=[*first, *((edit.hook_name, as_hook(edit)) for edit in edits)])
+    return [*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]
 
 
 def untouched_layers(lm: HookedLM, edits: Sequence[Edit]) -> int:

@@ -117,6 +117,10 @@ class Hold:
             self._over.release()
 
 
+class HeldHere(RuntimeError):
+    """Another task or a paused generator of this thread holds the model, so that waiting would never end."""
+
+
 def _entered(hold: Hold) -> bool:
     return hold.entered
 
@@ -147,13 +151,18 @@ class Entry(Generic[T]):
             self._lock.abandoned(hold)
             raise
 
-    def leave(self, *_error: object) -> None:
+    def leave(self, _kind: object = None, error: BaseException | None = None, _trace: object = None) -> None:
         if self._hold is None:
             return
-        if self._at is None:
-            self._lock.leave(self._hold)
-        else:
+        if self._at is not None:
             self._hold.give_back()
+        else:
+            try:
+                self._lock.leave(self._hold)
+            except HeldHere as held:
+                if error is None or isinstance(error, GeneratorExit):
+                    raise
+                error.add_note(str(held))
         self._hold = None
 
     __exit__ = WithExit(leave)
@@ -226,7 +235,7 @@ class ContextLock:
         elif not wait:
             return False
         elif any(hold.mine for hold in alive):
-            raise RuntimeError(
+            raise HeldHere(
                 "The model is held in this very thread by the `with` (`applied`, `hooks`) of another task or "
                 "of a paused generator, which cannot go on while this call waits for it; leave that `with` "
                 "before awaiting or pausing, or make this call in a thread (`asyncio.to_thread`)."
@@ -245,9 +254,9 @@ class ContextLock:
             while hold.inner is not None:
                 try:
                     self._pass_by(hold.inner, wait=True)
-                except RuntimeError as error:
+                except HeldHere as error:
                     hold.run_undo()
-                    raise RuntimeError(
+                    raise HeldHere(
                         "This `with` was left while another task or a paused generator of this thread was "
                         "still in a `with` begun inside it; its edits were taken away all the same, but "
                         "leave the inner one first."
