@@ -26,6 +26,7 @@ from interrupted import (
 )
 
 from qsae_kit.edits import applied
+from qsae_kit.locks import Hold
 
 A, B, OWN = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.3.hook_resid_post"
 SIZES = {A: 3.0, B: 5.0, OWN: 7.0}
@@ -434,6 +435,79 @@ def test_an_entry_that_nobody_can_leave_is_taken_away(lm, expected):
     assert torch.equal(logits(lm), expected[A,])
     del entry
     assert not remains(lm)
+    assert torch.equal(logits(lm), expected[()])
+
+
+def test_an_entry_whose_set_up_fails_leaves_nothing(lm, expected):
+    entry = lm.hooks([(A, lambda x, hook: 0 * x), ("nowhere", lambda x, hook: x)])
+    with pytest.raises(KeyError):
+        entry.__enter__()
+    assert not remains(lm)
+    assert torch.equal(logits(lm), expected[()])
+    del entry
+
+
+def test_nobody_enters_what_is_being_left(lm, expected):
+    copies, seen = [], []
+    begun = threading.Event()
+
+    def work(outer):
+        with lm.lock:
+            begun.set()
+            while not outer.closing:
+                time.sleep(A_WHILE)
+            seen.append((lm.lock.held, copies[0].run(lambda: lm.lock.held), logits(lm)))
+
+    with applied(lm, at(A)):
+        copies.append(contextvars.copy_context())
+        threading.Thread(target=contextvars.copy_context().run, args=(work, lm.lock.here)).start()
+        begun.wait()
+    held, other_held, out = seen[0]
+    assert held
+    assert not other_held
+    assert torch.equal(out, expected[A,])
+
+
+def test_what_is_closed_just_before_is_not_entered(lm, expected, monkeypatch):
+    take, outers = Hold.take, []
+
+    def late(hold, outer):
+        outer.closing = not outers
+        outers.append(outer)
+        return take(hold, outer)
+
+    with applied(lm, at(A)):
+        monkeypatch.setattr(Hold, "take", late)
+        with pytest.raises(RuntimeError, match="very thread"):
+            logits(lm)
+        monkeypatch.undo()
+        assert outers[0].inner is None
+        outers[0].closing = False
+        assert torch.equal(logits(lm), expected[A,])
+
+
+def test_leaving_that_was_interrupted_while_it_waited_is_done_by_whom_it_waited_for(lm, expected):
+    begun, go, out = threading.Event(), threading.Event(), []
+
+    def work():
+        with lm.lock:
+            begun.set()
+            go.wait()
+            out.append(logits(lm))
+
+    def leave():
+        with applied(lm, at(A)):
+            threads.append(threading.Thread(target=contextvars.copy_context().run, args=(work,)))
+            threads[0].start()
+            begun.wait()
+
+    threads = []
+    assert isinstance(signalled(leave, 2 * A_WHILE, "SIGINT"), KeyboardInterrupt)
+    assert remains(lm)
+    go.set()
+    threads[0].join()
+    assert not remains(lm)
+    assert torch.equal(out[0], expected[A,])
     assert torch.equal(logits(lm), expected[()])
 
 
