@@ -29,6 +29,9 @@ markers), where the model decides how to begin; thinking: inside the last think 
 answer: from the last assistant header on, header and thinking included.
 A tuple of numbers: these positions, counted from 0 without padding. A bool tensor [batch, pos] is taken as it is.
 """
+NamedHook: TypeAlias = tuple[str, Callable[..., Any]]
+Rows: TypeAlias = Bool[Tensor, " batch"] | None
+"""Which rows of a batch; None: all."""
 Span: TypeAlias = Literal["token", "so_far"]
 SPANS: tuple[Span, ...] = ("token", "so_far")
 
@@ -114,25 +117,27 @@ class _Gate:
         self.open = found
 
 
-def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | None = None) -> Entry[HookedLM]:
+def applied(lm: HookedLM, edits: Sequence[Edit], rows: Rows = None) -> Entry[HookedLM]:
     """Runs everything inside the `with` under the edits, in the order given where they share a hook point.
 
-    rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads wait, but for copies of
-    this context (`contextvars`: `asyncio.to_thread`, tasks begun inside), which run it one by one under
-    the edits too. A detector reads what arrives at its hook point, before edits there.
-    Raises ValueError for an unknown hook point or policy, and for a detector that comes after the edit it decides on; in the
-    `with`, RuntimeError where another task or a paused generator of this thread holds the model, and on
-    leaving where one that began inside is still there.
+    rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads
+    wait, but for copies of this context (`contextvars`: `asyncio.to_thread`, tasks begun inside),
+    which run it one by one under the edits too. A detector reads what arrives at its hook point,
+    before edits there.
+    Raises ValueError for an unknown hook point or policy, and for a detector that comes after the
+    edit it decides on; in the `with`, RuntimeError where another task or a paused generator of this
+    thread holds the model, and on leaving where one that began inside is still there.
     """
     return lm.hooks(fwd_hooks=_as_hooks(lm, edits, rows))
 
 
-def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Bool[Tensor, " batch"] | None]]) -> Entry[HookedLM]:
+def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Rows]]) -> Entry[HookedLM]:
     """`applied` for groups of rows, each under edits of its own."""
-    return lm.hooks(fwd_hooks=[hook for edits, rows in groups for hook in _as_hooks(lm, edits, rows)])
+    hooks = [hook for edits, rows in groups for hook in _as_hooks(lm, edits, rows)]
+    return lm.hooks(fwd_hooks=hooks)
 
 
-def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | None) -> list[tuple[str, Callable[..., Any]]]:
+def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook]:
     """The hooks of `applied`; raises its ValueErrors."""
     lm.check_hook_names(hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit)))
     for edit in edits:
@@ -165,7 +170,7 @@ def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] 
 
         return hook
 
-    first: list[tuple[str, Callable[..., Any]]] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
+    first: list[NamedHook] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
     return [*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]
 
 

@@ -1,7 +1,8 @@
-"""A lock that belongs to contexts: a stack of holds, each of which knows who made it and what takes its changes away.
+"""A lock that belongs to contexts: a stack of holds that know their makers and how to undo them.
 
-No mutex guards the stack, for an interrupt could leave that one shut: a place is taken by `dict.setdefault`, which is
-atomic, and only its owner gives it back. An owner that was interrupted is told by a weak reference.
+No mutex guards the stack, for an interrupt could leave that one shut: a place is taken by
+`dict.setdefault`, which is atomic, and only its owner gives it back. A weak reference tells of an
+owner that was interrupted.
 """
 
 import threading
@@ -22,9 +23,10 @@ ALWAYS = partial(bool, True)
 class WithExit:
     """An `__exit__` that nothing but the running `with` statement keeps alive.
 
-    `with` asks for it before it enters, and drops it however it ends. Neither a variable nor a traceback holds it, so
-    that a weak reference to it (given to `opened`) tells whether that `with` still runs. `contextlib.ExitStack`, which
-    asks the class, gets a plain method; there the manager itself has to do for it.
+    `with` asks for it before it enters, and drops it however it ends. No variable and no traceback
+    holds it, so that a weak reference to it (given to `opened`) tells whether that `with` still
+    runs. `contextlib.ExitStack` asks the class and gets a plain method; there the manager has to do,
+    which a traceback of an interrupt in ExitStack's frames keeps until it is collected.
     """
 
     def __init__(self, leave: Callable[..., None]) -> None:
@@ -45,7 +47,7 @@ class Hold:
         self.outer: Hold | None = None
         """The hold inside which this one was made."""
         self.undo: list[Callable[[], object]] = []
-        """What takes the changes away, latest last. Each is put here before its change, and may run twice."""
+        """What takes the changes away, latest last: put here before them, and fit to run twice."""
         self.closing = False
         """Whether nobody may enter any more."""
         self.keeper: Callable[[], object] | None = None
@@ -118,7 +120,7 @@ class Hold:
 
 
 class HeldHere(RuntimeError):
-    """Another task or a paused generator of this thread holds the model, so that waiting would never end."""
+    """Another task or a paused generator of this thread holds the model."""
 
 
 def _entered(hold: Hold) -> bool:
@@ -126,9 +128,15 @@ def _entered(hold: Hold) -> bool:
 
 
 class Entry(Generic[T]):
-    """A `with` statement's way into a lock; what is taken away on leaving is in the `undo` of the hold."""
+    """A `with` statement's way into a lock; leaving runs the `undo` of the hold."""
 
-    def __init__(self, lock: "ContextLock", set_up: Callable[[Hold], T], wait: bool = True, at: Hold | None = None) -> None:
+    def __init__(
+        self,
+        lock: "ContextLock",
+        set_up: Callable[[Hold], T],
+        wait: bool = True,
+        at: Hold | None = None,
+    ) -> None:
         self._lock, self._set_up, self._wait, self._at = lock, set_up, wait, at
         self._hold: Hold | None = None
 
@@ -151,7 +159,8 @@ class Entry(Generic[T]):
             self._lock.abandoned(hold)
             raise
 
-    def leave(self, _kind: object = None, error: BaseException | None = None, _trace: object = None) -> None:
+    def leave(self, *raised: Any) -> None:
+        error = raised[1] if raised else None
         if self._hold is None:
             return
         if self._at is not None:
@@ -169,7 +178,7 @@ class Entry(Generic[T]):
 
 
 class _LockExit(WithExit):
-    """As `WithExit`, of an entry of its own for every `with`, which the lock's `__enter__` then enters."""
+    """As `WithExit`, of a new entry for every `with`, which the lock's `__enter__` enters."""
 
     def __get__(self, manager: Any, owner: type) -> Callable[..., None]:
         if manager is None:
@@ -179,11 +188,11 @@ class _LockExit(WithExit):
 
 
 class ContextLock:
-    """One context (`contextvars`) at a time. Re-entrant; copies of a context enter inside what it holds,
-    one by one.
+    """One context (`contextvars`) at a time. Re-entrant; copies of a context enter inside what it
+    holds, one by one.
 
-    A context whose hold is over counts as being in what was around it. Others wait; where the holder is
-    another task or a paused generator of the very thread that would wait, it is a RuntimeError instead.
+    A context whose hold is over counts as being in what was around it. Others wait; where the
+    holder is another task or a paused generator of the thread that would wait: RuntimeError.
     """
 
     def __init__(self) -> None:
@@ -203,10 +212,10 @@ class ContextLock:
         return self.here is not self._root
 
     def entry(self, set_up: Callable[[Hold], T]) -> Entry[T]:
-        """For `with`: enters, then `set_up` makes the changes; where that fails, they are taken away at once.
+        """For `with`: enters, then `set_up` makes the changes; where that fails, they are undone.
 
-        Raises RuntimeError on entering where waiting would never end, and on leaving where another task or
-        a paused generator of this thread is still inside.
+        Raises RuntimeError on entering where waiting would never end, and on leaving where another
+        task or a paused generator of this thread is still inside.
         """
         return Entry(self, set_up)
 
@@ -228,7 +237,7 @@ class ContextLock:
                 return
 
     def _pass_by(self, holder: Hold, wait: bool) -> bool:
-        """Clears away a hold that is in the way, or waits for it a moment; without `wait`, False instead."""
+        """Clears away a hold in the way, or waits for it a moment; False where it may not wait."""
         alive = [hold for hold in holder.inwards() if hold.kept]
         if not alive:
             self.clear(holder)
@@ -236,16 +245,17 @@ class ContextLock:
             return False
         elif any(hold.mine for hold in alive):
             raise HeldHere(
-                "The model is held in this very thread by the `with` (`applied`, `hooks`) of another task or "
-                "of a paused generator, which cannot go on while this call waits for it; leave that `with` "
-                "before awaiting or pausing, or make this call in a thread (`asyncio.to_thread`)."
+                "The model is held in this very thread by the `with` (`applied`, `hooks`) of "
+                "another task or of a paused generator, which cannot go on while this call waits "
+                "for it; leave that `with` before awaiting or pausing, or make this call in a "
+                "thread (`asyncio.to_thread`)."
             )
         else:
             alive[-1].wait()
         return True
 
     def leave(self, hold: Hold) -> None:
-        """Takes a hold's changes away, after what copies of its context in other threads do inside it."""
+        """Undoes a hold's changes, once copies of its context in other threads have left it."""
         if not hold.entered:
             hold.keeper = None
             return
@@ -257,9 +267,9 @@ class ContextLock:
                 except HeldHere as error:
                     hold.run_undo()
                     raise HeldHere(
-                        "This `with` was left while another task or a paused generator of this thread was "
-                        "still in a `with` begun inside it; its edits were taken away all the same, but "
-                        "leave the inner one first."
+                        "This `with` was left while another task or a paused generator of this "
+                        "thread was still in a `with` begun inside it; its edits were taken away "
+                        "all the same, but leave the inner one first."
                     ) from error
             hold.give_back()
         except BaseException:
@@ -317,7 +327,8 @@ class ContextLock:
         """Leaves what `acquire` entered; RuntimeError where this context is not in there."""
         hold = self.here
         if hold is self._root or hold.keeper is not ALWAYS:
-            raise RuntimeError("This context does not hold the lock by `acquire`; call `release` where that was called.")
+            told = "This context does not hold the lock by `acquire`"
+            raise RuntimeError(f"{told}; call `release` where that was called.")
         self.leave(hold)
 
     __exit__ = _LockExit(release)

@@ -294,8 +294,8 @@ class HookedLM(HookedRootModule):
         start_at_layer: the layers before it are left out, and `residual`, what the last of them made of the same tokens, is
         taken instead; hooks at its `hook_resid_post` are given it.
         Raises ValueError for tokens beyond the context, an unknown return_type, a residual of another shape, and hooks at the
-        layers that are left out; RuntimeError inside another pass, and where another task or a paused
-        generator of this thread holds the model.
+        layers that are left out; RuntimeError inside another pass, and where another task or a
+        paused generator of this thread holds the model.
         """
         if return_type not in ("logits", "loss", None):
             raise ValueError(f'return_type {return_type!r} is not one of "logits", "loss" and None.')
@@ -326,7 +326,7 @@ class HookedLM(HookedRootModule):
         return F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten())
 
     def _left_out(self, n: int, residual: Tensor | None, ids: Tensor) -> tuple[int, Tensor | None]:
-        """How many layers to leave out and what the last hands on; ValueError for what does not fit."""
+        """How many layers to leave out, and what the last hands on; ValueError for a misfit."""
         shape = [*ids.shape, self.d_model]
         if (
             not 0 <= n <= self.n_layers
@@ -357,8 +357,8 @@ class HookedLM(HookedRootModule):
         """TransformerLens's `hooks`; the model is held meanwhile, for hooks of two threads would take each other's away.
 
         reset_hooks_end: False leaves them on the model for good, as `add_hook` does.
-        Raises RuntimeError on entering where another task or a paused generator of this thread holds the
-        model, and on leaving where one is still inside.
+        Raises RuntimeError on entering where another task or a paused generator of this thread
+        holds the model, and on leaving where one is still inside.
         """
 
         def add(hold: Hold) -> "HookedLM":
@@ -374,19 +374,18 @@ class HookedLM(HookedRootModule):
         return self.lock.entry(add)
 
     def _take_hooks(self, level: "_Level", reset: bool, clear_contexts: bool) -> None:
-        """Ends one `hooks`: takes away what it added, noted down by TransformerLens or interrupted before."""
+        """Ends one `hooks`: takes away what it added, also where it was interrupted on the way."""
         if reset and clear_contexts:
             self.clear_contexts()
         for point in self.hook_points():
-            for noted, present in ((point.fwd_hooks, point._forward_hooks), (point.bwd_hooks, point._backward_hooks)):
+            forward = (point.fwd_hooks, point._forward_hooks)
+            for noted, present in (forward, (point.bwd_hooks, point._backward_hooks)):
                 if not noted and not present:
                     continue
-                for handle in [handle for handle in noted if handle.context_level is level]:
-                    if reset:
-                        handle.hook.remove()
-                        noted.remove(handle)
-                    else:
-                        handle.context_level = None
+                ours = [handle for handle in noted if handle.context_level is level]
+                for handle in ours if reset else ():
+                    handle.hook.remove()
+                    noted.remove(handle)
                 known = {handle.hook.id for handle in noted}
                 for key, hook in list(present.items()):
                     if key not in known and hook.__module__ == HookPoint.__module__:
@@ -406,24 +405,28 @@ class HookedLM(HookedRootModule):
                     "ln_final.hook_normalized."
                 )
 
-    def _connected(self, stop: bool = False, skipped: tuple[int, Tensor | None] = (0, None)) -> Entry[None]:
+    def _connected(
+        self,
+        stop: bool = False,
+        skipped: tuple[int, Tensor | None] = (0, None),
+    ) -> Entry[None]:
         """Connects every hook point that has a hook to its place in the HF model; disconnects on leaving.
 
         With `stop`, the pass ends (by `_Stopped`) after the deepest of them.
         skipped: how many of the first layers are left out, and what the last of them hands on.
-        Raises, on entering, ValueError for hooks at layers that are left out, and RuntimeError inside another
-        pass or where another task or a paused generator of this thread holds the model.
+        Raises, on entering, ValueError for hooks at layers that are left out; RuntimeError as `forward`.
         """
 
         def connect(hold: Hold) -> None:
             if any(around in self._passes for around in hold.outwards()):
                 raise RuntimeError(
-                    "The model was called from inside one of its own passes (a hook, or `on_step`), which "
-                    "would mix up the two; keep what you need and call it after the pass."
+                    "The model was called from inside one of its own passes (a hook, `on_step`), "
+                    "which would mix up the two; keep what you need and call it after the pass."
                 )
             hold.undo.append(partial(self._passes.discard, hold))
             self._passes.add(hold)
-            active = [name for name, point in self.hook_dict.items() if point.fwd_hooks or point.bwd_hooks]
+            points = self.hook_dict.items()
+            active = [name for name, point in points if point.fwd_hooks or point.bwd_hooks]
             self._skip(hold, *skipped, active)
             deepest = max(active, key=self._order.__getitem__, default="") if stop else ""
             hold.undo.append(partial(setattr, self, "now", None))
@@ -457,7 +460,8 @@ class HookedLM(HookedRootModule):
         backbone = self.hf.model
         yield self.hf.register_forward_pre_hook, self._note_tokens, {"with_kwargs": True}
         if "hook_embed" in active:
-            yield backbone.embed_tokens.register_forward_hook, lambda _m, _a, out: fire("hook_embed", out), {}
+            on_embed = backbone.embed_tokens.register_forward_hook
+            yield on_embed, lambda _m, _a, out: fire("hook_embed", out), {}
         for i, layer in enumerate(backbone.layers):
             names = {name for name in active if name.startswith(f"blocks.{i}.")}
             if names:
@@ -472,7 +476,13 @@ class HookedLM(HookedRootModule):
 
             yield backbone.norm.register_forward_hook, on_norm, {}
 
-    def _layer_taps(self, layer: Any, prefix: str, names: set[str], fire: Callable[[str, Tensor], Tensor]) -> Iterator[Tap]:
+    def _layer_taps(
+        self,
+        layer: Any,
+        prefix: str,
+        names: set[str],
+        fire: Callable[[str, Tensor], Tensor],
+    ) -> Iterator[Tap]:
         resid_pre: list[Tensor] = []  # this layer's input, kept for resid_mid
 
         def on_input(_m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -655,8 +665,8 @@ class HookedLM(HookedRootModule):
         seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows, whatever else is in the batch.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
-        Raises ValueError for a prompt that is empty or does not fit the context with its answer, and
-        RuntimeError where another task or a paused generator of this thread holds the model.
+        Raises ValueError for a prompt that is empty or does not fit the context with its answer;
+        RuntimeError as `forward`.
         """
         rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
         ids, mask = self.pad(rows, "left")
@@ -679,8 +689,8 @@ class HookedLM(HookedRootModule):
     def stream(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
 
-        Takes `generate`'s options. Closing, interrupting or dropping the iterator stops the model at its
-        next token; until then, or until the answer is there, other calls wait.
+        Takes `generate`'s options. Closing, interrupting or dropping the iterator stops the model
+        at its next token; until then, or until the answer is there, other calls wait.
         """
         steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
         stop = _Dropped()
@@ -712,7 +722,9 @@ class HookedLM(HookedRootModule):
                                 tokens[row].append(token)
                     texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
                     # A character may span tokens: hold it back until it is whole.
-                    ready = [t if step is None or not t.endswith("\ufffd") else s for t, s in zip(texts, shown, strict=True)]
+                    whole = [step is None or not text.endswith("\ufffd") for text in texts]
+                    pairs = zip(texts, shown, whole, strict=True)
+                    ready = [text if is_whole else before for text, before, is_whole in pairs]
                     yield [t[len(s) :] for t, s in zip(ready, shown, strict=True)]
                     shown = ready
                     if step is None:
@@ -801,7 +813,7 @@ def _sampling(
 
 
 def _unregister(module: nn.Module, hook: Callable[..., Any]) -> None:
-    """Takes a hook away, by itself: who registered it may have been kept from getting the handle."""
+    """Takes a hook away, without its handle, which who registered it may never have got."""
     for hooks, with_kwargs in (
         (module._forward_hooks, module._forward_hooks_with_kwargs),
         (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),

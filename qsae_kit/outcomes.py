@@ -229,7 +229,8 @@ def answer_groups(
         some = order[start : start + batch]
         owners = torch.tensor([asked[i][0] for i in some], device=lm.device)
         present = sorted(set(owners.tolist()))
-        with applied_by_rows(lm, [(groups[g].edits, None if len(present) == 1 else owners == g) for g in present]):
+        rows = {g: None if len(present) == 1 else owners == g for g in present}
+        with applied_by_rows(lm, [(groups[g].edits, rows[g]) for g in present]):
             drawn = {} if sampling is None else {"do_sample": True, "seed": [seed * 1_000_003 + i for i in some], **sampling}
             out = lm.generate([asked[i][1] for i in some], max_new_tokens, enable_thinking=enable_thinking, **drawn)
         said |= {i: out.one(row) for row, i in enumerate(some)}

@@ -32,6 +32,8 @@ IN_TIME = 1.0
 """Seconds within which the model must answer after an interrupt."""
 YOUNG = 1
 """The garbage collector's generations up to this one hold what a try has made."""
+SHORTEST = 1e-6
+"""Seconds; a timer of 0 would never ring."""
 STUCK = 5.0
 """Seconds after which what is interrupted counts as stuck."""
 
@@ -120,6 +122,10 @@ def places(lm: HookedLM, known: References) -> dict[str, Callable[[], object]]:
 # --- the interrupts
 
 
+class Late(Exception):
+    """The model did not answer in time."""
+
+
 def traced(act: Callable[[], object], n: int = 0) -> tuple[BaseException | None, int]:
     """Runs `act`, with a KeyboardInterrupt at its n-th event (0: none) in the files; the error, and how many there were."""
     seen = 0
@@ -157,10 +163,12 @@ def signalled(act: Callable[[], object], seconds: float, by: str) -> BaseExcepti
 
     armed = [True]
 
-    def raise_it(*_: object) -> None:
-        if armed:
+    def raise_it(number: int, _frame: object) -> None:
+        if armed and (by == "timer" or number == signal.SIGINT):
             armed.clear()
             raise KeyboardInterrupt
+        if number == signal.SIGALRM:
+            raise Late
 
     def send() -> None:
         time.sleep(seconds)
@@ -170,9 +178,9 @@ def signalled(act: Callable[[], object], seconds: float, by: str) -> BaseExcepti
     handlers = {s: signal.signal(s, raise_it) for s in (signal.SIGALRM, signal.SIGINT)}
     error: BaseException | None = None
     try:
-        if by == "timer":
-            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6))
-        else:
+        first = max(seconds, SHORTEST) if by == "timer" else STUCK
+        signal.setitimer(signal.ITIMER_REAL, first, STUCK)
+        if by == "SIGINT":
             sender.start()
         end = time.perf_counter() + seconds + IN_TIME
         while armed and time.perf_counter() < end:
@@ -180,19 +188,16 @@ def signalled(act: Callable[[], object], seconds: float, by: str) -> BaseExcepti
         armed.clear()
     except (KeyboardInterrupt, RuntimeError) as caught:  # threading makes some into RuntimeErrors
         error = caught
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    if sender.ident is not None:
-        sender.join()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        if sender.ident is not None:
+            sender.join()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return error
 
 
 # --- what is left behind
-
-
-class Late(Exception):
-    """The model did not answer in time."""
 
 
 @contextlib.contextmanager
@@ -265,6 +270,8 @@ def interrupted(
             error = interrupt()
         except Late:
             return Left(True, True, False, True)
+        except Exception:  # the model failed instead of being interrupted
+            return Left(True, False, True, True)
         if error is None:
             return None
         kept = error if keep else None
