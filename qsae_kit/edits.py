@@ -4,8 +4,7 @@ Every edit is in delta form (x + delta): whatever an SAE leaves unexplained stay
 reconstruction and steering adds a direction through this one path. Nothing here knows of SAEs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from qsae_kit.chat import Phase
+from qsae_kit.locks import Entry
 from qsae_kit.models import HookedLM, Now
 
 Policy: TypeAlias = Literal["all", "prompt", "header", "thinking", "answer"]
@@ -29,6 +29,9 @@ markers), where the model decides how to begin; thinking: inside the last think 
 answer: from the last assistant header on, header and thinking included.
 A tuple of numbers: these positions, counted from 0 without padding. A bool tensor [batch, pos] is taken as it is.
 """
+NamedHook: TypeAlias = tuple[str, Callable[..., Any]]
+Rows: TypeAlias = Bool[Tensor, " batch"] | None
+"""Which rows of a batch; None: all."""
 Span: TypeAlias = Literal["token", "so_far"]
 SPANS: tuple[Span, ...] = ("token", "so_far")
 
@@ -114,14 +117,28 @@ class _Gate:
         self.open = found
 
 
-@contextmanager
-def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | None = None) -> Iterator[HookedLM]:
+def applied(lm: HookedLM, edits: Sequence[Edit], rows: Rows = None) -> Entry[HookedLM]:
     """Runs everything inside the `with` under the edits, in the order given where they share a hook point.
 
-    rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads wait. A detector reads what
-    arrives at its hook point, before edits there.
-    Raises ValueError for an unknown hook point or policy, and for a detector that comes after the edit it decides on.
+    rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads
+    wait, but for copies of this context (`contextvars`: `asyncio.to_thread`, tasks begun inside),
+    which run it one by one under the edits too. A detector reads what arrives at its hook point,
+    before edits there.
+    Raises ValueError for an unknown hook point or policy, and for a detector that comes after the
+    edit it decides on; in the `with`, RuntimeError where another task or a paused generator of this
+    thread holds the model, and on leaving where one that began inside is still there.
     """
+    return lm.hooks(fwd_hooks=_as_hooks(lm, edits, rows))
+
+
+def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Rows]]) -> Entry[HookedLM]:
+    """`applied` for groups of rows, each under edits of its own."""
+    hooks = [hook for edits, rows in groups for hook in _as_hooks(lm, edits, rows)]
+    return lm.hooks(fwd_hooks=hooks)
+
+
+def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook]:
+    """The hooks of `applied`; raises its ValueErrors."""
     lm.check_hook_names(hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit)))
     for edit in edits:
         check_positions(edit.positions)
@@ -153,9 +170,8 @@ def applied(lm: HookedLM, edits: Sequence[Edit], rows: Bool[Tensor, " batch"] | 
 
         return hook
 
-    first: list[tuple[str, Callable[..., Any]]] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
-    with lm.hooks(fwd_hooks=[*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]):
-        yield lm
+    first: list[NamedHook] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
+    return [*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]
 
 
 def untouched_layers(lm: HookedLM, edits: Sequence[Edit]) -> int:

@@ -6,8 +6,9 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +29,15 @@ from transformers import (
 )
 
 from qsae_kit.chat import Markers, answer_start, find_markers, phases
-from qsae_kit.locks import ContextLock
+from qsae_kit.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
 from qsae_kit.sources import load_source
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
+HookNames: TypeAlias = str | Callable[[str], bool]
+"""The name of a hook point, or what says of each name whether it is meant."""
+Tap: TypeAlias = tuple[Any, Callable[..., Any], dict[str, bool]]
+"""A `register_...` method of a module, what it is to register, and with which options."""
 
 # The names below are those of Llama, Qwen3 and most dense models shaped like them.
 BACKBONE = ("embed_tokens", "layers", "norm")
@@ -106,8 +111,32 @@ class Now(NamedTuple):
         return self.markers
 
 
+class _Level(int):
+    """A context level of TransformerLens that stands for one `hooks`: told apart by identity."""
+
+
 class _Stopped(Exception):
     """Ends a forward pass after the deepest wanted hook point."""
+
+
+class _Dropped(threading.Event):
+    """Of a stream: set once its reader's `with` is left, however it ended."""
+
+    reader: Callable[[], object] = ALWAYS
+
+    def opened(self, leave: Callable[..., None]) -> None:
+        self.reader = ref(leave)
+
+    def is_set(self) -> bool:
+        return super().is_set() or self.reader() is None
+
+    def __enter__(self) -> "_Dropped":
+        return self
+
+    def leave(self, *_error: object) -> None:
+        self.set()
+
+    __exit__ = WithExit(leave)
 
 
 class _Stop(StoppingCriteria):
@@ -178,6 +207,8 @@ class HookedLM(HookedRootModule):
     Raises ValueError for a model whose layers are not `x + attention(norm(x))`, then `x + mlp(norm(x))`.
     """
 
+    context_level: int
+
     def __init__(self, hf_model: PreTrainedModel, tokenizer: Any, name: str | None = None) -> None:
         super().__init__()
         check_shape(hf_model)
@@ -192,6 +223,8 @@ class HookedLM(HookedRootModule):
         self.markers = find_markers(tokenizer)
         self.lock = ContextLock()
         self.now: Now | None = None
+        self._levels: list[_Level] = []
+        self._passes: set[Hold] = set()
         self._order = {hook_name: rank for rank, hook_name in enumerate(self._hook_names())}
         if self.device.type != "meta":
             self._check_arithmetic()
@@ -261,7 +294,8 @@ class HookedLM(HookedRootModule):
         start_at_layer: the layers before it are left out, and `residual`, what the last of them made of the same tokens, is
         taken instead; hooks at its `hook_resid_post` are given it.
         Raises ValueError for tokens beyond the context, an unknown return_type, a residual of another shape, and hooks at the
-        layers that are left out.
+        layers that are left out; RuntimeError inside another pass, and where another task or a
+        paused generator of this thread holds the model.
         """
         if return_type not in ("logits", "loss", None):
             raise ValueError(f'return_type {return_type!r} is not one of "logits", "loss" and None.')
@@ -274,7 +308,8 @@ class HookedLM(HookedRootModule):
             raise ValueError(f"Token ids must have the shape [batch, pos]; these have {list(ids.shape)}.")
         self._check_length(ids.shape[1])
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
-        with self.lock, self._connected(stop=return_type is None), self._left_out(start_at_layer, residual, ids):
+        skipped = self._left_out(start_at_layer, residual, ids)
+        with self._connected(stop=return_type is None, skipped=skipped):
             try:
                 output = self.hf(
                     input_ids=ids,
@@ -290,9 +325,8 @@ class HookedLM(HookedRootModule):
         targets = ids.masked_fill(mask == 0, -100)[:, 1:]
         return F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten())
 
-    @contextmanager
-    def _left_out(self, n: int, residual: Tensor | None, ids: Tensor) -> Iterator[None]:
-        """The first n layers hand on `residual`."""
+    def _left_out(self, n: int, residual: Tensor | None, ids: Tensor) -> tuple[int, Tensor | None]:
+        """How many layers to leave out, and what the last hands on; ValueError for a misfit."""
         shape = [*ids.shape, self.d_model]
         if (
             not 0 <= n <= self.n_layers
@@ -303,22 +337,7 @@ class HookedLM(HookedRootModule):
             raise ValueError(
                 f"start_at_layer={n} was given with {told}; from layer 1 to {self.n_layers} on it goes with one of {shape}."
             )
-        if residual is None:
-            yield
-            return
-        first = self._order[f"blocks.{n - 1}.hook_resid_post"]
-        early = [name for name, point in self.hook_dict.items() if point.has_hooks() and self._order[name] < first]
-        if early:
-            raise ValueError(f"{early[0]} has a hook, but its layer is left out by start_at_layer={n}; start earlier.")
-        layers = self.hf.model.layers[:n]
-        given = residual.to(self.device, self.dtype)
-        try:
-            for layer in layers:
-                layer.forward = lambda *_a, **_k: given
-            yield
-        finally:
-            for layer in layers:
-                del layer.forward
+        return n, None if residual is None else residual.to(self.device, self.dtype)
 
     def run_with_cache(self, *model_args: Any, names_filter: Any = None, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
         """TransformerLens's `run_with_cache`; a hook name that does not exist is a ValueError instead of silence."""
@@ -328,11 +347,53 @@ class HookedLM(HookedRootModule):
             names = list(names)
         return super().run_with_cache(*model_args, names_filter=names, **kwargs)
 
-    @contextmanager
-    def hooks(self, *args: Any, **kwargs: Any) -> Iterator["HookedLM"]:
-        """TransformerLens's `hooks`; the model is held meanwhile, for hooks of two threads would take each other's away."""
-        with self.lock, super().hooks(*args, **kwargs):
-            yield self
+    def hooks(
+        self,
+        fwd_hooks: Sequence[tuple[HookNames, Callable[..., Any]]] = (),
+        bwd_hooks: Sequence[tuple[HookNames, Callable[..., Any]]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Entry["HookedLM"]:
+        """TransformerLens's `hooks`; the model is held meanwhile, for hooks of two threads would take each other's away.
+
+        reset_hooks_end: False leaves them on the model for good, as `add_hook` does.
+        Raises RuntimeError on entering where another task or a paused generator of this thread
+        holds the model, and on leaving where one is still inside.
+        """
+
+        def add(hold: Hold) -> "HookedLM":
+            level = _Level(len(self._levels) + 1)
+            hold.undo.append(partial(self._take_hooks, level, reset_hooks_end, clear_contexts))
+            self._levels.append(level)
+            self.context_level = level
+            for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
+                for name, hook in pairs:
+                    self._enable_hook(name, hook, direction)
+            return self
+
+        return self.lock.entry(add)
+
+    def _take_hooks(self, level: "_Level", reset: bool, clear_contexts: bool) -> None:
+        """Ends one `hooks`: takes away what it added, also where it was interrupted on the way."""
+        if reset and clear_contexts:
+            self.clear_contexts()
+        for point in self.hook_points():
+            forward = (point.fwd_hooks, point._forward_hooks)
+            for noted, present in (forward, (point.bwd_hooks, point._backward_hooks)):
+                if not noted and not present:
+                    continue
+                ours = [handle for handle in noted if handle.context_level is level]
+                for handle in ours if reset else ():
+                    handle.hook.remove()
+                    noted.remove(handle)
+                known = {handle.hook.id for handle in noted}
+                for key, hook in list(present.items()):
+                    if key not in known and hook.__module__ == HookPoint.__module__:
+                        present.pop(key, None)
+        if reset:
+            self.is_caching = False
+        self._levels = [other for other in self._levels if other is not level]
+        self.context_level = self._levels[-1] if self._levels else 0
 
     def check_hook_names(self, names: Iterable[str]) -> None:
         """ValueError for a name that is not a hook point of this model."""
@@ -344,22 +405,51 @@ class HookedLM(HookedRootModule):
                     "ln_final.hook_normalized."
                 )
 
-    @contextmanager
-    def _connected(self, stop: bool = False) -> Iterator[None]:
+    def _connected(
+        self,
+        stop: bool = False,
+        skipped: tuple[int, Tensor | None] = (0, None),
+    ) -> Entry[None]:
         """Connects every hook point that has a hook to its place in the HF model; disconnects on leaving.
 
         With `stop`, the pass ends (by `_Stopped`) after the deepest of them.
+        skipped: how many of the first layers are left out, and what the last of them hands on.
+        Raises, on entering, ValueError for hooks at layers that are left out; RuntimeError as `forward`.
         """
-        active = [name for name, point in self.hook_dict.items() if point.has_hooks()]
-        deepest = max(active, key=self._order.__getitem__, default="") if stop else ""
-        with ExitStack() as stack:
-            for handle in self._handles(set(active), deepest):
-                stack.callback(handle.remove)
-            stack.callback(setattr, self, "now", None)
-            yield
 
-    def _handles(self, active: set[str], deepest: str) -> Iterator[Any]:
-        """Registers what `_connected` needs on the HF modules and yields the handles."""
+        def connect(hold: Hold) -> None:
+            if any(around in self._passes for around in hold.outwards()):
+                raise RuntimeError(
+                    "The model was called from inside one of its own passes (a hook, `on_step`), "
+                    "which would mix up the two; keep what you need and call it after the pass."
+                )
+            hold.undo.append(partial(self._passes.discard, hold))
+            self._passes.add(hold)
+            points = self.hook_dict.items()
+            active = [name for name, point in points if point.fwd_hooks or point.bwd_hooks]
+            self._skip(hold, *skipped, active)
+            deepest = max(active, key=self._order.__getitem__, default="") if stop else ""
+            hold.undo.append(partial(setattr, self, "now", None))
+            for register, hook, options in self._taps(set(active), deepest):
+                hold.undo.append(partial(_unregister, register.__self__, hook))
+                register(hook, **options)
+
+        return self.lock.entry(connect)
+
+    def _skip(self, hold: Hold, n: int, given: Tensor | None, active: Sequence[str]) -> None:
+        """Lets the first n layers hand on a tensor until the hold is left."""
+        if given is None:
+            return
+        first = self._order[f"blocks.{n - 1}.hook_resid_post"]
+        early = [name for name in active if self._order[name] < first]
+        if early:
+            raise ValueError(f"{early[0]} has a hook, but its layer is left out by start_at_layer={n}; start earlier.")
+        for layer in self.hf.model.layers[:n]:
+            hold.undo.append(partial(_put_back, layer, layer.__dict__.get("forward")))
+            layer.forward = lambda *_a, **_k: given
+
+    def _taps(self, active: set[str], deepest: str) -> Iterator[Tap]:
+        """What `_connected` registers on the HF modules."""
 
         def fire(name: str, x: Tensor) -> Tensor:
             out = self.hook_dict[name](x)
@@ -368,13 +458,14 @@ class HookedLM(HookedRootModule):
             return out
 
         backbone = self.hf.model
-        yield self.hf.register_forward_pre_hook(self._note_tokens, with_kwargs=True)
+        yield self.hf.register_forward_pre_hook, self._note_tokens, {"with_kwargs": True}
         if "hook_embed" in active:
-            yield backbone.embed_tokens.register_forward_hook(lambda _m, _a, out: fire("hook_embed", out))
+            on_embed = backbone.embed_tokens.register_forward_hook
+            yield on_embed, lambda _m, _a, out: fire("hook_embed", out), {}
         for i, layer in enumerate(backbone.layers):
             names = {name for name in active if name.startswith(f"blocks.{i}.")}
             if names:
-                yield from self._layer_handles(layer, f"blocks.{i}.", names, fire)
+                yield from self._layer_taps(layer, f"blocks.{i}.", names, fire)
         if "ln_final.hook_normalized" in active:
 
             def on_norm(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
@@ -383,9 +474,15 @@ class HookedLM(HookedRootModule):
                 edited = fire("ln_final.hook_normalized", normalized)
                 return out if edited is normalized else out + module.weight * (edited - normalized)
 
-            yield backbone.norm.register_forward_hook(on_norm)
+            yield backbone.norm.register_forward_hook, on_norm, {}
 
-    def _layer_handles(self, layer: Any, prefix: str, names: set[str], fire: Callable[[str, Tensor], Tensor]) -> Iterator[Any]:
+    def _layer_taps(
+        self,
+        layer: Any,
+        prefix: str,
+        names: set[str],
+        fire: Callable[[str, Tensor], Tensor],
+    ) -> Iterator[Tap]:
         resid_pre: list[Tensor] = []  # this layer's input, kept for resid_mid
 
         def on_input(_m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -421,15 +518,15 @@ class HookedLM(HookedRootModule):
             return fire(prefix + "hook_resid_post", output)
 
         if {prefix + "hook_resid_pre", prefix + "hook_resid_mid"} & names:
-            yield layer.register_forward_pre_hook(on_input, with_kwargs=True)
+            yield layer.register_forward_pre_hook, on_input, {"with_kwargs": True}
         if prefix + "attn.hook_z" in names:
-            yield layer.self_attn.o_proj.register_forward_pre_hook(on_heads)
+            yield layer.self_attn.o_proj.register_forward_pre_hook, on_heads, {}
         if {prefix + "hook_attn_out", prefix + "hook_resid_mid"} & names:
-            yield layer.self_attn.register_forward_hook(on_attention)
+            yield layer.self_attn.register_forward_hook, on_attention, {}
         if prefix + "hook_mlp_out" in names:
-            yield layer.mlp.register_forward_hook(on_mlp)
+            yield layer.mlp.register_forward_hook, on_mlp, {}
         if prefix + "hook_resid_post" in names:
-            yield layer.register_forward_hook(on_output)
+            yield layer.register_forward_hook, on_output, {}
 
     def _note_tokens(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
         """Keeps `self.now` up to date: all ids seen so far in this pass or generation, and where the new chunk begins."""
@@ -568,7 +665,8 @@ class HookedLM(HookedRootModule):
         seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows, whatever else is in the batch.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
-        Raises ValueError for a prompt that is empty or does not fit the context with its answer.
+        Raises ValueError for a prompt that is empty or does not fit the context with its answer;
+        RuntimeError as `forward`.
         """
         rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
         ids, mask = self.pad(rows, "left")
@@ -581,7 +679,7 @@ class HookedLM(HookedRootModule):
         )  # fmt: skip
         streamer = _Steps(on_step, chooser) if on_step else None
         criteria = [_Stop(stop)] if stop else None
-        with self.lock, torch.no_grad(), self._connected():
+        with self._connected(), torch.no_grad():
             out = self.hf.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, stopping_criteria=criteria,
                 logits_processor=LogitsProcessorList([chooser]),
@@ -591,44 +689,49 @@ class HookedLM(HookedRootModule):
     def stream(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
 
-        Takes `generate`'s options. Closing the iterator stops the model; until then nothing else should run it in this context.
+        Takes `generate`'s options. Closing, interrupting or dropping the iterator stops the model
+        at its next token; until then, or until the answer is there, other calls wait.
         """
-        steps: queue.Queue[Any] = queue.Queue()
-        stop = threading.Event()
+        steps: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        stop = _Dropped()
 
         def work() -> None:
             try:
-                self.generate(prompts, max_new_tokens, on_step=steps.put, stop=stop, **options)
+                if not stop.is_set():
+                    self.generate(prompts, max_new_tokens, on_step=steps.put, stop=stop, **options)
                 steps.put(None)
             except BaseException as error:  # handed to the reader, who raises it
                 steps.put(error)
 
         thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
-        thread.start()
         ends = self.end_ids()
         tokens: list[list[int]] = [[] for _ in _as_prompts(prompts)]
         shown = [""] * len(tokens)
         done = [False] * len(tokens)
         try:
-            while True:
-                step = steps.get()
-                if isinstance(step, BaseException):
-                    raise step
-                if step is not None:
-                    for row, token in enumerate(step.tokens.tolist()):
-                        done[row] = done[row] or token in ends
-                        if not done[row]:
-                            tokens[row].append(token)
-                texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-                # A character may span tokens: hold it back until it is whole.
-                ready = [t if step is None or not t.endswith("\ufffd") else s for t, s in zip(texts, shown, strict=True)]
-                yield [t[len(s) :] for t, s in zip(ready, shown, strict=True)]
-                shown = ready
-                if step is None:
-                    return
+            with stop:
+                thread.start()
+                while True:
+                    step = steps.get()
+                    if isinstance(step, BaseException):
+                        raise step
+                    if step is not None:
+                        for row, token in enumerate(step.tokens.tolist()):
+                            done[row] = done[row] or token in ends
+                            if not done[row]:
+                                tokens[row].append(token)
+                    texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+                    # A character may span tokens: hold it back until it is whole.
+                    whole = [step is None or not text.endswith("\ufffd") for text in texts]
+                    pairs = zip(texts, shown, whole, strict=True)
+                    ready = [text if is_whole else before for text, before, is_whole in pairs]
+                    yield [t[len(s) :] for t, s in zip(ready, shown, strict=True)]
+                    shown = ready
+                    if step is None:
+                        return
         finally:
-            stop.set()
-            thread.join()
+            if thread.is_alive():
+                thread.join()
 
     def _prompt_ids(self, prompt: Prompt, chat: bool, enable_thinking: bool | None) -> list[int]:
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
@@ -707,6 +810,25 @@ def _sampling(
     first = secrets.randbelow(2**31) if seed is None else seed
     seeds = list(first) if isinstance(first, Sequence) else [first + r for r in range(n_rows)]
     return warpers, [torch.Generator(device).manual_seed(s) for s in seeds]
+
+
+def _unregister(module: nn.Module, hook: Callable[..., Any]) -> None:
+    """Takes a hook away, without its handle, which who registered it may never have got."""
+    for hooks, with_kwargs in (
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+    ):
+        for key in [key for key, present in hooks.items() if present is hook]:
+            with_kwargs.pop(key, None)
+            hooks.pop(key, None)
+
+
+def _put_back(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
+    """Gives a layer its own `forward` again, or the one that was put over it."""
+    if forward is None:
+        layer.__dict__.pop("forward", None)
+    else:
+        layer.__dict__["forward"] = forward
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

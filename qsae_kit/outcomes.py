@@ -6,7 +6,6 @@ A phrase matcher is a measuring instrument with an error: `matcher_error` states
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -15,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qsae_kit.chat import spoken
-from qsae_kit.edits import Edit, applied, untouched_layers
+from qsae_kit.edits import Edit, applied, applied_by_rows, untouched_layers
 from qsae_kit.metrics import cross_entropy, kl_divergence
 from qsae_kit.models import Generation, HookedLM, Prompt
 
@@ -229,10 +228,9 @@ def answer_groups(
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         owners = torch.tensor([asked[i][0] for i in some], device=lm.device)
-        with ExitStack() as stack:
-            for g in sorted(set(owners.tolist())):
-                rows = None if (owners == g).all() else owners == g
-                stack.enter_context(applied(lm, groups[g].edits, rows))
+        present = sorted(set(owners.tolist()))
+        rows = {g: None if len(present) == 1 else owners == g for g in present}
+        with applied_by_rows(lm, [(groups[g].edits, rows[g]) for g in present]):
             drawn = {} if sampling is None else {"do_sample": True, "seed": [seed * 1_000_003 + i for i in some], **sampling}
             out = lm.generate([asked[i][1] for i in some], max_new_tokens, enable_thinking=enable_thinking, **drawn)
         said |= {i: out.one(row) for row, i in enumerate(some)}

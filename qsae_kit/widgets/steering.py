@@ -181,12 +181,10 @@ class SteeringLab(View):
             variant, hook_name = key
             ids = [int(i) for i in self.index.site(hook_name, variant).search(text).index[:FOUND]]
         elif self.prompt.strip():
-            if not self.lm.lock.acquire(blocking=False):  # waiting here would keep Stop from being heard
-                raise ValueError("The model is busy; search by what fires on the prompt when the answer is there.")
-            try:
+            with self.lm.lock.attempt() as entered:  # waiting here would keep Stop from being heard
+                if not entered:
+                    raise ValueError("The model is busy; search by what fires on the prompt when the answer is there.")
                 ids = self._firing()
-            finally:
-                self.lm.lock.release()
         else:
             ids = []
         self.found = {"site": self.site, "text": text, "features": [[i, self._name(self.site, i)] for i in ids]}
