@@ -120,8 +120,7 @@ def start(work: Callable[[], None], said: Path) -> int:
         try:
             torch.set_num_threads(1)
             descriptor = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(descriptor, 1)
-            os.dup2(descriptor, 2)
+            sys.stdout = sys.stderr = os.fdopen(descriptor, "a")
             work()
             status = 0
         except SystemExit as ended:
@@ -132,7 +131,6 @@ def start(work: Callable[[], None], said: Path) -> int:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
-            sys.stderr.flush()
             os._exit(status)
     return child
 
