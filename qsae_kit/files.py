@@ -308,8 +308,7 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
             inert = _inert(table)
             # The csv module leaves a carriage return bare, which ends a line for whoever reads it.
             bare = any("\r" in cell for name in inert for cell in inert[name] if isinstance(cell, str))
-            quoting = csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL
-            inert.to_csv(part, index=False, float_format="%.6g", quoting=quoting)
+            inert.to_csv(part, index=False, float_format="%.6g", quoting=csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL)
 
 
 def _inert(table: pd.DataFrame) -> pd.DataFrame:
