@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
@@ -30,9 +29,13 @@ from transformers import (
 from qsae_kit.chat import Markers, answer_start, find_markers, phases
 from qsae_kit.locks import ContextLock
 from qsae_kit.sources import load_source
+from qsae_kit.templates import render
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
+
+ROLES_SHOWN = 200
+"""Characters of the roles in a message."""
 
 # The names below are those of Llama, Qwen3 and most dense models shaped like them.
 BACKBONE = ("embed_tokens", "layers", "norm")
@@ -529,14 +532,15 @@ class HookedLM(HookedRootModule):
         return self._render(messages, add_generation_prompt, flags)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, flags: dict[str, bool]) -> str:
+        flags = {**flags, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **flags
-            )
-        except TemplateError as error:
-            roles = [message.get("role") for message in messages]
+            return render(self.tokenizer, messages, **flags)
+        except ValueError as error:
+            roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
+            told = ", ".join(map(str, roles))[:ROLES_SHOWN]
             raise ValueError(
-                f"The chat template of {self.model_name!r} refuses messages of the roles {roles} ({error}); change their order."
+                f"The chat template of {self.model_name!r} refuses messages of the roles {told} "
+                f"({error}); change them or their order, or give the tokenizer another template."
             ) from error
 
     def chat_tokens(self, prompt: Prompt, enable_thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
