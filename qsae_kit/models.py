@@ -2,6 +2,7 @@
 
 import contextvars
 import copy
+import math
 import queue
 import secrets
 import threading
@@ -30,10 +31,13 @@ from qsae_kit.chat import Markers, answer_start, find_markers, phases
 from qsae_kit.locks import ContextLock
 from qsae_kit.sources import load_source
 from qsae_kit.templates import render
+from qsae_kit.tensorfiles import all_finite
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
 
+TRIED = 4
+"""Tokens of the pass that a new model is tried with."""
 ROLES_SHOWN = 200
 """Characters of the roles in a message."""
 
@@ -178,7 +182,8 @@ class HookedLM(HookedRootModule):
     a hook are connected, and only while this object runs the model: the logits are the HF model's to the bit.
     `ln_final.hook_normalized` is the final norm's output before its weight, as in TransformerLens.
 
-    Raises ValueError for a model whose layers are not `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+    Raises ValueError for a model whose layers are not `x + attention(norm(x))`, then
+    `x + mlp(norm(x))`, and for one whose logits are not finite.
     """
 
     def __init__(self, hf_model: PreTrainedModel, tokenizer: Any, name: str | None = None) -> None:
@@ -447,17 +452,26 @@ class HookedLM(HookedRootModule):
 
     @torch.no_grad()
     def _check_arithmetic(self) -> None:
-        """One layer on four tokens: refuses models that scale or normalise their branches on the way."""
-        names = ["hook_embed", *(f"blocks.0.hook_{p}" for p in ("resid_pre", "attn_out", "mlp_out", "resid_post"))]
-        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        _, cache = self.run_with_cache(ids, names_filter=names, return_type=None)
+        """One pass over a few tokens: refuses models whose first layer scales or normalises a
+        branch on the way, and those whose logits are not finite."""
+        names = ["hook_embed"]
+        names += [f"blocks.0.hook_{p}" for p in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+        ids = torch.arange(TRIED, device=self.device)[None] % self.config.vocab_size
+        logits, cache = self.run_with_cache(ids, names_filter=names)
+        if not all_finite(logits):
+            raise ValueError(
+                f"{self.model_name!r} gives logits that are not finite in {self.dtype}: its "
+                "weights are damaged or need a wider dtype; get them again, or load it in float32."
+            )
         embed, pre, attn, mlp, post = (cache[name].float() for name in names)
         tolerance = 1e-2 if self.dtype != torch.float32 else 1e-4
         scale = post.abs().max() + 1e-6
-        if (embed - pre).abs().max() > tolerance * scale or (pre + attn + mlp - post).abs().max() > tolerance * scale:
+        scaled = (embed - pre).abs().max() > tolerance * scale
+        if scaled or (pre + attn + mlp - post).abs().max() > tolerance * scale:
             raise ValueError(
-                f"{type(self.hf).__name__} cannot be hooked: its first layer is not resid_pre + attention + MLP "
-                "(it scales or normalises a branch); dense Qwen3- and Llama-shaped models can."
+                f"{type(self.hf).__name__} cannot be hooked: its first layer is not resid_pre + "
+                "attention + MLP (it scales or normalises a branch); dense Qwen3- and Llama-shaped "
+                "models can."
             )
 
     # --- text and tokens
@@ -572,7 +586,8 @@ class HookedLM(HookedRootModule):
         seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows, whatever else is in the batch.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
-        Raises ValueError for a prompt that is empty or does not fit the context with its answer.
+        Raises ValueError for a prompt that is empty or does not fit the context with its answer,
+        and for logits that are not finite.
         """
         rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
         ids, mask = self.pad(rows, "left")
@@ -590,7 +605,15 @@ class HookedLM(HookedRootModule):
                 input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, stopping_criteria=criteria,
                 logits_processor=LogitsProcessorList([chooser]),
             )  # fmt: skip
-        return self._collect(out[:, ids.shape[1] :].tolist(), torch.stack(chooser.logprobs, 1).tolist(), ends)
+        logprobs = torch.stack(chooser.logprobs, 1).tolist()
+        made = self._collect(out[:, ids.shape[1] :].tolist(), logprobs, ends)
+        if not all(math.isfinite(logprob) for row in made.logprobs for logprob in row):
+            raise ValueError(
+                f"{self.model_name!r} answers with logits that are not finite: an edit is too "
+                f"strong for {self.dtype}, or the weights are damaged; weaken the one or get the "
+                "other again."
+            )
+        return made
 
     def stream(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
@@ -733,6 +756,8 @@ def check_shape(model: Any) -> None:
     if missing:
         found = ", ".join(children) or "no .model"
         raise ValueError(f"{kind} cannot be hooked: expected .model with {', '.join(BACKBONE)}, found {found}.")
+    if not len(backbone.layers):  # type: ignore[union-attr]
+        raise ValueError(f"{kind} cannot be hooked: it has no layers.")
     for layer in backbone.layers:  # type: ignore[union-attr]
         names = [name for name, _ in layer.named_children()]
         if sorted(names) != sorted(LAYER):

@@ -1,4 +1,4 @@
-"""Chat templates, which are programs from elsewhere: rendered in bounded time, with errors that are sentences.
+"""Chat templates, which are programs from elsewhere: bounded, and errors as sentences.
 
 jinja2's sandbox keeps a template from files and from Python. Kept in bounds here is what that
 leaves: templates that never end, numbers that make text of gigabytes, and errors of any type.
@@ -25,7 +25,7 @@ TICK = 0.25
 CHARACTERS = 10_000_000
 """Of a rendered chat, at most: more than a context of a million tokens holds."""
 LARGEST = 10**7
-"""Of the numbers in a template, at most, and of products of them: what they can repeat fits into memory."""
+"""Of the numbers in a template and their products, at most: what they repeat fits into memory."""
 REASON = 200
 """Characters of another library's error in a message."""
 Result = TypeVar("Result")
@@ -136,7 +136,7 @@ class _Watch:
         with self.changed:
             self.jobs.add(job)
             if self.thread is None:
-                self.thread = threading.Thread(target=self._look, name="chat templates", daemon=True)
+                self.thread = threading.Thread(target=self._look, daemon=True)
                 self.thread.start()
             elif self.asleep:
                 self.changed.notify()
@@ -183,7 +183,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def within(seconds: float, call: Callable[[], Result]) -> Result:
-    """What a function returns; `_TooLong`, between two steps of Python, where it runs for longer."""
+    """What a function returns; `_TooLong`, between two steps of it, where it runs for longer."""
     watch, job = _watch, _Job(seconds)
     try:
         try:

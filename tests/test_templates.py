@@ -13,7 +13,7 @@ from qsae_kit.sources import TINY_WEIGHTS
 from qsae_kit.templates import within
 
 CHAT = [{"role": "user", "content": "Hi"}]
-LOOPS = "{% for i in range(99999) %}{% for j in range(99999) %}{% set k = i %}{% endfor %}{% endfor %}"
+LOOPS = "{% for i in range(99999) %}" * 2 + "{% set k = i %}" + "{% endfor %}" * 2
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def test_templates_of_several_threads_are_left_alone_by_each_others_limit(own):
 
 
 def test_a_limit_never_reaches_what_comes_after(monkeypatch):
-    """Calls that end about when their time is up: either they return or they raise, and then it is over."""
+    """Calls that end about when their time is up: they return or raise, and then it is over."""
     monkeypatch.setattr(templates, "TICK", 0.0005)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
