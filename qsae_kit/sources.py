@@ -137,6 +137,7 @@ def _fetch(source: str) -> Path:
 
 PLAIN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 """What is asked of a model whatever its config.json says."""
+LARGEST_ID = 2**31
 ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What is kept of a generation_config.json: the rest would change answers without a word."""
 
@@ -178,7 +179,15 @@ def _from_folder(
         config.name_or_path = model.config.name_or_path = name  # as loaded by it, not from a cache
         with _told(name, advice):
             tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **local)
+            tokenizer("Hi")
     kept = {entry: getattr(model.generation_config, entry, None) for entry in ENDS}
+    for entry, value in kept.items():
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if not all(type(one) is int and abs(one) <= LARGEST_ID for one in ids):
+            raise ValueError(
+                f"{str(folder)!r} has {entry}={str(value)[:40]} in its configurations, but ids of "
+                "tokens are whole numbers; get the folder's files again."
+            )
     model.generation_config = GenerationConfig(**kept)
     if model.config._attn_implementation != "sdpa":
         found = model.config._attn_implementation
