@@ -181,11 +181,11 @@ def _from_folder(
             tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **local)
             tokenizer("Hi")
     kept = {entry: getattr(model.generation_config, entry, None) for entry in ENDS}
-    for entry, value in kept.items():
-        ids = value if isinstance(value, list) else [] if value is None else [value]
+    for entry, given in kept.items():
+        ids = given if isinstance(given, list) else [] if given is None else [given]
         if not all(type(one) is int and abs(one) <= LARGEST_ID for one in ids):
             raise ValueError(
-                f"{str(folder)!r} has {entry}={str(value)[:40]} in its configurations, but ids of "
+                f"{str(folder)!r} has {entry}={str(given)[:40]} in its configurations, but ids of "
                 "tokens are whole numbers; get the folder's files again."
             )
     model.generation_config = GenerationConfig(**kept)
