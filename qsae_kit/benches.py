@@ -98,7 +98,8 @@ def _read(part: Part, n: int | None, folder: Path | None) -> list[str]:
     source = part.dataset if folder is None else str(folder / part.dataset)
     found: dict[str, None] = {}
     try:
-        for row in load_dataset(source, part.config, split=part.split, streaming=True):
+        given = {"split": part.split, "streaming": True, "trust_remote_code": False}
+        for row in load_dataset(source, part.config, **given):
             text = row.get(part.column)
             if not isinstance(text, str) or (part.where and part.where[0] not in row):
                 raise ValueError(

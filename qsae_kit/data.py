@@ -4,7 +4,6 @@ One dialogue is one sequence in the model's own template. The keep-mask leaves o
 choice, template tokens; the sites' norm filter comes later, where activations are seen.
 """
 
-import json
 import random
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
@@ -15,9 +14,12 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from qsae_kit.chat import Phase, phases
+from qsae_kit.jsonfiles import parse_json
 from qsae_kit.models import HookedLM, Message
 
 Document: TypeAlias = str | list[Message]
+SHOWN = 200
+"""Characters of a record in a message."""
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -40,7 +42,9 @@ def read_documents(source: str | Path | Iterable[Any]) -> Iterator[Document]:
         if path.is_file():
             records: Iterable[tuple[str, Any]] = _read_file(path)
         elif path.suffix in (".jsonl", ".txt") or path.exists():
-            raise ValueError(f"There is no file {str(source)!r}; give a .jsonl or .txt file, or the id of a data set.")
+            what = "regular file" if path.exists() else "file"
+            advice = "give a .jsonl or .txt file, or the id of a data set"
+            raise ValueError(f"There is no {what} {str(source)!r}; {advice}.")
         else:
             records = _read_dataset(str(source))
     else:
@@ -71,7 +75,7 @@ def parse_record(record: Any, where: str) -> Document:
         return parse_record(record["text"], where)
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
-        found = ", ".join(map(str, record)) or "nothing"
+        found = ", ".join(map(str, record))[:SHOWN] or "nothing"
         raise ValueError(f"{where}: expected messages (a list), text, or question and answer; found {found}.")
     for n, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
@@ -80,25 +84,24 @@ def parse_record(record: Any, where: str) -> Document:
 
 
 def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
+    """Where each line is and what it holds; a file may be too large for memory."""
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):  # of bytes, so that only \n ends a line
             where = f"{path.name}, line {number}"
-            if path.suffix == ".txt":
-                yield where, line.rstrip("\n")
-                continue
             try:
-                yield where, json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno}).") from error
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{where} is not UTF-8; save the file as UTF-8.") from error
+            if line.strip():
+                text = line.rstrip("\r\n")
+                yield where, text if path.suffix == ".txt" else parse_json(text, where)
 
 
 def _read_dataset(name: str) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
-        rows = load_dataset(name, split="train", streaming=True)
+        rows = load_dataset(name, split="train", streaming=True, trust_remote_code=False)
     except Exception as error:  # datasets raises a dozen unrelated types for one thing: it cannot be had
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(

@@ -52,6 +52,15 @@ def read_text(path: Path, what: str, limit: int, encoding: str = "utf-8") -> str
         raise ValueError(f"{str(path)!r} is not UTF-8 ({place}); save {what} as UTF-8.") from error
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of a text, each of which ends with a line feed, with or without a return before it.
+
+    What else `str.splitlines` takes for an end, such as U+2028, stands within texts.
+    """
+    lines = text.split("\n")
+    return [line.removesuffix("\r") for line in (lines if lines[-1] else lines[:-1])]
+
+
 def read_json(path: Path, what: str, limit: int = JSON_LIMIT) -> Any:
     """What a JSON file holds. Raises ValueError as `read_text` and `parse_json` do."""
     return parse_json(read_text(path, what, limit), repr(str(path)))

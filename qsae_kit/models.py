@@ -2,6 +2,7 @@
 
 import contextvars
 import copy
+import math
 import queue
 import secrets
 import threading
@@ -13,7 +14,6 @@ from weakref import ref
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
-from jinja2 import TemplateError
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
@@ -31,6 +31,8 @@ from transformers import (
 from qsae_kit.chat import Markers, answer_start, find_markers, phases
 from qsae_kit.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
 from qsae_kit.sources import load_source
+from qsae_kit.templates import render
+from qsae_kit.tensorfiles import all_finite
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
@@ -38,6 +40,11 @@ HookNames: TypeAlias = str | Callable[[str], bool]
 """The name of a hook point, or what says of each name whether it is meant."""
 Tap: TypeAlias = tuple[Any, Callable[..., Any], dict[str, bool]]
 """A `register_...` method of a module, what it is to register, and with which options."""
+
+TRIED = 4
+"""Tokens of the pass that a new model is tried with."""
+ROLES_SHOWN = 200
+"""Characters of the roles in a message."""
 
 # The names below are those of Llama, Qwen3 and most dense models shaped like them.
 BACKBONE = ("embed_tokens", "layers", "norm")
@@ -204,7 +211,8 @@ class HookedLM(HookedRootModule):
     a hook are connected, and only while this object runs the model: the logits are the HF model's to the bit.
     `ln_final.hook_normalized` is the final norm's output before its weight, as in TransformerLens.
 
-    Raises ValueError for a model whose layers are not `x + attention(norm(x))`, then `x + mlp(norm(x))`.
+    Raises ValueError for a model whose layers are not `x + attention(norm(x))`, then
+    `x + mlp(norm(x))`, and for one whose logits are not finite.
     """
 
     context_level: int
@@ -541,17 +549,26 @@ class HookedLM(HookedRootModule):
 
     @torch.no_grad()
     def _check_arithmetic(self) -> None:
-        """One layer on four tokens: refuses models that scale or normalise their branches on the way."""
-        names = ["hook_embed", *(f"blocks.0.hook_{p}" for p in ("resid_pre", "attn_out", "mlp_out", "resid_post"))]
-        ids = torch.arange(4, device=self.device)[None] % self.config.vocab_size
-        _, cache = self.run_with_cache(ids, names_filter=names, return_type=None)
+        """One pass over a few tokens: refuses models whose first layer scales or normalises a
+        branch on the way, and those whose logits are not finite."""
+        names = ["hook_embed"]
+        names += [f"blocks.0.hook_{p}" for p in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
+        ids = torch.arange(TRIED, device=self.device)[None] % self.config.vocab_size
+        logits, cache = self.run_with_cache(ids, names_filter=names)
+        if not all_finite(logits):
+            raise ValueError(
+                f"{self.model_name!r} gives logits that are not finite in {self.dtype}: its "
+                "weights are damaged or need a wider dtype; get them again, or load it in float32."
+            )
         embed, pre, attn, mlp, post = (cache[name].float() for name in names)
         tolerance = 1e-2 if self.dtype != torch.float32 else 1e-4
         scale = post.abs().max() + 1e-6
-        if (embed - pre).abs().max() > tolerance * scale or (pre + attn + mlp - post).abs().max() > tolerance * scale:
+        scaled = (embed - pre).abs().max() > tolerance * scale
+        if scaled or (pre + attn + mlp - post).abs().max() > tolerance * scale:
             raise ValueError(
-                f"{type(self.hf).__name__} cannot be hooked: its first layer is not resid_pre + attention + MLP "
-                "(it scales or normalises a branch); dense Qwen3- and Llama-shaped models can."
+                f"{type(self.hf).__name__} cannot be hooked: its first layer is not resid_pre + "
+                "attention + MLP (it scales or normalises a branch); dense Qwen3- and Llama-shaped "
+                "models can."
             )
 
     # --- text and tokens
@@ -626,14 +643,15 @@ class HookedLM(HookedRootModule):
         return self._render(messages, add_generation_prompt, flags)
 
     def _render(self, messages: list[Message], add_generation_prompt: bool, flags: dict[str, bool]) -> str:
+        flags = {**flags, "add_generation_prompt": add_generation_prompt}
         try:
-            return self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **flags
-            )
-        except TemplateError as error:
-            roles = [message.get("role") for message in messages]
+            return render(self.tokenizer, messages, **flags)
+        except ValueError as error:
+            roles = [m.get("role") if isinstance(m, dict) else m for m in messages]
+            told = ", ".join(map(str, roles))[:ROLES_SHOWN]
             raise ValueError(
-                f"The chat template of {self.model_name!r} refuses messages of the roles {roles} ({error}); change their order."
+                f"The chat template of {self.model_name!r} refuses messages of the roles {told} "
+                f"({error}); change them or their order, or give the tokenizer another template."
             ) from error
 
     def chat_tokens(self, prompt: Prompt, enable_thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
@@ -665,8 +683,8 @@ class HookedLM(HookedRootModule):
         seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows, whatever else is in the batch.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
-        Raises ValueError for a prompt that is empty or does not fit the context with its answer;
-        RuntimeError as `forward`.
+        Raises ValueError for a prompt that is empty or does not fit the context with its answer,
+        and for logits that are not finite; RuntimeError as `forward`.
         """
         rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
         ids, mask = self.pad(rows, "left")
@@ -684,7 +702,15 @@ class HookedLM(HookedRootModule):
                 input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, stopping_criteria=criteria,
                 logits_processor=LogitsProcessorList([chooser]),
             )  # fmt: skip
-        return self._collect(out[:, ids.shape[1] :].tolist(), torch.stack(chooser.logprobs, 1).tolist(), ends)
+        logprobs = torch.stack(chooser.logprobs, 1).tolist()
+        made = self._collect(out[:, ids.shape[1] :].tolist(), logprobs, ends)
+        if not all(math.isfinite(logprob) for row in made.logprobs for logprob in row):
+            raise ValueError(
+                f"{self.model_name!r} answers with logits that are not finite: an edit is too "
+                f"strong for {self.dtype}, or the weights are damaged; weaken the one or get the "
+                "other again."
+            )
+        return made
 
     def stream(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
@@ -851,6 +877,8 @@ def check_shape(model: Any) -> None:
     if missing:
         found = ", ".join(children) or "no .model"
         raise ValueError(f"{kind} cannot be hooked: expected .model with {', '.join(BACKBONE)}, found {found}.")
+    if not len(backbone.layers):  # type: ignore[union-attr]
+        raise ValueError(f"{kind} cannot be hooked: it has no layers.")
     for layer in backbone.layers:  # type: ignore[union-attr]
         names = [name for name, _ in layer.named_children()]
         if sorted(names) != sorted(LAYER):

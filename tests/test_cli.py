@@ -49,7 +49,7 @@ def complaint(done):
         (["demo", "--sites", "residual"], "no site 'residual'; choose from resid, mlp, attn"),
         (["demo", "--tokens", "5"], "less than one batch"),
         (["demo", "--data", "EMPTY_FILE"], "holds no dialogues"),
-        (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2: not JSON"),
+        (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2 is not JSON"),
         (["features", "--suite", "EMPTY"], "holds no SAE"),
         (["steer", "--suite", "EMPTY"], "holds no SAE"),
         (["steer", "--suite", "EMPTY", "--goal", "both"], "The goal 'both' was given; choose from suppress, induce"),

@@ -1,10 +1,12 @@
 """Reading documents, batching them, and the keep-mask."""
 
 import json
+import os
 
 import pytest
 import torch
 
+from qsae_kit.benches import read_bench
 from qsae_kit.data import keep_mask, read_documents, repeat, split_documents, token_batches
 from qsae_kit.tiny import world
 
@@ -30,7 +32,7 @@ def test_every_form_of_a_record_is_read(tmp_path):
     ("text", "message"),
     [
         ("", "holds no dialogues"),
-        ('{"text": "ok"}\n{"text": ', r"data.jsonl, line 2: not JSON"),
+        ('{"text": "ok"}\n{"text": ', r"data.jsonl, line 2 is not JSON"),
         ('{"text": "ok"}\n\n{"content": "x"}', r"line 3: expected messages.*found content"),
         ('{"messages": []}', "line 1: expected messages"),
         ('{"messages": [{"role": "robot", "content": "x"}]}', "message 0 needs a role"),
@@ -45,6 +47,51 @@ def test_malformed_lines_are_named(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ValueError, match=message):
         list(read_documents(path))
+
+
+def test_lines_end_with_line_ends_alone(tmp_path):
+    odd = "a\u2028b\u2029c\x0bd\x0ce\x85f\rg"
+    lines = ["\ufeff" + json.dumps({"text": odd}, ensure_ascii=False), json.dumps(odd)]
+    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
+    (tmp_path / "a.txt").write_bytes(f"{odd}\r\n\n{odd}".encode())
+    for name in ("a.jsonl", "a.txt"):
+        assert list(read_documents(tmp_path / name)) == [odd, odd]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b'{"text": ' + b"[" * 100_000, "line 2 is not JSON .it is nested deeper"),
+        (b'{"text": ' + b"9" * 5000 + b"}", "line 2 is not JSON .Exceeds the limit"),
+        (b'{"text": "\xff"}', "line 2 is not UTF-8"),
+    ],
+)
+def test_lines_that_cannot_be_read_are_one_sentence(tmp_path, line, message):
+    (tmp_path / "data.jsonl").write_bytes(b'"one"\n' + line)
+    with pytest.raises(ValueError, match=message) as caught:
+        list(read_documents(tmp_path / "data.jsonl"))
+    assert type(caught.value) is ValueError
+
+
+def test_a_pipe_is_no_file_of_dialogues(tmp_path):
+    os.mkfifo(tmp_path / "data.jsonl")
+    with pytest.raises(ValueError, match="no regular file"):
+        next(read_documents(tmp_path / "data.jsonl"))
+
+
+def test_no_code_of_a_data_set_is_run(monkeypatch):
+    import datasets
+
+    asked = []
+
+    def load_dataset(*args, **kwargs):
+        asked.append(kwargs["trust_remote_code"])
+        return [{"text": "one", "Goal": "one"}]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert list(read_documents("someone/texts")) == ["one"]
+    read_bench("jailbreakbench")
+    assert asked == [False] * 3
 
 
 def test_a_missing_file_is_not_taken_for_a_data_set():

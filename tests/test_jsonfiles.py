@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from qsae_kit.jsonfiles import NESTING_LIMIT, parse_json, read_json, read_text
+from qsae_kit.jsonfiles import NESTING_LIMIT, lines_of, parse_json, read_json, read_text
 
 LIMIT = 200_000
 
@@ -82,3 +82,10 @@ def test_no_more_is_read_than_the_limit(tmp_path):
         read_json(path, "a table", LIMIT)
     with pytest.raises(ValueError, match="null"):
         read_text(tmp_path / "a\0b", "a table", LIMIT)
+
+
+def test_lines_are_those_of_line_ends_alone():
+    odd = "a\u2028b\x0bc\x85d\re"
+    assert lines_of(f"{odd}\r\n\n{odd}") == [odd, "", odd]
+    assert lines_of("one\n") == ["one"]
+    assert lines_of("") == []

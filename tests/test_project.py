@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # A module imports only from those before it.
 ORDER = (
-    "sites", "files", "writers", "jsonfiles", "interrupts", "chat", "sources", "locks", "models", "edits", "data", "activations", "sae", "tensorfiles", "readers", "formats", "calibrate", "optim", "recipe", "plan",
+    "sites", "files", "writers", "jsonfiles", "interrupts", "chat", "tensorfiles", "modelfiles", "sources", "templates", "locks", "models", "edits", "data", "activations", "sae", "readers", "formats", "calibrate", "optim", "recipe", "plan",
     "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "tiny", "recovery", "index", "llm_client", "explain", "corpus",
     "prompts", "steering", "answers", "outcomes", "dialogues", "choosing", "judges", "behaviours", "facts", "journal", "findings", "benches", "repeats", "study", "mixes", "modeldiff", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
     "widgets", "harvest", "fit", "score", "card", "suite", "demo", "cli",

