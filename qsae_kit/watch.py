@@ -4,7 +4,6 @@ Each is called with every `train.Progress` (give them to `train_saes` as `watch`
 """
 
 import importlib.util
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +14,12 @@ import plotly.graph_objects as go
 from IPython.display import display
 
 from qsae_kit.checkpoints import LOG
+from qsae_kit.jsonfiles import parse_json, read_bytes
 from qsae_kit.plots import training_figure
 from qsae_kit.train import LOG_EVERY, Progress
 
+LOG_LIMIT = 2**30
+"""Bytes of a log."""
 Figures: TypeAlias = Mapping[str, Mapping[str, float]]
 """What `Progress.figures` gives: loss, L0 and dead share by "variant/hook name"."""
 
@@ -31,8 +33,15 @@ def _rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
 
 
 def read_log(folder: Path) -> pd.DataFrame:
-    """The log of a run as a table: group, rows, variant, hook_name, loss, l0, dead."""
-    lines = [json.loads(line) for line in (folder / LOG).read_text(encoding="utf-8").splitlines()]
+    """The log of a run as a table: group, rows, variant, hook_name, loss, l0, dead; a line that is still written is left out.
+
+    Raises ValueError where there is none, or a line is none of a log.
+    """
+    path = folder / LOG
+    *whole, _ = read_bytes(path, "a training's log", LOG_LIMIT).split(b"\n")
+    lines = [parse_json(line.decode("utf-8", errors="replace"), f"{str(path)!r}, line {n},") for n, line in enumerate(whole, 1)]
+    if not all(isinstance(line, dict) and {"group", "rows", "sites"} <= set(line) for line in lines):
+        raise ValueError(f"{str(path)!r} is no log of a training; give the folder of a run.")
     return pd.DataFrame([row for line in lines for row in _rows(line["group"], line["rows"], line["sites"])])
 
 

@@ -20,7 +20,7 @@ from qsae_kit import load_model
 from qsae_kit.models import HookedLM
 from qsae_kit.plan import group_of, plan_groups
 from qsae_kit.recipe import default_recipe
-from qsae_kit.sources import TINY_WEIGHTS
+from qsae_kit.sources import TINY_WEIGHTS, public_name
 from qsae_kit.suite import suite_bytes
 
 PROMPTS = ["How do I thank the nurse?", "How do I cut the wood?", "How do I burn the teacher?"]
@@ -433,3 +433,32 @@ def test_a_bridge_leaves_this_model_alone(lm):
     torch.testing.assert_close(pattern.sum(-1), torch.ones(pattern.shape[:3]))
     ours = lm.run_with_cache(ids)[1]["blocks.3.hook_resid_post"]
     torch.testing.assert_close(cache["blocks.3.hook_resid_post"], ours, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("{home}/secret/my-model", "my-model"),
+        ("my-model", "my-model"),
+        ("./my-model", "my-model"),
+        (".", "secret"),
+        ("{home}/.cache/hub/models--Qwen--Qwen3-8B/snapshots/0a1b2c", "Qwen/Qwen3-8B"),
+        ("Qwen/Qwen3-8B", "Qwen/Qwen3-8B"),
+        ("tiny", "tiny"),
+        ("~/models/x", "x"),
+    ],
+)
+def test_what_files_say_of_a_model_names_no_place(tmp_path, monkeypatch, given, expected):
+    (tmp_path / "secret" / "my-model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "secret")
+    assert public_name(given.format(home=tmp_path)) == expected
+
+
+def test_a_model_of_a_folder_is_called_by_the_folder(lm, tmp_path, monkeypatch):
+    folder = tmp_path / "secret" / "my-model"
+    lm.hf.save_pretrained(folder)
+    lm.tokenizer.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    loaded = [load_model(str(folder)), load_model("secret/my-model")]
+    loaded.append(load_model(loaded[0].hf, tokenizer=lm.tokenizer))
+    assert [each.model_name for each in loaded] == ["my-model"] * 3
