@@ -14,6 +14,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from qsae_kit import load_model, sources
@@ -84,6 +85,21 @@ def test_code_of_a_folder_is_never_run(folder, tmp_path, monkeypatch, name):
             load_model(str(folder))
     assert not ran.exists()
     assert sys.stdin.read() == "y\n" * 9
+
+
+def test_every_call_of_transformers_is_told_to_run_no_code(folder, monkeypatch):
+    told = []
+    for name in ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"):
+        real = getattr(transformers, name).from_pretrained
+
+        def call(*args, real=real, name=name, **kwargs):
+            told.append((name, kwargs.get("trust_remote_code"), kwargs.get("local_files_only")))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(getattr(transformers, name), "from_pretrained", call)
+    load_model(str(folder))
+    assert {name for name, *_ in told} == {"AutoConfig", "AutoModelForCausalLM", "AutoTokenizer"}
+    assert all(code is False and local for _, code, local in told)
 
 
 def test_code_beside_a_known_model_is_left_alone(lm, folder, tmp_path, monkeypatch):
