@@ -630,5 +630,27 @@ def test_an_interrupt_leaves_no_edit_and_no_shut_lock(lm, quiet, place):
     assert found > 0.8 * len(tries)  # some come too late
 
 
+@pytest.mark.parametrize(
+    ("method", "n"),
+    [("register_forward_hook", 1), ("register_forward_hook", 2), ("register_forward_pre_hook", 1)],
+)
+def test_a_hook_whose_handle_nobody_got_is_taken_away(lm, expected, monkeypatch, method, n):
+    register, calls = getattr(torch.nn.Module, method), []
+
+    def interrupt(*args, **kwargs):
+        calls.append(register(*args, **kwargs))
+        if len(calls) == n:
+            raise KeyboardInterrupt
+        return calls[-1]
+
+    monkeypatch.setattr(torch.nn.Module, method, interrupt)
+    with pytest.raises(KeyboardInterrupt), applied(lm, at(A)):
+        logits(lm)
+    monkeypatch.undo()
+    assert len(calls) == n
+    assert not remains(lm)
+    assert torch.equal(logits(lm), expected[()])
+
+
 def test_the_places_are_all_of_them(lm):
     assert set(PLACES) == set(places(lm, references(lm)))
