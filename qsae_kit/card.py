@@ -60,6 +60,13 @@ def model_card(plan: Mapping[str, Any], data: Mapping[str, Any], evaluation: pd.
     )
 
 
+def check_card(out: Path) -> None:
+    """ValueError where a card would be written over a README.md that is none."""
+    path = out / CARD
+    if path.is_file() and not all(mark.encode() in path.read_bytes() for mark in (BEGIN, END)):
+        raise ValueError(f"{str(path)!r} is no card of a suite, and would be written over; give another folder.")
+
+
 def write_card(out: Path) -> None:
     """Writes a suite's README.md from its plan, data, evaluation and study."""
     data = read_json(out / "data" / "data.json", "a suite's data")

@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 from qsae_kit import mixes
 from qsae_kit.activations import StoredRows
 from qsae_kit.behaviours import Goal, StudyPrompts, judged, refusal_prompts
-from qsae_kit.card import write_card
+from qsae_kit.card import check_card, write_card
 from qsae_kit.checkpoints import delete_checkpoint, found
 from qsae_kit.data import read_documents
 from qsae_kit.features import IndexConfig, build_index
@@ -407,10 +407,11 @@ def make_suite(
     makes the first stage whose files are gone or changed anew, and all that follow it; the old ones are kept until then.
     memory: bytes that training may take beside the model (None: most of what is free). folder: where downloaded data sets lie,
     each under its id, instead of the hub. Raises ValueError for what `make_plan` and `mixes.write_mix` do, for a folder that
-    holds another suite, where something that is left to do needs files that are gone or changed, and while another process
-    writes there.
+    holds another suite or a README.md that is no card, where something that is left to do needs files that are gone or changed,
+    and while another process writes there.
     """
     with only_writer(out):
+        check_card(out)
         record = Record(out, identity_of(lm, config))
         if not (out / PLAN).is_file():
             plan = make_plan(lm, config, out, memory)

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from qsae_kit.cli import app
 from qsae_kit.formats import load_suite
 from qsae_kit.metrics import Reconstruction
+from qsae_kit.recipe import TrainConfig
 from qsae_kit.watch import read_log
 
 SITE = "blocks.0.hook_resid_post"
@@ -174,3 +175,34 @@ def test_going_on_with_other_data_or_a_longer_run(tmp_path, acts):
     assert "another data" in str(stored(tmp_path, tmp_path / "other.safetensors", "--resume").exception)
     assert "another recipe" in str(stored(tmp_path, acts, "--resume", "--tokens", "9600").exception)
     assert "holds a run already" in str(stored(tmp_path, acts).exception)
+
+
+WRONG = [
+    (["--expansion", "inf"], "expansion=inf was given; it must be positive and finite"),
+    (["--expansion", "nan"], "expansion=nan was given"),
+    (["--seed", "-1"], "seed=-1"),
+    (["--lr", "inf"], "lr=inf was given"),
+    (["--d-sae", str(2**40)], "allowed are 1 to 2,147,483,647"),
+    (["--tokens", "5"], "less than one batch"),
+    (["--pool", "100"], "no multiple of batch"),
+    (["--option", "colour=red"], "has no option colour"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), WRONG)
+def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
+    from qsae_kit import models
+
+    def loads(*rest):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(models, "load_model", loads)
+    done = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "out"), *flags])
+    assert isinstance(done.exception, ValueError), done.exception
+    assert message in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_width_that_no_memory_holds(lm):
+    with pytest.raises(ValueError, match="features was asked for"):
+        TrainConfig(expansion=1e12).build(160, torch.device("meta"))

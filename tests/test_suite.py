@@ -422,10 +422,12 @@ def test_what_is_pushed_is_on_the_list_and_the_card_says_it(made, tmp_path, hub)
 
 
 @pytest.mark.slow
-def test_a_card_that_cannot_say_what_is_published_is_not_pushed(made, tmp_path, hub):
+def test_a_card_that_cannot_say_what_is_published_is_not_pushed(made, lm, tmp_path, hub):
     out = copied(made, tmp_path)
     readme = out / "README.md"
     readme.write_text("My own words.")
+    with pytest.raises(ValueError, match="is no card of a suite"):
+        make_suite(lm, out, CONFIG, bar=False)
     with pytest.raises(ValueError, match=r"no place between .* put the two lines back"):
         push(out, "me/saes")
     assert readme.read_text() == "My own words."
@@ -451,6 +453,13 @@ def test_a_folder_of_this_machine_is_not_published(made, tmp_path, hub):
     with pytest.raises(ValueError, match=r"study/study\.json names the folder"):
         push(out, "me/saes")
     assert hub.given == []
+
+
+def test_a_readme_of_the_user_s_stays(lm, tmp_path):
+    (tmp_path / "README.md").write_text("My project")
+    with pytest.raises(ValueError, match="is no card of a suite, and would be written over"):
+        make_suite(lm, tmp_path, CONFIG, bar=False)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {"README.md": "My project"}
 
 
 def test_a_record_of_another_suite(tmp_path):
