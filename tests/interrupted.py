@@ -208,7 +208,7 @@ def in_time(seconds: float = IN_TIME) -> Iterator[None]:
         raise Late
 
     before = signal.signal(signal.SIGALRM, raise_it)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
     try:
         yield
     finally:

@@ -377,7 +377,9 @@ def test_a_stream_is_under_the_edits_around_it_and_others_wait(lm, expected, sit
 @pytest.mark.parametrize("end", ["closed", "dropped", "thrown into"])
 def test_a_stream_that_is_given_up_stops(lm, expected, inside, end):
     before = threading.active_count()
-    with applied(lm, at(A) if inside else []):
+    whole = len(lm.generate("How do I", **LONG).tokens[0])
+    passes = []
+    with applied(lm, at(A) if inside else []), lm.hooks([(B, lambda x, hook: passes.append(0))]):
         parts = lm.stream("How do I", **LONG)
         next(parts)
         if end == "closed":
@@ -387,7 +389,25 @@ def test_a_stream_that_is_given_up_stops(lm, expected, inside, end):
                 parts.throw(KeyboardInterrupt)
         del parts
         assert threading.active_count() == before
+        assert len(passes) < whole / 2
         assert torch.equal(logits(lm), expected[(A,) if inside else ()])
+
+
+def test_a_stream_whose_end_is_interrupted_stops(lm, expected, monkeypatch):
+    def interrupt(_event):
+        raise KeyboardInterrupt
+
+    whole = len(lm.generate("How do I", **LONG).tokens[0])
+    passes = []
+    with lm.hooks([(B, lambda x, hook: passes.append(0))]):
+        parts = lm.stream("How do I", **LONG)
+        next(parts)
+        monkeypatch.setattr(threading.Event, "set", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            parts.close()
+        monkeypatch.undo()
+    assert len(passes) < whole / 2
+    assert torch.equal(logits(lm), expected[()])
 
 
 def test_leaving_waits_for_a_stream(lm, expected):
