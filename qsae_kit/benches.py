@@ -152,7 +152,7 @@ def measure_benches(
     empty = [f"{bench} {part}" for (bench, part), texts in kept.items() if not texts]
     if empty:
         raise ValueError(f"All prompts of {', '.join(empty)} were used for choosing; choose the features on others.")
-    about = {"benches": 1, "model": lm.model_name, "dtype": str(lm.dtype)}
+    about = {"benches": 1, "model": lm.model_name, "weights": lm.weights_digest(), "dtype": str(lm.dtype)}
     about |= {"prompts": [[*key, texts] for key, texts in kept.items()]}
     about |= {"arms": {arm: steering.to_json(suite) for arm, steering in arms.items()}, "behaviour": behaviour.name}
     about |= {"max_new_tokens": max_new_tokens, "thinking": enable_thinking, "guard": guard and (guard_name or True)}

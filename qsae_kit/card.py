@@ -1,5 +1,6 @@
 """The model card of a suite, and its way to the hub."""
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
+from plotly.offline import get_plotlyjs
 
 from qsae_kit.files import inside, write_text
 from qsae_kit.jsonfiles import read_json
@@ -93,9 +95,9 @@ def published(out: Path, examples: bool) -> dict[str, list[str]]:
     Raises ValueError where the manifest is none, and where a link stands in the place of a file.
     """
     wanted = PUBLISHED | (EXAMPLES if examples else {})
-    made = ["manifest.json", *_made(out / "manifest.json")]
+    made = ["manifest.json", "plan.json", *_made(out / "manifest.json")]
     return {
-        what: [name for name in made if _is_one_of(name, patterns) and _is_there(out, name)] for what, patterns in wanted.items()
+        what: [name for name in made if is_one_of(name, patterns) and _is_there(out, name)] for what, patterns in wanted.items()
     }
 
 
@@ -111,7 +113,8 @@ def _made(path: Path) -> list[str]:
     return names
 
 
-def _is_one_of(name: str, patterns: Sequence[str]) -> bool:
+def is_one_of(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a name with / between its parts matches a pattern, part by part."""
     depth = name.count("/")
     return any(pattern.count("/") == depth and fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -154,17 +157,31 @@ def _tell(out: Path, files: Mapping[str, Sequence[str]], examples: bool) -> None
 
 def _check_paths(out: Path, names: Sequence[str]) -> None:
     """ValueError where a file that would be pushed names a folder of this machine."""
-    home = f"{Path.home()}/"
-    secrets = [str(path) for path in (out.resolve(), Path.cwd()) if len(path.parts) > 1] + ([home] if home != "//" else [])
+    folders = {str(path) for path in (out.resolve(), Path.cwd(), Path.home()) if len(path.parts) > 1}
+    spelled = "|".join(re.escape(told) for folder in sorted(folders) for told in (folder, json.dumps(folder)[1:-1]))
+    borders = re.compile(rf"(?<![\w.\-/])(?:{spelled})(?![\w\-])") if folders else None
     for name in names:
         path = out / name
-        content = b"" if path.suffix == ".safetensors" else path.read_bytes()
-        found = [secret for secret in secrets if secret.encode() in content or json.dumps(secret)[1:-1].encode() in content]
-        if found:
+        if borders is None or path.suffix == ".safetensors":
+            continue
+        text = path.read_bytes().decode("utf-8", errors="replace")
+        if path.suffix == ".html":
+            text = text.replace(get_plotlyjs(), "")
+        if found := borders.search(text):
             raise ValueError(
                 f"{name} names the folder {found[0]!r} of this machine, and was not published; take the name out of it, or make "
                 "the suite again."
             )
+
+
+def _note_card(out: Path) -> None:
+    """Notes in the manifest what the card is now."""
+    path, data = out / "manifest.json", (out / CARD).read_bytes()
+    manifest = read_json(path, "a suite's manifest")
+    if CARD in manifest["stages"].get("card", {}):
+        told = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        manifest["stages"]["card"][CARD] = told
+        write_text(path, json.dumps(manifest, indent=1) + "\n")
 
 
 def push(out: Path, repository: str, private: bool = True, examples: bool | None = None) -> str:
@@ -183,6 +200,7 @@ def push(out: Path, repository: str, private: bool = True, examples: bool | None
         given = examples_allowed(out) if examples is None else examples
         files = published(out, given)
         _tell(out, files, given)
+        _note_card(out)
         names = [name for some in files.values() for name in some]
         _check_paths(out, names)
         again = "what is uploaded already is not sent again: run the same command"

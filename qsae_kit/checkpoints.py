@@ -109,7 +109,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def delete_checkpoint(folder: Path) -> None:
     """Deletes a checkpoint, at once as far as `found` can see; what others put into it stays where it is."""
-    files = _read_state(folder).get("files", [])
+    told = _read_state(folder).get("files", [])
+    files = [name for name in told if isinstance(name, str)] if isinstance(told, list) else []
     own = {STATE, *(f"{name}.safetensors" for name in files)}
     if {entry.name for entry in folder.iterdir()} <= own:
         discard_folder(folder)

@@ -21,7 +21,7 @@ import time
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
@@ -720,6 +720,7 @@ def build_index(
         "settings": asdict(config),
         "suite": checksums,
         "model": lm.model_name,
+        "weights": lm.weights_digest(),
         "dtype": str(lm.dtype),
         "data": data,
     }
@@ -733,9 +734,18 @@ def build_index(
         sites = [_site_entry(key, sae, checksums["/".join(key)]) for key, sae in saes.items()]
         built = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = identity | {"suite": sites, "tokens": tokens, "built": built}
+        lacking = [entry for entry in sites if not (site_folder(work, entry) / FEATURES).is_file()]
+        if lacking:
+            raise ValueError(f"The build lacks the tables of {lacking[0]['hook_name']}; start it anew, without resuming.")
         write_text(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # from here on it is whole
         _put_in_place(out)
+        _stop_if_asked(interrupts)
     return out
+
+
+def _stop_if_asked(interrupts: Interrupts) -> None:
+    if interrupts.asked:
+        raise KeyboardInterrupt
 
 
 def _site_entry(key: Key, sae: SAE, checksum: str) -> dict[str, Any]:
@@ -757,6 +767,7 @@ class _Build:
     config: IndexConfig
     work: Path
     interrupts: Interrupts
+    planned: list[list[Key]] = field(default_factory=list)
 
     def run(self, identity: Mapping[str, Any], resume: bool, memory: int, bar: bool) -> int:
         """Writes all tables to the working folder; returns the tokens seen."""
@@ -768,7 +779,7 @@ class _Build:
         dialogues = _Dialogues()
         if state is not None:
             dialogues.load_tensors(checkpoints.tensors("dialogues"))
-        groups = _groups(self.saes, self.config, memory)
+        groups = self._groups(memory, state)
         if len(groups) > 1:
             print(
                 f"{len(self.saes)} SAEs are indexed in {len(groups)} groups, a pass each, to stay within {memory / 1e9:.1f} GB."
@@ -786,10 +797,23 @@ class _Build:
                 dialogues.forget(tallies.values(), done=True)
                 for (variant, name), tally in tallies.items():
                     _write_site(self.lm, tally, texts, dialogues.ids, self.work / TABLES / variant / name)
+                    _stop_if_asked(self.interrupts)
         ids = [dialogues.ids[n] for n in sorted(dialogues.ids)]
         _write(pa.table({"document": pa.array(sorted(dialogues.ids), pa.int32()), "ids": ids}), self.work / DOCUMENTS)
         _write(pa.table({"id": pa.array(range(len(texts)), pa.int32()), "text": texts}), self.work / TOKENS)
         return tokens
+
+    def _groups(self, memory: int, state: Mapping[str, Any] | None) -> list[list[Key]]:
+        """SAEs that are indexed together; of a build that goes on those that were planned then."""
+        if state is None:
+            self.planned = _groups(self.saes, self.config, memory)
+            return self.planned
+        told = state.get("groups")
+        known = isinstance(told, list) and all(isinstance(group, list) for group in told)
+        self.planned = [[tuple(key) for key in group] for group in told] if known and told is not None else []
+        if [key for group in self.planned for key in group] != list(self.saes):
+            raise ValueError("The build to go on with was planned otherwise; start it anew, without resuming.")
+        return self.planned
 
     @torch.no_grad()
     def _pass(
@@ -821,7 +845,8 @@ class _Build:
             dialogues.add(seen, tallies.values())
             if self.interrupts.asked or time.monotonic() - saved > SAVE_EVERY:
                 parts = {_file(key): tally.tensors() for key, tally in tallies.items()} | {"dialogues": dialogues.tensors()}
-                checkpoints.save({"group": group, "rows": tokens, "batches": number}, parts)
+                reached_now = {"group": group, "rows": tokens, "batches": number, "groups": self.planned}
+                checkpoints.save(reached_now, parts)
                 saved = time.monotonic()
             if self.interrupts.asked:
                 say("The index was stopped before its end; the same call with resume goes on.")
@@ -837,7 +862,10 @@ def _check_own(out: Path) -> None:
     if there and not (out / MANIFEST).is_file():
         raise ValueError(f"{str(out)!r} holds {', '.join(there)}, which are of no index; give another folder.")
     if there:
-        read_manifest(out)
+        try:
+            read_manifest(out)
+        except ValueError as error:
+            raise ValueError(f"{error} In its place nothing is built: give another folder.") from error
 
 
 def _made_as(out: Path) -> dict[str, Any]:
@@ -856,6 +884,9 @@ def _put_in_place(out: Path) -> bool:
     work = out / WORK
     if not (work / MANIFEST).is_file():
         return False
+    if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == (work / MANIFEST).read_bytes():
+        shutil.rmtree(work)  # it was killed at its very last step
+        return True
     for old in found(work):
         delete_checkpoint(old)
     if (out / MANIFEST).is_file():
@@ -867,7 +898,7 @@ def _put_in_place(out: Path) -> bool:
         place = out / file.relative_to(work)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(file, place)
-    os.replace(work / MANIFEST, out / MANIFEST)
+    write_text(out / MANIFEST, (work / MANIFEST).read_text(encoding="utf-8"))
     shutil.rmtree(work)
     return True
 

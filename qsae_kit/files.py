@@ -68,7 +68,11 @@ def inside(folder: Path, name: Any, what: str) -> Path:
     """
     parts = name.split("/") if isinstance(name, str) else [name]
     path = folder.joinpath(*(checked_name(part, what) for part in parts))
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        leaves = not path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        leaves = True
+    if leaves:
         raise ValueError(f"{what} names {name!r}, a link that leads out of its folder; take the link away.")
     return path
 
@@ -115,17 +119,18 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _tag(path: Path) -> str:
+def tag(path: Path) -> str:
+    """A path's last part, or its checksum where it is too long to stand in another name."""
     name = path.name
-    return name if len(name.encode()) <= SHORT_ENOUGH else hashlib.sha256(name.encode()).hexdigest()
+    return name if len(os.fsencode(name)) <= SHORT_ENOUGH else hashlib.sha256(os.fsencode(name)).hexdigest()
 
 
 def _new_part(path: Path) -> Path:
-    return path.with_name(f"{PART}{secrets.token_hex(4)}-{_tag(path)}")
+    return path.with_name(f"{PART}{secrets.token_hex(4)}-{tag(path)}")
 
 
 def _parts_of(path: Path) -> list[Path]:
-    tail = f"-{_tag(path)}"
+    tail = f"-{tag(path)}"
     length = len(PART) + 8 + len(tail)
     with os.scandir(path.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(PART)]
@@ -254,7 +259,7 @@ def discard_folder(path: Path) -> None:
 
 
 def _aside_of(path: Path) -> Path:
-    return path.with_name(f"{ASIDE}{_tag(path)}")
+    return path.with_name(f"{ASIDE}{tag(path)}")
 
 
 def _swap(new: Path, path: Path) -> None:
@@ -275,10 +280,17 @@ def _swap(new: Path, path: Path) -> None:
 
 def _merge(old: Path, path: Path) -> None:
     """Moves what only the old folder has to the new one, and deletes the rest of the old one."""
-    for entry in list(old.iterdir()):
-        if not os.path.lexists(path / entry.name):
-            os.replace(entry, path / entry.name)
+    _keep(old, path)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _keep(old: Path, path: Path) -> None:
+    for entry in list(old.iterdir()):
+        place = path / entry.name
+        if not os.path.lexists(place):
+            os.replace(entry, place)
+        elif entry.is_dir() and place.is_dir() and not entry.is_symlink() and not place.is_symlink():
+            _keep(entry, place)
 
 
 def _exchange(first: Path, second: Path) -> bool:

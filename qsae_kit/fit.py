@@ -1,5 +1,6 @@
 """`qsae train`: from flags to a run, on a live model or on stored activations."""
 
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -192,9 +193,10 @@ def fit_live(
     resume: bool = False,
     memory: int | None = None,
     watch: Sequence[Watcher] = (),
+    stop: threading.Event | None = None,
     bar: bool = True,
 ) -> FitResult:
-    """Trains at sites of a running model, all from one stream; memory as for `train_saes`."""
+    """Trains at sites of a running model, all from one stream; memory and stop as for `train_saes`."""
     _, documents = documents_of(lm, data)
     meter = Meter(configs[0].batch)
     source = LiveRows(lm, sites, lambda: token_batches(lm, documents()))
@@ -207,6 +209,7 @@ def fit_live(
         resume=resume,
         memory=memory,
         watch=[meter, *watch],
+        stop=stop,
         bar=bar,
     )
     figures: dict[str, Any] = {

@@ -319,13 +319,13 @@ class _SlotFile:
         self.path, self.state_path = _slot_files(out, name)
         path = self.path
         check_file(path)
-        there = self.state_path.is_file()
-        if not there and path.is_file() and path.stat().st_size:
-            raise ValueError(f"{str(path)!r} is no slot that this package wrote, and stays; give another folder.")
+        size = path.stat().st_size if path.is_file() else 0
         told = json.loads(json.dumps(about))
-        state = read_json(self.state_path, "a slot's state") if there else None
+        state = read_json(self.state_path, "a slot's state") if os.path.lexists(self.state_path) else None
+        if (size or state is not None) and not (isinstance(state, dict) and _is_slot_state(state)):
+            raise ValueError(f"{str(path)!r} is no slot that this package wrote, and stays; give another folder.")
         self.state: dict[str, Any] = {"about": told, **dict.fromkeys(COUNTS, 0), "done": False}
-        if isinstance(state, dict) and _is_slot_state(state) and state["about"] == told:
+        if state is not None and state["about"] == told and state["bytes"] <= size:
             self.state = state
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.state_path, json.dumps(self.state) + "\n")

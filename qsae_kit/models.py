@@ -2,6 +2,7 @@
 
 import contextvars
 import copy
+import hashlib
 import math
 import queue
 import secrets
@@ -41,6 +42,8 @@ HookNames: TypeAlias = str | Callable[[str], bool]
 Tap: TypeAlias = tuple[Any, Callable[..., Any], dict[str, bool]]
 """A `register_...` method of a module, what it is to register, and with which options."""
 
+DIGESTED = 8
+"""Values of a weight that its digest is of."""
 TRIED = 4
 """Tokens of the pass that a new model is tried with."""
 ROLES_SHOWN = 200
@@ -264,6 +267,14 @@ class HookedLM(HookedRootModule):
     @property
     def dtype(self) -> torch.dtype:
         return next(self.hf.parameters()).dtype
+
+    def weights_digest(self) -> str:
+        """Tells a model from others of its name: SHA-256 of a few values of every weight."""
+        digest = hashlib.sha256()
+        for name, parameter in self.hf.named_parameters():
+            values = parameter.detach().view(-1)[:DIGESTED].float().cpu()
+            digest.update(name.encode() + values.numpy().tobytes())
+        return digest.hexdigest()
 
     def _hook_names(self) -> Iterator[str]:
         """Hook names in the order in which a forward pass reaches them."""

@@ -47,7 +47,7 @@ def answered_again(
         [{kind: list(texts) for kind, texts in prompts.items()}, {name: arm.to_json(suite) for name, arm in arms.items()}]
     )
     about = {
-        "repeats": 1, "model": lm.model_name, "dtype": str(lm.dtype), "behaviour": behaviour.name, "max_new_tokens": max_new_tokens, "thinking": thinking,
+        "repeats": 1, "model": lm.model_name, "weights": lm.weights_digest(), "dtype": str(lm.dtype), "behaviour": behaviour.name, "max_new_tokens": max_new_tokens, "thinking": thinking,
         "asked": hashlib.sha256(told.encode()).hexdigest(),
     }  # fmt: skip
     with only_writer(folder):

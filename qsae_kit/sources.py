@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from tqdm.auto import tqdm
 
-from qsae_kit.files import discard_folder
+from qsae_kit.files import discard_folder, sweep
 from qsae_kit.modelfiles import (
     check_claim,
     check_config,
@@ -82,7 +82,7 @@ SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/[0-9a-f]+
 def public_name(source: str) -> str:
     """What files say of a model: its id on the hub, or its folder's last part, which names no place of this machine."""
     path = Path(source).expanduser()
-    if kept := SNAPSHOT.search(path.absolute().as_posix()):
+    if kept := SNAPSHOT.search(path.absolute().as_posix()) or SNAPSHOT.search(path.resolve().as_posix()):
         return f"{kept['owner']}/{kept['name']}"
     if path.is_absolute() or path.exists() or source.startswith((".", "~")):
         return path.resolve().name
@@ -220,6 +220,7 @@ def smollm2_folder() -> Path:
     if (target / "source.json").is_file():
         return target
     with only_writer_of(target, wait=PATIENCE):
+        sweep(target)
         return target if (target / "source.json").is_file() else _make_smollm2(target)
 
 

@@ -348,7 +348,7 @@ def steering_study(
         check_fit(lm, suite[variant][name])
     prompts = {"selection": {k: list(v) for k, v in selection.items()}, "evaluation": {k: list(v) for k, v in evaluation.items()}}
     about = {
-        "study": 3, "model": lm.model_name, "dtype": str(lm.dtype), "behaviour": behaviour.name, "config": asdict(config),
+        "study": 3, "model": lm.model_name, "weights": lm.weights_digest(), "dtype": str(lm.dtype), "behaviour": behaviour.name, "config": asdict(config),
         "saes": {f"{variant}/{name}": suite[variant][name].checksum() for name in names},
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }  # fmt: skip

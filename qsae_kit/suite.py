@@ -15,11 +15,12 @@ import json
 import math
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -28,11 +29,11 @@ from tqdm.auto import tqdm
 from qsae_kit import mixes
 from qsae_kit.activations import StoredRows
 from qsae_kit.behaviours import Goal, StudyPrompts, judged, refusal_prompts
-from qsae_kit.card import check_card, write_card
+from qsae_kit.card import check_card, is_one_of, write_card
 from qsae_kit.checkpoints import delete_checkpoint, found
 from qsae_kit.data import read_documents
 from qsae_kit.features import IndexConfig, build_index
-from qsae_kit.files import OWN, inside, write_text
+from qsae_kit.files import OWN, inside, sweep_folder, write_text
 from qsae_kit.fit import Meter, fit_live, sites_of
 from qsae_kit.formats import load_suite
 from qsae_kit.interrupts import say
@@ -297,7 +298,7 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
         *(f"features/tables/*/*/{name}.parquet" for name in ("features", "examples")),
     ),
     "study": tuple(f"study/{name}" for name in (*STUDY_FILES, "journal.jsonl")),
-    "card": ("README.md", "plan.json"),
+    "card": ("README.md",),
 }
 """What the stages write; whatever else lies in the folder is not theirs."""
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -309,6 +310,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "card": ("data", "evaluate", "study"),
 }
 """The stages whose files a stage reads."""
+FOLDERS = ("data", "suite", "evaluation", "baselines", "features", "study")
+"""Of the stages."""
 REPLACED = f"{OWN}replaced"
 """The folder of what is made anew, until the new one is whole."""
 
@@ -317,7 +320,8 @@ class Record:
     """Which stages are done, with their files."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
-        """Raises ValueError where the folder holds another suite, or a manifest that is none of a suite."""
+        """Nothing is written yet. Raises ValueError where the folder holds another suite, a manifest that is none of a suite, or,
+        without one, files that a suite would write over."""
         self.out, self.path = out, out / RECORD
         told = json.loads(json.dumps(identity))
         self.entry: dict[str, Any] = {"run": told, "stages": {}}
@@ -329,9 +333,10 @@ class Record:
                 raise ValueError(
                     f"{str(out)!r} holds a suite with another {' and '.join(other)}; give the same, or another folder."
                 )
-        self._write()
+        elif there := [path for names in PRODUCTS.values() for name in names for path in out.glob(name)]:
+            raise ValueError(f"{str(there[0])!r} is of no suite, and would be written over; give another folder.")
 
-    def _write(self) -> None:
+    def write(self) -> None:
         write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
 
     def pending(self) -> list[str]:
@@ -353,14 +358,14 @@ class Record:
 
     def put_aside(self, stages: Sequence[str]) -> None:
         """Makes room for stages that are made anew: what they had written is kept until they are done again."""
-        for stage in stages:
+        for stage in reversed(stages):  # what a kill leaves is never built upon what is gone
             for name in self.entry["stages"].get(stage, {}):
                 path, kept = inside(self.out, name, "The suite's manifest"), self.out / REPLACED / stage / name
                 if path.is_file():
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(path, kept)
             if self.entry["stages"].pop(stage, None) is not None:
-                self._write()
+                self.write()
 
     def done(self, stage: str, names: Sequence[str]) -> None:
         """Notes a stage's files, of these names, and lets go of those that they took the place of."""
@@ -368,7 +373,7 @@ class Record:
         self.entry["stages"][stage] = {
             name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in there.items()
         }
-        self._write()
+        self.write()
         shutil.rmtree(self.out / REPLACED / stage, ignore_errors=True)
         with suppress(OSError):  # it is not there, or not empty
             (self.out / REPLACED).rmdir()
@@ -385,7 +390,7 @@ def _check_record(path: Path, entry: Any) -> None:
         for name, told in files.items():
             inside(path.parent, name, "The suite's manifest")
             numbers = isinstance(told, dict) and isinstance(told.get("bytes"), int) and isinstance(told.get("sha256"), str)
-            if not numbers or not any(PurePosixPath(name).match(pattern) for pattern in PRODUCTS[stage]):
+            if not numbers or not is_one_of(name, PRODUCTS[stage]):
                 raise ValueError(wrong)
 
 
@@ -413,10 +418,13 @@ def make_suite(
     with only_writer(out):
         check_card(out)
         record = Record(out, identity_of(lm, config))
+        if links := [name for name in FOLDERS if (out / name).is_symlink()]:
+            raise ValueError(f"{str(out / links[0])!r} is a link; put a folder there, or make the whole suite where it leads.")
         if not (out / PLAN).is_file():
             plan = make_plan(lm, config, out, memory)
             write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
         plan = read_plan(out / PLAN)
+        record.write()
         if bar:
             tqdm.write(said_plan(plan))
         suite = _Suite(lm, out, config, plan, memory, folder, bar)
@@ -454,6 +462,7 @@ def identity_of(lm: HookedLM, config: SuiteConfig) -> dict[str, Any]:
     told = json.dumps(asdict(manifest), sort_keys=True)
     return {
         "model": lm.model_name,
+        "weights": lm.weights_digest(),
         "dtype": str(lm.dtype),
         **asdict(config),
         "recipe": f"{manifest.name} {hashlib.sha256(told.encode()).hexdigest()}",
@@ -510,11 +519,20 @@ class _Suite:
         )
 
     def train(self) -> None:
-        result = fit_live(
-            self.lm, self.documents, self.plan["sites"], [self.recipe], self.out, resume=True, memory=self.memory, bar=self.bar
+        stop = threading.Event()
+        fit_live(
+            self.lm,
+            self.documents,
+            self.plan["sites"],
+            [self.recipe],
+            self.out,
+            resume=True,
+            memory=self.memory,
+            stop=stop,
+            bar=self.bar,
         )
-        if not result.complete:
-            say("The training was stopped before its end; the same command goes on with it.")
+        if stop.is_set():
+            say("The training was stopped; the same command goes on with it.")
             raise KeyboardInterrupt
 
     def products(self, stage: str) -> list[str]:
@@ -529,6 +547,7 @@ class _Suite:
         if "train" not in record.pending():
             for checkpoint in found(self.out):
                 delete_checkpoint(checkpoint)
+            sweep_folder(self.out, "checkpoint-*")
 
     def evaluate(self) -> None:
         suite = self._suite()

@@ -353,7 +353,7 @@ def train_saes(
     memory: bytes that may be used beside the model, by default most of what is free; sites that do not fit together are
     trained one group after another, each with a pass over the data, and are returned on the CPU.
     watch: called with the `Progress` after each step, such as `watch.LiveFigure()`.
-    stop: an event that works like an interrupt, from another thread.
+    stop: an event that works like an interrupt, from another thread; an interrupt sets it.
     An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they are; so does SIGTERM, which
     then ends the process.
 

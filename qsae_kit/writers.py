@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from time import monotonic, sleep
 
-from qsae_kit.files import OWN, check_file, check_folder, check_writable
+from qsae_kit.files import OWN, check_file, check_folder, check_writable, tag
 
 try:
     import fcntl
@@ -29,10 +29,24 @@ _SAID = 2048
 
 
 class _Hold:
-    """A lock that is held; dead from the moment on at which it was given back."""
+    """A lock that is held; dead from the moment on at which it was given back, and in forked copies of the process."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.alive = path, True
+        self.path, self.process, self._left = path, os.getpid(), False
+
+    @property
+    def alive(self) -> bool:
+        return not self._left and self.process == os.getpid()
+
+    def leave(self, descriptor: int | None) -> None:
+        """Gives the lock back; a forked copy of the process leaves it to whom it was copied from."""
+        own, self._left = self.alive, True
+        _holds.set(tuple(hold for hold in _holds.get() if hold is not self))
+        if descriptor is not None:
+            if own:
+                with suppress(OSError):  # another user's stays
+                    self.path.unlink()  # while it is held, so that who opened it before sees it
+            os.close(descriptor)
 
 
 _holds: ContextVar[tuple[_Hold, ...]] = ContextVar("holds", default=())
@@ -67,7 +81,7 @@ def only_writer_of(path: Path, wait: float = 0.0) -> Iterator[None]:
     missing = [parent for parent in path.parents if not parent.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with _holding(path.with_name(f"{LOCK}-{path.name}"), path, wait):
+        with _holding(path.with_name(f"{LOCK}-{tag(path)}"), path, wait):
             yield
     finally:
         with suppress(OSError):
@@ -78,21 +92,16 @@ def only_writer_of(path: Path, wait: float = 0.0) -> Iterator[None]:
 @contextmanager
 def _holding(lock: Path, what: Path, wait: float) -> Iterator[None]:
     lock = lock.parent.resolve() / lock.name
-    held = [hold for hold in _holds.get() if hold.alive]
-    if fcntl is None or any(hold.path == lock for hold in held):
+    if fcntl is None or any(hold.path == lock for hold in _holds.get() if hold.alive):
         yield
         return
     descriptor = _acquire(lock, what, wait)
     hold = _Hold(lock)
-    _holds.set((*held, hold))
+    _holds.set((*_holds.get(), hold))
     try:
         yield
     finally:
-        hold.alive = False
-        _holds.set(tuple(held))
-        if descriptor is not None:
-            lock.unlink(missing_ok=True)  # while it is held, so that who opened it before sees it
-            os.close(descriptor)
+        hold.leave(descriptor)
 
 
 def _acquire(lock: Path, what: Path, wait: float) -> int | None:
@@ -100,7 +109,7 @@ def _acquire(lock: Path, what: Path, wait: float) -> int | None:
     until = monotonic() + wait
     while True:
         check_file(lock)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        descriptor, own = _opened(lock)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -117,9 +126,21 @@ def _acquire(lock: Path, what: Path, wait: float) -> int | None:
             lock.unlink(missing_ok=True)
             return None
         if _is_still(lock, descriptor):
-            _say_who(descriptor)
+            if own:
+                _say_who(descriptor)
             return descriptor
         os.close(descriptor)  # its owner took it away in between
+
+
+def _opened(lock: Path) -> tuple[int, bool]:
+    """A lock's file, and whether it may be written: another user's that is left over may only be read."""
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        return os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666), True
+    except PermissionError:
+        if not lock.exists():
+            raise
+        return os.open(lock, os.O_RDONLY | flags), False
 
 
 def _is_still(lock: Path, descriptor: int) -> bool:

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from qsae_kit import build_index, load_index, train_saes
+from qsae_kit import features as builds
 from qsae_kit.activations import NormFilter, StoredRows
 from qsae_kit.card import published
 from qsae_kit.checkpoints import LOG, STATE, Checkpoints
@@ -224,6 +225,10 @@ def test_a_checkpoint_with_others_files_and_names(tmp_path):
     path.write_text(json.dumps({**told, "files": ["x", "../../outside"]}))
     with pytest.raises(ValueError, match="has the name"):
         checkpoints.save({"group": 0, "rows": 2}, {})
+    for odd in (5, [5], {}):
+        (path.parent / "x.safetensors").touch()
+        path.write_text(json.dumps({**told, "files": odd}))
+        Checkpoints(tmp_path / "odd", {"a": 1})._found()
     path.write_text(json.dumps(told))
     checkpoints.save({"group": 0, "rows": 3}, {})
     assert outside.exists()
@@ -293,7 +298,17 @@ def test_a_suite_s_manifest_and_plan_that_are_none(tmp_path, text):
         assert (tmp_path / name).read_text(encoding="utf-8") == text
 
 
-OUTSIDE = ["../victim.txt", "/tmp/victim.txt", "data/../../victim.txt", "data\\x", "notes.md", "data/documents.jsonl/x", ""]
+OUTSIDE = [
+    "notes/README.md",
+    "x/data/documents.jsonl",
+    "../victim.txt",
+    "/tmp/victim.txt",
+    "data/../../victim.txt",
+    "data\\x",
+    "notes.md",
+    "data/documents.jsonl/x",
+    "",
+]
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
@@ -308,7 +323,7 @@ def test_names_in_a_suite_s_manifest(tmp_path, name):
         Record(out, {"model": "tiny"})
     one_sentence(error)
     assert (tmp_path / "victim.txt").read_text() == (out / "notes.md").read_text() == "mine"
-    if name not in ("notes.md", "data/documents.jsonl/x"):
+    if name not in ("notes.md", "data/documents.jsonl/x", "notes/README.md", "x/data/documents.jsonl"):
         with pytest.raises(ValueError, match="has the name"):
             published(out, True)
     else:
@@ -357,12 +372,64 @@ def test_a_slot_s_file_of_another_s_stays(tmp_path):
     store = _SlotFile(tmp_path, "b", {"x": 1})
     store.add(["one"], 1, 1, 0, 0, False)
     state = tmp_path / "slots" / "b.json"
-    for odd in ('{"about": {"x": 1}}', "5", '{"about": {"x": 1}, "done": false, "bytes": -1}'):
+    whole = state.read_text()
+    for odd in ('{"mine": 1}', "5", '{"about": {"x": 1}, "done": false, "bytes": -1}'):
         state.write_text(odd)
-        assert _SlotFile(tmp_path, "b", {"x": 1}).state["documents"] == 0  # what is not known to be whole is read again
+        with pytest.raises(ValueError, match="and stays"):
+            _SlotFile(tmp_path, "b", {"x": 1})
+        assert (tmp_path / "slots" / "b.jsonl").read_text() == '{"text": "one"}\n'
+    state.write_text(whole)
+    assert _SlotFile(tmp_path, "b", {"x": 1}).state["documents"] == 1
+    (tmp_path / "slots" / "b.jsonl").unlink()
+    assert _SlotFile(tmp_path, "b", {"x": 1}).state["documents"] == 0  # what is gone is read again
+    assert (tmp_path / "slots" / "b.jsonl").read_bytes() == b""
     with pytest.raises(ValueError, match="has the name"):
         _SlotFile(tmp_path, "../up", {"x": 1})
 
 
 def test_settings_of_an_index_are_those_that_are_read(made):
     assert json.loads((made / "index.json").read_text())["settings"] == asdict(IndexConfig(tokens=2000))
+
+
+def test_a_build_goes_on_as_it_was_planned_whatever_is_free_then(lm, tmp_path, monkeypatch):
+    saes = {}
+    for variant in ("a", "b", "c"):
+        sae = TopKSAE(lm.d_model, 16, 2, Provenance(lm.model_name, SITE, NormFilter(10.0)))
+        sae.init_from_rows(torch.randn(64, lm.d_model), torch.Generator().manual_seed(ord(variant)))
+        saes[variant] = {SITE: sae.requires_grad_(False)}
+    config = IndexConfig(tokens=2000, batch_tokens=512)
+    monkeypatch.setattr(builds, "SAVE_EVERY", 0.0)
+    calls, inner = [], builds.site_activations
+
+    def cut(*args):
+        calls.append(args)
+        if len(calls) == 12:
+            raise RuntimeError("cut off")
+        return inner(*args)
+
+    monkeypatch.setattr(builds, "site_activations", cut)
+    with pytest.raises(RuntimeError, match="cut off"):
+        build_index(lm, saes, dialogues, tmp_path / "i", config, memory=1, bar=False)
+    out = build_index(lm, saes, dialogues, tmp_path / "i", config, memory=10**10, resume=True, bar=False)
+    index = load_index(out)
+    assert [index.site(SITE, variant).d_sae for variant in "abc"] == [16] * 3
+
+
+def test_killed_at_its_very_last_step_a_build_is_done(lm, index, monkeypatch):
+    work = index / builds.WORK
+    work.mkdir()
+    for name in ("index.json",):
+        (work / name).write_bytes((index / name).read_bytes())
+    before = content(index / "tables")
+    assert builds._put_in_place(index)
+    assert not work.exists()
+    assert content(index / "tables") == before
+
+
+@pytest.mark.parametrize("text", ['{"index": 0}', "{", "5"])
+def test_what_is_said_where_an_index_cannot_be_built_in_another_s_place(lm, index, text):
+    (index / "index.json").write_text(text)
+    sae = TopKSAE(lm.d_model, 16, 2, Provenance(lm.model_name, SITE, NormFilter(10.0)))
+    with pytest.raises(ValueError, match="nothing is built: give another folder"):
+        build_index(lm, {"other": {SITE: sae}}, dialogues, index, IndexConfig(tokens=2000), bar=False)
+    assert (index / "index.json").read_text() == text

@@ -94,6 +94,13 @@ def test_no_name_leads_out(name):
     assert path.as_posix() == f"{root}/{name}"
 
 
+def test_links_in_a_circle(tmp_path):
+    (tmp_path / "a").symlink_to(tmp_path / "b")
+    (tmp_path / "b").symlink_to(tmp_path / "a")
+    with pytest.raises(ValueError, match="a link that leads out"):
+        inside(tmp_path, "a/x", "A manifest")
+
+
 def test_a_link_that_leaves(tmp_path):
     (tmp_path / "in").mkdir()
     (tmp_path / "out.txt").write_text("x")
@@ -261,7 +268,12 @@ def test_a_folder_takes_the_place_of_another_and_what_others_put_there_stays(tmp
     (tmp_path / "sae" / "notes.md").write_text("mine")
     (tmp_path / "sae" / "plots").mkdir()
     (tmp_path / "sae" / "plots" / "a.png").write_text("mine, too")
-    fill(tmp_path / "sae", "new")
+    with atomic_folder(tmp_path / "sae") as part:
+        (part / "cfg.json").write_text("new")
+        (part / "plots").mkdir()
+        (part / "plots" / "b.png").write_text("new")
+    assert (tmp_path / "sae" / "plots" / "b.png").read_text() == "new"
+    (tmp_path / "sae" / "plots" / "b.png").unlink()
     assert tree(tmp_path) == {
         "sae": None,
         "sae/cfg.json": b"new",

@@ -1,5 +1,6 @@
 """`qsae suite`: the whole folder from one command, skipped where it is there, and the same after any kill."""
 
+import contextlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils._paths import DEFAULT_IGNORE_PATTERNS
 
@@ -30,6 +32,7 @@ from qsae_kit.suite import (
     Sizes,
     SuiteConfig,
     _Suite,
+    identity_of,
     make_plan,
     make_suite,
     parse_budget,
@@ -96,7 +99,7 @@ def test_the_folder_is_complete_and_says_what_is_in_it(made, lm):
     assert tuple(record["stages"]) == STAGES
     listed = {name for files in record["stages"].values() for name in files}
     there = {p.relative_to(made).as_posix() for p in made.rglob("*") if p.is_file()}
-    assert there == listed | {"manifest.json"}
+    assert there == listed | {"manifest.json", "plan.json"}
     for name in (
         "evaluation/evaluation.csv",
         "baselines/baselines.html",
@@ -207,6 +210,88 @@ def test_what_is_made_anew_is_kept_until_the_new_one_is_whole(made, lm, tmp_path
     first, second = content(made), content(out)
     assert {name for name in second if name not in first} == set(mine)
     assert [name for name in first if first[name] != second[name]] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", range(1, 9))
+def test_cut_off_while_room_is_made_nothing_is_built_upon_what_is_gone(made, lm, tmp_path, small, ran, monkeypatch, moment):
+    out = copied(made, tmp_path)
+    (out / "data" / "documents.jsonl").write_text("changed")
+    calls, inner = [], Record.write
+
+    def write(self):
+        calls.append(self)
+        if len(calls) == moment:
+            raise OSError(5, "I/O error")
+        inner(self)
+
+    monkeypatch.setattr(Record, "write", write)
+    with contextlib.suppress(OSError):
+        make_suite(lm, out, CONFIG, remake=True, bar=False)
+    monkeypatch.setattr(Record, "write", inner)
+    done = json.loads((out / "manifest.json").read_text())["stages"]
+    assert list(done) == list(STAGES[: len(done)])  # never a later stage without those before it
+
+
+@pytest.mark.slow
+def test_a_card_that_was_pushed_is_as_it_was_and_the_last_stage_can_be_made_anew(made, lm, tmp_path, small, hub, capsys):
+    out = copied(made, tmp_path)
+    push(out, "me/saes", examples=False)
+    sent = json.loads(hub.sent["manifest.json"])["stages"]["card"]["README.md"]
+    assert sent["bytes"] == len(hub.sent["README.md"])
+    make_suite(lm, out, CONFIG)
+    assert "Gone or changed" not in "".join(capsys.readouterr())
+    (out / "README.md").write_text((out / "README.md").read_text() + "More.\n")
+    plan = (out / "plan.json").read_bytes()
+    make_suite(lm, out, CONFIG, remake=True, bar=False)
+    assert (out / "README.md").read_bytes() == (made / "README.md").read_bytes()
+    assert (out / "plan.json").read_bytes() == plan
+
+
+def test_a_plan_that_is_refused_leaves_nothing(lm, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match="50,000 at least"):
+        make_suite(lm, out, replace(CONFIG, budget="10k"), bar=False)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["data/documents.jsonl", "evaluation/evaluation.csv", "study/report.html", "suite/a/b/cfg.json"])
+def test_a_folder_that_is_of_no_suite_is_not_written_over(lm, tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ValueError, match="is of no suite, and would be written over"):
+        make_suite(lm, tmp_path, CONFIG, bar=False)
+    assert {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {Path(name).name: "mine"}
+
+
+def test_a_stage_s_folder_that_is_a_link(lm, tmp_path):
+    (tmp_path / "big").mkdir()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "data").symlink_to(tmp_path / "big")
+    with pytest.raises(ValueError, match="is a link; put a folder there"):
+        make_suite(lm, tmp_path / "out", CONFIG, bar=False)
+
+
+def test_two_models_of_one_name_are_two(lm, tmp_path):
+    other = load_model("tiny")
+    assert identity_of(other, CONFIG) == identity_of(lm, CONFIG)
+    with torch.no_grad():
+        other.hf.model.norm.weight[0] += 1
+    assert identity_of(other, CONFIG) != identity_of(lm, CONFIG)
+
+
+@pytest.mark.slow
+def test_an_interrupt_in_the_training_s_last_step_ends_the_run(made, lm, tmp_path, small, ran, monkeypatch):
+    out = copied(made, tmp_path)
+    (out / "train.jsonl").unlink()
+    monkeypatch.setattr(suite._Suite, "train", TRAIN)
+    monkeypatch.setattr(suite, "fit_live", lambda *args, stop, **rest: stop.set())
+    with pytest.raises(KeyboardInterrupt):
+        make_suite(lm, out, CONFIG, remake=True, bar=False)
+    assert ran == []
+
+
+TRAIN = _Suite.train
 
 
 @pytest.mark.slow
@@ -455,6 +540,18 @@ def test_a_folder_of_this_machine_is_not_published(made, tmp_path, hub):
     assert hub.given == []
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["/data", "/features", "/project", "/out", "/app"])
+def test_a_folder_s_name_that_is_part_of_another_word_is_no_secret(made, tmp_path, hub, monkeypatch, folder):
+    monkeypatch.setattr(card.Path, "cwd", lambda: Path(folder))
+    out = copied(made, tmp_path)
+    push(out, "me/saes")
+    study = out / "study" / "study.json"
+    study.write_text(study.read_text().replace("{", f'{{"where": "{folder}/x", ', 1))
+    with pytest.raises(ValueError, match=r"study/study\.json names the folder"):
+        push(out, "me/saes")
+
+
 def test_a_readme_of_the_user_s_stays(lm, tmp_path):
     (tmp_path / "README.md").write_text("My project")
     with pytest.raises(ValueError, match="is no card of a suite, and would be written over"):
@@ -463,7 +560,7 @@ def test_a_readme_of_the_user_s_stays(lm, tmp_path):
 
 
 def test_a_record_of_another_suite(tmp_path):
-    Record(tmp_path, {"model": "tiny", "budget": "1M"})
+    Record(tmp_path, {"model": "tiny", "budget": "1M"}).write()
     with pytest.raises(ValueError, match="another budget; give the same, or another folder"):
         Record(tmp_path, {"model": "tiny", "budget": "2M"})
 

@@ -89,6 +89,51 @@ def test_a_dead_owner_s_lock_is_free(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_locks_may_be_given_back_in_another_order(tmp_path):
+    first, second = only_writer(tmp_path / "a"), only_writer(tmp_path / "b")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert entered(tmp_path / "b")  # it is still held here
+    assert isinstance(elsewhere(lambda: entered(tmp_path / "b")), ValueError)
+    second.__exit__(None, None, None)
+    assert elsewhere(lambda: entered(tmp_path / "b"))
+
+
+def test_a_forked_copy_takes_no_lock_away(tmp_path):
+    lock = only_writer(tmp_path / "a")
+    lock.__enter__()
+    child = os.fork()
+    if child == 0:
+        lock.__exit__(None, None, None)
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert (tmp_path / "a" / LOCK).exists()
+    assert isinstance(elsewhere(lambda: entered(tmp_path / "a")), ValueError)
+    lock.__exit__(None, None, None)
+    assert elsewhere(lambda: entered(tmp_path / "a"))
+
+
+def test_another_user_s_lock_that_is_left_over(tmp_path, monkeypatch):
+    (tmp_path / LOCK).write_text("{}")
+    inner = os.open
+
+    def opens(path, flags, *rest):
+        if str(path).endswith(LOCK) and flags & os.O_RDWR and path.exists():
+            raise PermissionError(13, "Permission denied")
+        return inner(path, flags, *rest)
+
+    monkeypatch.setattr(os, "open", opens)
+    with only_writer(tmp_path):
+        assert isinstance(elsewhere(lambda: entered(tmp_path)), ValueError)
+    assert elsewhere(lambda: entered(tmp_path))
+
+
+def test_names_that_are_long_or_no_text(tmp_path):
+    for name in ("n" * 250, os.fsdecode(b"caf\xe9.txt")):
+        assert entered(tmp_path / name, only_writer_of)
+
+
 @pytest.mark.parametrize("said", [b"", b"[]", b"{", b'{"process": {}}', b"[" * 5000, b"\xff"])
 def test_whatever_stands_in_a_lock_s_file(tmp_path, said):
     with only_writer(tmp_path):
