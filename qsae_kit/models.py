@@ -42,7 +42,7 @@ HookNames: TypeAlias = str | Callable[[str], bool]
 Tap: TypeAlias = tuple[Any, Callable[..., Any], dict[str, bool]]
 """A `register_...` method of a module, what it is to register, and with which options."""
 
-DIGESTED = 8
+DIGESTED = 64
 """Values of a weight that its digest is of."""
 TRIED = 4
 """Tokens of the pass that a new model is tried with."""
@@ -269,10 +269,10 @@ class HookedLM(HookedRootModule):
         return next(self.hf.parameters()).dtype
 
     def weights_digest(self) -> str:
-        """Tells a model from others of its name: SHA-256 of a few values of every weight."""
+        """Tells a model from others of its name: SHA-256 of a few values of every weight, the same in every dtype."""
         digest = hashlib.sha256()
         for name, parameter in self.hf.named_parameters():
-            values = parameter.detach().view(-1)[:DIGESTED].float().cpu()
+            values = parameter.detach().view(-1)[:DIGESTED].to(torch.bfloat16).float().cpu()
             digest.update(name.encode() + values.numpy().tobytes())
         return digest.hexdigest()
 

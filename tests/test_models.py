@@ -462,3 +462,11 @@ def test_a_model_of_a_folder_is_called_by_the_folder(lm, tmp_path, monkeypatch):
     loaded = [load_model(str(folder)), load_model("secret/my-model")]
     loaded.append(load_model(loaded[0].hf, tokenizer=lm.tokenizer))
     assert [each.model_name for each in loaded] == ["my-model"] * 3
+
+
+def test_a_model_s_digest_is_of_its_weights_and_not_of_their_format(lm):
+    other = load_model("tiny", "bfloat16")
+    assert other.weights_digest() == lm.weights_digest()
+    with torch.no_grad():
+        other.hf.model.layers[3].mlp.up_proj.weight[0, 0] += 1
+    assert other.weights_digest() != lm.weights_digest()
