@@ -7,6 +7,7 @@ A single operation of Python, such as a sort of a long list, cannot be stopped h
 
 import ctypes
 import os
+import queue
 import re
 import threading
 import time
@@ -124,43 +125,52 @@ class _Job:
 
 
 class _Watch:
-    """One thread for all that is limited: it looks every `TICK` seconds while there is any."""
+    """One thread for all that is limited: it looks every `TICK` seconds while there is any.
+
+    Only locks and queues that are written in C: what is raised between two steps would leave one that is written in Python
+    shut.
+    """
 
     def __init__(self) -> None:
-        self.changed = threading.Condition(threading.Lock())
+        self.lock = threading.Lock()
         self.jobs: set[_Job] = set()
-        self.asleep = True
+        self.asleep = False
+        self.awake: queue.SimpleQueue[None] = queue.SimpleQueue()
         self.thread: threading.Thread | None = None
 
     def add(self, job: _Job) -> None:
-        with self.changed:
+        with self.lock:
             self.jobs.add(job)
+            new = None
             if self.thread is None:
-                self.thread = threading.Thread(target=self._look, daemon=True)
-                self.thread.start()
+                self.thread = new = threading.Thread(target=self._look, daemon=True)
             elif self.asleep:
-                self.changed.notify()
+                self.asleep = False
+                self.awake.put(None)
+        if new is not None:
+            new.start()
 
     def remove(self, job: _Job) -> None:
         """After this nothing is raised for the job: what is pending is taken back."""
-        with self.changed:  # under which it would be raised
+        with self.lock:  # under which it would be raised
             self.jobs.discard(job)
             if job.late:
                 _throw(job.thread, None)
 
     def _look(self) -> None:
         while True:
-            with self.changed:
+            with self.lock:
                 self.asleep = not self.jobs
-                if self.asleep:
-                    self.changed.wait()
-                    self.asleep = False
                 for job in self.jobs:
                     if (now := time.monotonic()) >= job.due:
                         job.due = now + job.seconds  # and again, should something swallow it
                         job.late = True
                         _throw(job.thread, _TooLong)
-            time.sleep(TICK)
+                asleep = self.asleep
+            if asleep:
+                self.awake.get()
+            else:
+                time.sleep(TICK)
 
 
 def _throw(thread: int, error: type[BaseException] | None) -> None:

@@ -24,6 +24,8 @@ except ImportError:  # Windows
 
 LOCK = f"{OWN}lock"
 _POLL = 0.05
+VANISHING = 5.0
+"""Seconds to go on with a folder that others take away."""
 _SAID = 2048
 """Bytes that are read of what a lock's file says."""
 
@@ -64,7 +66,7 @@ def only_writer(folder: Path | None, wait: float = 0.0) -> Iterator[None]:
         return
     check_folder(folder)
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    _make(folder)
     try:
         with _holding(folder / LOCK, folder, wait):
             yield
@@ -79,7 +81,7 @@ def only_writer_of(path: Path, wait: float = 0.0) -> Iterator[None]:
     """The same of one file, or of a folder that is replaced as a whole: the lock lies beside it."""
     check_writable(path)
     missing = [parent for parent in path.parents if not parent.exists()]
-    path.parent.mkdir(parents=True, exist_ok=True)
+    _make(path.parent)
     try:
         with _holding(path.with_name(f"{LOCK}-{tag(path)}"), path, wait):
             yield
@@ -87,6 +89,18 @@ def only_writer_of(path: Path, wait: float = 0.0) -> Iterator[None]:
         with suppress(OSError):
             for parent in missing:
                 parent.rmdir()
+
+
+def _make(folder: Path) -> None:
+    """Makes a folder, while others may take it or its parents away as they are empty."""
+    until = monotonic() + VANISHING
+    while True:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            return
+        except FileNotFoundError:
+            if monotonic() > until:
+                raise
 
 
 @contextmanager
@@ -109,7 +123,13 @@ def _acquire(lock: Path, what: Path, wait: float) -> int | None:
     until = monotonic() + wait
     while True:
         check_file(lock)
-        descriptor, own = _opened(lock)
+        try:
+            descriptor, own = _opened(lock)
+        except FileNotFoundError:  # another writer left the folder, and took it away as it was empty
+            if monotonic() > until + VANISHING:
+                raise
+            _make(lock.parent)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -224,8 +224,10 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path):
 
     child = os.fork()
     if child == 0:
-        write()
-        os._exit(0)
+        try:
+            write()
+        finally:
+            os._exit(0)
     os.read(there[0], 1)
     write_text(tmp_path / "a", "first")
     assert len(os.listdir(tmp_path)) == 2

@@ -181,6 +181,17 @@ def test_one_may_wait(tmp_path):
         thread.join()
 
 
+def added(home, number):
+    """Adds a line to a log under the lock of a folder that stays empty; False where another process holds it."""
+    try:
+        with only_writer(home / "a" / "b"):
+            log = home / "log"
+            log.write_text(f"{log.read_text() if log.exists() else ''}{number}\n")
+    except ValueError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize("n", [2, 4])
 def test_of_several_processes_one_writes(tmp_path, n):
     """Each adds a line under the lock, or says that it could not; all lines are whole."""
@@ -189,17 +200,13 @@ def test_of_several_processes_one_writes(tmp_path, n):
     for number in range(n):
         child = os.fork()
         if child == 0:
-            os.close(ready[1])
-            os.read(ready[0], 1)  # until all are there
-            status = 0
-            for _ in range(50):
-                try:
-                    with only_writer(tmp_path / "a"):
-                        before = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
-                        (tmp_path / "log").write_text(f"{before}{number}\n")
-                except ValueError:
-                    status += 1
-            os._exit(status)
+            status = 255
+            try:
+                os.close(ready[1])
+                os.read(ready[0], 1)  # until all are there
+                status = sum(not added(tmp_path, number) for _ in range(50))
+            finally:
+                os._exit(status)
         children.append(child)
     os.close(ready[1])
     refused = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
