@@ -1,13 +1,14 @@
 """Sparse autoencoders for chat models: hooks, training, evaluation and steering, from a notebook."""
 
-from qsae_kit.activations import LiveRows, StoredRows
-from qsae_kit.answers import answer_pair, token_table
-from qsae_kit.behaviours import Behaviour, refusal, tiny_study
-from qsae_kit.calibrate import calibrate
-from qsae_kit.data import token_batches
-from qsae_kit.demo import DemoConfig, default_config, run_demo
-from qsae_kit.edits import Edit, applied
-from qsae_kit.eval_plots import (
+from qsae_kit.attach import calibrate
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import LiveRows, StoredRows
+from qsae_kit.evaluate.evaluation import evaluate_suite
+from qsae_kit.features.build import IndexConfig, build_index
+from qsae_kit.features.explain import explain, openai_chat
+from qsae_kit.features.index import FeatureIndex, load_index
+from qsae_kit.figures.basic import controls_figure, dose_figure, reconstruction_figure, training_figure
+from qsae_kit.figures.frontiers import (
     baseline_figure,
     concept_figure,
     frontier_figure,
@@ -15,19 +16,16 @@ from qsae_kit.eval_plots import (
     recovery_by_frequency_figure,
     scaling_figure,
 )
-from qsae_kit.evaluate import evaluate_suite
-from qsae_kit.explain import explain, openai_chat
-from qsae_kit.features import IndexConfig, build_index
-from qsae_kit.fit import sites_of
-from qsae_kit.formats import convert_suite, load_sae, load_suite, save_sae, save_suite
-from qsae_kit.index import FeatureIndex, load_index
-from qsae_kit.models import HookedLM, load_model
-from qsae_kit.plots import controls_figure, dose_figure, reconstruction_figure, training_figure
-from qsae_kit.readers import inspect_suite
-from qsae_kit.recipe import TrainConfig, default_recipe
-from qsae_kit.scaling import fit_scaling
+from qsae_kit.lm.edits import Edit, applied
+from qsae_kit.lm.hooked import HookedLM, load_model
+from qsae_kit.metrics.scaling import fit_scaling
+from qsae_kit.pipelines.demo import DemoConfig, default_config, run_demo
+from qsae_kit.sae.releases import inspect_suite
+from qsae_kit.sae.store import convert_suite, load_sae, load_suite, save_sae, save_suite
 from qsae_kit.sites import Site
-from qsae_kit.steering import (
+from qsae_kit.steer.answers import answer_pair, token_table
+from qsae_kit.steer.behaviours import Behaviour, refusal, tiny_study
+from qsae_kit.steer.changes import (
     Change,
     Condition,
     Steering,
@@ -37,9 +35,11 @@ from qsae_kit.steering import (
     clamp_features,
     load_steering,
 )
-from qsae_kit.study import StudyConfig, steering_study
-from qsae_kit.train import train_saes
-from qsae_kit.watch import LiveFigure, read_log
+from qsae_kit.steer.study import StudyConfig, steering_study
+from qsae_kit.train.fit import sites_of
+from qsae_kit.train.recipe import TrainConfig, default_recipe
+from qsae_kit.train.run import train_saes
+from qsae_kit.train.watch import LiveFigure, read_log
 from qsae_kit.widgets import FeatureExplorer, LayerLoss, SteeringLab, TokenActivations, TrainingMonitor
 
 __all__ = [

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from qsae_kit import mixes
-from qsae_kit.benches import BENCHES
-from qsae_kit.mixes import (
+from qsae_kit.data import mixes
+from qsae_kit.data.mixes import (
     Decontaminator,
     Manifest,
     Slot,
@@ -16,6 +15,7 @@ from qsae_kit.mixes import (
     words_of,
     write_mix,
 )
+from qsae_kit.steer.benches import BENCHES
 
 ASK = [f"How do I paint the {thing} of a house in the north?" for thing in ("door", "roof", "wall", "gate", "fence", "floor")]
 

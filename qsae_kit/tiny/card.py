@@ -13,9 +13,10 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from qsae_kit.files import write_text
-from qsae_kit.models import HookedLM, load_model
-from qsae_kit.tiny import behaviour, build, concepts, world
+from qsae_kit.io.files import write_text
+from qsae_kit.lm.hooked import HookedLM, load_model
+from qsae_kit.tiny import behaviour, build, concepts
+from qsae_kit.world import world
 
 HERE = Path(__file__).parent
 N_DIALOGUES = 30_000

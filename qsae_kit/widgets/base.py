@@ -13,7 +13,7 @@ import anywidget
 import traitlets as T
 from IPython.core.getipython import get_ipython
 
-from qsae_kit.files import write_text
+from qsae_kit.io.files import write_text
 
 HERE = Path(__file__).parent
 

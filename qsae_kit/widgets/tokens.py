@@ -11,11 +11,11 @@ import pandas as pd
 import torch
 import traitlets as T
 
-from qsae_kit.data import ROLES, Document, tokenize_document
-from qsae_kit.evaluate import check_fit
-from qsae_kit.features import Key, token_features
-from qsae_kit.index import FeatureIndex
-from qsae_kit.models import HookedLM
+from qsae_kit.data.documents import ROLES, Document, tokenize_document
+from qsae_kit.evaluate.evaluation import check_fit
+from qsae_kit.features.build import Key, token_features
+from qsae_kit.features.index import FeatureIndex
+from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.widgets.base import View, source
 
