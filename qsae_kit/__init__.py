@@ -4,9 +4,9 @@ from qsae_kit.attach import calibrate
 from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import LiveRows, StoredRows
 from qsae_kit.evaluate.evaluation import evaluate_suite
-from qsae_kit.features.build import IndexConfig, build_index
 from qsae_kit.features.explain import explain, openai_chat
 from qsae_kit.features.index import FeatureIndex, load_index
+from qsae_kit.features.indexing import IndexConfig, build_index
 from qsae_kit.figures.basic import controls_figure, dose_figure, reconstruction_figure, training_figure
 from qsae_kit.figures.frontiers import (
     baseline_figure,

@@ -1,14 +1,20 @@
 """What releases of SAEs do not say, measured on the model that they are used on: the median norm of every site."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from qsae_kit.data.documents import Document, TokenBatch, token_batches
-from qsae_kit.data.rows import NormFilter, kept_rows
+from qsae_kit.data.documents import Document, TokenBatch, keep_mask, token_batches
+from qsae_kit.data.rows import kept_rows, site_activations
+from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sites import parse_hook_name
 
 ROWS = 8192
 """Tokens that a median is taken of."""
@@ -78,3 +84,54 @@ def check_measured(sae: SAE) -> None:
             f"The SAE of {sae.provenance.hook_name} has no median norm, since its release names none; measure it first: "
             "qsae_kit.calibrate(lm, suite, qsae_kit.token_batches(lm, dialogues))."
         )
+
+
+def check_fit(lm: HookedLM, sae: SAE) -> None:
+    """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the site's median norm."""
+    if sae.provenance is None:
+        raise ValueError("This SAE names no site; load it from its folder.")
+    site, trained_on = parse_hook_name(sae.provenance.hook_name), sae.provenance.model_name
+    if trained_on not in ("", "stored") and Path(trained_on).name != Path(lm.model_name).name:  # the same model may lie elsewhere
+        raise ValueError(f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}; give the SAE's own model.")
+    if site.layer >= lm.n_layers:
+        raise ValueError(f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to {lm.n_layers - 1}.")
+    if sae.d_in != lm.d_model:
+        raise ValueError(f"The SAE has width d_in={sae.d_in}, but {lm.model_name!r} has d_model={lm.d_model}.")
+    check_measured(sae)
+
+
+def splice(sae: SAE, keep: Tensor) -> Edit:
+    """Replaces a site's activations by their reconstruction at the kept tokens that pass the SAE's norm filter."""
+    assert sae.provenance is not None
+    norms = sae.provenance.filter
+
+    def delta(x: Tensor) -> Tensor:
+        flat = x[keep].float()
+        out = torch.zeros_like(x)
+        out[keep] = torch.where(norms.keeps(flat)[:, None], sae(flat) - flat, 0.0).to(x.dtype)
+        return out
+
+    return Edit(sae.provenance.hook_name, delta, keep)
+
+
+def constant(sae: SAE, keep: Tensor, value: Tensor | float) -> Edit:
+    """Sets a site's activations to a value (0, or a mean [d_model]) at the tokens that `splice` would replace."""
+    assert sae.provenance is not None
+    norms = sae.provenance.filter
+    return Edit(sae.provenance.hook_name, lambda x: torch.where(norms.keeps(x)[..., None], value - x, 0.0), keep)
+
+
+@torch.no_grad()
+def token_features(lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d_sae"]]:
+    """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
+    assert sae.provenance is not None
+    out: list[Tensor] = []
+    for start in range(0, len(rows), 32):
+        some = rows[start : start + 32]
+        ids, mask = lm.pad(some)
+        batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask))
+        x = site_activations(lm, [sae.provenance.hook_name], batch)[sae.provenance.hook_name]
+        counted = batch.keep & sae.provenance.filter.keeps(x)
+        f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)
+        out += [f[r, : len(own)] for r, own in enumerate(some)]
+    return out

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 
 from qsae_kit.cli.app import main
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.io.files import OWN
 from qsae_kit.pipelines import suite as suites
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite, save_sae, suite_folder
 from qsae_kit.steer.study import StudyConfig
 

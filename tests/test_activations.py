@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import Block, LiveRows, NormFilter, Place, StoredRows, kept_rows, shuffled, stream_rows
+from qsae_kit.data.rows import Block, LiveRows, Place, StoredRows, kept_rows, shuffled, stream_rows
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.train.run import fit_normaliser
 from qsae_kit.world import world
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from qsae_kit.data.rows import NormFilter, StoredRows
+from qsae_kit.data.rows import StoredRows
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import Provenance
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.train.baselines import BASELINES, baseline_suite, found_again, neurons_sae, pca_sae
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import keep_near, train_saes

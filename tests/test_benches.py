@@ -5,8 +5,9 @@ import json
 import pandas as pd
 import pytest
 
+from qsae_kit.data.benchmarks import BENCHES, read_bench
 from qsae_kit.steer.behaviours import Behaviour, Verdict
-from qsae_kit.steer.benches import BENCHES, measure_benches, read_bench
+from qsae_kit.steer.benches import measure_benches
 from qsae_kit.steer.changes import Change, Steering
 from qsae_kit.steer.judges import Judgement
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.lm.answering import first_tokens
 from qsae_kit.lm.edits import applied
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.behaviours import tiny_study
 from qsae_kit.steer.changes import FeatureSet, add_direction, add_features
 from qsae_kit.steer.choosing import (

@@ -14,8 +14,8 @@ from small import small_suite
 import qsae_kit
 from qsae_kit.cli import app as cli
 from qsae_kit.data import prompts as prompt_sets
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite, save_suite
 
 

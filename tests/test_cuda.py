@@ -5,9 +5,9 @@ from functools import cache
 import pytest
 import torch
 
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.evaluate.synthetic import Synthetic, SyntheticConfig
 from qsae_kit.sae import ARCHITECTURES
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.train.optim import Moments
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import Normaliser, SiteTrainer, fit_normaliser

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.sae import JumpReLUSAE, Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sites import HOOKS
 from qsae_kit.world import world
 

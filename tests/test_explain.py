@@ -10,11 +10,12 @@ import torch
 
 from qsae_kit import build_index, explain, load_index, openai_chat
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import NormFilter, kept_rows
-from qsae_kit.features.build import IndexConfig
+from qsae_kit.data.rows import kept_rows
 from qsae_kit.features.explain import marked
 from qsae_kit.features.index import Example
+from qsae_kit.features.indexing import IndexConfig
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.world import world
 
 SITE = "blocks.1.hook_resid_post"

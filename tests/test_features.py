@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import LiveRows, NormFilter
-from qsae_kit.features import build as features
-from qsae_kit.features.build import (
+from qsae_kit.data.rows import LiveRows
+from qsae_kit.features import indexing as features
+from qsae_kit.features.index import load_index
+from qsae_kit.features.indexing import (
     IndexConfig,
     Kept,
     build_index,
@@ -22,9 +23,9 @@ from qsae_kit.features.build import (
     sample_of,
     script_of,
 )
-from qsae_kit.features.index import load_index
 from qsae_kit.lm.chat import Phase, phases
 from qsae_kit.sae import JumpReLUSAE, Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.world import world
 
 SITES = ("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out")

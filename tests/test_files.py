@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.io import files
 from qsae_kit.io.files import (
     ASIDE,
@@ -29,6 +28,7 @@ from qsae_kit.io.files import (
     write_text,
 )
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_sae, save_sae, suite_folder
 
 SITE = "blocks.1.hook_resid_post"

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.sae import Provenance, ReLUSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.tiny.interchange import interchange, matching
 from qsae_kit.world import world
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from qsae_kit import LiveRows, train_saes
 from qsae_kit.cli.app import INTERRUPTED, app
 from qsae_kit.data.documents import token_batches
-from qsae_kit.features.build import WORK
+from qsae_kit.features.indexing import WORK
 from qsae_kit.io.interrupts import TERMINATED, Interrupts
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.world import world

@@ -8,7 +8,7 @@ import torch
 from small import small_suite
 
 from qsae_kit import Change, Condition, Steering, SteeringLab, answer_pair, token_table
-from qsae_kit.features.build import token_features
+from qsae_kit.attach import token_features
 from qsae_kit.lm.edits import applied
 from qsae_kit.steer.changes import read_steering
 

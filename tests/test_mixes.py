@@ -5,6 +5,7 @@ import json
 import pytest
 
 from qsae_kit.data import mixes
+from qsae_kit.data.benchmarks import BENCHES
 from qsae_kit.data.mixes import (
     Decontaminator,
     Manifest,
@@ -15,7 +16,6 @@ from qsae_kit.data.mixes import (
     words_of,
     write_mix,
 )
-from qsae_kit.steer.benches import BENCHES
 
 ASK = [f"How do I paint the {thing} of a house in the north?" for thing in ("door", "roof", "wall", "gate", "fence", "floor")]
 

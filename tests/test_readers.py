@@ -18,14 +18,14 @@ import releases
 import torch
 from typer.testing import CliRunner
 
-from qsae_kit.attach import calibrate
+from qsae_kit.attach import calibrate, splice
 from qsae_kit.cli import app as cli
 from qsae_kit.data.documents import TokenBatch, keep_mask, token_batches
-from qsae_kit.data.rows import NormFilter
-from qsae_kit.evaluate.evaluation import evaluate_suite, splice
-from qsae_kit.features.build import build_index
+from qsae_kit.evaluate.evaluation import evaluate_suite
+from qsae_kit.features.indexing import build_index
 from qsae_kit.io.tensorfiles import TensorFile
 from qsae_kit.lm.edits import applied
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.releases import find_saes, inspect_suite, open_release, select
 from qsae_kit.sae.store import convert_suite, load_sae, load_suite, save_sae, save_suite
 from qsae_kit.sites import find_site

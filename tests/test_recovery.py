@@ -5,8 +5,8 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.tiny import concepts
 from qsae_kit.tiny.concepts import Units
 from qsae_kit.tiny.recovery import Split, best_feature, best_of_k, f1_of, judge, pooled, probe, recover, split, summarise

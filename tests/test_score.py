@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
+from qsae_kit.attach import check_fit
 from qsae_kit.cli.app import app
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.data.streams import documents_of
-from qsae_kit.evaluate.evaluation import check_fit
 from qsae_kit.evaluate.score import effective_rank, needed_l0, smallest_differences
 from qsae_kit.sae import JumpReLUSAE, Provenance, ReLUSAE, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite, save_sae
 from qsae_kit.tiny import concepts
 from qsae_kit.train import fit

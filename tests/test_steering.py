@@ -11,10 +11,11 @@ from small import SITES, small_suite
 
 import qsae_kit
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import NormFilter, kept_rows
+from qsae_kit.data.rows import kept_rows
 from qsae_kit.lm.edits import POLICIES, Detector, Edit, applied, selected
 from qsae_kit.lm.hooked import Now
 from qsae_kit.sae import JumpReLUSAE, Provenance
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.changes import ACTIONS, Change, Condition, Steering, load_steering, read_steering
 from qsae_kit.steer.choosing import best_cut, find_detector, peak_activations
 

@@ -9,9 +9,9 @@ import torch
 from small import small_suite
 
 from qsae_kit.data import prompts as prompt_sets
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.io.journal import Journal
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.behaviours import Behaviour, Verdict, refusal, tiny_study
 from qsae_kit.steer.changes import (
     Condition,

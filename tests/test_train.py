@@ -263,7 +263,7 @@ def test_rows_that_are_not_finite_are_skipped_and_counted():
 
 KEEPING = """
 import resource, sys, torch
-from qsae_kit.train.groups import _status, kept_memory, return_freed_memory
+from qsae_kit.io.memory import _status, kept_memory, return_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

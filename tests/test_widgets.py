@@ -12,12 +12,13 @@ import torch
 
 from qsae_kit import FeatureExplorer, LayerLoss, TokenActivations, TrainingMonitor, build_index, load_index
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import NormFilter, StoredRows, kept_rows
-from qsae_kit.features.build import IndexConfig
+from qsae_kit.data.rows import StoredRows, kept_rows
+from qsae_kit.features.indexing import IndexConfig
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import train_saes
-from qsae_kit.widgets import base
+from qsae_kit.widgets import widget as base
 from qsae_kit.widgets.explorer import sorted_places, split_query
 from qsae_kit.widgets.plots import library
 from qsae_kit.widgets.tokens import read_chat

@@ -55,7 +55,7 @@ def demo(
     """Train SAEs, evaluate them per layer and site, and steer refusal both ways."""
     import pandas as pd
 
-    from qsae_kit.evaluate.evaluation import headline
+    from qsae_kit.figures.tables import headline
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.pipelines.demo import default_config, run_demo
     from qsae_kit.steer.report import SHOWN, summary
@@ -259,8 +259,9 @@ def evaluate(
 
     from qsae_kit.attach import fit_to_model
     from qsae_kit.data.streams import documents_of
-    from qsae_kit.evaluate.evaluation import CATEGORIES, headline
     from qsae_kit.evaluate.score import score_stored, score_suite, smallest_differences
+    from qsae_kit.figures.tables import headline
+    from qsae_kit.lm.chat import CATEGORIES
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_sae, load_suite
     from qsae_kit.train.fit import read_rows
@@ -362,8 +363,8 @@ def features(
     """Index what every feature of a suite does: densities, examples, promoted tokens, neighbours."""
     from qsae_kit.attach import fit_to_model
     from qsae_kit.data.streams import named, stream_of
-    from qsae_kit.features.build import IndexConfig, build_index
     from qsae_kit.features.index import load_index
+    from qsae_kit.features.indexing import IndexConfig, build_index
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_suite
 
@@ -442,12 +443,13 @@ def steer(
     import pandas as pd
 
     from qsae_kit.attach import fit_to_model
+    from qsae_kit.data.benchmarks import read_bench
     from qsae_kit.data.prompts import read_prompts
     from qsae_kit.io.files import write_table
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_suite
     from qsae_kit.steer.behaviours import refusal, refusal_prompts, tiny_study
-    from qsae_kit.steer.benches import measure_benches, read_bench
+    from qsae_kit.steer.benches import measure_benches
     from qsae_kit.steer.judges import guard_judgements
     from qsae_kit.steer.repeats import answered_again, over_seeds
     from qsae_kit.steer.report import SHOWN, summary, write_study

@@ -10,11 +10,12 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from qsae_kit.io.jsonfiles import parse_json
-from qsae_kit.lm.chat import Phase, phases
+from qsae_kit.lm.chat import CATEGORIES, Phase, phases
 from qsae_kit.lm.hooked import HookedLM, Message
 
 Document: TypeAlias = str | list[Message]
@@ -216,3 +217,13 @@ def split_documents(documents: Iterable[Document], n_held_out: int) -> tuple[lis
     stream = iter(documents)
     head = list(islice(stream, 2 * n_held_out))
     return head[::2], chain(head[1::2] or head, stream)
+
+
+def categories_of(lm: HookedLM, batch: TokenBatch) -> dict[str, Tensor]:
+    """A mask [batch, pos] for every category; only "all" where the model's chat markers are unknown."""
+    masks = {"all": batch.mask.bool()}
+    if lm.markers is not None:
+        phase = phases(batch.ids, batch.mask, lm.markers)
+        for name, members in CATEGORIES.items():
+            masks[name] = torch.stack([phase == member for member in members]).any(0)
+    return masks

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args
 
 from tqdm.auto import tqdm
 
+from qsae_kit.data.benchmarks import read_bench
 from qsae_kit.data.documents import Document, parse_record, read_documents, tokenize_document
 from qsae_kit.data.facts import facts_of
 from qsae_kit.data.prompts import read_prompts
@@ -26,7 +27,6 @@ from qsae_kit.io.files import atomic_file, check_file, checked_name, write_text
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.steer.behaviours import refusal_prompts
-from qsae_kit.steer.benches import read_bench
 from qsae_kit.world import world
 
 MANIFESTS = Path(__file__).parent / "manifests"

@@ -1,35 +1,19 @@
 """One forward pass -> rows of activations for every site; the norm filter; the shuffle pool."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.data.documents import TokenBatch
 from qsae_kit.lm.hooked import HookedLM
 
 Rows = dict[str, Float[Tensor, "row d_model"]]
-
-
-class NormFilter(NamedTuple):
-    """Drops attention sinks: rows whose norm exceeds `factor` times the site's median norm."""
-
-    median: float
-    """Median Euclidean norm of the site's rows, frozen from the first tokens seen; infinite until it is measured."""
-    factor: float = 10.0
-
-    @property
-    def measured(self) -> bool:
-        return math.isfinite(self.median)
-
-    def keeps(self, x: Float[Tensor, "*row d_model"]) -> Bool[Tensor, "*row"]:
-        return x.float().norm(dim=-1) <= self.factor * self.median
 
 
 @torch.no_grad()

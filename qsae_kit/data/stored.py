@@ -6,11 +6,12 @@ import torch
 from tqdm.auto import tqdm
 
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import stream_rows
+from qsae_kit.data.rows import Rows, stream_rows
 from qsae_kit.data.streams import HARVEST, named, stream_of
+from qsae_kit.io.files import atomic_file
+from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.sae.store import save_rows
 from qsae_kit.sites import parse_hook_name
 
 
@@ -45,3 +46,16 @@ def _harvest(lm: HookedLM, data: str | None, hook_name: str, tokens: int, out: P
 
 def _fits_half(x: torch.Tensor) -> bool:
     return bool(x.abs().max() < 30_000)
+
+
+def save_rows(rows: Rows, hook_name: str, path: Path, about: dict[str, str]) -> None:
+    """Stores rows of one site as the float16 tensor `acts` [row, d_model]; order and scale go into the header.
+
+    Rows are multiplied by the header's `scale` where float16 would overflow (divide to get them back).
+    """
+    acts = rows[hook_name]
+    largest = float(acts.abs().max())
+    scale = 1.0 if largest < 30_000 else 30_000 / largest
+    header = about | {"hook_name": hook_name, "scale": repr(scale), "order": "token order within shuffled dialogues"}
+    with only_writer_of(path), atomic_file(path) as part:
+        write_tensors({"acts": (acts * scale).half().contiguous()}, part, header)

@@ -8,7 +8,6 @@ per category: template tokens are easily reconstructed and predicted, and inflat
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import pandas as pd
@@ -16,78 +15,18 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_measured
-from qsae_kit.data.documents import TokenBatch
+from qsae_kit.attach import check_fit, constant, splice
+from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
-from qsae_kit.lm.chat import Phase, phases
+from qsae_kit.lm.chat import CATEGORIES
 from qsae_kit.lm.edits import Edit, applied
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction, compare, cross_entropy, decoder_cosines, recovered
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
 
-
-def check_fit(lm: HookedLM, sae: SAE) -> None:
-    """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the site's median norm."""
-    if sae.provenance is None:
-        raise ValueError("This SAE names no site; load it from its folder.")
-    site, trained_on = parse_hook_name(sae.provenance.hook_name), sae.provenance.model_name
-    if trained_on not in ("", "stored") and Path(trained_on).name != Path(lm.model_name).name:  # the same model may lie elsewhere
-        raise ValueError(f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}; give the SAE's own model.")
-    if site.layer >= lm.n_layers:
-        raise ValueError(f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to {lm.n_layers - 1}.")
-    if sae.d_in != lm.d_model:
-        raise ValueError(f"The SAE has width d_in={sae.d_in}, but {lm.model_name!r} has d_model={lm.d_model}.")
-    check_measured(sae)
-
-
-def splice(sae: SAE, keep: Tensor) -> Edit:
-    """Replaces a site's activations by their reconstruction at the kept tokens that pass the SAE's norm filter."""
-    assert sae.provenance is not None
-    norms = sae.provenance.filter
-
-    def delta(x: Tensor) -> Tensor:
-        flat = x[keep].float()
-        out = torch.zeros_like(x)
-        out[keep] = torch.where(norms.keeps(flat)[:, None], sae(flat) - flat, 0.0).to(x.dtype)
-        return out
-
-    return Edit(sae.provenance.hook_name, delta, keep)
-
-
-def constant(sae: SAE, keep: Tensor, value: Tensor | float) -> Edit:
-    """Sets a site's activations to a value (0, or a mean [d_model]) at the tokens that `splice` would replace."""
-    assert sae.provenance is not None
-    norms = sae.provenance.filter
-    return Edit(sae.provenance.hook_name, lambda x: torch.where(norms.keeps(x)[..., None], value - x, 0.0), keep)
-
-
 Key: TypeAlias = tuple[str, str, str]
 """Variant, hook name and category."""
-CATEGORIES = {
-    "template": (Phase.TEMPLATE,), "user": (Phase.SYSTEM, Phase.USER), "thinking": (Phase.THINKING,), "assistant": (Phase.ANSWER,)
-}  # fmt: skip
-"""What tokens are, by the chat's markers; "all" holds every token. A prediction belongs to the token that is predicted."""
-
-
-def categories_of(lm: HookedLM, batch: TokenBatch) -> dict[str, Tensor]:
-    """A mask [batch, pos] for every category; only "all" where the model's chat markers are unknown."""
-    masks = {"all": batch.mask.bool()}
-    if lm.markers is not None:
-        phase = phases(batch.ids, batch.mask, lm.markers)
-        for name, members in CATEGORIES.items():
-            masks[name] = torch.stack([phase == member for member in members]).any(0)
-    return masks
-
-
-HEADLINE = ["variant", "site", "category", "fvu", "l0", "target", "dead", "delta_ce", "kl_nats", "ce_score", "top_1", "tokens",
-            "spliced_tokens"]  # fmt: skip
-"""Columns of `evaluate_suite` for a table that fits a page."""
-
-
-def headline(evaluation: pd.DataFrame, categories: Sequence[str] = ("all", "assistant")) -> pd.DataFrame:
-    """The columns and categories that a page has room for."""
-    return evaluation.loc[evaluation["category"].isin(categories), HEADLINE]
 
 
 @dataclass

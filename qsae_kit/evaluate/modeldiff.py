@@ -14,13 +14,13 @@ import torch
 from tqdm.auto import tqdm
 
 from qsae_kit.attach import check_measured
-from qsae_kit.data.documents import TokenBatch
+from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
-from qsae_kit.evaluate.evaluation import CATEGORIES, categories_of
+from qsae_kit.lm.chat import CATEGORIES
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
+from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
-from qsae_kit.steer.changes import Suite
 
 
 class ModelDiff(NamedTuple):

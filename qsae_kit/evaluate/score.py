@@ -14,10 +14,11 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qsae_kit.attach import check_fit
 from qsae_kit.data.documents import TokenBatch, held_out_batches, token_batches
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.streams import documents_of
-from qsae_kit.evaluate.evaluation import check_fit, evaluate_suite
+from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.figures.basic import reconstruction_figure
 from qsae_kit.figures.frontiers import baseline_figure, concept_figure, frontier_figure
 from qsae_kit.io.files import write_table, write_text

@@ -1,4 +1,4 @@
-"""Reading a feature index: tables, pages, search, labels. `features.build.build_index` writes one.
+"""Reading a feature index: tables, pages, search, labels. `features.indexing.build_index` writes one.
 
 Only the manifest is read at first; an SAE's tables are read when it is asked for, a page's lists and examples one row group
 at a time.
@@ -21,8 +21,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsae_kit.attach import token_features
 from qsae_kit.data.documents import Document, tokenize_document
-from qsae_kit.features.build import (
+from qsae_kit.features.indexing import (
     BINS,
     BINS_PER_OCTAVE,
     DOCUMENTS,
@@ -35,7 +36,6 @@ from qsae_kit.features.build import (
     Key,
     read_manifest,
     site_folder,
-    token_features,
 )
 from qsae_kit.io.files import check_file, write_text
 from qsae_kit.io.jsonfiles import parse_json, read_bytes
@@ -84,7 +84,7 @@ class FeaturePage(NamedTuple):
     feature: int
     label: str
     figures: dict[str, Any]
-    """`features.build.COLUMNS`."""
+    """`features.indexing.COLUMNS`."""
     histogram: list[int]
     """Firing tokens by activation; see `edges`."""
     edges: list[float]
@@ -187,7 +187,7 @@ class SiteFeatures:
 
     @cached_property
     def figures(self) -> pd.DataFrame:
-        """`features.build.COLUMNS` by feature."""
+        """`features.indexing.COLUMNS` by feature."""
         return self._features.read(self._features.columns(lists=False)).to_pandas().set_index("feature")
 
     @property

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsae_kit.io.files import atomic_file, atomic_folder, check_file, discard_folder, inside, sweep_folder
 from qsae_kit.io.jsonfiles import parse_json, read_json
-from qsae_kit.sae.store import write_tensors
+from qsae_kit.io.tensorfiles import write_tensors
 
 STATE, LOG = "state.json", "train.jsonl"
 STATE_LIMIT = 64 * 2**20

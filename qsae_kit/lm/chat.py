@@ -112,3 +112,9 @@ def spoken(text: str) -> str:
     """What an answer says after its thoughts; nothing where they have not come to an end."""
     _, end, rest = text.rpartition("</think>")
     return "" if not end and text.lstrip().startswith("<think>") else rest
+
+
+CATEGORIES = {
+    "template": (Phase.TEMPLATE,), "user": (Phase.SYSTEM, Phase.USER), "thinking": (Phase.THINKING,), "assistant": (Phase.ANSWER,)
+}  # fmt: skip
+"""What tokens are, by the chat's markers; "all" holds every token. A prediction belongs to the token that is predicted."""

@@ -30,11 +30,12 @@ from qsae_kit.data import mixes
 from qsae_kit.data.documents import read_documents
 from qsae_kit.data.rows import StoredRows
 from qsae_kit.evaluate.score import score_suite
-from qsae_kit.features.build import IndexConfig, build_index
+from qsae_kit.features.indexing import IndexConfig, build_index
 from qsae_kit.io.checkpoints import delete_checkpoint, found
 from qsae_kit.io.files import OWN, inside, sweep_folder, write_text
 from qsae_kit.io.interrupts import say
 from qsae_kit.io.jsonfiles import read_json
+from qsae_kit.io.memory import free_memory
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.answering import answer_all
 from qsae_kit.lm.hooked import HookedLM
@@ -46,7 +47,7 @@ from qsae_kit.steer.behaviours import Goal, StudyPrompts, judged, refusal_prompt
 from qsae_kit.steer.report import STUDY_FILES, write_study
 from qsae_kit.steer.study import StudyConfig, quick, steering_study
 from qsae_kit.train.fit import Meter, fit_live, sites_of
-from qsae_kit.train.groups import free_memory, plan_groups
+from qsae_kit.train.groups import plan_groups
 from qsae_kit.train.recipe import TrainConfig, default_recipe
 from qsae_kit.train.run import train_saes
 

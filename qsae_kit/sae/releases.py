@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 import pandas as pd
 import torch
 
-from qsae_kit.data.rows import NormFilter
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.tensorfiles import FLOATS, TensorFile, all_finite
 from qsae_kit.sae import ARCHITECTURES, SAE, Provenance
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sites import Site, find_site
 
 CONFIG_LIMIT = 2**20

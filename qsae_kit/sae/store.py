@@ -10,25 +10,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from qsae_kit.data.rows import Rows
-from qsae_kit.io.files import atomic_file, atomic_folder, checked_name
+from qsae_kit.io.files import atomic_folder, checked_name
+from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.sae import SAE
 from qsae_kit.sae.releases import find_saes, open_release, read_sae, select
 from qsae_kit.sites import parse_hook_name
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
-
-
-def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """`save_file`, whose own error for a full disk is neither an OSError nor a ValueError."""
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(f"{path.parent} could not take a file of tensors ({error}); free some space and run it again.") from error
 
 
 def save_sae(sae: SAE, folder: Path) -> None:
@@ -163,16 +153,3 @@ def convert_suite(
             save_sae(sae, folder)
             written.append(out / folder.relative_to(part))
     return written
-
-
-def save_rows(rows: Rows, hook_name: str, path: Path, about: dict[str, str]) -> None:
-    """Stores rows of one site as the float16 tensor `acts` [row, d_model]; order and scale go into the header.
-
-    Rows are multiplied by the header's `scale` where float16 would overflow (divide to get them back).
-    """
-    acts = rows[hook_name]
-    largest = float(acts.abs().max())
-    scale = 1.0 if largest < 30_000 else 30_000 / largest
-    header = about | {"hook_name": hook_name, "scale": repr(scale), "order": "token order within shuffled dialogues"}
-    with only_writer_of(path), atomic_file(path) as part:
-        write_tensors({"acts": (acts * scale).half().contiguous()}, part, header)

@@ -7,7 +7,7 @@ model; factors of `scale` have no unit; thresholds of conditions are activations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,9 +21,7 @@ from qsae_kit.io.files import write_text
 from qsae_kit.io.jsonfiles import JSON_LIMIT, parse_json, read_text
 from qsae_kit.lm.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
 from qsae_kit.sae import SAE
-
-Suite: TypeAlias = Mapping[str, Mapping[str, SAE]]
-"""Variant -> hook name -> SAE."""
+from qsae_kit.sae.suites import Suite, sae_of
 
 
 @dataclass(frozen=True)
@@ -281,14 +279,6 @@ def _shown(value: Any) -> str:
         return repr(value)[:SHOWN]
     except ValueError:  # Python does not write out whole numbers of thousands of digits
         return "a huge number"
-
-
-def sae_of(suite: Suite, variant: str, hook_name: str) -> SAE:
-    """An SAE of a suite; ValueError where there is none."""
-    if hook_name not in suite.get(variant, {}):
-        known = ", ".join(f"{v}/{name}" for v, saes in suite.items() for name in saes)
-        raise ValueError(f"The suite has no SAE {variant}/{hook_name}; it has {known or 'none'}.")
-    return suite[variant][hook_name]
 
 
 FORMAT = 1

@@ -13,12 +13,13 @@ from jaxtyping import Float, Int
 from scipy.optimize import nnls
 from torch import Tensor
 
-from qsae_kit.features.build import token_features
+from qsae_kit.attach import token_features
 from qsae_kit.lm.answering import KnownRows
 from qsae_kit.lm.edits import Edit, Policy, applied, selected
 from qsae_kit.lm.hooked import HookedLM, Now
 from qsae_kit.sae import SAE
-from qsae_kit.steer.changes import Condition, FeatureSet, Suite
+from qsae_kit.sae.suites import Suite
+from qsae_kit.steer.changes import Condition, FeatureSet
 
 
 @torch.no_grad()

@@ -19,8 +19,9 @@ from qsae_kit.lm.answering import Asked, answer_groups
 from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import wilson
+from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import Behaviour, PromptSets, judged
-from qsae_kit.steer.changes import Steering, Suite
+from qsae_kit.steer.changes import Steering
 from qsae_kit.steer.findings import rate
 
 SAMPLING: Mapping[bool, Mapping[str, Any]] = {

@@ -9,11 +9,11 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
-from qsae_kit.evaluate.evaluation import headline
 from qsae_kit.figures.basic import controls_figure, dose_figure, reconstruction_figure
+from qsae_kit.figures.tables import headline
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.writers import only_writer
-from qsae_kit.steer.changes import Suite
+from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.findings import COLUMNS
 from qsae_kit.steer.study import StudyResult
 

@@ -20,9 +20,9 @@ from jaxtyping import Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from qsae_kit.attach import check_fit
 from qsae_kit.data.facts import facts_of, plain_texts
 from qsae_kit.data.prompts import STOCK_REFUSALS
-from qsae_kit.evaluate.evaluation import check_fit
 from qsae_kit.io.journal import Journal
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.answering import Asked, Cost, KnownRows, answer_all, answer_groups, cost, first_tokens, plain_kl, repetition
@@ -30,9 +30,10 @@ from qsae_kit.lm.edits import POLICIES, Edit, Policy
 from qsae_kit.lm.hooked import Generation, HookedLM
 from qsae_kit.metrics.reconstruction import paired_bootstrap
 from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.steer.behaviours import GOALS, SIGN, Behaviour, Goal, PromptSets, judged, refusal
-from qsae_kit.steer.changes import Change, Condition, FeatureSet, Steering, Suite
+from qsae_kit.steer.changes import Change, Condition, FeatureSet, Steering
 from qsae_kit.steer.choosing import (
     Aim,
     Contrast,

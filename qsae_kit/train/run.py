@@ -13,15 +13,17 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.data.rows import Block, NormFilter, Place, RowSource, shuffled
+from qsae_kit.data.rows import Block, Place, RowSource, shuffled
 from qsae_kit.io.checkpoints import Checkpoints
 from qsae_kit.io.interrupts import Interrupts, say
+from qsae_kit.io.memory import Peak, free_memory, kept_memory, return_freed_memory
 from qsae_kit.io.writers import only_writer
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_sae, save_sae, suite_folder
-from qsae_kit.train.groups import Group, Key, Peak, free_memory, group_of, kept_memory, plan_groups, return_freed_memory
+from qsae_kit.train.groups import Group, Key, group_of, plan_groups
 from qsae_kit.train.optim import Adam
 from qsae_kit.train.recipe import TrainConfig
 

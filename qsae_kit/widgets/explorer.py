@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import traitlets as T
 
-from qsae_kit.features.build import COLUMNS
 from qsae_kit.features.index import Example, FeatureIndex, FeaturePage, SiteFeatures
-from qsae_kit.widgets.base import View, source
+from qsae_kit.features.indexing import COLUMNS
+from qsae_kit.widgets.widget import View, source
 
 BLOCK = 100
 """Rows that are sent at once."""

@@ -10,9 +10,9 @@ from plotly.subplots import make_subplots
 
 from qsae_kit.figures.basic import KIND_COLORS, KIND_NAMES, KIND_SYMBOLS, plot_text, reconstruction_figure, style
 from qsae_kit.sites import parse_hook_name
-from qsae_kit.widgets.base import source
 from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.plots import PlotView
+from qsae_kit.widgets.widget import source
 
 
 def site_frontier(evaluation: pd.DataFrame, hook_name: str, variant: str, category: str = "all") -> go.Figure:

@@ -11,7 +11,7 @@ import plotly
 import plotly.graph_objects as go
 import traitlets as T
 
-from qsae_kit.widgets.base import View, source
+from qsae_kit.widgets.widget import View, source
 
 
 @functools.cache

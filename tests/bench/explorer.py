@@ -21,10 +21,11 @@ import lab
 
 from qsae_kit import build_index, load_index, load_model
 from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import NormFilter, kept_rows
+from qsae_kit.data.rows import kept_rows
 from qsae_kit.data.streams import stream_of
-from qsae_kit.features.build import IndexConfig
+from qsae_kit.features.indexing import IndexConfig
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import save_suite
 from qsae_kit.sites import Site
 

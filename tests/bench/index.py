@@ -21,7 +21,7 @@ from qsae_kit.figures.basic import style
 def one(suite: Path, out: Path, tokens: int) -> None:
     from qsae_kit import IndexConfig, build_index, load_model, load_suite
     from qsae_kit.data.streams import stream_of
-    from qsae_kit.train.groups import Peak
+    from qsae_kit.io.memory import Peak
 
     lm, saes = load_model("tiny"), load_suite(suite)
     n = sum(bool(sae.checksum()) for own in saes.values() for sae in own.values())  # and the weights are in memory

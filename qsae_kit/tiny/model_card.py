@@ -1,4 +1,4 @@
-"""Measures the bundled model and writes its card: `python -m qsae_kit.tiny.card --weights DIR`.
+"""Measures the bundled model and writes its card: `python -m qsae_kit.tiny.model_card --weights DIR`.
 
 The card (card.json) holds what it took to train, the hashes of generator and weights, every behaviour with its interval,
 and per tier of concepts what a linear probe, the best neuron, the best principal component, an n-gram and the permuted

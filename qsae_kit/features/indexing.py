@@ -36,18 +36,18 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.data.documents import Document, TokenBatch, keep_mask, token_batches
+from qsae_kit.attach import check_fit
+from qsae_kit.data.documents import Document, TokenBatch, token_batches
 from qsae_kit.data.rows import site_activations
-from qsae_kit.evaluate.evaluation import CATEGORIES, check_fit
 from qsae_kit.io.checkpoints import Checkpoints, delete_checkpoint, found
 from qsae_kit.io.files import OWN, atomic_file, checked_name, inside, write_text
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.jsonfiles import read_json
+from qsae_kit.io.memory import free_memory
 from qsae_kit.io.writers import only_writer
-from qsae_kit.lm.chat import Phase, phases
+from qsae_kit.lm.chat import CATEGORIES, Phase, phases
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
-from qsae_kit.train.groups import free_memory
 
 WORK, RETIRED = f"{OWN}building", "retired.json"
 """The working folder of a build in the index's own, and there the manifest of the index that it takes the place of."""
@@ -584,22 +584,6 @@ def example_table(tally: Tally) -> pa.Table:
             "act": pa.ListArray.from_arrays(ends, pa.array(acts[row, offset], pa.float32())),
         }
     )  # fmt: skip
-
-
-@torch.no_grad()
-def token_features(lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d_sae"]]:
-    """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
-    assert sae.provenance is not None
-    out: list[Tensor] = []
-    for start in range(0, len(rows), 32):
-        some = rows[start : start + 32]
-        ids, mask = lm.pad(some)
-        batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask))
-        x = site_activations(lm, [sae.provenance.hook_name], batch)[sae.provenance.hook_name]
-        counted = batch.keep & sae.provenance.filter.keeps(x)
-        f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)
-        out += [f[r, : len(own)] for r, own in enumerate(some)]
-    return out
 
 
 # --- building
