@@ -3,10 +3,14 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+
+import qsae_kit
 
 ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "qsae_kit"
@@ -64,6 +68,40 @@ def test_the_top_of_the_package_is_small_and_no_module_has_another_s_name():
     assert len(top) <= 20, top
     modules = [p.stem for p in HOUSE.rglob("*.py") if p.stem not in ("__init__", "__main__")]
     assert [name for name in modules if modules.count(name) > 1] == []
+
+
+def test_the_face_loads_nothing_and_says_the_same_twice():
+    tree = ast.parse((HOUSE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {node.module.removeprefix("qsae_kit."): tuple(a.name for a in node.names) for node in block.body}
+    assert typed == qsae_kit.HOMES
+    for name in qsae_kit.__all__:
+        assert getattr(qsae_kit, name) is not None
+        assert name in dir(qsae_kit)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        qsae_kit.nothing  # noqa: B018
+
+
+HEAVY = ("torch", "transformers", "pandas", "plotly", "numpy", "transformer_lens")
+
+
+def loaded_by(code):
+    """Which of the heavy modules a program loads."""
+    told = f"import sys; {code}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    return done.stdout.split("\n")[-2].split()
+
+
+COMMANDS = ("", *("demo train eval sweep features steer suite diff inspect convert dialogues harvest".split()))
+
+
+def test_what_opens_at_once():
+    assert loaded_by("import qsae_kit") == []
+    assert "transformers" not in loaded_by("import qsae_kit.sae")
+    helps = "; ".join(f"runner.invoke(app, {[*command.split(), '--help']!r}, catch_exceptions=False)" for command in COMMANDS)
+    assert (
+        loaded_by(f"from typer.testing import CliRunner; from qsae_kit.cli.app import app; runner = CliRunner(); {helps}") == []
+    )
 
 
 def test_nothing_interprets_text_as_markup():
