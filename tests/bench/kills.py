@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import killing
 
-SHARES = {"train": 5, "features": 5, "steer": 2, "suite": 3, "harvest": 4, "convert": 3, "save": 3}
+SHARES = {"train": 5, "features": 5, "steer": 1, "suite": 2, "harvest": 5, "convert": 4, "save": 4}
 """Of the kills."""
 
 
