@@ -410,7 +410,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
 @pytest.mark.parametrize("variant", ["../x", "", ".", "..", "a/b", "/etc"])
 def test_no_variant_leads_out_of_a_suite(variant, tmp_path):
     sae = only(load_suite(releases.sparsify(tmp_path / "release").root))
-    with pytest.raises(ValueError, match="no name for a folder"):
+    with pytest.raises(ValueError, match="A variant has the name"):
         save_suite({variant: {sae.provenance.hook_name: sae}}, tmp_path / "suite")
     with pytest.raises(ValueError, match="not a site"):
         save_suite({"fine": {"../../x": sae}}, tmp_path / "suite")

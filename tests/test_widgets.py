@@ -264,7 +264,7 @@ def test_a_chat_that_the_template_refuses(lm, suite, monkeypatch):
     monkeypatch.setattr(lm.tokenizer, "chat_template", refusing)
     message(view, op="look", seq=4, text="assistant: me first", site=0, feature=-1)
     assert "roles must alternate" in view.status
-    assert "['assistant']" in view.status
+    assert "of the roles assistant" in view.status
     assert view.result == shown | {"seq": 4}
     monkeypatch.undo()
     message(view, op="look", seq=5, text="Good day", site=0, feature=-1)
