@@ -263,6 +263,7 @@ def test_rows_that_are_not_finite_are_skipped_and_counted():
 
 KEEPING = """
 import resource, sys, torch
+import qsae_kit.train.run  # as in a training: what is loaded decides how the heap lies
 from qsae_kit.io.memory import _status, kept_memory, return_freed_memory
 
 def faults():
