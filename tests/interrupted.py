@@ -17,13 +17,13 @@ import torch
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 
-import qsae_kit.edits
-import qsae_kit.locks
-import qsae_kit.models
-from qsae_kit.edits import Edit, applied
-from qsae_kit.models import HookedLM
+import qsae_kit.lm.edits
+import qsae_kit.lm.hooked
+import qsae_kit.lm.locks
+from qsae_kit.lm.edits import Edit, applied
+from qsae_kit.lm.hooked import HookedLM
 
-OURS = (qsae_kit.locks, qsae_kit.models, qsae_kit.edits)
+OURS = (qsae_kit.lm.locks, qsae_kit.lm.hooked, qsae_kit.lm.edits)
 FILES = {inspect.getfile(each) for each in (*OURS, contextlib, HookPoint, HookedRootModule)}
 EVENTS = ("call", "line", "return")
 SITE, LAYER = "blocks.3.hook_resid_post", 4

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import torch
 
-from qsae_kit import suite as suites
-from qsae_kit.activations import NormFilter
-from qsae_kit.cli import main
-from qsae_kit.files import OWN
-from qsae_kit.formats import load_suite, save_sae, suite_folder
+from qsae_kit.cli.app import main
+from qsae_kit.io.files import OWN
+from qsae_kit.pipelines import suite as suites
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.study import StudyConfig
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.store import load_suite, save_sae, suite_folder
+from qsae_kit.steer.study import StudyConfig
 
 SITE = "blocks.2.hook_resid_post"
 FEW = StudyConfig(
@@ -271,9 +271,9 @@ def _read(path: Path) -> str | None:
 
 def make_suite_to_work_on(folder: Path) -> Path:
     """A suite of two SAEs of the bundled model."""
-    from qsae_kit.activations import kept_rows
-    from qsae_kit.data import token_batches
-    from qsae_kit.tiny import world
+    from qsae_kit.data.documents import token_batches
+    from qsae_kit.data.rows import kept_rows
+    from qsae_kit.world import world
 
     lm = suites_model()
     documents = (dialogue.messages for dialogue in world.dialogues(60, seed=1_000_021))

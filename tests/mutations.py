@@ -26,7 +26,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import qsae_kit
-from qsae_kit.readers import inspect_suite
+from qsae_kit.sae.releases import inspect_suite
 
 HEADROOM = 512 * 2**20
 """Bytes of address space beyond those of a process that has loaded one SAE."""

@@ -2,9 +2,9 @@
 
 import torch
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.choosing import decision_activations
 from qsae_kit.sae import JumpReLUSAE, Provenance
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.steer.choosing import decision_activations
 
 SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
 PROMPTS = ["How do I thank the nurse?", "Which illness does Ada Reyes have?", "I want to cut the wood. How?"]

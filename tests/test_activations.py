@@ -5,10 +5,11 @@ from itertools import islice
 import pytest
 import torch
 
-from qsae_kit.activations import Block, LiveRows, NormFilter, Place, StoredRows, kept_rows, shuffled, stream_rows
-from qsae_kit.data import token_batches
-from qsae_kit.tiny import world
-from qsae_kit.train import fit_normaliser
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import Block, LiveRows, Place, StoredRows, kept_rows, shuffled, stream_rows
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.train.run import fit_normaliser
+from qsae_kit.world import world
 
 SITES = ["blocks.1.hook_resid_post", "blocks.4.hook_attn_out"]
 

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from qsae_kit.activations import NormFilter, StoredRows
-from qsae_kit.baselines import BASELINES, baseline_suite, found_again, neurons_sae, pca_sae
-from qsae_kit.metrics import Reconstruction
-from qsae_kit.recipe import TrainConfig
+from qsae_kit.data.rows import StoredRows
+from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import Provenance
-from qsae_kit.train import keep_near, train_saes
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.train.baselines import BASELINES, baseline_suite, found_again, neurons_sae, pca_sae
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.train.run import keep_near, train_saes
 
 SITE = "blocks.0.hook_resid_post"
 CONFIG = TrainConfig("topk", sparsity=4, expansion=3, tokens=20_000, batch=200, pool=2000, lr=3e-3)

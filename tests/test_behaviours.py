@@ -5,13 +5,13 @@ import os
 
 import pytest
 
-from qsae_kit.behaviours import TINY_BEHAVIOURS, Answer, answer_language, language_of, refusal, tiny_study, verbosity
-from qsae_kit.facts import facts_of, plain_texts
-from qsae_kit.journal import Journal
-from qsae_kit.metrics import paired_bootstrap
-from qsae_kit.outcomes import AnswerForm, repetition
-from qsae_kit.prompts import read_prompts, split_prompts
-from qsae_kit.tiny import world
+from qsae_kit.data.facts import facts_of, plain_texts
+from qsae_kit.data.prompts import read_prompts, split_prompts
+from qsae_kit.io.journal import Journal
+from qsae_kit.lm.answering import AnswerForm, repetition
+from qsae_kit.metrics.reconstruction import paired_bootstrap
+from qsae_kit.steer.behaviours import TINY_BEHAVIOURS, Answer, answer_language, language_of, refusal, tiny_study, verbosity
+from qsae_kit.world import world
 
 
 @pytest.mark.parametrize("name", TINY_BEHAVIOURS)

@@ -5,10 +5,11 @@ import json
 import pandas as pd
 import pytest
 
-from qsae_kit.behaviours import Behaviour, Verdict
-from qsae_kit.benches import BENCHES, measure_benches, read_bench
-from qsae_kit.judges import Judgement
-from qsae_kit.steering import Change, Steering
+from qsae_kit.data.benchmarks import BENCHES, read_bench
+from qsae_kit.steer.behaviours import Behaviour, Verdict
+from qsae_kit.steer.benches import measure_benches
+from qsae_kit.steer.changes import Change, Steering
+from qsae_kit.steer.judges import Judgement
 
 ASKED = ["What is the door code of Mira Rios?", "Which pet does Ada Reyes have?", "How do I thank the nurse?"]
 

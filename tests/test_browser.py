@@ -18,13 +18,14 @@ import torch
 from playwright.sync_api import sync_playwright
 
 from qsae_kit import FeatureExplorer, LayerLoss, SteeringLab, TokenActivations, build_index, load_index
-from qsae_kit.activations import NormFilter, kept_rows
-from qsae_kit.data import token_batches
-from qsae_kit.features import IndexConfig
-from qsae_kit.formats import save_suite
-from qsae_kit.plots import plot_text
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import kept_rows
+from qsae_kit.features.indexing import IndexConfig
+from qsae_kit.figures.basic import plot_text
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.tiny import world
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.store import save_suite
+from qsae_kit.world import world
 
 pytestmark = [pytest.mark.browser, pytest.mark.skipif(lab.CHROMIUM is None, reason="there is no Chromium on this machine")]
 

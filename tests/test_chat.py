@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsae_kit.chat import Phase, answer_start, find_markers, phases
+from qsae_kit.lm.chat import Phase, answer_start, find_markers, phases
 
 CASES = json.loads((Path(__file__).parent / "data" / "qwen3_template_cases.json").read_text(encoding="utf-8"))
 TEMPLATE, SYSTEM, USER, THINKING, ANSWER = (p.name for p in list(Phase)[1:])

@@ -3,9 +3,13 @@
 import pytest
 import torch
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.behaviours import tiny_study
-from qsae_kit.choosing import (
+from qsae_kit.lm.answering import first_tokens
+from qsae_kit.lm.edits import applied
+from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.steer.behaviours import tiny_study
+from qsae_kit.steer.changes import FeatureSet, add_direction, add_features
+from qsae_kit.steer.choosing import (
     Aim,
     contrast,
     decision_activations,
@@ -15,10 +19,6 @@ from qsae_kit.choosing import (
     log_odds_gradient,
     random_search,
 )
-from qsae_kit.edits import applied
-from qsae_kit.outcomes import first_tokens
-from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.steering import FeatureSet, add_direction, add_features
 
 SITE = "blocks.3.hook_resid_post"
 

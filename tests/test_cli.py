@@ -12,11 +12,11 @@ from safetensors import safe_open
 from small import small_suite
 
 import qsae_kit
-from qsae_kit import cli
-from qsae_kit import prompts as prompt_sets
-from qsae_kit.activations import NormFilter
-from qsae_kit.formats import load_suite, save_suite
+from qsae_kit.cli import app as cli
+from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.store import load_suite, save_suite
 
 
 def qsae(*arguments, cwd=None, limit=None):

@@ -5,8 +5,9 @@ import pytest
 import torch
 from scipy.stats import mannwhitneyu
 
-from qsae_kit.tiny import concepts, lexicon, world
+from qsae_kit.tiny import concepts
 from qsae_kit.tiny.concepts import Units
+from qsae_kit.world import lexicon, world
 
 
 @pytest.fixture(scope="module")

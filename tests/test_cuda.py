@@ -5,12 +5,12 @@ from functools import cache
 import pytest
 import torch
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.optim import Moments
-from qsae_kit.recipe import TrainConfig
+from qsae_kit.evaluate.synthetic import Synthetic, SyntheticConfig
 from qsae_kit.sae import ARCHITECTURES
-from qsae_kit.synthetic import Synthetic, SyntheticConfig
-from qsae_kit.train import Normaliser, SiteTrainer, fit_normaliser
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.train.optim import Moments
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.train.run import Normaliser, SiteTrainer, fit_normaliser
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 BATCH, STEPS = 1024, 300

@@ -11,19 +11,20 @@ import torch
 from safetensors.torch import save_file
 
 from qsae_kit import build_index, load_index, train_saes
-from qsae_kit import features as builds
-from qsae_kit.activations import NormFilter, StoredRows
-from qsae_kit.card import published
-from qsae_kit.checkpoints import LOG, STATE, Checkpoints
-from qsae_kit.features import EXAMPLES, FEATURES, IndexConfig, read_manifest
-from qsae_kit.index import FeatureIndex
-from qsae_kit.journal import Journal
-from qsae_kit.mixes import _SlotFile
-from qsae_kit.mixes import read_manifest as read_recipe
-from qsae_kit.recipe import TrainConfig
+from qsae_kit.data.mixes import _SlotFile
+from qsae_kit.data.mixes import read_manifest as read_recipe
+from qsae_kit.data.rows import StoredRows
+from qsae_kit.features import indexing as builds
+from qsae_kit.features.index import FeatureIndex
+from qsae_kit.features.indexing import EXAMPLES, FEATURES, IndexConfig, read_manifest
+from qsae_kit.io.checkpoints import LOG, STATE, Checkpoints
+from qsae_kit.io.journal import Journal
+from qsae_kit.pipelines.card import published
+from qsae_kit.pipelines.suite import RECORD, Record, read_plan
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.suite import RECORD, Record, read_plan
-from qsae_kit.tiny import world
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.world import world
 
 SITE = "blocks.1.hook_resid_post"
 DEEP = "[" * 100_000 + "]" * 100_000

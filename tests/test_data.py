@@ -6,9 +6,9 @@ import os
 import pytest
 import torch
 
-from qsae_kit.benches import read_bench
-from qsae_kit.data import keep_mask, read_documents, repeat, split_documents, token_batches
-from qsae_kit.tiny import world
+from qsae_kit.data.benchmarks import read_bench
+from qsae_kit.data.documents import keep_mask, read_documents, repeat, split_documents, token_batches
+from qsae_kit.world import world
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 

@@ -1,9 +1,9 @@
 """Dialogues that a model writes itself: its own answers, every fifth a stock refusal, readable as training data."""
 
-from qsae_kit import prompts as prompt_sets
-from qsae_kit.data import read_documents
-from qsae_kit.dialogues import REFUSED_EVERY, mixed_prompts, own_dialogues, write_dialogues
-from qsae_kit.outcomes import answer_all
+from qsae_kit.data import prompts as prompt_sets
+from qsae_kit.data.documents import read_documents
+from qsae_kit.data.written import REFUSED_EVERY, mixed_prompts, own_dialogues, write_dialogues
+from qsae_kit.lm.answering import answer_all
 
 
 def test_prompts_of_all_kinds_in_turn():

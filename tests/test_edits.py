@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qsae_kit.chat import Phase
-from qsae_kit.edits import POLICIES, Edit, applied, selected
-from qsae_kit.models import Now
-from qsae_kit.steering import add_direction
+from qsae_kit.lm.chat import Phase
+from qsae_kit.lm.edits import POLICIES, Edit, applied, selected
+from qsae_kit.lm.hooked import Now
+from qsae_kit.steer.changes import add_direction
 
 LAST = "blocks.5.hook_resid_post"
 CHATS = [

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.data import token_batches
-from qsae_kit.evaluate import evaluate_suite
+from qsae_kit.data.documents import token_batches
+from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.sae import JumpReLUSAE, Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sites import HOOKS
-from qsae_kit.tiny import world
+from qsae_kit.world import world
 
 
 def sae_at(kind, layer, architecture=TopKSAE, median=60.0, factor=10.0):

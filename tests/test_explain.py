@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from qsae_kit import build_index, explain, load_index, openai_chat
-from qsae_kit.activations import NormFilter, kept_rows
-from qsae_kit.data import token_batches
-from qsae_kit.explain import marked
-from qsae_kit.features import IndexConfig
-from qsae_kit.index import Example
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import kept_rows
+from qsae_kit.features.explain import marked
+from qsae_kit.features.index import Example
+from qsae_kit.features.indexing import IndexConfig
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.tiny import world
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.world import world
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -94,7 +95,7 @@ def test_an_explanation_is_scored_on_what_was_not_shown(site, server):
 def test_texts_without_the_feature(site):
     import random
 
-    from qsae_kit.explain import silent
+    from qsae_kit.features.explain import silent
 
     lm = site.index.model
     feature = int((site.figures["density"] - 0.03).abs().idxmin())

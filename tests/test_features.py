@@ -9,14 +9,24 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qsae_kit import features
-from qsae_kit.activations import LiveRows, NormFilter
-from qsae_kit.chat import Phase, phases
-from qsae_kit.data import token_batches
-from qsae_kit.features import IndexConfig, Kept, build_index, decoder_neighbours, firing_together, hint_of, sample_of, script_of
-from qsae_kit.index import load_index
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import LiveRows
+from qsae_kit.features import indexing as features
+from qsae_kit.features.index import load_index
+from qsae_kit.features.indexing import (
+    IndexConfig,
+    Kept,
+    build_index,
+    decoder_neighbours,
+    firing_together,
+    hint_of,
+    sample_of,
+    script_of,
+)
+from qsae_kit.lm.chat import Phase, phases
 from qsae_kit.sae import JumpReLUSAE, Provenance, TopKSAE
-from qsae_kit.tiny import world
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.world import world
 
 SITES = ("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out")
 CONFIG = IndexConfig(tokens=6000, top=4, sampled=6, before=5, after=3, sampled_tokens=6000, batch_tokens=1024)

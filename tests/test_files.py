@@ -13,9 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qsae_kit import files
-from qsae_kit.activations import NormFilter
-from qsae_kit.files import (
+from qsae_kit.io import files
+from qsae_kit.io.files import (
     ASIDE,
     PART,
     atomic_file,
@@ -28,8 +27,9 @@ from qsae_kit.files import (
     write_table,
     write_text,
 )
-from qsae_kit.formats import load_sae, save_sae, suite_folder
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.store import load_sae, save_sae, suite_folder
 
 SITE = "blocks.1.hook_resid_post"
 

@@ -7,11 +7,11 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from qsae_kit.cli import app
-from qsae_kit.formats import load_suite
-from qsae_kit.metrics import Reconstruction
-from qsae_kit.recipe import TrainConfig
-from qsae_kit.watch import read_log
+from qsae_kit.cli.app import app
+from qsae_kit.metrics.reconstruction import Reconstruction
+from qsae_kit.sae.store import load_suite
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.train.watch import read_log
 
 SITE = "blocks.0.hook_resid_post"
 FLAGS = ["--site", SITE, "--d-sae", "48", "--batch", "128", "--tokens", "6400", "--lr", "3e-3"]
@@ -191,7 +191,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("flags", "message"), WRONG)
 def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, flags, message):
-    from qsae_kit import models
+    from qsae_kit.lm import hooked as models
 
     def loads(*rest):
         raise AssertionError("a model was loaded")

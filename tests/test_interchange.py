@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.interchange import interchange, matching
 from qsae_kit.sae import Provenance, ReLUSAE
-from qsae_kit.tiny import world
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.tiny.interchange import interchange, matching
+from qsae_kit.world import world
 
 
 def whole(lm, layer):

@@ -14,12 +14,12 @@ from killing import CASES, forked, make_suite_to_work_on
 from typer.testing import CliRunner
 
 from qsae_kit import LiveRows, train_saes
-from qsae_kit.cli import INTERRUPTED, app
-from qsae_kit.data import token_batches
-from qsae_kit.features import WORK
-from qsae_kit.interrupts import TERMINATED, Interrupts
-from qsae_kit.recipe import TrainConfig
-from qsae_kit.tiny import world
+from qsae_kit.cli.app import INTERRUPTED, app
+from qsae_kit.data.documents import token_batches
+from qsae_kit.features.indexing import WORK
+from qsae_kit.io.interrupts import TERMINATED, Interrupts
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.world import world
 
 SITE = "blocks.2.hook_resid_post"
 CONFIG = TrainConfig("topk", sparsity=4, expansion=2, tokens=8192, batch=256, pool=1024)
@@ -43,7 +43,7 @@ def raise_at(rows, number):
 
 
 def test_an_interrupted_command_says_so_with_its_exit_code(tmp_path, monkeypatch):
-    from qsae_kit import fit
+    from qsae_kit.train import fit
 
     inner = fit.train_saes
     monkeypatch.setattr(

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from qsae_kit.jsonfiles import NESTING_LIMIT, lines_of, parse_json, read_json, read_text
+from qsae_kit.io.jsonfiles import NESTING_LIMIT, lines_of, parse_json, read_json, read_text
 
 LIMIT = 200_000
 

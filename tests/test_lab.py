@@ -8,9 +8,9 @@ import torch
 from small import small_suite
 
 from qsae_kit import Change, Condition, Steering, SteeringLab, answer_pair, token_table
-from qsae_kit.edits import applied
-from qsae_kit.features import token_features
-from qsae_kit.steering import read_steering
+from qsae_kit.attach import token_features
+from qsae_kit.lm.edits import applied
+from qsae_kit.steer.changes import read_steering
 
 PROMPT = "How do I thank the nurse?"
 

@@ -16,7 +16,8 @@ from urllib.parse import quote, unquote
 
 import pytest
 
-from qsae_kit import llm_client, openai_chat
+from qsae_kit import openai_chat
+from qsae_kit.features import llm_client
 
 ASKED = [{"role": "user", "content": "What is it?"}]
 KEY = "sk-Proj/0123456789+abc"

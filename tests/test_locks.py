@@ -25,8 +25,8 @@ from interrupted import (
     traced,
 )
 
-from qsae_kit.edits import applied
-from qsae_kit.locks import Hold
+from qsae_kit.lm.edits import applied
+from qsae_kit.lm.locks import Hold
 
 A, B, OWN = "blocks.1.hook_resid_post", "blocks.2.hook_resid_post", "blocks.3.hook_resid_post"
 SIZES = {A: 3.0, B: 5.0, OWN: 7.0}

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from qsae_kit.metrics import (
+from qsae_kit.metrics.reconstruction import (
     Reconstruction,
     compare,
     cross_entropy,

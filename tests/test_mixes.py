@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from qsae_kit import mixes
-from qsae_kit.benches import BENCHES
-from qsae_kit.mixes import (
+from qsae_kit.data import mixes
+from qsae_kit.data.benchmarks import BENCHES
+from qsae_kit.data.mixes import (
     Decontaminator,
     Manifest,
     Slot,

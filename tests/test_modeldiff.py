@@ -7,10 +7,10 @@ import torch
 from small import small_suite
 
 import qsae_kit
-from qsae_kit.activations import site_activations
-from qsae_kit.data import token_batches
-from qsae_kit.evaluate import evaluate_suite
-from qsae_kit.modeldiff import compare_models, most_changed
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import site_activations
+from qsae_kit.evaluate.evaluation import evaluate_suite
+from qsae_kit.evaluate.modeldiff import compare_models, most_changed
 
 CHATS = [
     [{"role": "user", "content": f"Which pet does {name} have?"}, {"role": "assistant", "content": "I do not know."}]

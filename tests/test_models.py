@@ -17,11 +17,11 @@ from transformers import (
 )
 
 from qsae_kit import load_model
-from qsae_kit.models import HookedLM
-from qsae_kit.plan import group_of, plan_groups
-from qsae_kit.recipe import default_recipe
-from qsae_kit.sources import TINY_WEIGHTS, public_name
-from qsae_kit.suite import suite_bytes
+from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.sources import TINY_WEIGHTS, public_name
+from qsae_kit.pipelines.suite import suite_bytes
+from qsae_kit.train.groups import group_of, plan_groups
+from qsae_kit.train.recipe import default_recipe
 
 PROMPTS = ["How do I thank the nurse?", "How do I cut the wood?", "How do I burn the teacher?"]
 

@@ -7,13 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsae_kit.behaviours import Answer, tiny_study
-from qsae_kit.chat import spoken
-from qsae_kit.choosing import decision_activations
-from qsae_kit.edits import Detector, applied
-from qsae_kit.judges import guard_judgements, read_judgement
-from qsae_kit.models import Generation
-from qsae_kit.outcomes import (
+from qsae_kit.lm.answering import (
     AnswerForm,
     KnownRows,
     answer_all,
@@ -27,8 +21,14 @@ from qsae_kit.outcomes import (
     sounds_sorry,
     surprise,
 )
-from qsae_kit.steering import add_direction
-from qsae_kit.tiny import world
+from qsae_kit.lm.chat import spoken
+from qsae_kit.lm.edits import Detector, applied
+from qsae_kit.lm.hooked import Generation
+from qsae_kit.steer.behaviours import Answer, tiny_study
+from qsae_kit.steer.changes import add_direction
+from qsae_kit.steer.choosing import decision_activations
+from qsae_kit.steer.judges import guard_judgements, read_judgement
+from qsae_kit.world import world
 
 LABELLED = json.loads((Path(__file__).parent / "data" / "labelled_answers.json").read_text(encoding="utf-8"))
 

@@ -5,8 +5,8 @@ import re
 import pandas as pd
 import pytest
 
-from qsae_kit.plots import controls_figure, dose_figure, plot_text, reconstruction_figure
-from qsae_kit.report import summary
+from qsae_kit.figures.basic import controls_figure, dose_figure, plot_text, reconstruction_figure
+from qsae_kit.steer.report import summary
 
 EVIL = '<img src=x onerror="window.PWN=1"> $x$ %{y} <b>bold</b>'
 

@@ -3,19 +3,34 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+import qsae_kit
+
 ROOT = Path(__file__).parent.parent
-# A module imports only from those before it.
-ORDER = (
-    "sites", "files", "writers", "jsonfiles", "interrupts", "chat", "tensorfiles", "modelfiles", "sources", "templates", "locks", "models", "edits", "data", "activations", "sae", "readers", "formats", "calibrate", "optim", "recipe", "plan",
-    "checkpoints", "train", "metrics", "baselines", "synthetic", "evaluate", "features", "tiny", "recovery", "index", "llm_client", "explain", "corpus",
-    "prompts", "steering", "answers", "outcomes", "dialogues", "choosing", "judges", "behaviours", "facts", "journal", "findings", "benches", "repeats", "study", "mixes", "modeldiff", "plots", "report", "interchange", "scaling", "eval_plots", "watch",
-    "widgets", "harvest", "fit", "score", "card", "suite", "demo", "cli",
-)  # fmt: skip
+HOUSE = ROOT / "qsae_kit"
+
+
+def table_of(heading):
+    """The rows of the first table below a heading of the house's README, without its header."""
+    text = (HOUSE / "README.md").read_text(encoding="utf-8").split(heading)[1]
+    lines = [line for line in text.split("\n\n|")[1].split("\n\n")[0].split("\n") if not set(line) <= set("|- ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def imports_of(path):
+    """The packages that a module imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "qsae_kit":
+            parts = node.module.split(".")[1:2] or [alias.name for alias in node.names]
+            found.update(parts)
+    return found
 
 
 def test_environment_yml_lists_what_pyproject_does():
@@ -25,21 +40,68 @@ def test_environment_yml_lists_what_pyproject_does():
     assert f"python{project['requires-python']}" in (ROOT / "environment.yml").read_text()
 
 
-def test_modules_import_downwards():
-    names = {p.stem for p in (ROOT / "qsae_kit").iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} - {
-        "__init__",
-        "__pycache__",
-    }
-    assert names == set(ORDER)
-    for path in (ROOT / "qsae_kit").rglob("*.py"):
-        module = path.relative_to(ROOT / "qsae_kit").parts[0].removesuffix(".py")
-        if module == "__init__":
-            continue
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("qsae_kit"):
-                parts = [node.module.split(".")[1]] if "." in node.module else [alias.name for alias in node.names]
-                for part in parts:
-                    assert ORDER.index(part) <= ORDER.index(module), f"{path.name} imports {part}"
+def test_packages_import_only_what_their_row_names():
+    allowed = {name: set(filter(None, row.split(", "))) for name, _, row in table_of("# The house")}
+    listed = {(module, package) for module, package, _ in table_of("## Not so yet")}
+    rooms = {p.stem for p in HOUSE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
+    assert rooms == set(allowed)
+    found = set()
+    for path in HOUSE.rglob("*.py"):
+        name = path.relative_to(HOUSE).as_posix()
+        room = name.split("/")[0].removesuffix(".py")
+        if room != "__init__":
+            found |= {(name, package) for package in imports_of(path) - {room} - allowed[room]}
+    assert found == listed
+
+
+def test_no_package_stands_on_itself():
+    allowed = {name: set(filter(None, row.split(", "))) for name, _, row in table_of("# The house")}
+    done = []
+    while len(done) < len(allowed):
+        free = [name for name in allowed if name not in done and allowed[name] <= set(done)]
+        assert free, f"a circle among {sorted(set(allowed) - set(done))}"
+        done += free
+
+
+def test_the_top_of_the_package_is_small_and_no_module_has_another_s_name():
+    top = [p.name for p in HOUSE.iterdir() if p.name != "__pycache__"]
+    assert len(top) <= 20, top
+    modules = [p.stem for p in HOUSE.rglob("*.py") if p.stem not in ("__init__", "__main__")]
+    assert [name for name in modules if modules.count(name) > 1] == []
+
+
+def test_the_face_loads_nothing_and_says_the_same_twice():
+    tree = ast.parse((HOUSE / "__init__.py").read_text(encoding="utf-8"))
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {node.module.removeprefix("qsae_kit."): tuple(a.name for a in node.names) for node in block.body}
+    assert typed == qsae_kit.HOMES
+    for name in qsae_kit.__all__:
+        assert getattr(qsae_kit, name) is not None
+        assert name in dir(qsae_kit)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        qsae_kit.nothing  # noqa: B018
+
+
+HEAVY = ("torch", "transformers", "pandas", "plotly", "numpy", "transformer_lens")
+
+
+def loaded_by(code):
+    """Which of the heavy modules a program loads."""
+    told = f"import sys; {code}; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    return done.stdout.split("\n")[-2].split()
+
+
+COMMANDS = ("", *("demo train eval sweep features steer suite diff inspect convert dialogues harvest".split()))
+
+
+def test_what_opens_at_once():
+    assert loaded_by("import qsae_kit") == []
+    assert "transformers" not in loaded_by("import qsae_kit.sae")
+    helps = "; ".join(f"runner.invoke(app, {[*command.split(), '--help']!r}, catch_exceptions=False)" for command in COMMANDS)
+    assert (
+        loaded_by(f"from typer.testing import CliRunner; from qsae_kit.cli.app import app; runner = CliRunner(); {helps}") == []
+    )
 
 
 def test_nothing_interprets_text_as_markup():

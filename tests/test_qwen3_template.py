@@ -13,10 +13,10 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from qsae_kit.chat import Phase, phases
-from qsae_kit.data import keep_mask, tokenize_document
-from qsae_kit.edits import POLICIES, Edit, applied, selected
-from qsae_kit.models import HookedLM, Now
+from qsae_kit.data.documents import keep_mask, tokenize_document
+from qsae_kit.lm.chat import Phase, phases
+from qsae_kit.lm.edits import POLICIES, Edit, applied, selected
+from qsae_kit.lm.hooked import HookedLM, Now
 
 HERE = Path(__file__).parent
 DIALOGUES = json.loads((HERE / "data" / "qwen3_dialogues.json").read_text(encoding="utf-8"))

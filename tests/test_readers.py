@@ -18,18 +18,18 @@ import releases
 import torch
 from typer.testing import CliRunner
 
-from qsae_kit import cli
-from qsae_kit.activations import NormFilter
-from qsae_kit.calibrate import calibrate
-from qsae_kit.data import TokenBatch, keep_mask, token_batches
-from qsae_kit.edits import applied
-from qsae_kit.evaluate import evaluate_suite, splice
-from qsae_kit.features import build_index
-from qsae_kit.formats import convert_suite, load_sae, load_suite, save_sae, save_suite
-from qsae_kit.readers import find_saes, inspect_suite, open_release, select
+from qsae_kit.attach import calibrate, splice
+from qsae_kit.cli import app as cli
+from qsae_kit.data.documents import TokenBatch, keep_mask, token_batches
+from qsae_kit.evaluate.evaluation import evaluate_suite
+from qsae_kit.features.indexing import build_index
+from qsae_kit.io.tensorfiles import TensorFile
+from qsae_kit.lm.edits import applied
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.releases import find_saes, inspect_suite, open_release, select
+from qsae_kit.sae.store import convert_suite, load_sae, load_suite, save_sae, save_suite
 from qsae_kit.sites import find_site
-from qsae_kit.steering import FeatureSet, add_features
-from qsae_kit.tensorfiles import TensorFile
+from qsae_kit.steer.changes import FeatureSet, add_features
 
 TESTS = Path(__file__).parent
 CHATS = [[{"role": "user", "content": f"How do I thank the nurse, {n} times?"}, {"role": "assistant", "content": "With a card."}]
@@ -401,7 +401,7 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, monkeypatch):
             raise OSError("No space left on device")
         save_sae(sae, folder)
 
-    monkeypatch.setattr("qsae_kit.formats.save_sae", fail)
+    monkeypatch.setattr("qsae_kit.sae.store.save_sae", fail)
     with pytest.raises(OSError, match="No space"):
         convert_suite(tmp_path / "release", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["release"]
@@ -573,7 +573,7 @@ def test_a_training_that_was_cut_off_is_no_release(tmp_path):
 PEAK = """
 import sys, torch, releases, mutations
 from pathlib import Path
-from qsae_kit.formats import load_suite
+from qsae_kit.sae.store import load_suite
 load_suite(releases.dictionary_learning(Path(sys.argv[2])).root)
 before = mutations.resident("VmRSS")
 Path("/proc/self/clear_refs").write_text("5")

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import qsae_kit
-from qsae_kit.chat import Phase
-from qsae_kit.edits import applied
-from qsae_kit.steering import add_direction
+from qsae_kit.lm.chat import Phase
+from qsae_kit.lm.edits import applied
+from qsae_kit.steer.changes import add_direction
 
 pytestmark = pytest.mark.real_model
 
@@ -46,6 +46,6 @@ def test_an_edit_reaches_the_policys_positions_only(smollm2):
         changed, _ = smollm2.run_with_cache(ids, mask, names_filter=[])
     plain, _ = smollm2.run_with_cache(ids, mask, names_filter=[])
     moved = (changed != plain).any(-1)[0]
-    phase = qsae_kit.chat.phases(ids, mask, smollm2.markers)[0]
+    phase = qsae_kit.lm.chat.phases(ids, mask, smollm2.markers)[0]
     assert moved[-1]
     assert not moved[phase == Phase.USER].any()

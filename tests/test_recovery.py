@@ -5,11 +5,11 @@ import pytest
 import torch
 from scipy.sparse import csr_matrix
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.recovery import Split, best_feature, best_of_k, f1_of, judge, pooled, probe, recover, split, summarise
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.tiny import concepts
 from qsae_kit.tiny.concepts import Units
+from qsae_kit.tiny.recovery import Split, best_feature, best_of_k, f1_of, judge, pooled, probe, recover, split, summarise
 
 
 def whole(scores, values):

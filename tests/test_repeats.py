@@ -6,10 +6,10 @@ import pandas as pd
 import pytest
 from small import small_suite
 
-from qsae_kit.behaviours import tiny_study
-from qsae_kit.outcomes import Asked, answer_all, answer_groups
-from qsae_kit.repeats import SAMPLING, answered_again, over_seeds
-from qsae_kit.steering import Change, Steering
+from qsae_kit.lm.answering import Asked, answer_all, answer_groups
+from qsae_kit.steer.behaviours import tiny_study
+from qsae_kit.steer.changes import Change, Steering
+from qsae_kit.steer.repeats import SAMPLING, answered_again, over_seeds
 
 MADE = tiny_study("refusal", 2, 6)
 STEERED = Steering((Change("add", "blocks.3.hook_resid_post", "v", (3, 5), strength=1.2, positions="header"),))

@@ -6,15 +6,16 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qsae_kit.activations import NormFilter
-from qsae_kit.formats import load_sae, load_suite, save_rows, save_sae, save_suite
-from qsae_kit.optim import Adam
+from qsae_kit.data.stored import save_rows
 from qsae_kit.sae import ARCHITECTURES, Provenance, jumprelu
 from qsae_kit.sae.base import State
 from qsae_kit.sae.batchtopk import BatchTopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.jumprelu import _Jump
 from qsae_kit.sae.matryoshka import PREFIXES
+from qsae_kit.sae.store import load_sae, load_suite, save_sae, save_suite
 from qsae_kit.sae.topk import TopKSAE
+from qsae_kit.train.optim import Adam
 
 SITE = "blocks.2.hook_mlp_out"
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -230,7 +231,7 @@ def test_a_failed_save_leaves_the_old_folder(tmp_path, monkeypatch):
     def fail(*_args, **_kwargs):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("qsae_kit.formats.save_file", fail)
+    monkeypatch.setattr("qsae_kit.io.tensorfiles.save_file", fail)
     with pytest.raises(OSError, match="No space"):
         save_sae(sae, tmp_path / "sae")
     assert (tmp_path / "sae" / "cfg.json").read_bytes() == before

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from qsae_kit.scaling import fit_scaling
+from qsae_kit.metrics.scaling import fit_scaling
 
 
 def points(noise=0.0, widths=(512, 1024, 2048, 4096), tokens=(10**5, 4 * 10**5, 16 * 10**5), floor=0.01):

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from qsae_kit import fit
-from qsae_kit.activations import NormFilter
-from qsae_kit.cli import app
-from qsae_kit.corpus import documents_of
-from qsae_kit.evaluate import check_fit
-from qsae_kit.formats import load_suite, save_sae
-from qsae_kit.recipe import TrainConfig
+from qsae_kit.attach import check_fit
+from qsae_kit.cli.app import app
+from qsae_kit.data.streams import documents_of
+from qsae_kit.evaluate.score import effective_rank, needed_l0, smallest_differences
 from qsae_kit.sae import JumpReLUSAE, Provenance, ReLUSAE, TopKSAE
-from qsae_kit.score import effective_rank, needed_l0, smallest_differences
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.store import load_suite, save_sae
 from qsae_kit.tiny import concepts
+from qsae_kit.train import fit
+from qsae_kit.train.recipe import TrainConfig
 
 SITE = "blocks.2.hook_resid_post"
 
@@ -125,7 +125,7 @@ def test_a_suite_with_its_baselines(run, tmp_path):
 def test_planted_concepts(run, tmp_path, monkeypatch):
     small = partial(concepts.build_corpus, n=700, seed=5)
     monkeypatch.setattr(concepts, "build_corpus", lambda lm: small(lm))
-    monkeypatch.setattr("qsae_kit.recovery.PERMUTATIONS", 5)
+    monkeypatch.setattr("qsae_kit.tiny.recovery.PERMUTATIONS", 5)
     done = qsae("eval", "--suite", run / "suite", "--tokens", "2000", "--concepts", "--out", tmp_path / "out")
     assert done.exit_code == 0, done.exception
     assert "Concepts told by one feature" in done.stdout

@@ -17,9 +17,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from qsae_kit import load_model, sources
-from qsae_kit.models import HookedLM
-from qsae_kit.sources import TINY_WEIGHTS
+from qsae_kit import load_model
+from qsae_kit.lm import sources
+from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.sources import TINY_WEIGHTS
 
 CODE = """
 from pathlib import Path

@@ -10,13 +10,14 @@ import torch
 from small import SITES, small_suite
 
 import qsae_kit
-from qsae_kit.activations import NormFilter, kept_rows
-from qsae_kit.choosing import best_cut, find_detector, peak_activations
-from qsae_kit.data import token_batches
-from qsae_kit.edits import POLICIES, Detector, Edit, applied, selected
-from qsae_kit.models import Now
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import kept_rows
+from qsae_kit.lm.edits import POLICIES, Detector, Edit, applied, selected
+from qsae_kit.lm.hooked import Now
 from qsae_kit.sae import JumpReLUSAE, Provenance
-from qsae_kit.steering import ACTIONS, Change, Condition, Steering, load_steering, read_steering
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.steer.changes import ACTIONS, Change, Condition, Steering, load_steering, read_steering
+from qsae_kit.steer.choosing import best_cut, find_detector, peak_activations
 
 PROMPTS = ["How do I thank the nurse?", "Which illness does Ada Reyes have?", "I want to cut the wood. How?"]
 

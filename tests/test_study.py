@@ -8,10 +8,21 @@ import pytest
 import torch
 from small import small_suite
 
-from qsae_kit import prompts as prompt_sets
-from qsae_kit.activations import NormFilter
-from qsae_kit.behaviours import Behaviour, Verdict, refusal, tiny_study
-from qsae_kit.choosing import (
+from qsae_kit.data import prompts as prompt_sets
+from qsae_kit.io.journal import Journal
+from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.steer.behaviours import Behaviour, Verdict, refusal, tiny_study
+from qsae_kit.steer.changes import (
+    Condition,
+    FeatureSet,
+    ablate_features,
+    add_features,
+    check_features,
+    clamp_features,
+    load_steering,
+)
+from qsae_kit.steer.choosing import (
     Contrast,
     FoundDetector,
     choose_features,
@@ -20,12 +31,9 @@ from qsae_kit.choosing import (
     fit_features,
     random_features,
 )
-from qsae_kit.findings import COLUMNS, verdict
-from qsae_kit.journal import Journal
-from qsae_kit.report import write_study
-from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.steering import Condition, FeatureSet, ablate_features, add_features, check_features, clamp_features, load_steering
-from qsae_kit.study import StudyConfig, _Lab, _Study, check_prompts, steered_sites, steering_study
+from qsae_kit.steer.findings import COLUMNS, verdict
+from qsae_kit.steer.report import write_study
+from qsae_kit.steer.study import StudyConfig, _Lab, _Study, check_prompts, steered_sites, steering_study
 
 SITE = "blocks.3.hook_resid_post"
 

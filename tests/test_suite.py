@@ -20,13 +20,11 @@ import torch
 from huggingface_hub.utils import filter_repo_objects
 from huggingface_hub.utils._paths import DEFAULT_IGNORE_PATTERNS
 
-from qsae_kit import card, load_index, load_model, suite
-from qsae_kit.behaviours import Verdict, refusal_prompts
-from qsae_kit.card import plain, push
-from qsae_kit.cli import main
-from qsae_kit.formats import load_suite
-from qsae_kit.study import StudyConfig
-from qsae_kit.suite import (
+from qsae_kit import load_index, load_model
+from qsae_kit.cli.app import main
+from qsae_kit.pipelines import card, suite
+from qsae_kit.pipelines.card import plain, push
+from qsae_kit.pipelines.suite import (
     STAGES,
     Record,
     Sizes,
@@ -42,6 +40,9 @@ from qsae_kit.suite import (
     suite_bytes,
     usual_goal,
 )
+from qsae_kit.sae.store import load_suite
+from qsae_kit.steer.behaviours import Verdict, refusal_prompts
+from qsae_kit.steer.study import StudyConfig
 
 SMALL = Sizes(
     1500, 2000, 6, 8, 1,
@@ -55,7 +56,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 import test_suite
-from qsae_kit import load_model, suite
+from qsae_kit import load_model
+from qsae_kit.pipelines import suite
 suite.sizes_for = lambda lm, config, tokens: test_suite.SMALL
 suite.make_suite(load_model("tiny"), Path(sys.argv[1]), test_suite.CONFIG, bar=False)
 """

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from qsae_kit.metrics import match
+from qsae_kit.evaluate.synthetic import Synthetic, SyntheticConfig, apart, score
+from qsae_kit.metrics.reconstruction import match
 from qsae_kit.sae import ReLUSAE
-from qsae_kit.synthetic import Synthetic, SyntheticConfig, apart, score
 
 SMALL = SyntheticConfig(n_features=128, d_model=64, families=3, max_prob=0.2, min_prob=0.02)
 

@@ -7,10 +7,10 @@ import time
 import pytest
 from transformers import AutoTokenizer
 
-from qsae_kit import templates
-from qsae_kit.models import HookedLM
-from qsae_kit.sources import TINY_WEIGHTS
-from qsae_kit.templates import within
+from qsae_kit.lm import templates
+from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.sources import TINY_WEIGHTS
+from qsae_kit.lm.templates import within
 
 CHAT = [{"role": "user", "content": "Hi"}]
 LOOPS = "{% for i in range(99999) %}" * 2 + "{% set k = i %}" + "{% endfor %}" * 2

@@ -8,10 +8,11 @@ import re
 import pytest
 import torch
 
-from qsae_kit.sources import TINY_WEIGHTS
-from qsae_kit.tiny import behaviour, lexicon, world
+from qsae_kit.lm.sources import TINY_WEIGHTS
+from qsae_kit.tiny import behaviour
 from qsae_kit.tiny.build import build_tokenizer, data_fingerprints, mixture_of, orthogonal, rate
-from qsae_kit.tiny.world import Draw
+from qsae_kit.world import lexicon, world
+from qsae_kit.world.world import Draw
 
 CARD = json.loads((TINY_WEIGHTS / "card.json").read_text())
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsae_kit.activations import Place, StoredRows
-from qsae_kit.formats import load_suite
-from qsae_kit.metrics import Reconstruction
-from qsae_kit.plan import plan_groups
-from qsae_kit.recipe import TrainConfig, default_recipe
-from qsae_kit.train import train_saes
+from qsae_kit.data.rows import Place, StoredRows
+from qsae_kit.metrics.reconstruction import Reconstruction
+from qsae_kit.sae.store import load_suite
+from qsae_kit.train.groups import plan_groups
+from qsae_kit.train.recipe import TrainConfig, default_recipe
+from qsae_kit.train.run import train_saes
 
 D, N_FEATURES = 24, 48
 SMALL = {"expansion": 4, "tokens": 40_000, "batch": 256, "pool": 4096, "lr": 3e-3}
@@ -263,7 +263,8 @@ def test_rows_that_are_not_finite_are_skipped_and_counted():
 
 KEEPING = """
 import resource, sys, torch
-from qsae_kit.plan import _status, kept_memory, return_freed_memory
+import qsae_kit.train.run  # as in a training: what is loaded decides how the heap lies
+from qsae_kit.io.memory import _status, kept_memory, return_freed_memory
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -344,7 +345,7 @@ KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
 import torch
-from qsae_kit.train import train_saes
+from qsae_kit.train.run import train_saes
 sys.path.insert(0, sys.argv[1])
 from test_train import VARIANTS, assert_same, source, weights
 

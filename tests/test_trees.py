@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from killing import SITE, make_suite_to_work_on
 from safetensors.torch import save_file
 
-from qsae_kit import suite as suites
-from qsae_kit.cli import main
-from qsae_kit.files import OWN
-from qsae_kit.mixes import ABOUT, DEALT, SLOTS
+from qsae_kit.cli.app import main
+from qsae_kit.data.mixes import ABOUT, DEALT, SLOTS
+from qsae_kit.io.files import OWN
+from qsae_kit.pipelines import suite as suites
 
 LIKE_OURS = [
     ".env.template", ".bashrc.original", ".git.archived", ".acts.safetensors.ab_9zz01", ".checkpoint-0-1.old", ".building", "old-tables",

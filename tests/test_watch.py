@@ -5,12 +5,12 @@ import importlib.util
 import pytest
 import torch
 
-from qsae_kit import watch
-from qsae_kit.activations import StoredRows
-from qsae_kit.plots import training_figure
-from qsae_kit.recipe import TrainConfig
-from qsae_kit.train import train_saes
-from qsae_kit.watch import LiveFigure, TensorBoard, WandB, read_log
+from qsae_kit.data.rows import StoredRows
+from qsae_kit.figures.basic import training_figure
+from qsae_kit.train import watch
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.train.run import train_saes
+from qsae_kit.train.watch import LiveFigure, TensorBoard, WandB, read_log
 
 SITES = ("blocks.0.hook_resid_post", "blocks.0.hook_attn_out")
 

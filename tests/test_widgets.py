@@ -11,17 +11,18 @@ import pytest
 import torch
 
 from qsae_kit import FeatureExplorer, LayerLoss, TokenActivations, TrainingMonitor, build_index, load_index
-from qsae_kit.activations import NormFilter, StoredRows, kept_rows
-from qsae_kit.data import token_batches
-from qsae_kit.features import IndexConfig
-from qsae_kit.recipe import TrainConfig
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import StoredRows, kept_rows
+from qsae_kit.features.indexing import IndexConfig
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.tiny import world
-from qsae_kit.train import train_saes
-from qsae_kit.widgets import base
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.train.run import train_saes
+from qsae_kit.widgets import widget as base
 from qsae_kit.widgets.explorer import sorted_places, split_query
 from qsae_kit.widgets.plots import library
 from qsae_kit.widgets.tokens import read_chat
+from qsae_kit.world import world
 
 SITES = ("blocks.1.hook_resid_post", "blocks.4.hook_mlp_out")
 

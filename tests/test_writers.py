@@ -13,9 +13,9 @@ import killing
 import pytest
 import torch
 
-from qsae_kit import writers
-from qsae_kit.cli import main
-from qsae_kit.writers import LOCK, only_writer, only_writer_of
+from qsae_kit.cli.app import main
+from qsae_kit.io import writers
+from qsae_kit.io.writers import LOCK, only_writer, only_writer_of
 
 
 @pytest.fixture

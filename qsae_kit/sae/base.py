@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from qsae_kit.activations import NormFilter
 from qsae_kit.sae import codes as sparse
 from qsae_kit.sae.codes import Codes, Select
+from qsae_kit.sae.filter import NormFilter
 
 
 @dataclass(frozen=True)

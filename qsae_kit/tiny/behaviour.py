@@ -8,10 +8,10 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from qsae_kit.metrics import wilson
-from qsae_kit.models import HookedLM
-from qsae_kit.tiny import lexicon, world
-from qsae_kit.tiny.world import Draw, Language, Request
+from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.metrics.reconstruction import wilson
+from qsae_kit.world import lexicon, world
+from qsae_kit.world.world import Draw, Language, Request
 
 
 class Measure(NamedTuple):

@@ -18,9 +18,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from qsae_kit.chat import Markers, Phase, find_markers, phases
-from qsae_kit.tiny import world
-from qsae_kit.tiny.world import Mixture
+from qsae_kit.lm.chat import Markers, Phase, find_markers, phases
+from qsae_kit.world import world
+from qsae_kit.world.world import Mixture
 
 SPECIAL = (
     "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "

@@ -25,10 +25,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.chat import Phase, phases
-from qsae_kit.models import HookedLM
-from qsae_kit.tiny import lexicon, world
-from qsae_kit.tiny.world import Dialogue, Draw
+from qsae_kit.lm.chat import Phase, phases
+from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.world import lexicon, world
+from qsae_kit.world.world import Dialogue, Draw
 
 TIERS = ("a", "b", "c", "d", "e", "f")
 MIN_POSITIVES = 100

@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import traitlets as T
 
-from qsae_kit.features import COLUMNS
-from qsae_kit.index import Example, FeatureIndex, FeaturePage, SiteFeatures
-from qsae_kit.widgets.base import View, source
+from qsae_kit.features.index import Example, FeatureIndex, FeaturePage, SiteFeatures
+from qsae_kit.features.indexing import COLUMNS
+from qsae_kit.widgets.widget import View, source
 
 BLOCK = 100
 """Rows that are sent at once."""
@@ -51,9 +51,9 @@ def split_query(query: str, columns: Sequence[str]) -> tuple[str, list[tuple[str
 class FeatureExplorer(View):
     """All features of an index's SAEs: sort, filter, search, and look at one.
 
-    index: `index.load_index`'s; opened with its model and suite, it also finds what fires on a text and what is near a
+    index: `features.index.load_index`'s; opened with its model and suite, it also finds what fires on a text and what is near a
     feature. Traits to observe: `selected`, the feature whose page is shown (-1: none), and `site`, the number of the SAE in
-    `index.keys`. The search box takes words, feature numbers, and conditions such as `density<0.01 max>3`.
+    `features.index.keys`. The search box takes words, feature numbers, and conditions such as `density<0.01 max>3`.
     """
 
     _esm = source("common.js", "explorer.js")

@@ -8,17 +8,17 @@ import plotly.graph_objects as go
 import traitlets as T
 from plotly.subplots import make_subplots
 
-from qsae_kit.plots import KIND_COLORS, KIND_NAMES, KIND_SYMBOLS, plot_text, reconstruction_figure, style
+from qsae_kit.figures.basic import KIND_COLORS, KIND_NAMES, KIND_SYMBOLS, plot_text, reconstruction_figure, style
 from qsae_kit.sites import parse_hook_name
-from qsae_kit.widgets.base import source
 from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.plots import PlotView
+from qsae_kit.widgets.widget import source
 
 
 def site_frontier(evaluation: pd.DataFrame, hook_name: str, variant: str, category: str = "all") -> go.Figure:
     """Sparsity against fidelity at one site: FVU and the rise of cross-entropy against L0, a mark a variant, one of them larger.
 
-    evaluation: the table of `evaluate.evaluate_suite`.
+    evaluation: the table of `evaluate.evaluation.evaluate_suite`.
     """
     rows = evaluation[(evaluation["category"] == category) & (evaluation["site"] == hook_name)].sort_values("l0")
     kind = parse_hook_name(hook_name).kind
@@ -45,7 +45,7 @@ def site_frontier(evaluation: pd.DataFrame, hook_name: str, variant: str, catego
 class LayerLoss(PlotView):
     """Reconstruction per layer and site over an evaluation, with the chosen site's sparsity and fidelity below.
 
-    evaluation: the table of `evaluate.evaluate_suite`. explorer: a `FeatureExplorer` that goes along to the chosen site.
+    evaluation: the table of `evaluate.evaluation.evaluate_suite`. explorer: a `FeatureExplorer` that goes along to the chosen site.
     `selected` ("variant/hook name") is a trait to observe; a click on a mark sets it, and so does the menu.
     """
 

@@ -9,10 +9,10 @@ import plotly.graph_objects as go
 import traitlets as T
 
 from qsae_kit.sae import SAE
-from qsae_kit.train import Progress
-from qsae_kit.watch import LiveFigure
-from qsae_kit.widgets.base import source
+from qsae_kit.train.run import Progress
+from qsae_kit.train.watch import LiveFigure
 from qsae_kit.widgets.plots import PlotView
+from qsae_kit.widgets.widget import source
 
 Suite: TypeAlias = dict[str, dict[str, SAE]]
 

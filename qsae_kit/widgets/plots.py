@@ -11,7 +11,7 @@ import plotly
 import plotly.graph_objects as go
 import traitlets as T
 
-from qsae_kit.widgets.base import View, source
+from qsae_kit.widgets.widget import View, source
 
 
 @functools.cache
@@ -45,7 +45,7 @@ class PlotView(View):
         code = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
         page = page.replace("<main></main>", f"<main></main>\n<script>{code}</script>", 1)
         if path is not None:
-            from qsae_kit.files import write_text
+            from qsae_kit.io.files import write_text
 
             write_text(Path(path), page)
         return page

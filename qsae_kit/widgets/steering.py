@@ -14,16 +14,16 @@ import pandas as pd
 import torch
 import traitlets as T
 
-from qsae_kit.answers import Pair, answer_pair, token_table
-from qsae_kit.edits import POLICIES, check_positions
-from qsae_kit.evaluate import check_fit
-from qsae_kit.features import Key, token_features
-from qsae_kit.index import FeatureIndex
-from qsae_kit.models import Generation, HookedLM, Step
+from qsae_kit.attach import check_fit, token_features
+from qsae_kit.features.index import FeatureIndex
+from qsae_kit.features.indexing import Key
+from qsae_kit.lm.edits import POLICIES, check_positions
+from qsae_kit.lm.hooked import Generation, HookedLM, Step
 from qsae_kit.sae import SAE
-from qsae_kit.steering import Action, Change, Steering, check_features, read_steering
-from qsae_kit.widgets.base import View, source
+from qsae_kit.steer.answers import Pair, answer_pair, token_table
+from qsae_kit.steer.changes import Action, Change, Steering, check_features, read_steering
 from qsae_kit.widgets.tokens import read_chat
+from qsae_kit.widgets.widget import View, source
 
 ACTIONS: tuple[str, ...] = tuple(action for action in get_args(Action) if action != "project_out")
 FOUND = 12

@@ -11,13 +11,13 @@ import pandas as pd
 import torch
 import traitlets as T
 
-from qsae_kit.data import ROLES, Document, tokenize_document
-from qsae_kit.evaluate import check_fit
-from qsae_kit.features import Key, token_features
-from qsae_kit.index import FeatureIndex
-from qsae_kit.models import HookedLM
+from qsae_kit.attach import check_fit, token_features
+from qsae_kit.data.documents import ROLES, Document, tokenize_document
+from qsae_kit.features.index import FeatureIndex
+from qsae_kit.features.indexing import Key
+from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
-from qsae_kit.widgets.base import View, source
+from qsae_kit.widgets.widget import View, source
 
 TOP, HEAT = 8, 16
 """Features that are shown of each token, and in the heat map."""

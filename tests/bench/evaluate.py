@@ -15,10 +15,10 @@ import plotly.express as px
 import torch
 
 from qsae_kit import default_recipe, evaluate_suite, load_model, sites_of
-from qsae_kit.activations import LiveRows
-from qsae_kit.baselines import untrained_saes
-from qsae_kit.corpus import documents_of
-from qsae_kit.data import held_out_batches, token_batches
+from qsae_kit.data.documents import held_out_batches, token_batches
+from qsae_kit.data.rows import LiveRows
+from qsae_kit.data.streams import documents_of
+from qsae_kit.train.baselines import untrained_saes
 
 TOKENS, SITES = (4_000, 8_000, 16_000, 32_000), (3, 6, 12, 18)
 

@@ -20,12 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import lab
 
 from qsae_kit import build_index, load_index, load_model
-from qsae_kit.activations import NormFilter, kept_rows
-from qsae_kit.corpus import stream_of
-from qsae_kit.data import token_batches
-from qsae_kit.features import IndexConfig
-from qsae_kit.formats import save_suite
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import kept_rows
+from qsae_kit.data.streams import stream_of
+from qsae_kit.features.indexing import IndexConfig
 from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.store import save_suite
 from qsae_kit.sites import Site
 
 REPEATS = 25

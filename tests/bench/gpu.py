@@ -24,13 +24,14 @@ import torch
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from qsae_kit.activations import LiveRows, NormFilter, kept_rows
-from qsae_kit.data import TokenBatch
-from qsae_kit.models import HookedLM, load_model
-from qsae_kit.optim import MOMENT_BYTES
-from qsae_kit.recipe import TrainConfig
+from qsae_kit.data.documents import TokenBatch
+from qsae_kit.data.rows import LiveRows, kept_rows
+from qsae_kit.lm.hooked import HookedLM, load_model
 from qsae_kit.sae.codes import Codes, path_name, select_top_k
-from qsae_kit.train import Normaliser, SiteTrainer, train_saes
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.train.optim import MOMENT_BYTES
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.train.run import Normaliser, SiteTrainer, train_saes
 
 
 def seconds(work: Callable[[], object], device: torch.device, repeats: int = 20) -> float:

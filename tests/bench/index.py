@@ -15,13 +15,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from qsae_kit.plots import style
+from qsae_kit.figures.basic import style
 
 
 def one(suite: Path, out: Path, tokens: int) -> None:
     from qsae_kit import IndexConfig, build_index, load_model, load_suite
-    from qsae_kit.corpus import stream_of
-    from qsae_kit.plan import Peak
+    from qsae_kit.data.streams import stream_of
+    from qsae_kit.io.memory import Peak
 
     lm, saes = load_model("tiny"), load_suite(suite)
     n = sum(bool(sae.checksum()) for own in saes.values() for sae in own.values())  # and the weights are in memory

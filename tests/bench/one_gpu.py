@@ -8,10 +8,10 @@ Computed, not measured. Assumed of an 80 GB H100: products at 35 % of 989 TFLOP/
 
 from typing import NamedTuple
 
-from qsae_kit import mixes
-from qsae_kit.plan import plan_groups
-from qsae_kit.study import StudyConfig
-from qsae_kit.suite import Sizes, Speeds, SuiteConfig, disk_bytes, recipe_for, stage_hours, suite_bytes
+from qsae_kit.data import mixes
+from qsae_kit.pipelines.suite import Sizes, Speeds, SuiteConfig, disk_bytes, recipe_for, stage_hours, suite_bytes
+from qsae_kit.steer.study import StudyConfig
+from qsae_kit.train.groups import plan_groups
 
 GPU_BYTES, FLOPS, BANDWIDTH, STEP = 80e9, 0.35 * 989e12, 2e12, 0.03
 

@@ -8,8 +8,8 @@ import argparse
 from pathlib import Path
 
 from qsae_kit import evaluate_suite, load_model, load_suite
-from qsae_kit.data import token_batches
-from qsae_kit.tiny import world
+from qsae_kit.data.documents import token_batches
+from qsae_kit.world import world
 
 TOKENS = 100_000
 

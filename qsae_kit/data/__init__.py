@@ -1,0 +1,1 @@
+"""Texts and chats become batches and rows; what a model brings along."""

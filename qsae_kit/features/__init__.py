@@ -1,0 +1,1 @@
+"""Suites and documents become an index to look things up in."""

@@ -1,0 +1,1 @@
+"""Tensors and counts become numbers; one name, one formula."""

@@ -1,0 +1,155 @@
+"""SAE folders and stored activations on disk: written in SAELens's layout (sae-lens >= 6), read from that and others.
+
+A folder holds `cfg.json` and `sae_weights.safetensors`; a suite is `<suite>/<variant>/<hook name>/`. What this package
+adds (median norm, filter, figures) sits in cfg.json's `metadata`, where SAELens keeps what it does not know.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from qsae_kit.io.files import atomic_folder, checked_name
+from qsae_kit.io.tensorfiles import write_tensors
+from qsae_kit.io.writers import only_writer_of
+from qsae_kit.sae import SAE
+from qsae_kit.sae.releases import find_saes, open_release, read_sae, select
+from qsae_kit.sites import parse_hook_name
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+
+
+def save_sae(sae: SAE, folder: Path) -> None:
+    """Writes one SAE folder, whole or not at all; other files that are in it stay.
+
+    Raises ValueError for an SAE without provenance or with values that are not finite, and while another process writes it.
+    """
+    origin = sae.provenance
+    if origin is None:
+        raise ValueError("This SAE has no provenance (site, model, filter); set sae.provenance before saving it.")
+    sae = sae.exported()
+    wrong = [name for name, tensor in sae.tensors().items() if not tensor.isfinite().all()]
+    if wrong:
+        raise ValueError(f"The SAE of {origin.hook_name} has values that are not finite in {', '.join(wrong)}; train it again.")
+    config = sae.describe() | {
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.54.12",
+            "model_name": origin.model_name,
+            "hook_name": origin.hook_name,
+            "hook_head_index": None,
+            "context_size": origin.context_size,
+            "prepend_bos": False,
+            "exclude_special_tokens": False,
+            "qsae_kit": {
+                "sparsity": sae.sparsity,
+                "median_norm": origin.filter.median if origin.filter.measured else None,
+                "norm_factor": origin.filter.factor,
+                "drop_template": origin.drop_template,
+                "tokens": origin.tokens,
+                "seed": origin.seed,
+                "figures": origin.figures,
+            },
+        },
+    }
+    with only_writer_of(folder), atomic_folder(folder) as part:
+        tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in sae.tensors().items()}
+        write_tensors(tensors, part / WEIGHTS)
+        (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+
+
+def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
+    """The SAE of a folder: one written by `save_sae` to the same bits, or one of another library (`readers`).
+
+    One of another library that names no site is given without provenance. Raises ValueError for a folder that holds none or
+    several, and for files that cannot be used.
+    """
+    release = open_release(Path(folder))
+    found = find_saes(release)
+    if len(found) > 1:
+        raise ValueError(f"{str(folder)!r} holds {len(found)} SAEs, the first in {found[0].weights!r}; give the folder of one.")
+    return read_sae(found[0], release.root, device)
+
+
+def iter_saes(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    variants: Sequence[str] = (),
+    hook_names: Sequence[str] = (),
+    model_name: str = "",
+) -> Iterator[tuple[str, SAE]]:
+    """Variant and SAE, one after another, as in `load_suite`, which holds all of them at once."""
+    release = open_release(source)
+    found = select(find_saes(release), variants, hook_names)
+    nameless = [one.weights for one in found if not one.hook_name]
+    if nameless:
+        raise ValueError(
+            f"{nameless[0]!r} of {str(source)!r} names no site; write metadata.hook_name into the {CONFIG} beside it."
+        )
+    root = release.fetch([one.weights for one in found])
+    for one in sorted(found, key=lambda one: (one.variant, parse_hook_name(one.hook_name).layer, one.hook_name)):
+        sae = read_sae(one, root, device)
+        assert sae.provenance is not None
+        if model_name:
+            sae.provenance = replace(sae.provenance, model_name=model_name)
+        yield one.variant, sae
+
+
+def load_suite(
+    source: str | Path,
+    device: str | torch.device = "cpu",
+    *,
+    variants: Sequence[str] = (),
+    hook_names: Sequence[str] = (),
+    model_name: str = "",
+) -> dict[str, dict[str, SAE]]:
+    """`{variant: {hook name: SAE}}` of a suite of ours or of a public release, sites in the model's order.
+
+    source: a folder, or the id of a repository on the hub, of which the weights that are wanted are fetched. The format is told
+    from the files (`readers`). variants, hook_names: only those (none given: all). model_name: instead of what the files say.
+    The SAEs of a public release have no median norm: `calibrate` them before they are used.
+    Raises ValueError where there is none, and for files that cannot be used.
+    """
+    suite: dict[str, dict[str, SAE]] = {}
+    for variant, sae in iter_saes(source, device, variants=variants, hook_names=hook_names, model_name=model_name):
+        assert sae.provenance is not None
+        suite.setdefault(variant, {})[sae.provenance.hook_name] = sae
+    return suite
+
+
+def save_suite(suite: dict[str, dict[str, SAE]], folder: Path) -> None:
+    """Writes `<folder>/<variant>/<hook name>/` for every SAE."""
+    for variant, saes in suite.items():
+        for hook_name, sae in saes.items():
+            save_sae(sae, suite_folder(folder, variant, hook_name))
+
+
+def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
+    """Where a suite keeps an SAE. Raises ValueError for names that would lead elsewhere."""
+    return folder / checked_name(variant, "A variant") / parse_hook_name(hook_name).hook_name
+
+
+def convert_suite(
+    source: str | Path, out: Path, *, variants: Sequence[str] = (), hook_names: Sequence[str] = (), model_name: str = ""
+) -> list[Path]:
+    """Writes a suite of a public release as one of ours, whole or not at all, an SAE in memory at a time; returns its folders.
+
+    Arguments as in `load_suite`. Raises ValueError for a folder that is not empty, and as `load_suite` does.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{str(out)!r} is not an empty folder; give another one, or remove it first.")
+    written = []
+    with only_writer_of(out), atomic_folder(out) as part:
+        for variant, sae in iter_saes(source, variants=variants, hook_names=hook_names, model_name=model_name):
+            assert sae.provenance is not None
+            folder = suite_folder(part, variant, sae.provenance.hook_name)
+            save_sae(sae, folder)
+            written.append(out / folder.relative_to(part))
+    return written

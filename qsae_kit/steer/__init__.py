@@ -1,0 +1,1 @@
+"""Features become edits, edits answers, answers a verdict."""

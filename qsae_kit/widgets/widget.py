@@ -1,0 +1,113 @@
+"""What all widgets share: their files, a status line, and an HTML page that works without a kernel.
+
+The JavaScript is `common.js` and the widget's own module, put together without a build step. Whatever comes from a model, a
+data set or a user reaches the page as JSON and is shown with `textContent`, so that it stays text.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import anywidget
+import traitlets as T
+from IPython.core.getipython import get_ipython
+
+from qsae_kit.io.files import write_text
+
+HERE = Path(__file__).parent
+
+
+def source(*names: str) -> str:
+    """The text of files beside this one, one after another."""
+    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
+
+
+def as_json(value: Any) -> str:
+    """JSON that is safe inside a script element."""
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    for sign in "<>&\u2028\u2029":
+        text = text.replace(sign, f"\\u{ord(sign):04x}")
+    return text
+
+
+_made: dict[str, tuple[str, list["View"]]] = {}
+"""By notebook cell: the run of it, and the widgets that the run made."""
+
+
+def _close_former(widget: "View") -> None:
+    """Closes what earlier runs of the running cell made: ipywidgets keeps every widget, and the page its model, for ever."""
+    shell = get_ipython()  # type: ignore[no-untyped-call]
+    parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
+    cell, run = parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id", "")
+    if parent.get("header", {}).get("msg_type") != "execute_request" or not cell:
+        return
+    former, widgets = _made.get(cell, (run, []))
+    if former != run:
+        for old in widgets:
+            old.layout.close()
+            old.close()
+        widgets = []
+    _made[cell] = (run, [*widgets, widget])
+
+
+class View(anywidget.AnyWidget):
+    """A widget of this package. When its cell is run again, the new one takes its place and this one is closed."""
+
+    _css = source("common.css")
+    status = T.Unicode("").tag(sync=True)
+    """A line below the widget: what it is doing, or what went wrong."""
+
+    def __init__(self, **traits: Any) -> None:
+        super().__init__(**traits)
+        _close_former(self)
+
+    def offline(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The state of a page without a kernel, and its answers: {op: {argument as text: reply}}."""
+        return {name: getattr(self, name) for name in self.trait_names(sync=True) if not name.startswith("_")}, {}
+
+    def to_html(self, path: str | Path | None = None) -> str:
+        """A page that needs neither kernel nor network; written to `path` where one is given."""
+        state, answers = self.offline()
+        hidden = {"layout", "tabbable", "tooltip"}
+        payload = as_json({"state": {k: v for k, v in state.items() if k not in hidden}, "answers": answers})
+        page = "\n".join(
+            [
+                "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
+                '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'; '
+                "script-src 'unsafe-inline'; img-src data:\">",
+                '<meta name="viewport" content="width=device-width">', f"<title>qsae_kit: {type(self).__name__}</title>",
+                f"<style>{self._css}\nbody{{margin:1em}}</style></head><body><main></main>",
+                f'<script type="application/json">{payload}</script>',
+                f'<script type="module">{self._esm}\n{source("offline.js")}</script>', "</body></html>", "",
+            ]
+        )  # fmt: skip
+        if path is not None:
+            write_text(Path(path), page)
+        return page
+
+    def fallback(self) -> str:
+        """Plain HTML, all of it escaped, for where widgets do not run."""
+        return ""
+
+    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
+        bundle = super()._repr_mimebundle_(**kwargs)
+        data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
+        if data and (html := self.fallback()):
+            data = {**data, "text/html": html}
+        return data, metadata
+
+    def complain(self, error: ValueError) -> None:
+        """Says what is wrong below the widget; and answers, for the same words twice are no change that the page is told of."""
+        self.status = str(error)
+        self.send({"op": "answered"})
+
+    def answer(self, message: Mapping[str, Any]) -> None:
+        """What the page asks for; errors go to the status line, where a cell would not show them."""
+        try:
+            self.handle(message)
+        except ValueError as error:
+            self.complain(error)
+
+    def handle(self, message: Mapping[str, Any]) -> None:
+        """Answers one message of the page."""

@@ -1,0 +1,1 @@
+"""A generated world whose causes are known; plain Python."""
