@@ -17,7 +17,7 @@ from qsae_kit.data.rows import StoredRows
 from qsae_kit.features import indexing as builds
 from qsae_kit.features.index import FeatureIndex
 from qsae_kit.features.indexing import EXAMPLES, FEATURES, IndexConfig, read_manifest
-from qsae_kit.io.checkpoints import LOG, STATE, Checkpoints
+from qsae_kit.io.checkpoints import LOG, STATE, Checkpoints, delete_checkpoint
 from qsae_kit.io.journal import Journal
 from qsae_kit.pipelines.card import published
 from qsae_kit.pipelines.suite import RECORD, Record, read_plan
@@ -226,10 +226,13 @@ def test_a_checkpoint_with_others_files_and_names(tmp_path):
     path.write_text(json.dumps({**told, "files": ["x", "../../outside"]}))
     with pytest.raises(ValueError, match="has the name"):
         checkpoints.save({"group": 0, "rows": 2}, {})
-    for odd in (5, [5], {}):
-        (path.parent / "x.safetensors").touch()
-        path.write_text(json.dumps({**told, "files": odd}))
-        Checkpoints(tmp_path / "odd", {"a": 1})._found()
+    for number, odd in enumerate((5, [5], {})):
+        home = tmp_path / "odd" / f"checkpoint-0-{number}"
+        home.mkdir(parents=True)
+        (home / STATE).write_text(json.dumps({**told, "files": odd}))
+        (home / "x.safetensors").touch()
+        delete_checkpoint(home)  # what the state does not name is not taken away
+        assert [p.name for p in home.iterdir()] == ["x.safetensors"]
     path.write_text(json.dumps(told))
     checkpoints.save({"group": 0, "rows": 3}, {})
     assert outside.exists()

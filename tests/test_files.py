@@ -414,7 +414,7 @@ def interrupted(path):
 
 def test_a_write_that_is_interrupted_leaves_what_was_there(tmp_path):
     write_text(tmp_path / "a", "old")
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a worker of tests ignores it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt):
             interrupted(tmp_path / "a")
