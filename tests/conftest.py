@@ -12,6 +12,7 @@ with install_import_hook("qsae_kit", "typecheck.check"):
     import qsae_kit
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session")
@@ -28,6 +29,13 @@ def _no_hooks_left(request):
         model = request.getfixturevalue("lm")
         assert not model.list_hooks()
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.hf.modules())
+
+
+@pytest.fixture(autouse=True)
+def _gradients_stay_on():
+    """An interrupt within torch's own `no_grad` leaves gradients off: no test hands that to the next."""
+    yield
+    torch.set_grad_enabled(True)
 
 
 @pytest.fixture

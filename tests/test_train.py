@@ -90,6 +90,14 @@ def test_training_is_deterministic_under_a_seed():
         assert not torch.equal(one[site].W_enc, other[replace(config, seed=1).variant][site].W_enc)
 
 
+def test_training_needs_no_gradients_switched_on():
+    options = {"model_name": "t", "bar": False}
+    one = train_saes(source(n=4096), [replace(VARIANTS[0], tokens=4096)], **options)
+    with torch.no_grad():  # what an interrupt within torch's own `no_grad` leaves behind
+        other = train_saes(source(n=4096), [replace(VARIANTS[0], tokens=4096)], **options)
+    assert_same(weights(one), weights(other))
+
+
 def test_sinks_are_kept_out_of_training():
     config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 20_000})
     sae = train_saes(source(sinks=True), [config], model_name="t", bar=False)[config.variant]["blocks.0.hook_resid_post"]

@@ -112,6 +112,7 @@ class SiteTrainer:
         self.sae.train()
         return 1 - float(torch.isin(*places).float().mean()) if len(places[0]) else 0.0
 
+    @torch.enable_grad()  # an interrupt while torch leaves `no_grad` keeps gradients off for good
     def step(self, x: Float[Tensor, "row d_model"], progress: float) -> None:
         """One optimiser step on raw rows; sinks and rows that are not finite are left out and counted."""
         given = len(x)
