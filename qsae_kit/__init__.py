@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from qsae_kit.features.explain import explain, openai_chat
     from qsae_kit.features.index import FeatureIndex, load_index
     from qsae_kit.features.indexing import IndexConfig, build_index
-    from qsae_kit.figures.basic import controls_figure, dose_figure, reconstruction_figure, training_figure
+    from qsae_kit.figures.basic import (
+        controls_figure,
+        dose_figure,
+        reconstruction_figure,
+        training_figure,
+    )
     from qsae_kit.figures.frontiers import (
         baseline_figure,
         concept_figure,
@@ -47,7 +52,13 @@ if TYPE_CHECKING:
     from qsae_kit.train.recipe import TrainConfig, default_recipe
     from qsae_kit.train.run import train_saes
     from qsae_kit.train.watch import LiveFigure, read_log
-    from qsae_kit.widgets import FeatureExplorer, LayerLoss, SteeringLab, TokenActivations, TrainingMonitor
+    from qsae_kit.widgets import (
+        FeatureExplorer,
+        LayerLoss,
+        SteeringLab,
+        TokenActivations,
+        TrainingMonitor,
+    )
 
 HOMES = {
     # the model
@@ -70,34 +81,34 @@ HOMES = {
     "evaluate.evaluation": ("evaluate_suite",),
     "metrics.scaling": ("fit_scaling",),
     "figures.basic": ("controls_figure", "dose_figure", "reconstruction_figure", "training_figure"),
-    "figures.frontiers": (
-        "baseline_figure",
-        "concept_figure",
-        "frontier_figure",
-        "needed_l0_figure",
-        "recovery_by_frequency_figure",
-        "scaling_figure",
+    "figures.frontiers": tuple(
+        (
+            "baseline_figure concept_figure frontier_figure needed_l0_figure "
+            "recovery_by_frequency_figure scaling_figure"
+        ).split()
     ),
     # features
     "features.indexing": ("IndexConfig", "build_index"),
     "features.index": ("FeatureIndex", "load_index"),
     "features.explain": ("explain", "openai_chat"),
     # steering
-    "steer.changes": (
-        "Change",
-        "Condition",
-        "Steering",
-        "ablate_features",
-        "add_direction",
-        "add_features",
-        "clamp_features",
-        "load_steering",
+    "steer.changes": tuple(
+        (
+            "Change Condition Steering ablate_features add_direction add_features clamp_features "
+            "load_steering"
+        ).split()
     ),
     "steer.answers": ("answer_pair", "token_table"),
     "steer.behaviours": ("Behaviour", "refusal", "tiny_study"),
     "steer.study": ("StudyConfig", "steering_study"),
     # widgets
-    "widgets": ("FeatureExplorer", "LayerLoss", "SteeringLab", "TokenActivations", "TrainingMonitor"),
+    "widgets": (
+        "FeatureExplorer",
+        "LayerLoss",
+        "SteeringLab",
+        "TokenActivations",
+        "TrainingMonitor",
+    ),
     # the whole way
     "pipelines.demo": ("DemoConfig", "default_config", "run_demo"),
 }

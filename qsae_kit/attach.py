@@ -1,4 +1,6 @@
-"""What releases of SAEs do not say, measured on the model that they are used on: the median norm of every site."""
+"""What releases of SAEs do not say, measured on the model that they are used on: the median norm of
+every site.
+"""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -21,22 +23,35 @@ ROWS = 8192
 
 
 @torch.no_grad()
-def calibrate(lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], batches: Iterable[TokenBatch], rows: int = ROWS) -> int:
-    """Gives every SAE of a suite that has no median norm the one of its site, in place; returns the tokens it was taken of.
+def calibrate(
+    lm: HookedLM,
+    suite: Mapping[str, Mapping[str, SAE]],
+    batches: Iterable[TokenBatch],
+    rows: int = ROWS,
+) -> int:
+    """Gives every SAE of a suite that has no median norm the one of its site, in place; returns the
+    tokens it was taken of.
 
-    batches: tokens of the model such as it will be used on; as many are passed as give `rows` kept ones, none where all SAEs
-    have their median. Position 0 is never among them. Where a release does not say how many features a token fire either, the
-    sparsity becomes the mean of those that fire on these tokens. Raises ValueError for batches without tokens.
+    batches: tokens of the model such as it will be used on; as many are passed as give `rows` kept
+    ones, none where all SAEs have their median. Position 0 is never among them. Where a release
+    does not say how many features a token fire either, the sparsity becomes the mean of those that
+    fire on these tokens. Raises ValueError for batches without tokens.
     """
     unmeasured = [
-        sae for saes in suite.values() for sae in saes.values() if sae.provenance and not sae.provenance.filter.measured
+        sae
+        for saes in suite.values()
+        for sae in saes.values()
+        if sae.provenance and not sae.provenance.filter.measured
     ]
     if not unmeasured:
         return 0
     names = list(dict.fromkeys(sae.provenance.hook_name for sae in unmeasured if sae.provenance))
     lm.check_hook_names(names)
     if wrong := [sae.d_in for sae in unmeasured if sae.d_in != lm.d_model]:
-        raise ValueError(f"An SAE has width d_in={wrong[0]}, but {lm.model_name!r} has d_model={lm.d_model}; give its own model.")
+        raise ValueError(
+            f"An SAE has width d_in={wrong[0]}, but {lm.model_name!r} has d_model={lm.d_model};"
+            " give its own model."
+        )
     without_l0 = [sae for sae in unmeasured if sae.sparsity == sae.d_sae]
     counted = {sae.provenance.hook_name for sae in without_l0 if sae.provenance}
     norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -56,10 +71,15 @@ def calibrate(lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], batches: Ite
     for sae in unmeasured:
         assert sae.provenance is not None
         median = float(torch.cat(norms[sae.provenance.hook_name]).nanmedian())
-        sae.provenance = replace(sae.provenance, filter=NormFilter(median, sae.provenance.filter.factor))
+        sae.provenance = replace(
+            sae.provenance, filter=NormFilter(median, sae.provenance.filter.factor)
+        )
     for sae in without_l0:
         assert sae.provenance is not None
-        parts = [x[sae.provenance.filter.keeps(x)].to(sae.b_dec.device) for x in kept[sae.provenance.hook_name]]
+        parts = [
+            x[sae.provenance.filter.keeps(x)].to(sae.b_dec.device)
+            for x in kept[sae.provenance.hook_name]
+        ]
         fired = sum(int((sae.encode(some) > 0).sum()) for x in parts for some in x.split(256))
         sae.sparsity = max(1.0, fired / max(1, sum(map(len, parts))))
     return taken
@@ -69,8 +89,14 @@ def _first(lm: HookedLM, documents: Callable[[], Iterable[Document]]) -> Iterato
     yield from token_batches(lm, documents())  # made only where something is to be measured
 
 
-def fit_to_model(lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], documents: Callable[[], Iterable[Document]]) -> int:
-    """Moves a suite to the model's device and calibrates it on the first of some documents; returns the tokens measured."""
+def fit_to_model(
+    lm: HookedLM,
+    suite: Mapping[str, Mapping[str, SAE]],
+    documents: Callable[[], Iterable[Document]],
+) -> int:
+    """Moves a suite to the model's device and calibrates it on the first of some documents; returns
+    the tokens measured.
+    """
     for saes in suite.values():
         for sae in saes.values():
             sae.to(lm.device)
@@ -78,30 +104,46 @@ def fit_to_model(lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], documents
 
 
 def check_measured(sae: SAE) -> None:
-    """ValueError for an SAE without the median norm that its token filter and the strength of an edit are multiples of."""
+    """ValueError for an SAE without the median norm that its token filter and the strength of an
+    edit are multiples of.
+    """
     if sae.provenance is not None and not sae.provenance.filter.measured:
         raise ValueError(
-            f"The SAE of {sae.provenance.hook_name} has no median norm, since its release names none; measure it first: "
-            "qsae_kit.calibrate(lm, suite, qsae_kit.token_batches(lm, dialogues))."
+            f"The SAE of {sae.provenance.hook_name} has no median norm, since its release names"
+            " none; measure it first: qsae_kit.calibrate(lm, suite, qsae_kit.token_batches(lm,"
+            " dialogues))."
         )
 
 
 def check_fit(lm: HookedLM, sae: SAE) -> None:
-    """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the site's median norm."""
+    """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the
+    site's median norm.
+    """
     if sae.provenance is None:
         raise ValueError("This SAE names no site; load it from its folder.")
     site, trained_on = parse_hook_name(sae.provenance.hook_name), sae.provenance.model_name
-    if trained_on not in ("", "stored") and Path(trained_on).name != Path(lm.model_name).name:  # the same model may lie elsewhere
-        raise ValueError(f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}; give the SAE's own model.")
+    # the same model may lie elsewhere
+    if trained_on not in ("", "stored") and Path(trained_on).name != Path(lm.model_name).name:
+        raise ValueError(
+            f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}; give the SAE's own"
+            " model."
+        )
     if site.layer >= lm.n_layers:
-        raise ValueError(f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to {lm.n_layers - 1}.")
+        raise ValueError(
+            f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to"
+            f" {lm.n_layers - 1}."
+        )
     if sae.d_in != lm.d_model:
-        raise ValueError(f"The SAE has width d_in={sae.d_in}, but {lm.model_name!r} has d_model={lm.d_model}.")
+        raise ValueError(
+            f"The SAE has width d_in={sae.d_in}, but {lm.model_name!r} has d_model={lm.d_model}."
+        )
     check_measured(sae)
 
 
 def splice(sae: SAE, keep: Tensor) -> Edit:
-    """Replaces a site's activations by their reconstruction at the kept tokens that pass the SAE's norm filter."""
+    """Replaces a site's activations by their reconstruction at the kept tokens that pass the SAE's
+    norm filter.
+    """
     assert sae.provenance is not None
     norms = sae.provenance.filter
 
@@ -115,14 +157,22 @@ def splice(sae: SAE, keep: Tensor) -> Edit:
 
 
 def constant(sae: SAE, keep: Tensor, value: Tensor | float) -> Edit:
-    """Sets a site's activations to a value (0, or a mean [d_model]) at the tokens that `splice` would replace."""
+    """Sets a site's activations to a value (0, or a mean [d_model]) at the tokens that `splice`
+    would replace.
+    """
     assert sae.provenance is not None
     norms = sae.provenance.filter
-    return Edit(sae.provenance.hook_name, lambda x: torch.where(norms.keeps(x)[..., None], value - x, 0.0), keep)
+    return Edit(
+        sae.provenance.hook_name,
+        lambda x: torch.where(norms.keeps(x)[..., None], value - x, 0.0),
+        keep,
+    )
 
 
 @torch.no_grad()
-def token_features(lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]) -> list[Float[Tensor, "pos d_sae"]]:
+def token_features(
+    lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]
+) -> list[Float[Tensor, "pos d_sae"]]:
     """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
     assert sae.provenance is not None
     out: list[Tensor] = []

@@ -3,7 +3,8 @@
 import re
 from typing import NamedTuple
 
-# Adding a site means adding a row here; HookedLM has the hook point if its name is a TransformerLens one.
+# Adding a site means adding a row here; HookedLM has the hook point if its name is a
+# TransformerLens one.
 HOOKS = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "attn": "hook_attn_out"}
 
 
@@ -24,7 +25,8 @@ def parse_hook_name(hook_name: str) -> Site:
     kinds = {hook: kind for kind, hook in HOOKS.items()}
     if match is None or match[2] not in kinds:
         raise ValueError(
-            f"{hook_name!r} is not a site; allowed are blocks.<layer>.<hook> with hook one of {', '.join(HOOKS.values())}."
+            f"{hook_name!r} is not a site; allowed are blocks.<layer>.<hook> with hook one of"
+            f" {', '.join(HOOKS.values())}."
         )
     return Site(kinds[match[2]], int(match[1]))
 
@@ -39,14 +41,21 @@ MODULES = {
     "self_attn": "attn",
     "attention": "attn",
 }
-SUBMODULES = {"resid_post": "resid", "resid_out": "resid", "mlp_out": "mlp", "attn_out": "attn", "attention_out": "attn"}
+SUBMODULES = {
+    "resid_post": "resid",
+    "resid_out": "resid",
+    "mlp_out": "mlp",
+    "attn_out": "attn",
+    "attention_out": "attn",
+}
 
 
 def find_site(name: str) -> Site:
     """The site under the name that another library gives it; ValueError for one that is none here.
 
-    Known are TransformerLens's hook names (`blocks.9.hook_resid_pre` is the residual stream after layer 8), modules of Hugging
-    Face models (`model.layers.9`, `layers.9.mlp`: their output) and dictionary_learning's `resid_post_layer_9`.
+    Known are TransformerLens's hook names (`blocks.9.hook_resid_pre` is the residual stream after
+    layer 8), modules of Hugging Face models (`model.layers.9`, `layers.9.mlp`: their output) and
+    dictionary_learning's `resid_post_layer_9`.
     """
     if match := re.fullmatch(r"(?:\w+\.)*(?:layers|h|blocks)\.(\d{1,4})(?:\.(\w+))?", name):
         layer, module = int(match[1]), match[2] or ""
@@ -58,8 +67,9 @@ def find_site(name: str) -> Site:
     elif (match := re.fullmatch(r"(\w+)_layer_(\d{1,4})", name)) and match[1] in SUBMODULES:
         return Site(SUBMODULES[match[1]], int(match[2]))
     raise ValueError(
-        f"{name!r} is not a site that SAEs can be used at; known are the residual stream after a layer, the MLP output and the "
-        f"attention output: blocks.<layer>.<hook> with hook one of {', '.join(HOOKS.values())}, or layers.<layer>[.mlp|.self_attn]."
+        f"{name!r} is not a site that SAEs can be used at; known are the residual stream after a"
+        " layer, the MLP output and the attention output: blocks.<layer>.<hook> with hook one of"
+        f" {', '.join(HOOKS.values())}, or layers.<layer>[.mlp|.self_attn]."
     )
 
 
@@ -68,14 +78,18 @@ def parse_kinds(text: str) -> list[str]:
     kinds = [part.strip() for part in text.split(",") if part.strip()]
     for kind in kinds:
         if kind not in HOOKS:
-            raise ValueError(f"There is no site {kind!r}; choose from {', '.join(HOOKS)} (comma-separated).")
+            raise ValueError(
+                f"There is no site {kind!r}; choose from {', '.join(HOOKS)} (comma-separated)."
+            )
     if not kinds:
         raise ValueError(f"No site was given; choose from {', '.join(HOOKS)} (comma-separated).")
     return list(dict.fromkeys(kinds))
 
 
 def parse_layers(text: str, n_layers: int) -> list[int]:
-    """ "all", "0,2" or "1-3" -> sorted layer numbers; ValueError for one that the model does not have."""
+    """ "all", "0,2" or "1-3" -> sorted layer numbers; ValueError for one that the model does not
+    have.
+    """
     if text.strip() == "all":
         return list(range(n_layers))
     layers: set[int] = set()
@@ -85,7 +99,9 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
             raise ValueError(f'Layers {text!r} cannot be read; write "all", "0,2" or "1-3".')
         layers.update(range(int(match[1]), int(match[2] or match[1]) + 1))
     if not layers or max(layers) >= n_layers:
-        raise ValueError(f"Layers {text!r} were asked for, but this model has layers 0 to {n_layers - 1}.")
+        raise ValueError(
+            f"Layers {text!r} were asked for, but this model has layers 0 to {n_layers - 1}."
+        )
     return sorted(layers)
 
 

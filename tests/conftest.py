@@ -23,7 +23,9 @@ def lm() -> "qsae_kit.HookedLM":
 
 @pytest.fixture(autouse=True)
 def _no_hooks_left(request):
-    """Every test leaves the bundled model without a hook, on its hook points and on the HF modules."""
+    """Every test leaves the bundled model without a hook, on its hook points and on the HF
+    modules.
+    """
     yield
     if "lm" in request.fixturenames:
         model = request.getfixturevalue("lm")
@@ -33,7 +35,9 @@ def _no_hooks_left(request):
 
 @pytest.fixture(autouse=True)
 def _gradients_stay_on():
-    """An interrupt within torch's own `no_grad` leaves gradients off: no test hands that to the next."""
+    """An interrupt within torch's own `no_grad` leaves gradients off: no test hands that to the
+    next.
+    """
     yield
     torch.set_grad_enabled(True)
 

@@ -1,4 +1,6 @@
-"""Interrupts at every place of what enters, runs and leaves the model, and what they leave behind."""
+"""Interrupts at every place of what enters, runs and leaves the model, and what they leave
+behind.
+"""
 
 import contextlib
 import contextvars
@@ -115,7 +117,18 @@ def places(lm: HookedLM, known: References) -> dict[str, Callable[[], object]]:
         with lm.hooks([(SITE, lambda x, hook: None)], [(SITE, lambda x, hook: None)]):
             pass
 
-    acts = (enter_and_leave, forward, nested, stacked, generate, stream, closed, later, cached, both_ways)
+    acts = (
+        enter_and_leave,
+        forward,
+        nested,
+        stacked,
+        generate,
+        stream,
+        closed,
+        later,
+        cached,
+        both_ways,
+    )
     return {act.__name__.replace("_", " "): act for act in acts}
 
 
@@ -127,7 +140,9 @@ class Late(Exception):
 
 
 def traced(act: Callable[[], object], n: int = 0) -> tuple[BaseException | None, int]:
-    """Runs `act`, with a KeyboardInterrupt at its n-th event (0: none) in the files; the error, and how many there were."""
+    """Runs `act`, with a KeyboardInterrupt at its n-th event (0: none) in the files; the error, and
+    how many there were.
+    """
     seen = 0
 
     def look(frame, event, arg):
@@ -218,7 +233,10 @@ def in_time(seconds: float = IN_TIME) -> Iterator[None]:
 
 def remains(lm: HookedLM) -> bool:
     """Whether a hook, or a layer's replaced `forward`, is on the model."""
-    points = any(p._forward_hooks or p._backward_hooks or p.fwd_hooks or p.bwd_hooks for p in lm.hook_points())
+    points = any(
+        p._forward_hooks or p._backward_hooks or p.fwd_hooks or p.bwd_hooks
+        for p in lm.hook_points()
+    )
     modules = any(m._forward_hooks or m._forward_pre_hooks for m in lm.hf.modules())
     return points or modules or any("forward" in layer.__dict__ for layer in lm.hf.model.layers)
 
@@ -259,7 +277,8 @@ def interrupted(
     keep: bool = False,
     collect: bool = False,
 ) -> Left | None:
-    """Interrupts in a context of its own and looks what was left; None where the interrupt came too late.
+    """Interrupts in a context of its own and looks what was left; None where the interrupt came too
+    late.
 
     keep: the traceback, as IPython does in `sys.last_value`.
     collect: garbage, before looking: ExitStack makes cycles with a traceback.

@@ -1,5 +1,5 @@
-"""Every Triton kernel: `python tests/kernels_check.py compile` for Hopper, without one; or against the plain path in
-float64, on `cpu` (interpreted) or `cuda`.
+"""Every Triton kernel: `python tests/kernels_check.py compile` for Hopper, without one; or against
+the plain path in float64, on `cpu` (interpreted) or `cuda`.
 """
 
 import sys
@@ -46,7 +46,9 @@ def largest(device, rows, columns, k, dtype):
     pre[1, : columns // 2] = 0.5  # many ties
     found = kernels.largest(pre, k)
     assert found.shape == (rows, k)
-    assert all(len(set(line)) == k and min(line) >= 0 and max(line) < columns for line in found.tolist())
+    assert all(
+        len(set(line)) == k and min(line) >= 0 and max(line) < columns for line in found.tolist()
+    )
     expected = pre.topk(k, dim=-1).values
     assert torch.equal(pre.gather(1, found).sort(descending=True).values, expected)
 
@@ -60,7 +62,9 @@ def update(device, rows, width, unit, moments):
         grad = torch.randn(rows, width, generator=g).to(device)
         squares, along = kernels.row_norms(grad, p, unit)
         size, floor = 0.01 / (1 - 0.9**step), (1 - 0.999**step) ** 0.5
-        kernels.adam_rows(p, grad, first, second, along if unit else None, 0.5, size, floor, (0.9, 0.999), step)
+        kernels.adam_rows(
+            p, grad, first, second, along if unit else None, 0.5, size, floor, (0.9, 0.999), step
+        )
         g2 = grad.double()
         g2 = g2 - (g2 * p2).sum(-1, keepdim=True) * p2 if unit else g2
         near(squares, g2.pow(2).sum(-1))
@@ -91,15 +95,53 @@ def compile_all():
     f32, i64 = "*fp32", "*i64"
     for t in ("*bf16", "*fp32"):
         sizes = {"BLOCK": 1024, "AT_ONCE": 4}
-        rows = {"param": f32, "grad": f32, "first": t, "second": t, "along": f32, "width": "i32", "clip": "fp32"}
+        rows = {
+            "param": f32,
+            "grad": f32,
+            "first": t,
+            "second": t,
+            "along": f32,
+            "width": "i32",
+            "clip": "fp32",
+        }
         rows |= dict.fromkeys(("size", "floor", "b1", "b2"), "fp32") | {"seed": "i32"}
-        gathered = {"out": f32, "table": t, "index": i64, "weight": f32, "offsets": i64, "width": "i32"}
-        dotted = {"out": f32, "x": t, "table": t, "rows": i64, "index": i64, "n": "i32", "width": "i32"}
-        missed = {"error": t, "squares": f32, "dots": f32, "x": f32, "bias": f32, "table": t, "index": i64, "value": f32}
+        gathered = {
+            "out": f32,
+            "table": t,
+            "index": i64,
+            "weight": f32,
+            "offsets": i64,
+            "width": "i32",
+        }
+        dotted = {
+            "out": f32,
+            "x": t,
+            "table": t,
+            "rows": i64,
+            "index": i64,
+            "n": "i32",
+            "width": "i32",
+        }
+        missed = {
+            "error": t,
+            "squares": f32,
+            "dots": f32,
+            "x": f32,
+            "bias": f32,
+            "table": t,
+            "index": i64,
+            "value": f32,
+        }
         missed |= {"offsets": i64, "width": "i32"}
         bits = {"*bf16": "*i16", "*fp32": "*i32"}[t]
         chosen = {"out": i64, "pre": bits, "k": "i32", "width": "i32", "blocks": "i32"}
-        blocks = {"BITS": 16 if bits == "*i16" else 32, "BLOCKS": 2048, "SIZE": 16, "K": 64, "AT_ONCE": 4}
+        blocks = {
+            "BITS": 16 if bits == "*i16" else 32,
+            "BLOCKS": 2048,
+            "SIZE": 16,
+            "K": 64,
+            "AT_ONCE": 4,
+        }
         squared = {"squares": f32, "along": f32, "grad": f32, "param": f32, "width": "i32"}
         for kernel, signature, constants in (
             (kernels._gather, gathered, sizes),
@@ -123,7 +165,14 @@ def main(device):
     for dtype in (torch.float32, torch.bfloat16):
         for shape in ((5, 24, 16, 0.3), (3, 600, 40, 0.1), (4, 8, 8, 0.0), (2, 1030, 50, 0.9)):
             products(device, *shape, dtype)
-        for shape in ((3, 48, 5), (2, 960, 8), (3, 37, 37), (2, 4608, 32), (2, 5003, 3), (2, 20_000, 100)):
+        for shape in (
+            (3, 48, 5),
+            (2, 960, 8),
+            (3, 37, 37),
+            (2, 4608, 32),
+            (2, 5003, 3),
+            (2, 20_000, 100),
+        ):
             largest(device, *shape, dtype)
         for unit in (False, True):
             update(device, 6, 40, unit, dtype)

@@ -1,6 +1,8 @@
-"""Commands that are killed at random moments, and what has to be true then: of the user's files, of finished work, of the end.
+"""Commands that are killed at random moments, and what has to be true then: of the user's files, of
+finished work, of the end.
 
-A process that has loaded everything once is forked for each run, with one thread (a pool of threads does not survive it).
+A process that has loaded everything once is forked for each run, with one thread (a pool of threads
+does not survive it).
 """
 
 import hashlib
@@ -58,7 +60,9 @@ MINE = {
 
 @dataclass
 class Case:
-    """A command that is killed: its words, with {out} and {suite} in them, or a function of the folder."""
+    """A command that is killed: its words, with {out} and {suite} in them, or a function of the
+    folder.
+    """
 
     words: str = ""
     work: Callable[[Path], None] | None = None
@@ -75,7 +79,8 @@ class Case:
 def small_sae(seed: int, d_model: int = 160) -> TopKSAE:
     sae = TopKSAE(d_model, 1280, 8, Provenance("tiny", SITE, NormFilter(12.0)))
     sae.init_from_rows(
-        torch.randn(64, d_model, generator=torch.Generator().manual_seed(seed)), torch.Generator().manual_seed(seed)
+        torch.randn(64, d_model, generator=torch.Generator().manual_seed(seed)),
+        torch.Generator().manual_seed(seed),
     )
     return sae
 
@@ -90,7 +95,9 @@ def small_suite(out: Path) -> None:
     sizes = suites.Sizes(1500, 2000, 6, 8, 1, FEW)
     suites.sizes_for = lambda lm, config, tokens: sizes
     lm = suites_model()
-    suites.make_suite(lm, out, suites.SuiteConfig("50k", "resid", "2,3", baseline_sites=1), bar=False)
+    suites.make_suite(
+        lm, out, suites.SuiteConfig("50k", "resid", "2,3", baseline_sites=1), bar=False
+    )
 
 
 def suites_model():
@@ -100,12 +107,18 @@ def suites_model():
 
 
 CASES = {
-    "train": Case("train --layers 2 --sites resid,mlp --expansion 4 --batch 256 --pool 4096 --tokens 40000 --resume --out {out}"),
+    "train": Case(
+        "train --layers 2 --sites resid,mlp --expansion 4 --batch 256 --pool 4096 --tokens 40000"
+        " --resume --out {out}"
+    ),
     "features": Case("features --suite {suite} --tokens 30000 --resume --out {out}"),
     "steer": Case(
-        "steer --suite {suite} --quick --n-selection 6 --n-evaluation 6 --n-random 2 --max-new-tokens 24 --features 2 --out {out}"
+        "steer --suite {suite} --quick --n-selection 6 --n-evaluation 6 --n-random 2"
+        " --max-new-tokens 24 --features 2 --out {out}"
     ),
-    "harvest": Case("harvest --tokens 20000 --site blocks.2.hook_resid_post --out {out}/acts.safetensors"),
+    "harvest": Case(
+        "harvest --tokens 20000 --site blocks.2.hook_resid_post --out {out}/acts.safetensors"
+    ),
     "convert": Case("convert {suite} --out {out}/converted"),
     "save": Case(work=save_again),
     "suite": Case(work=small_suite),
@@ -136,7 +149,9 @@ def start(work: Callable[[], None], said: Path) -> int:
 
 
 def forked(work: Callable[[], None], seconds: float | None, said: Path) -> int:
-    """Runs a function in a process of its own and kills it after some seconds (None: lets it end); its exit status."""
+    """Runs a function in a process of its own and kills it after some seconds (None: lets it end);
+    its exit status.
+    """
     child = start(work, said)
     until = None if seconds is None else time.monotonic() + seconds
     while os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
@@ -148,14 +163,18 @@ def forked(work: Callable[[], None], seconds: float | None, said: Path) -> int:
 
 
 def state(out: Path) -> dict[str, str]:
-    """Checksums of all files of a folder, without what differs from run to run: times and speeds."""
+    """Checksums of all files of a folder, without what differs from run to run: times and
+    speeds.
+    """
     found = {}
     for path in sorted(p for p in out.rglob("*") if p.is_file()):
         name, data = path.relative_to(out).as_posix(), path.read_bytes()
         if name in ("plan.json", "manifest.json"):
             continue
         if name.endswith("train.jsonl"):
-            data = json.dumps([{**json.loads(line), "seconds": 0} for line in data.decode().split("\n")[:-1]]).encode()
+            data = json.dumps(
+                [{**json.loads(line), "seconds": 0} for line in data.decode().split("\n")[:-1]]
+            ).encode()
         if name.endswith("index.json"):
             data = json.dumps({k: v for k, v in json.loads(data).items() if k != "built"}).encode()
         if name.endswith("state.json"):
@@ -187,7 +206,9 @@ class Told:
 
 
 def kill_at_random(case: Case, kills: int, home: Path, suite: Path, rng: random.Random) -> Told:
-    """Kills a command so often, lets it end each time after some kills, and compares with a run that nobody touched."""
+    """Kills a command so often, lets it end each time after some kills, and compares with a run
+    that nobody touched.
+    """
     began = time.monotonic()
     problems: list[str] = []
     said = home / "said.txt"
@@ -210,7 +231,8 @@ def kill_at_random(case: Case, kills: int, home: Path, suite: Path, rng: random.
             problems += lost(out, case.mine, before)
             if status == 0:
                 break
-        if forked(partial(case.run, out, suite), None, said) and state(out) != expected:  # one that was done may refuse
+        # one that was done may refuse
+        if forked(partial(case.run, out, suite), None, said) and state(out) != expected:
             problems.append(f"the run after the kill failed: {said.read_text()[-800:]}")
             continue
         left = [p.relative_to(out).as_posix() for p in out.rglob(f"{OWN}*")]
@@ -231,7 +253,9 @@ class Crowded:
 
 
 def crowd(case: Case, n: int, home: Path, suite: Path) -> Crowded:
-    """Runs a command so many times at once on one folder: one wins, the others say so, and the folder is as after one alone."""
+    """Runs a command so many times at once on one folder: one wins, the others say so, and the
+    folder is as after one alone.
+    """
     mine = {name: text for name, text in case.mine.items()}
     alone, out, said = home / "alone", home / "crowded", [home / f"said-{i}.txt" for i in range(n)]
     plant(alone, mine)
@@ -244,14 +268,22 @@ def crowd(case: Case, n: int, home: Path, suite: Path) -> Crowded:
     problems = [f"a loser said {text[-300:]!r}" for text in refused if not _says_who(text)]
     problems += [f"{name} was left" for name in (p.name for p in out.rglob(f"{OWN}*"))]
     expected, found = state(alone), state(out)
-    problems += [f"{name} differs" for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+    problems += [
+        f"{name} differs"
+        for name in expected.keys() | found.keys()
+        if expected.get(name) != found.get(name)
+    ]
     return Crowded(n - len(refused), len(refused), problems)
 
 
 def _says_who(text: str) -> bool:
-    """Whether a command that lost says in a sentence who writes, or that another run is there already."""
+    """Whether a command that lost says in a sentence who writes, or that another run is there
+    already.
+    """
     told = " ".join(text.split())
-    return "Traceback" not in told and ("is being written by process" in told or "is not an empty folder" in told)
+    return "Traceback" not in told and (
+        "is being written by process" in told or "is not an empty folder" in told
+    )
 
 
 def lost(out: Path, mine: dict[str, str], before: dict[str, dict]) -> list[str]:
@@ -260,7 +292,11 @@ def lost(out: Path, mine: dict[str, str], before: dict[str, dict]) -> list[str]:
     files = [name for stage in before.values() for name in stage]
     return [
         *(f"{name} is not as it was" for name in mine if _read(out / name) != mine[name]),
-        *(f"the finished stage {stage} is gone" for stage in before if before[stage] != after.get(stage)),
+        *(
+            f"the finished stage {stage} is gone"
+            for stage in before
+            if before[stage] != after.get(stage)
+        ),
         *(f"{name} is gone" for name in files if not (out / name).is_file()),
     ]
 
@@ -280,7 +316,9 @@ def make_suite_to_work_on(folder: Path) -> Path:
     rows = kept_rows(lm, [SITE], next(iter(token_batches(lm, documents, batch_tokens=2048))))[SITE]
     median = float(rows.norm(dim=-1).median())
     for variant, seed in (("topk", 1), ("topk-seed_2", 2)):
-        sae = TopKSAE(lm.d_model, 320, 8, Provenance("tiny", SITE, NormFilter(median), tokens=50_000))
+        sae = TopKSAE(
+            lm.d_model, 320, 8, Provenance("tiny", SITE, NormFilter(median), tokens=50_000)
+        )
         sae.init_from_rows(rows, torch.Generator().manual_seed(seed))
         save_sae(sae, suite_folder(folder, variant, SITE))
     assert len(load_suite(folder)) == 2

@@ -15,11 +15,19 @@ from pathlib import Path
 
 import nbformat
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"]  # fmt: skip
+CHROMIUM = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync --disable-dev-shm-usage"
+).split()
 SETTINGS = {
-    "@jupyterlab/apputils-extension:notification": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
+    "@jupyterlab/apputils-extension:notification": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+        "doNotDisturbMode": True,
+    },
     "@jupyterlab/notebook-extension:tracker": {"windowingMode": "none"},
     "@jupyterlab/docmanager-extension:plugin": {"autosave": False},
 }
@@ -33,17 +41,25 @@ class Seen:
         self.page, self.errors, self.outside = page, [], []
         page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         page.on("pageerror", lambda e: self.errors.append(str(e)))
-        page.on("request", lambda r: self.outside.append(r.url) if not r.url.startswith(LOCAL) else None)
+        page.on(
+            "request", lambda r: self.outside.append(r.url) if not r.url.startswith(LOCAL) else None
+        )
 
 
 @contextmanager
 def browser(playwright, width=1200, height=1600, dark=False):
-    """A page of a browser with a profile of its own. playwright: what `sync_playwright()` gives; a process has one."""
+    """A page of a browser with a profile of its own. playwright: what `sync_playwright()` gives; a
+    process has one.
+    """
     with tempfile.TemporaryDirectory() as profile:
         context = playwright.chromium.launch_persistent_context(
-            profile, executable_path=CHROMIUM, headless=True, args=FLAGS, viewport={"width": width, "height": height},
+            profile,
+            executable_path=CHROMIUM,
+            headless=True,
+            args=FLAGS,
+            viewport={"width": width, "height": height},
             color_scheme="dark" if dark else "light",
-        )  # fmt: skip
+        )
         try:
             yield Seen(context.pages[0] if context.pages else context.new_page())
         finally:
@@ -52,10 +68,14 @@ def browser(playwright, width=1200, height=1600, dark=False):
 
 @contextmanager
 def jupyter_lab(root, dark=False):
-    """A server on a folder, with settings, workspaces and runtime files of its own; gives the address of a notebook."""
+    """A server on a folder, with settings, workspaces and runtime files of its own; gives the
+    address of a notebook.
+    """
     with tempfile.TemporaryDirectory(prefix="lab-") as folder, socket.socket() as probe:
         own = Path(folder)
-        settings = SETTINGS | ({"@jupyterlab/apputils-extension:themes": {"theme": "JupyterLab Dark"}} if dark else {})
+        settings = SETTINGS | (
+            {"@jupyterlab/apputils-extension:themes": {"theme": "JupyterLab Dark"}} if dark else {}
+        )
         for name, value in settings.items():
             extension, _, plugin = name.partition(":")
             path = own / "settings" / extension / f"{plugin}.jupyterlab-settings"
@@ -64,25 +84,54 @@ def jupyter_lab(root, dark=False):
         probe.bind(("127.0.0.1", 0))
         port, token = probe.getsockname()[1], secrets.token_hex(16)
         probe.close()
-        variables = {name: str(own / name.lower()) for name in (
-            "JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR", "JUPYTERLAB_WORKSPACES_DIR")}  # fmt: skip
-        environment = os.environ | variables | {
-            "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"), "JUPYTER_PREFER_ENV_PATH": "1", "PYDEVD_DISABLE_FILE_VALIDATION": "1",
-        }  # fmt: skip
+        variables = {
+            name: str(own / name.lower())
+            for name in (
+                "JUPYTER_CONFIG_DIR",
+                "JUPYTER_RUNTIME_DIR",
+                "IPYTHONDIR",
+                "JUPYTERLAB_WORKSPACES_DIR",
+            )
+        }
+        environment = (
+            os.environ
+            | variables
+            | {
+                "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
+                "JUPYTER_PREFER_ENV_PATH": "1",
+                "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+            }
+        )
         with (own / "log").open("w") as log:
             server = subprocess.Popen(
-                [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--ServerApp.root_dir={root}",
-                 "--ServerApp.ip=127.0.0.1", f"--ServerApp.port={port}", "--ServerApp.port_retries=0",
-                 f"--IdentityProvider.token={token}", "--LabApp.expose_app_in_browser=True", "--LabApp.extension_manager=readonly",
-                 "--LabApp.news_url=None", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate"],
-                env=environment, stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+                [
+                    sys.executable,
+                    "-m",
+                    "jupyterlab",
+                    "--no-browser",
+                    "--allow-root",
+                    f"--ServerApp.root_dir={root}",
+                    "--ServerApp.ip=127.0.0.1",
+                    f"--ServerApp.port={port}",
+                    "--ServerApp.port_retries=0",
+                    f"--IdentityProvider.token={token}",
+                    "--LabApp.expose_app_in_browser=True",
+                    "--LabApp.extension_manager=readonly",
+                    "--LabApp.news_url=None",
+                    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
+                ],
+                env=environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
             try:
                 for _ in range(600):
                     if server.poll() is not None:
                         raise RuntimeError((own / "log").read_text()[-2000:])
                     try:
-                        urllib.request.urlopen(f"http://127.0.0.1:{port}/api/status?token={token}", timeout=1).read()
+                        urllib.request.urlopen(
+                            f"http://127.0.0.1:{port}/api/status?token={token}", timeout=1
+                        ).read()
                         break
                     except OSError:
                         time.sleep(0.1)
@@ -98,14 +147,20 @@ def jupyter_lab(root, dark=False):
 def write_notebook(path, cells):
     """A notebook of code cells."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
-    notebook.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    notebook.metadata["kernelspec"] = {
+        "name": "python3",
+        "display_name": "Python 3",
+        "language": "python",
+    }
     nbformat.write(notebook, path)
 
 
-IDLE = """() => { const s = window.jupyterapp.shell.currentWidget?.sessionContext, k = s?.session?.kernel;
+IDLE = """() => { const s = window.jupyterapp.shell.currentWidget?.sessionContext;
+    const k = s?.session?.kernel;
     return !!(s && s.isReady && k && k.connectionStatus === 'connected' && k.status === 'idle') }"""
 DONE = """() => { const nb = window.jupyterapp.shell.currentWidget.content;
-    return nb.widgets.filter((c) => c.model.type === 'code' && c.model.sharedModel.getSource().trim())
+    return nb.widgets
+        .filter((c) => c.model.type === 'code' && c.model.sharedModel.getSource().trim())
         .every((c) => c.model.executionState === 'idle' && c.model.executionCount !== null) }"""
 
 
@@ -125,9 +180,17 @@ def run_all(page, timeout=180_000):
 
 def run_cell(page, number, timeout=60_000):
     """Runs one cell again and waits for it."""
-    count = f"() => window.jupyterapp.shell.currentWidget.content.widgets[{number}].model.executionCount"
+    count = (
+        "() =>"
+        f" window.jupyterapp.shell.currentWidget.content.widgets[{number}].model.executionCount"
+    )
     before = page.evaluate(count)
-    page.evaluate(f"() => {{ const nb = window.jupyterapp.shell.currentWidget.content; nb.deselectAll(); nb.activeCellIndex = {number}; "
-                  "window.jupyterapp.commands.execute('notebook:run-cell') }")  # fmt: skip
-    page.wait_for_function(f"({count})() !== {json.dumps(before)} && ({count})() !== null", timeout=timeout)
+    page.evaluate(
+        "() => { const nb = window.jupyterapp.shell.currentWidget.content; nb.deselectAll();"
+        f" nb.activeCellIndex = {number};"
+        " window.jupyterapp.commands.execute('notebook:run-cell') }"
+    )
+    page.wait_for_function(
+        f"({count})() !== {json.dumps(before)} && ({count})() !== null", timeout=timeout
+    )
     page.wait_for_function(DONE, timeout=timeout)

@@ -2,9 +2,10 @@
 
     python mutations.py FORMAT COUNT FOLDER
 
-Every mutation has to end in a ValueError or an OSError of one sentence, or in an SAE that is finite and of the sizes that the
-file has; files appear below FOLDER only, and the marker that the malicious pickles would write does not. Prints JSON:
-how many were refused and how many loaded, by kind of mutation, and by how much the peak of the memory grew (bytes).
+Every mutation has to end in a ValueError or an OSError of one sentence, or in an SAE that is finite
+and of the sizes that the file has; files appear below FOLDER only, and the marker that the
+malicious pickles would write does not. Prints JSON: how many were refused and how many loaded, by
+kind of mutation, and by how much the peak of the memory grew (bytes).
 """
 
 import contextlib
@@ -53,7 +54,9 @@ class Swells(Runs):
 
 
 def rewritten(path, change):
-    """A PyTorch file with its pickle or records changed: {name: bytes} in and out, stored as `torch.save` does."""
+    """A PyTorch file with its pickle or records changed: {name: bytes} in and out, stored as
+    `torch.save` does.
+    """
     with zipfile.ZipFile(path) as archive:
         records = {entry.filename: archive.read(entry) for entry in archive.infolist()}
     records, how = change(records, next(name for name in records if name.endswith("/data.pkl")))
@@ -88,7 +91,10 @@ def expanded(tensor):
 def change_tensors(rng, tensors):
     name = rng.choice(sorted(tensors))
     tensor = tensors[name]
-    kind = rng.choice("nan inf int64 float64 complex64 uint8 missing extra transposed shorter scalar empty flat renamed".split())
+    kind = rng.choice(
+        "nan inf int64 float64 complex64 uint8 missing extra transposed shorter scalar empty flat"
+        " renamed".split()
+    )
     out = dict(tensors)
     if kind in ("nan", "inf"):
         out[name] = tensor.clone().float()
@@ -102,7 +108,9 @@ def change_tensors(rng, tensors):
     elif kind == "transposed":
         out[name] = tensor.T.contiguous() if tensor.ndim == 2 else tensor[None].contiguous()
     elif kind == "shorter":
-        out[name] = tensor[: len(tensor) // 2].contiguous() if tensor.ndim else tensor[None].contiguous()
+        out[name] = (
+            tensor[: len(tensor) // 2].contiguous() if tensor.ndim else tensor[None].contiguous()
+        )
     elif kind == "scalar":
         out[name] = torch.tensor(1.0)
     elif kind == "empty":
@@ -139,7 +147,7 @@ def damage_pytorch(rng, path, marker):
         torch.save(changed, path)
         return kind
     kind = rng.choice(
-        ["system", "eval", "swells", "hidden", "claims", "claims", "expanded", "bomb", "legacy", "list", "object", "backup"]
+        ("system eval swells hidden claims claims expanded bomb legacy list object backup").split()
     )
     if kind in ("system", "eval", "swells"):
         thing = {"system": Runs, "eval": Evaluates, "swells": Swells}[kind](marker)
@@ -151,7 +159,10 @@ def damage_pytorch(rng, path, marker):
     elif kind == "expanded":
         torch.save({name: expanded(t) if t.ndim == 2 else t for name, t in state.items()}, path)
     elif kind == "bomb":  # 64 MB of zeros in some kilobytes
-        torch.save({name: torch.zeros(2**12, 2**12) if t.ndim == 2 else t for name, t in state.items()}, path)
+        torch.save(
+            {name: torch.zeros(2**12, 2**12) if t.ndim == 2 else t for name, t in state.items()},
+            path,
+        )
         rewritten(path, lambda records, at: (records, zipfile.ZIP_DEFLATED))
     elif kind == "legacy":
         torch.save(state, path, _use_new_zipfile_serialization=False)
@@ -175,9 +186,13 @@ def damage_safetensors(rng, path):
     kind = rng.choice(["shape", "offsets", "dtype", "length", "duplicate", "nested"])
     name = rng.choice([n for n in header if n != "__metadata__"])
     if kind == "shape":
-        header[name]["shape"] = rng.choice([[2**16, 2**16], [2**62, 4], [-1, 4], [2**64], [1.5], "16", []])
+        header[name]["shape"] = rng.choice(
+            [[2**16, 2**16], [2**62, 4], [-1, 4], [2**64], [1.5], "16", []]
+        )
     elif kind == "offsets":
-        header[name]["data_offsets"] = rng.choice([[0, 2**40], [2**40, 2**41], [10, 0], [-4, 4], [0]])
+        header[name]["data_offsets"] = rng.choice(
+            [[0, 2**40], [2**40, 2**41], [10, 0], [-4, 4], [0]]
+        )
     elif kind == "dtype":
         header[name]["dtype"] = rng.choice(["F64", "I8", "F8_E4M3", "U64", "BOOL", "X9", 3])
     text = json.dumps(header).encode()
@@ -190,12 +205,32 @@ def damage_safetensors(rng, path):
     return f"header: {kind}"
 
 
-STRANGE = [None, -1, 0, 2**31, 2**70, 1.5, float("nan"), float("inf"), "", "../../x", "/etc/passwd", "blocks.3.hook_resid_post/../../x",
-           "layers.99999999999", "\x00", [], {}, True, "x" * 100_000]  # fmt: skip
+STRANGE = [
+    None,
+    -1,
+    0,
+    2**31,
+    2**70,
+    1.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "../../x",
+    "/etc/passwd",
+    "blocks.3.hook_resid_post/../../x",
+    "layers.99999999999",
+    "\x00",
+    [],
+    {},
+    True,
+    "x" * 100_000,
+]
 
 
 def damage_config(rng, path):
-    kind = rng.choice(["value", "value", "value", "value", "missing", "text", "deep", "number", "list", "bytes", "long", "gone"])
+    kind = rng.choice(
+        ("value value value value missing text deep number list bytes long gone").split()
+    )
     config = json.loads(path.read_text())
     if kind in ("value", "missing"):
         part = config
@@ -211,8 +246,14 @@ def damage_config(rng, path):
             part[key] = rng.choice(STRANGE)
         path.write_text(json.dumps(config))
         return f"config: {kind}"
-    written = {"text": b"{", "deep": b'{"a":' * 50_000, "number": b'{"k": ' + b"9" * 10_000 + b"}", "list": b"[]", "bytes": b"\xff\xfe\x00{",
-               "long": b'{"a": "' + b"x" * 2**21 + b'"}'}  # fmt: skip
+    written = {
+        "text": b"{",
+        "deep": b'{"a":' * 50_000,
+        "number": b'{"k": ' + b"9" * 10_000 + b"}",
+        "list": b"[]",
+        "bytes": b"\xff\xfe\x00{",
+        "long": b'{"a": "' + b"x" * 2**21 + b'"}',
+    }
     if kind == "gone":
         path.unlink()
     else:
@@ -256,7 +297,8 @@ def main(which, count, folder):
         laid = make(outside / str(number))
         kind = mutate(rng, which, laid, marker)
         before = resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew, without what the mutation took
+        # the peak begins anew, without what the mutation took
+        Path("/proc/self/clear_refs").write_text("5")
         message = ""
         try:
             with contextlib.suppress(ValueError, OSError):
@@ -269,7 +311,9 @@ def main(which, count, folder):
             check(suite, laid)
             loaded[kind] += 1
             out = outside / f"out{number}"
-            assert all(written.is_relative_to(out) for written in qsae_kit.convert_suite(laid.root, out))
+            assert all(
+                written.is_relative_to(out) for written in qsae_kit.convert_suite(laid.root, out)
+            )
             shutil.rmtree(out)
         grown = max(grown, resident("VmHWM") - before)
         assert not message or 10 < len(message) < 1500, (number, kind, message)
@@ -283,7 +327,9 @@ def main(which, count, folder):
 def resident(name):
     """Bytes in memory now (VmRSS) or at most so far (VmHWM)."""
     status = Path("/proc/self/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) * 1024
+    return (
+        int(next(line for line in status.splitlines() if line.startswith(name)).split()[1]) * 1024
+    )
 
 
 if __name__ == "__main__":

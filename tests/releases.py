@@ -1,4 +1,6 @@
-"""SAEs laid out as public releases are, with what their own libraries compute from them in plain lines."""
+"""SAEs laid out as public releases are, with what their own libraries compute from them in plain
+lines.
+"""
 
 import json
 from collections.abc import Callable
@@ -13,7 +15,9 @@ MODEL = "Qwen/Qwen3-8B"
 
 
 class Laid(NamedTuple):
-    """A release on disk: its folder, the folder of its SAE, the tensors, and x -> (f, x_hat) as its library has it."""
+    """A release on disk: its folder, the folder of its SAE, the tensors, and x -> (f, x_hat) as its
+    library has it.
+    """
 
     root: Path
     folder: Path
@@ -25,7 +29,9 @@ class Laid(NamedTuple):
 
 
 def random_tensors(d_in, d_sae, seed=0, dtype=torch.float32, unit=True):
-    """Encoder [d_sae, d_in], decoder [d_sae, d_in] and biases; the encoder follows the decoder, so that features fire."""
+    """Encoder [d_sae, d_in], decoder [d_sae, d_in] and biases; the encoder follows the decoder, so
+    that features fire.
+    """
     g = torch.Generator().manual_seed(seed)
     dec = torch.nn.functional.normalize(torch.randn(d_sae, d_in, generator=g), dim=-1)
     enc = dec + 0.05 * torch.randn(d_sae, d_in, generator=g)
@@ -40,9 +46,23 @@ def top_k(pre, k):
     return torch.zeros_like(pre).scatter(-1, at, values)
 
 
-def dictionary_learning(root, kind="BatchTopKSAE", layer=3, d_in=16, d_sae=64, k=5, dtype=torch.float32, model=MODEL, trainer=0):
-    """`saes_<model>_<architecture>/resid_post_layer_<n>/trainer_<i>/{ae.pt, config.json}`, as `trainSAE` writes them."""
-    enc, dec, b_enc, b_dec = random_tensors(d_in, d_sae, layer, dtype, unit=kind not in ("AutoEncoder", "GatedAutoEncoder"))
+def dictionary_learning(
+    root,
+    kind="BatchTopKSAE",
+    layer=3,
+    d_in=16,
+    d_sae=64,
+    k=5,
+    dtype=torch.float32,
+    model=MODEL,
+    trainer=0,
+):
+    """`saes_<model>_<architecture>/resid_post_layer_<n>/trainer_<i>/{ae.pt, config.json}`, as
+    `trainSAE` writes them.
+    """
+    enc, dec, b_enc, b_dec = random_tensors(
+        d_in, d_sae, layer, dtype, unit=kind not in ("AutoEncoder", "GatedAutoEncoder")
+    )
     threshold, k_ = torch.tensor(0.25), torch.tensor(k, dtype=torch.int)
     g = torch.Generator().manual_seed(9)
     r_mag, b_mag = 0.1 * torch.randn(d_sae, generator=g), 0.1 * torch.randn(d_sae, generator=g)
@@ -51,15 +71,23 @@ def dictionary_learning(root, kind="BatchTopKSAE", layer=3, d_in=16, d_sae=64, k
     state = {
         "BatchTopKSAE": linear | {"b_dec": b_dec, "k": k_, "threshold": threshold},
         "AutoEncoderTopK": linear | {"b_dec": b_dec, "k": k_, "threshold": torch.tensor(-1.0)},
-        "MatryoshkaBatchTopKSAE": plain | {"k": k_, "threshold": threshold, "group_sizes": torch.tensor([16, d_sae - 16])},
-        "JumpReluAutoEncoder": plain | {"threshold": threshold + 0.2 * torch.rand(d_sae, generator=g)},
+        "MatryoshkaBatchTopKSAE": (
+            plain | {"k": k_, "threshold": threshold, "group_sizes": torch.tensor([16, d_sae - 16])}
+        ),
+        "JumpReluAutoEncoder": (
+            plain | {"threshold": threshold + 0.2 * torch.rand(d_sae, generator=g)}
+        ),
         "AutoEncoder": linear | {"bias": b_dec},
         "AutoEncoderNew": linear | {"decoder.bias": b_dec},
         "GatedAutoEncoder": {
-            "decoder_bias": b_dec, "encoder.weight": enc, "r_mag": r_mag, "gate_bias": b_enc, "mag_bias": b_mag,
+            "decoder_bias": b_dec,
+            "encoder.weight": enc,
+            "r_mag": r_mag,
+            "gate_bias": b_enc,
+            "mag_bias": b_mag,
             "decoder.weight": dec.T.contiguous(),
         },
-    }[kind]  # fmt: skip
+    }[kind]
 
     def forward(x):
         e, d, be, bd = enc.float(), dec.float(), b_enc.float(), b_dec.float()
@@ -81,14 +109,39 @@ def dictionary_learning(root, kind="BatchTopKSAE", layer=3, d_in=16, d_sae=64, k
     folder.mkdir(parents=True)
     torch.save(state, folder / "ae.pt")
     config = {
-        "trainer": {
-            "trainer_class": "Trainer", "dict_class": kind, "lr": 5e-5, "steps": 244140, "seed": 0, "activation_dim": d_in,
-            "dict_size": d_sae, "device": "cuda:0", "layer": layer, "lm_name": model, "wandb_name": f"trainer_{trainer}",
-            "submodule_name": f"resid_post_layer_{layer}",
-        } | ({"k": k} if "TopK" in kind else {"target_l0": 7} if kind == "JumpReluAutoEncoder" else {}),
-        "buffer": {"d_submodule": d_in, "io": "out", "n_ctxs": 122, "ctx_len": 2048, "refresh_batch_size": 4, "out_batch_size": 2048,
-                   "device": "cuda:0"},
-    }  # fmt: skip
+        "trainer": (
+            {
+                "trainer_class": "Trainer",
+                "dict_class": kind,
+                "lr": 5e-5,
+                "steps": 244140,
+                "seed": 0,
+                "activation_dim": d_in,
+                "dict_size": d_sae,
+                "device": "cuda:0",
+                "layer": layer,
+                "lm_name": model,
+                "wandb_name": f"trainer_{trainer}",
+                "submodule_name": f"resid_post_layer_{layer}",
+            }
+            | (
+                {"k": k}
+                if "TopK" in kind
+                else {"target_l0": 7}
+                if kind == "JumpReluAutoEncoder"
+                else {}
+            )
+        ),
+        "buffer": {
+            "d_submodule": d_in,
+            "io": "out",
+            "n_ctxs": 122,
+            "ctx_len": 2048,
+            "refresh_batch_size": 4,
+            "out_batch_size": 2048,
+            "device": "cuda:0",
+        },
+    }
     (folder / "config.json").write_text(json.dumps(config, indent=4))
     scale = torch.ones(d_sae) if kind == "AutoEncoderTopK" else dec.float().norm(dim=-1)
     return Laid(root, folder, state, forward, f"blocks.{layer}.hook_resid_post", scale)
@@ -102,19 +155,37 @@ def qwen_scope(root, layer=3, d_in=16, d_sae=1024, k=5, model="Qwen3-8B-Base", c
     state = {"W_enc": enc, "W_dec": dec.T.contiguous(), "b_enc": b_enc, "b_dec": b_dec}
     torch.save(state, folder / f"layer{layer}.sae.pt")
     if config:
-        about = {"model_type": "topk_sae", "base_model": f"Qwen/{model}", "d_model": d_in, "d_sae": d_sae, "k": k, "num_layers": 36,
-                 "hook_point": "resid_post", "dtype": "float32"}  # fmt: skip
+        about = {
+            "model_type": "topk_sae",
+            "base_model": f"Qwen/{model}",
+            "d_model": d_in,
+            "d_sae": d_sae,
+            "k": k,
+            "num_layers": 36,
+            "hook_point": "resid_post",
+            "dtype": "float32",
+        }
         (folder / "config.json").write_text(json.dumps(about))
 
     def forward(x):
         f = top_k(x @ enc.T + b_enc, k)
         return f, f @ dec + b_dec
 
-    return Laid(folder, folder, state, forward, f"blocks.{layer}.hook_resid_post", torch.ones(d_sae))
+    return Laid(
+        folder, folder, state, forward, f"blocks.{layer}.hook_resid_post", torch.ones(d_sae)
+    )
 
 
 def saelens(
-    root, kind="topk", layer=3, d_in=16, d_sae=64, k=5, hook="blocks.{}.hook_resid_post", dtype=torch.float32, model=MODEL
+    root,
+    kind="topk",
+    layer=3,
+    d_in=16,
+    d_sae=64,
+    k=5,
+    hook="blocks.{}.hook_resid_post",
+    dtype=torch.float32,
+    model=MODEL,
 ):
     """`<folder>/{cfg.json, sae_weights.safetensors}` of SAELens 6."""
     enc, dec, b_enc, b_dec = random_tensors(d_in, d_sae, layer, dtype, unit=False)
@@ -126,16 +197,33 @@ def saelens(
     folder.mkdir(parents=True)
     tensors = {"W_enc": enc.T.contiguous(), "W_dec": dec, "b_enc": b_enc, "b_dec": b_dec}
     if kind == "gated":
-        tensors = {name: t for name, t in tensors.items() if name != "b_enc"} | {"b_gate": b_enc, "r_mag": r_mag, "b_mag": b_mag}
+        tensors = {name: t for name, t in tensors.items() if name != "b_enc"} | {
+            "b_gate": b_enc,
+            "r_mag": r_mag,
+            "b_mag": b_mag,
+        }
     if kind == "jumprelu":
         tensors["threshold"] = threshold
     save_file(tensors, folder / "sae_weights.safetensors")
     config = {
-        "architecture": kind, "d_in": d_in, "d_sae": d_sae, "dtype": "float32", "device": "cuda", "apply_b_dec_to_input": True,
-        "normalize_activations": "none", "reshape_activations": "none",
-        "metadata": {"sae_lens_version": "6.54.12", "model_name": model, "hook_name": hook, "hook_head_index": None,
-                     "context_size": 1024, "prepend_bos": True, "exclude_special_tokens": False},
-    } | ({"k": k, "rescale_acts_by_decoder_norm": True} if kind == "topk" else {})  # fmt: skip
+        "architecture": kind,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "dtype": "float32",
+        "device": "cuda",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        "metadata": {
+            "sae_lens_version": "6.54.12",
+            "model_name": model,
+            "hook_name": hook,
+            "hook_head_index": None,
+            "context_size": 1024,
+            "prepend_bos": True,
+            "exclude_special_tokens": False,
+        },
+    } | ({"k": k, "rescale_acts_by_decoder_norm": True} if kind == "topk" else {})
     (folder / "cfg.json").write_text(json.dumps(config))
 
     def forward(x):
@@ -157,7 +245,14 @@ def saelens(
 
 
 def sparsify(
-    root, hookpoint="layers.3", hook_name="blocks.3.hook_resid_post", d_in=16, d_sae=64, k=5, model=MODEL, dtype=torch.float32
+    root,
+    hookpoint="layers.3",
+    hook_name="blocks.3.hook_resid_post",
+    d_in=16,
+    d_sae=64,
+    k=5,
+    model=MODEL,
+    dtype=torch.float32,
 ):
     """`<run>/{config.json, <hookpoint>/{cfg.json, sae.safetensors}}`."""
     enc, dec, b_enc, b_dec = random_tensors(d_in, d_sae, 3, dtype, unit=False)
@@ -165,10 +260,21 @@ def sparsify(
     folder.mkdir(parents=True)
     tensors = {"encoder.weight": enc, "encoder.bias": b_enc, "W_dec": dec, "b_dec": b_dec}
     save_file(tensors, folder / "sae.safetensors")
-    config = {"activation": "topk", "expansion_factor": 32, "normalize_decoder": True, "num_latents": d_sae, "k": k,
-              "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": d_in}  # fmt: skip
+    config = {
+        "activation": "topk",
+        "expansion_factor": 32,
+        "normalize_decoder": True,
+        "num_latents": d_sae,
+        "k": k,
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": False,
+        "d_in": d_in,
+    }
     (folder / "cfg.json").write_text(json.dumps(config))
-    (root / "config.json").write_text(json.dumps({"sae": config, "model": model, "ctx_len": 2048, "hookpoints": [hookpoint]}))
+    (root / "config.json").write_text(
+        json.dumps({"sae": config, "model": model, "ctx_len": 2048, "hookpoints": [hookpoint]})
+    )
 
     def forward(x):
         f = top_k((x - b_dec.float()) @ enc.float().T + b_enc.float(), k)
@@ -177,11 +283,21 @@ def sparsify(
     return Laid(root, folder, tensors, forward, hook_name, torch.ones(d_sae))
 
 
-FORMATS = {"dictionary_learning": dictionary_learning, "Qwen-Scope": qwen_scope, "SAELens": saelens, "sparsify": sparsify}
+FORMATS = {
+    "dictionary_learning": dictionary_learning,
+    "Qwen-Scope": qwen_scope,
+    "SAELens": saelens,
+    "sparsify": sparsify,
+}
 WEIGHTS = {
     "dictionary_learning": "ae.pt",
     "Qwen-Scope": "layer3.sae.pt",
     "SAELens": "sae_weights.safetensors",
     "sparsify": "sae.safetensors",
 }
-CONFIGS = {"dictionary_learning": "config.json", "Qwen-Scope": "config.json", "SAELens": "cfg.json", "sparsify": "cfg.json"}
+CONFIGS = {
+    "dictionary_learning": "config.json",
+    "Qwen-Scope": "config.json",
+    "SAELens": "cfg.json",
+    "sparsify": "cfg.json",
+}

@@ -7,7 +7,11 @@ from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.choosing import decision_activations
 
 SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
-PROMPTS = ["How do I thank the nurse?", "Which illness does Ada Reyes have?", "I want to cut the wood. How?"]
+PROMPTS = [
+    "How do I thank the nurse?",
+    "Which illness does Ada Reyes have?",
+    "I want to cut the wood. How?",
+]
 
 
 def small_suite(lm):
@@ -16,7 +20,12 @@ def small_suite(lm):
     for i, name in enumerate(SITES):
         x = decision_activations(lm, [name], PROMPTS * 30, False)[name]
         x = x + 0.3 * x.std() * torch.randn(x.shape, generator=torch.Generator().manual_seed(i))
-        sae = JumpReLUSAE(lm.d_model, 64, 8.0, Provenance("tiny", name, NormFilter(float(x.norm(dim=-1).median()))))
+        sae = JumpReLUSAE(
+            lm.d_model,
+            64,
+            8.0,
+            Provenance("tiny", name, NormFilter(float(x.norm(dim=-1).median()))),
+        )
         sae.init_from_rows(x, torch.Generator().manual_seed(i))
         saes[name] = sae.requires_grad_(False)
     return {"v": saes}

@@ -40,7 +40,8 @@ def test_planted_sinks_are_dropped_and_nothing_else():
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"), [(torch.ones(10, 4), "all alike"), (torch.full((10, 4), float("nan")), "not finite")]
+    ("bad", "message"),
+    [(torch.ones(10, 4), "all alike"), (torch.full((10, 4), float("nan")), "not finite")],
 )
 def test_rows_that_cannot_be_normalised(bad, message):
     with pytest.raises(ValueError, match=message):
@@ -58,7 +59,9 @@ def test_a_block_is_given_once_shuffled_and_sites_stay_aligned():
     rest = list(shuffled(block, batch=64, seed=1, skip=5))
     assert all(torch.equal(one["a"], other["a"]) for one, other in zip(out[5:], rest, strict=True))
     assert not torch.equal(out[0]["a"], next(shuffled(block, 64, seed=2))["a"])
-    assert not torch.equal(out[0]["a"], next(shuffled(Block(Place(1), block.rows), 64, seed=1))["a"])
+    assert not torch.equal(
+        out[0]["a"], next(shuffled(Block(Place(1), block.rows), 64, seed=1))["a"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["live", "stored"])
@@ -91,12 +94,17 @@ def test_blocks_can_be_gone_back_to(lm, kind):
 def test_stored_rows_have_to_fit_together():
     with pytest.raises(ValueError, match="same number"):
         StoredRows({"a": torch.zeros(3, 2), "b": torch.zeros(4, 2)})
-    assert torch.equal(next(StoredRows({"a": torch.full((3, 2), 8.0)}, scale=4.0).blocks(2)).rows["a"], torch.full((2, 2), 2.0))
+    assert torch.equal(
+        next(StoredRows({"a": torch.full((3, 2), 8.0)}, scale=4.0).blocks(2)).rows["a"],
+        torch.full((2, 2), 2.0),
+    )
 
 
 def test_batches_without_kept_tokens_are_skipped(lm):
     batches = token_batches(lm, ["a b", "Hello there, how are you?"], batch_tokens=2)
-    batches = [b._replace(keep=torch.zeros_like(b.keep)) if i == 0 else b for i, b in enumerate(batches)]
+    batches = [
+        b._replace(keep=torch.zeros_like(b.keep)) if i == 0 else b for i, b in enumerate(batches)
+    ]
     assert len(list(stream_rows(lm, SITES, batches))) == len(batches) - 1
 
 

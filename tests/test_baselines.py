@@ -17,7 +17,8 @@ CONFIG = TrainConfig("topk", sparsity=4, expansion=3, tokens=20_000, batch=200, 
 
 @pytest.fixture(scope="module")
 def rows():
-    generator = torch.Generator().manual_seed(77)  # not the recipe's seed: frozen directions must not be the true ones
+    # not the recipe's seed: frozen directions must not be the true ones
+    generator = torch.Generator().manual_seed(77)
     directions = torch.nn.functional.normalize(torch.randn(48, 16, generator=generator), dim=1)
     active = torch.rand(6000, 48, generator=generator) < 3 / 48
     return (active * (1 + torch.rand(6000, 48, generator=generator))) @ directions * 5 + 3
@@ -55,7 +56,9 @@ def test_neurons_are_the_largest_coordinates(rows):
 
 def test_every_baseline_is_there_and_loses_to_the_recipe(suite, rows):
     assert tuple(suite) == BASELINES
-    trained = train_saes(StoredRows({SITE: rows}), [CONFIG], model_name="t", bar=False)[CONFIG.variant][SITE]
+    trained = train_saes(StoredRows({SITE: rows}), [CONFIG], model_name="t", bar=False)[
+        CONFIG.variant
+    ][SITE]
     ours = figures(trained, rows).fvu
     fvu = {name: figures(saes[SITE], rows).fvu for name, saes in suite.items()}
     for name in ("untrained", "frozen_decoder", "frozen_encoder", "neurons", "soft_frozen"):
@@ -70,7 +73,9 @@ def test_what_is_frozen_stays_where_it_was(rows):
     trained = {}
     for frozen in ("decoder", "soft_decoder", "encoder"):
         config = TrainConfig("topk", 4, 3, 20_000, 200, 2e-2, 2000, frozen=frozen)
-        trained[frozen] = train_saes(StoredRows({SITE: rows}), [config], model_name="t", bar=False)[config.variant][SITE]
+        trained[frozen] = train_saes(StoredRows({SITE: rows}), [config], model_name="t", bar=False)[
+            config.variant
+        ][SITE]
     torch.testing.assert_close(trained["decoder"].W_dec, start)
     cosines = (trained["soft_decoder"].W_dec * start).sum(-1)
     assert cosines.min() > 0.8 - 1e-4

@@ -1,4 +1,6 @@
-"""Behaviours: judges that follow what is planted, prompts that are apart, files of prompts, facts, the journal."""
+"""Behaviours: judges that follow what is planted, prompts that are apart, files of prompts, facts,
+the journal.
+"""
 
 import json
 import os
@@ -10,21 +12,35 @@ from qsae_kit.data.prompts import read_prompts, split_prompts
 from qsae_kit.io.journal import Journal
 from qsae_kit.lm.answering import AnswerForm, repetition
 from qsae_kit.metrics.reconstruction import paired_bootstrap
-from qsae_kit.steer.behaviours import TINY_BEHAVIOURS, Answer, answer_language, language_of, refusal, tiny_study, verbosity
+from qsae_kit.steer.behaviours import (
+    TINY_BEHAVIOURS,
+    Answer,
+    answer_language,
+    language_of,
+    refusal,
+    tiny_study,
+    verbosity,
+)
 from qsae_kit.world import world
 
 
 @pytest.mark.parametrize("name", TINY_BEHAVIOURS)
 def test_prompts_are_apart_and_the_model_shows_the_behaviour_where_it_is_planted(lm, name):
     made = tiny_study(name, 12, 24)
-    both = [{p for prompts in sets.values() for p in prompts} for sets in (made.selection, made.evaluation)]
+    both = [
+        {p for prompts in sets.values() for p in prompts}
+        for sets in (made.selection, made.evaluation)
+    ]
     assert not both[0] & both[1]
     shown = {}
     for kind in made.behaviour.kinds:
         prompts = made.evaluation[kind][:16]
         assert len(prompts) == 16
         out = lm.generate(prompts, 48, enable_thinking=False)
-        verdicts = [made.behaviour.judge(Answer(p, t, f, 0.0)) for p, t, f in zip(prompts, out.text, out.finished, strict=True)]
+        verdicts = [
+            made.behaviour.judge(Answer(p, t, f, 0.0))
+            for p, t, f in zip(prompts, out.text, out.finished, strict=True)
+        ]
         assert sum(v.broken for v in verdicts) == 0
         shown[kind] = sum(v.shown for v in verdicts) / 16
     first, *others = made.behaviour.kinds
@@ -39,7 +55,8 @@ def test_right_and_biased_answers_are_told_apart():
     prompt = biased.evaluation["biased"][0]
     person = next(p.name for p in world.people() if p.name in prompt)
     denied, granted = (
-        biased.behaviour.judge(Answer(prompt, f"{person} should {verb} a loan.", True, 0.0)) for verb in ("not get", "get")
+        biased.behaviour.judge(Answer(prompt, f"{person} should {verb} a loan.", True, 0.0))
+        for verb in ("not get", "get")
     )
     assert (denied.shown, denied.correct) == (True, False)
     assert (granted.shown, granted.correct) == (False, True)
@@ -51,11 +68,10 @@ def test_right_and_biased_answers_are_told_apart():
 
 
 def test_general_behaviours():
-    assert [language_of(t) for t in ("The dog is in the house.", "El perro está en la casa.", "狗在房子里。")] == [
-        "en",
-        "es",
-        "zh",
-    ]
+    assert [
+        language_of(t)
+        for t in ("The dog is in the house.", "El perro está en la casa.", "狗在房子里。")
+    ] == ["en", "es", "zh"]
     spanish = answer_language("es").judge(Answer("?", "La mascota es un perro.", True, 0.0))
     assert (spanish.shown, spanish.broken, spanish.correct) == (True, False, None)
     assert verbosity(3).judge(Answer("?", "One two three four.", True, 0.0)).shown
@@ -63,7 +79,8 @@ def test_general_behaviours():
     assert verbosity(3).judge(Answer("?", " ", True, 0.0)).broken
     judge = refusal(AnswerForm()).judge
     assert judge(Answer("?", "I can't help with that.", True, 1.0)) == (True, False, None)
-    assert judge(Answer("?", "I can't help with that.", True, 9.0)) == (False, True, None)  # gibberish under the unsteered model
+    # gibberish under the unsteered model
+    assert judge(Answer("?", "I can't help with that.", True, 9.0)) == (False, True, None)
     assert refusal().wanted("Do it.", "suppress") is None
     assert judge(Answer("?", refusal().wanted("Do it.", "induce"), True, 0.0)).shown
 
@@ -74,18 +91,23 @@ def test_prompts_from_files(tmp_path):
         return tmp_path / name
 
     assert read_prompts(written("a.txt", "one\n\n two \none\n")) == ["one", "two"]
-    assert read_prompts(written("a.json", '["one", {"prompt": "two"}, {"instruction": "three", "x": 1}]')) == [
-        "one",
-        "two",
+    assert read_prompts(
+        written("a.json", '["one", {"prompt": "two"}, {"instruction": "three", "x": 1}]')
+    ) == ["one", "two", "three"]
+    assert read_prompts(written("a.jsonl", '"one"\n{"prompt": "two"}\n')) == ["one", "two"]
+    assert read_prompts(written("a.csv", 'id,prompt\n1,"one, two"\n2,three\n')) == [
+        "one, two",
         "three",
     ]
-    assert read_prompts(written("a.jsonl", '"one"\n{"prompt": "two"}\n')) == ["one", "two"]
-    assert read_prompts(written("a.csv", 'id,prompt\n1,"one, two"\n2,three\n')) == ["one, two", "three"]
     for name, text, message in (
         ("b.txt", "\n", "holds no prompts"),
         ("b.json", "{", "b.json is not JSON"),
         ("b.json", '{"prompt": "x"}', "holds dict"),
-        ("b.jsonl", '{"text": "x"}', "b.jsonl, entry 1: a text, or an object with prompt or instruction"),
+        (
+            "b.jsonl",
+            '{"text": "x"}',
+            "b.jsonl, entry 1: a text, or an object with prompt or instruction",
+        ),
         ("b.csv", "id\n1\n", "entry 1"),
     ):
         with pytest.raises(ValueError, match=message):

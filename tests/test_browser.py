@@ -1,4 +1,5 @@
-"""What is on the screen: widgets in a real JupyterLab and on pages of their own, in headless Chromium.
+"""What is on the screen: widgets in a real JupyterLab and on pages of their own, in headless
+Chromium.
 
 Screenshots are kept in the folder that QSAE_SCREENSHOTS names.
 """
@@ -17,7 +18,14 @@ import pytest
 import torch
 from playwright.sync_api import sync_playwright
 
-from qsae_kit import FeatureExplorer, LayerLoss, SteeringLab, TokenActivations, build_index, load_index
+from qsae_kit import (
+    FeatureExplorer,
+    LayerLoss,
+    SteeringLab,
+    TokenActivations,
+    build_index,
+    load_index,
+)
 from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import kept_rows
 from qsae_kit.features.indexing import IndexConfig
@@ -27,9 +35,15 @@ from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import save_suite
 from qsae_kit.world import world
 
-pytestmark = [pytest.mark.browser, pytest.mark.skipif(lab.CHROMIUM is None, reason="there is no Chromium on this machine")]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(lab.CHROMIUM is None, reason="there is no Chromium on this machine"),
+]
 
-ATTACKS = [*(Path(__file__).parent / "data" / "attacks.txt").read_text(encoding="utf-8").splitlines(), "<b>long</b>" * 1000]
+ATTACKS = [
+    *(Path(__file__).parent / "data" / "attacks.txt").read_text(encoding="utf-8").splitlines(),
+    "<b>long</b>" * 1000,
+]
 SITES = ("blocks.1.hook_resid_post", "blocks.4.hook_mlp_out")
 
 
@@ -54,7 +68,12 @@ def suite(lm):
     rows = kept_rows(lm, SITES, next(iter(token_batches(lm, dialogues(), batch_tokens=2048))))
     out = {}
     for name in SITES:
-        sae = TopKSAE(lm.d_model, 400, 8, Provenance(lm.model_name, name, NormFilter(float(rows[name].norm(dim=-1).median()))))
+        sae = TopKSAE(
+            lm.d_model,
+            400,
+            8,
+            Provenance(lm.model_name, name, NormFilter(float(rows[name].norm(dim=-1).median()))),
+        )
         sae.init_from_rows(rows[name], torch.Generator().manual_seed(3))
         out[name] = sae.requires_grad_(False)
     return {"topk": out}
@@ -65,17 +84,36 @@ def folder(lm, suite, tmp_path_factory):
     """A folder for JupyterLab with a suite and its index."""
     out = tmp_path_factory.mktemp("lab")
     save_suite(suite, out / "suite")
-    build_index(lm, suite, dialogues, out / "index", IndexConfig(tokens=4000, top=4, sampled=8, batch_tokens=2048), bar=False)
+    build_index(
+        lm,
+        suite,
+        dialogues,
+        out / "index",
+        IndexConfig(tokens=4000, top=4, sampled=8, batch_tokens=2048),
+        bar=False,
+    )
     return out
 
 
 @pytest.fixture(scope="module")
 def evaluation():
     rows = [
-        {"variant": v, "site": f"blocks.{layer}.{hook}", "layer": layer, "kind": kind, "category": "all", "fvu": 0.1 * layer + 0.05,
-         "delta_ce": 0.02 * layer, "l0": 8.0 + i, "tokens": 100, "spliced_tokens": 90}
-        for i, v in enumerate(("topk", "b")) for layer in range(5) for kind, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"))
-    ]  # fmt: skip
+        {
+            "variant": v,
+            "site": f"blocks.{layer}.{hook}",
+            "layer": layer,
+            "kind": kind,
+            "category": "all",
+            "fvu": 0.1 * layer + 0.05,
+            "delta_ce": 0.02 * layer,
+            "l0": 8.0 + i,
+            "tokens": 100,
+            "spliced_tokens": 90,
+        }
+        for i, v in enumerate(("topk", "b"))
+        for layer in range(5)
+        for kind, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"))
+    ]
     return pd.DataFrame(rows)
 
 
@@ -99,18 +137,27 @@ def notebook(folder, evaluation, playwright):
     """JupyterLab with a notebook of every widget, all cells run."""
     evaluation.to_parquet(folder / "evaluation.parquet")
     cells = [
-        SETUP, "explorer = qsae_kit.FeatureExplorer(index)\nexplorer",
+        SETUP,
+        "explorer = qsae_kit.FeatureExplorer(index)\nexplorer",
         "tokens = qsae_kit.TokenActivations(lm, suite, 'How do I thank the nurse?', index)\ntokens",
         "layers = qsae_kit.LayerLoss(evaluation, explorer=explorer)\nlayers",
         """
 import functools, torch
 rows = qsae_kit.StoredRows({"blocks.0.hook_resid_post": torch.randn(2000, 12)})
-config = qsae_kit.TrainConfig("topk", sparsity=3, expansion=4, tokens=64 * 10**6, batch=64, pool=640)
-monitor = qsae_kit.TrainingMonitor(functools.partial(qsae_kit.train_saes, rows, [config], model_name="t", bar=False), seconds=0.5, autostart=False)
+sizes = {"sparsity": 3, "expansion": 4, "tokens": 64 * 10**6, "batch": 64, "pool": 640}
+config = qsae_kit.TrainConfig("topk", **sizes)
+train = functools.partial(qsae_kit.train_saes, rows, [config], model_name="t", bar=False)
+monitor = qsae_kit.TrainingMonitor(train, seconds=0.5, autostart=False)
 monitor""",
-        "steering = qsae_kit.SteeringLab(lm, suite, 'How do I thank the nurse?', index)\nsteering.policy = 'answer'\nsteering",
-        "from IPython.display import HTML\nprint('selected', explorer.selected, explorer.site, tokens.feature)",
-    ]  # fmt: skip
+        (
+            "steering = qsae_kit.SteeringLab(lm, suite, 'How do I thank the nurse?',"
+            " index)\nsteering.policy = 'answer'\nsteering"
+        ),
+        (
+            "from IPython.display import HTML\nprint('selected', explorer.selected, explorer.site,"
+            " tokens.feature)"
+        ),
+    ]
     lab.write_notebook(folder / "all.ipynb", cells)
     with lab.jupyter_lab(folder) as address, lab.browser(playwright, height=4200) as seen:
         lab.open_notebook(seen.page, address("all.ipynb"))
@@ -138,9 +185,14 @@ def test_the_explorer_in_jupyterlab(notebook, folder):
     root.locator(".view").focus()
     for _ in range(3):
         page.keyboard.press("ArrowDown")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer .row[aria-selected=true]')?.dataset.place === '3'")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-explorer .row[aria-selected=true]')?.dataset.place"
+        " === '3'"
+    )
     chosen = root.locator(".row[aria-selected=true]").get_attribute("data-feature")
-    page.wait_for_function(f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{chosen}'")
+    page.wait_for_function(
+        f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{chosen}'"
+    )
     assert f"selected {chosen} 0" in printed(notebook)
     # a neighbour and back, by keyboard alone
     page.keyboard.press("Tab")
@@ -148,10 +200,14 @@ def test_the_explorer_in_jupyterlab(notebook, folder):
     target = link.inner_text().removeprefix("feature ")
     link.focus()
     page.keyboard.press("Enter")
-    page.wait_for_function(f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{target}'")
+    page.wait_for_function(
+        f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{target}'"
+    )
     root.get_by_role("button", name="back").focus()
     page.keyboard.press("Enter")
-    page.wait_for_function(f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{chosen}'")
+    page.wait_for_function(
+        f"() => document.querySelector('.qsae-explorer').dataset.page === '0/{chosen}'"
+    )
     # an example's tokens by keyboard
     line = root.locator(".toks").first
     line.focus()
@@ -161,30 +217,48 @@ def test_the_explorer_in_jupyterlab(notebook, folder):
     box = root.get_by_label("label of this feature")
     box.fill("<i>my label</i>")
     box.press("Enter")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is labelled')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is"
+        " labelled')"
+    )
     search = root.get_by_label("search features")
     search.fill("MY LABEL")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer').textContent.includes('1 of 400 features')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-explorer').textContent.includes('1 of 400 features')"
+    )
     assert root.locator(".row").inner_text().startswith(chosen)
     assert "<i>my label</i>" in root.locator(".row").inner_text()
     search.fill("density>abc")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is no number')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is no"
+        " number')"
+    )
     search.fill("density>0.5")
-    page.wait_for_function("() => / [0-9] of 400/.test(' ' + document.querySelector('.qsae-explorer .soft').textContent)")
+    page.wait_for_function(
+        "() => / [0-9] of 400/.test(' ' + document.querySelector('.qsae-explorer"
+        " .soft').textContent)"
+    )
     search.fill("")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer').textContent.includes('400 of 400 features')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-explorer').textContent.includes('400 of 400 features')"
+    )
     # scroll to the end: rows come on demand
     root.locator(".view").evaluate("(v) => { v.scrollTop = v.scrollHeight }")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer .row[data-place=\"399\"]')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-explorer .row[data-place=\"399\"]')"
+    )
     # what fires on a text
     root.locator("select").nth(1).select_option("fires on")
     search.fill("How do I thank the nurse?")
     page.wait_for_function(
-        "() => [...document.querySelectorAll('.qsae-explorer [role=columnheader]')].some((c) => c.textContent === 'tokens')"
+        "() => [...document.querySelectorAll('.qsae-explorer [role=columnheader]')].some((c) =>"
+        " c.textContent === 'tokens')"
     )
     root.locator("select").nth(1).select_option("text")
     search.fill("")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer').textContent.includes('400 of 400 features')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-explorer').textContent.includes('400 of 400 features')"
+    )
     shot(notebook, "explorer")
     clean(notebook)
 
@@ -194,7 +268,9 @@ def test_token_activations_in_jupyterlab(notebook):
     root = page.locator(".qsae-tokens")
     box = root.get_by_label("chat:")
     box.fill("user: What is 2 + 2?\nassistant: It is four.")
-    page.wait_for_function("() => document.querySelector('.qsae-tokens .toks').textContent.includes('four')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-tokens .toks').textContent.includes('four')"
+    )
     line = root.locator(".toks").first
     line.focus()
     page.keyboard.press("End")
@@ -206,7 +282,8 @@ def test_token_activations_in_jupyterlab(notebook):
     feature = other.inner_text()
     other.click()
     page.wait_for_function(
-        f"() => document.querySelector('.qsae-tokens .toks').getAttribute('aria-label').endsWith(' {feature}')"
+        "() => document.querySelector('.qsae-tokens .toks').getAttribute('aria-label').endsWith('"
+        f" {feature}')"
     )
     assert printed(notebook).strip().endswith(feature)
     root.get_by_role("button", name="site →").click()
@@ -215,7 +292,9 @@ def test_token_activations_in_jupyterlab(notebook):
     before = int(root.get_attribute("data-seq"))
     box.fill("")
     box.press_sequentially("How do I thank the nurse and the teacher?", delay=15)
-    page.wait_for_function("() => document.querySelector('.qsae-tokens .toks')?.textContent.includes('teacher?')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-tokens .toks')?.textContent.includes('teacher?')"
+    )
     assert int(root.get_attribute("data-seq")) > before
     shot(notebook, "tokens")
     clean(notebook)
@@ -226,20 +305,31 @@ def test_layers_and_training_in_jupyterlab(notebook):
     root = page.locator(".qsae-plots").first
     menu = root.locator("select")
     menu.select_option("topk/blocks.4.hook_mlp_out")
-    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[0].textContent.includes('MLP output of layer 4')")
-    page.wait_for_function("() => document.querySelector('.qsae-explorer select').value === '1'")  # the explorer goes along
+    page.wait_for_function(
+        "() => document.querySelectorAll('.qsae-plots')[0].textContent.includes('MLP output of"
+        " layer 4')"
+    )
+    # the explorer goes along
+    page.wait_for_function("() => document.querySelector('.qsae-explorer select').value === '1'")
     assert " 1 " in printed(notebook)
     root.locator(".scatterlayer .point").nth(2).click(force=True)
     page.wait_for_function(
-        "() => document.querySelectorAll('.qsae-plots')[0].querySelector('select').value !== 'topk/blocks.4.hook_mlp_out'"
+        "() => document.querySelectorAll('.qsae-plots')[0].querySelector('select').value !=="
+        " 'topk/blocks.4.hook_mlp_out'"
     )
     training = page.locator(".qsae-plots").nth(1)
     training.get_by_role("button", name="Start").click()
-    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('rows,')")
-    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[1].querySelector('.main-svg')")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('rows,')"
+    )
+    page.wait_for_function(
+        "() => document.querySelectorAll('.qsae-plots')[1].querySelector('.main-svg')"
+    )
     printed(notebook)  # a cell runs beside the training
     training.get_by_role("button", name="Stop").click()
-    page.wait_for_function("() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('Stopped')")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('Stopped')"
+    )
     shot(notebook, "layers")
     clean(notebook)
 
@@ -253,19 +343,27 @@ def test_the_steering_lab(notebook):
     page.wait_for_selector(".qsae-lab .slider")
     box = root.get_by_role("searchbox", name="find features")
     box.fill("17")
-    page.wait_for_function("() => document.querySelectorAll('.qsae-lab .found button').length === 1")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.qsae-lab .found button').length === 1"
+    )
     root.get_by_role("button", name="add feature 17").click()
     page.wait_for_function("() => document.querySelectorAll('.qsae-lab .slider').length === 2")
     root.get_by_role("button", name="Run", exact=True).click()
-    settled = "() => { const r = document.querySelector('.qsae-lab'); return r.dataset.number && r.dataset.running === 'false' }"
+    settled = (
+        "() => { const r = document.querySelector('.qsae-lab'); return r.dataset.number &&"
+        " r.dataset.running === 'false' }"
+    )
     page.wait_for_function(settled)
     first = root.locator("[data-text]").first.get_attribute("data-text")
-    assert first == root.locator("[data-text]").nth(1).get_attribute("data-text")  # strength 0 changes nothing
+    # strength 0 changes nothing
+    assert first == root.locator("[data-text]").nth(1).get_attribute("data-text")
     slider = root.get_by_role("slider", name="strength of feature 17")
     slider.focus()
     for _ in range(5):  # five quick moves by keyboard; focus stays where it was
         page.keyboard.press("PageUp")
-    page.wait_for_function("() => document.querySelector('.qsae-lab').dataset.number === '6'", timeout=20_000)
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-lab').dataset.number === '6'", timeout=20_000
+    )
     page.wait_for_function(settled)
     assert slider.evaluate("(e) => e === document.activeElement")
     strength = float(slider.input_value())
@@ -278,7 +376,9 @@ def test_the_steering_lab(notebook):
     assert "log-probability" in root.inner_text()
     root.get_by_role("textbox", name="name of the preset").fill("<b>mine</b>")
     root.get_by_role("button", name="Keep as preset").click()
-    page.wait_for_function("() => document.querySelector('.qsae-lab').textContent.includes('<b>mine</b>')")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-lab').textContent.includes('<b>mine</b>')"
+    )
     root.get_by_role("spinbutton", name="tokens at most").fill("400")
     root.get_by_role("checkbox", name="thinking").check()
     page.wait_for_function("() => document.querySelector('.qsae-lab').dataset.running === 'true'")
@@ -286,7 +386,9 @@ def test_the_steering_lab(notebook):
     root.get_by_role("button", name="Run", exact=True).click()
     page.wait_for_timeout(300)
     root.get_by_role("button", name="Stop").click()
-    page.wait_for_function("() => document.querySelector('.qsae-lab').dataset.running === 'false'", timeout=20_000)
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-lab').dataset.running === 'false'", timeout=20_000
+    )
     printed(notebook)
     shot(notebook, "lab")
     clean(notebook)
@@ -294,7 +396,9 @@ def test_the_steering_lab(notebook):
 
 def test_cells_run_again_leave_nothing_behind(notebook):
     page = notebook.page
-    models = "() => [...window.jupyterapp.shell.currentWidget.context.sessionContext.session.kernel._comms.keys()].length"
+    models = """() => {
+        const { session } = window.jupyterapp.shell.currentWidget.context.sessionContext;
+        return [...session.kernel._comms.keys()].length }"""
 
     def counts():
         nodes = page.evaluate("() => [...document.querySelectorAll('.qsae')].length")
@@ -302,14 +406,20 @@ def test_cells_run_again_leave_nothing_behind(notebook):
 
     lab.run_cell(page, 1)
     lab.run_cell(page, 2)
-    page.wait_for_function("() => document.querySelectorAll('.qsae-explorer[data-page]').length === 1")
+    page.wait_for_function(
+        "() => document.querySelectorAll('.qsae-explorer[data-page]').length === 1"
+    )
     nodes, elements = counts()
     comms = page.evaluate(models)
     for _ in range(10):
         lab.run_cell(page, 1)
         lab.run_cell(page, 2)
-        page.wait_for_function("() => document.querySelectorAll('.qsae-explorer[data-page]').length === 1")
-        page.wait_for_function("() => document.querySelectorAll('.qsae-tokens[data-seq]').length === 1")
+        page.wait_for_function(
+            "() => document.querySelectorAll('.qsae-explorer[data-page]').length === 1"
+        )
+        page.wait_for_function(
+            "() => document.querySelectorAll('.qsae-tokens[data-seq]').length === 1"
+        )
     assert counts()[0] == nodes
     assert abs(counts()[1] - elements) < 50
     assert page.evaluate(models) == comms
@@ -318,7 +428,10 @@ def test_cells_run_again_leave_nothing_behind(notebook):
 
 def test_without_a_kernel_the_page_stays_readable(notebook):
     page = notebook.page
-    page.evaluate("async () => { await window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown() }")
+    page.evaluate(
+        "async () => { await"
+        " window.jupyterapp.shell.currentWidget.context.sessionContext.shutdown() }"
+    )
     root = page.locator(".qsae-explorer")
     root.get_by_role("columnheader", name="max").click()
     page.wait_for_selector(".qsae-explorer .gone", timeout=15_000)
@@ -350,17 +463,23 @@ def hostile(folder, tmp_path_factory):
     return index
 
 
-INVISIBLE = re.compile("[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]")
+INVISIBLE = re.compile(
+    "[\u0000-\u001f\u007f-\u009f\u00ad\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]"
+)
 
 
 def legible(text):
-    """What a reader must find of a text, spaces left out: what is invisible has its number, as `common.js` writes it."""
+    """What a reader must find of a text, spaces left out: what is invisible has its number, as
+    `common.js` writes it.
+    """
     signs = INVISIBLE.sub(lambda m: f"\u27e8{ord(m[0]):04x}\u27e9", text)
     return bare(signs)[:200]
 
 
 def bare(text):
-    return "".join(c for c in text if (c.isascii() or c in "\u27e8\u27e9") and c.isprintable() and c != " ")
+    return "".join(
+        c for c in text if (c.isascii() or c in "\u27e8\u27e9") and c.isprintable() and c != " "
+    )
 
 
 def plain(text):
@@ -371,7 +490,9 @@ def plain(text):
 def test_attacks_in_the_explorer(hostile, tmp_path, dark, playwright):
     explorer = FeatureExplorer(hostile)
     explorer.sort_by, explorer.ascending = "feature", True
-    found = pd.DataFrame({attack: [0.5, 0.4] for attack in ATTACKS[:2]}, index=pd.Index([3, 5], name="feature"))
+    found = pd.DataFrame(
+        {attack: [0.5, 0.4] for attack in ATTACKS[:2]}, index=pd.Index([3, 5], name="feature")
+    )
     with lab.browser(playwright, dark=dark) as seen:
         explorer.to_html(tmp_path / "explorer.html")
         seen.page.goto((tmp_path / "explorer.html").as_uri())
@@ -406,21 +527,28 @@ def test_attacks_in_the_other_widgets(lm, suite, evaluation, tmp_path, monkeypat
         for i in range(0, len(ATTACKS) - 1, 6):  # as many as fit the model's context
             attack = "\n".join(ATTACKS[i : i + 6])
             view = TokenActivations(lm, suite, attack)
-            monkeypatch.setattr(TokenActivations, "name", lambda self, feature: ATTACKS[feature % len(ATTACKS)])
+            monkeypatch.setattr(
+                TokenActivations, "name", lambda self, feature: ATTACKS[feature % len(ATTACKS)]
+            )
             view.feature = 3
             view.to_html(tmp_path / f"tokens{i}.html")
             seen.page.goto((tmp_path / f"tokens{i}.html").as_uri())
             seen.page.wait_for_selector(".qsae-tokens[data-seq]")
             shown = "".join(seen.page.locator(".toks span").all_inner_texts())
             for line in attack.split("\n"):
-                assert plain(legible(line)) in plain(bare(shown)), line  # a tokenizer may cut what is invisible into bytes
+                # a tokenizer may cut what is invisible into bytes
+                assert plain(legible(line)) in plain(bare(shown)), line
             clean(seen)
         view = SteeringLab(lm, suite, ATTACKS[0])
         view.controls = [
             {"site": 0, "feature": i, "name": attack, "action": "add", "strength": 0.0, "on": True}
             for i, attack in enumerate(ATTACKS)
         ]
-        view.found = {"site": 0, "text": "", "features": [[i, attack] for i, attack in enumerate(ATTACKS)]}
+        view.found = {
+            "site": 0,
+            "text": "",
+            "features": [[i, attack] for i, attack in enumerate(ATTACKS)],
+        }
         view.presets = {attack: {} for attack in ATTACKS}
         view.history = [[attack, attack] for attack in ATTACKS]
         view.status = ATTACKS[1]
@@ -437,7 +565,9 @@ def test_attacks_in_the_other_widgets(lm, suite, evaluation, tmp_path, monkeypat
             assert legible(attack)[:40] in options, attack
         shot(seen, "hostile-lab")
         clean(seen)
-        table = evaluation.assign(variant=[ATTACKS[i % 60].replace("/", "|") for i in range(len(evaluation))])
+        table = evaluation.assign(
+            variant=[ATTACKS[i % 60].replace("/", "|") for i in range(len(evaluation))]
+        )
         layers = LayerLoss(table, model_name=ATTACKS[0])
         layers.status = ATTACKS[1]
         layers.to_html(tmp_path / "layers.html")
@@ -451,11 +581,15 @@ def test_attacks_in_the_other_widgets(lm, suite, evaluation, tmp_path, monkeypat
 def test_attacks_in_figures_and_tables(tmp_path, playwright):
     """Labels of figures read as they were written; DataFrames escape on their own."""
     texts = [plot_text(attack) for attack in ATTACKS[:-1]]
-    figure = plotly.graph_objects.Figure(plotly.graph_objects.Bar(x=list(range(len(texts))), y=[1] * len(texts), text=texts))
+    figure = plotly.graph_objects.Figure(
+        plotly.graph_objects.Bar(x=list(range(len(texts))), y=[1] * len(texts), text=texts)
+    )
     figure.update_layout(title={"text": texts[0]})
     figure.write_html(tmp_path / "figure.html", include_plotlyjs=True)
     table = pd.DataFrame({ATTACKS[0]: ATTACKS}, index=ATTACKS)
-    (tmp_path / "table.html").write_text(f'<meta charset="utf-8">{table._repr_html_()}', encoding="utf-8")
+    (tmp_path / "table.html").write_text(
+        f'<meta charset="utf-8">{table._repr_html_()}', encoding="utf-8"
+    )
     with lab.browser(playwright) as seen:
         seen.page.goto((tmp_path / "figure.html").as_uri())
         seen.page.wait_for_selector(".main-svg")

@@ -30,9 +30,20 @@ def setting(lm):
     sets = made.selection
     ids = {kind: [lm.chat_tokens(p, False) for p in prompts[:6]] for kind, prompts in sets.items()}
     openings = first_tokens(lm, ["I can't help with that.", "I must refuse."])
-    wanted = [lm.tokenizer(made.behaviour.wanted(p, "suppress"), add_special_tokens=False).input_ids for p in sets["harmful"][:6]]
-    rows = {kind: decision_activations(lm, [SITE], sets[kind], False)[SITE] for kind in ("harmful", "borderline")}
-    sae = TopKSAE(lm.d_model, 256, 16.0, Provenance("tiny", SITE, NormFilter(float(rows["harmful"].norm(dim=1).median()))))
+    wanted = [
+        lm.tokenizer(made.behaviour.wanted(p, "suppress"), add_special_tokens=False).input_ids
+        for p in sets["harmful"][:6]
+    ]
+    rows = {
+        kind: decision_activations(lm, [SITE], sets[kind], False)[SITE]
+        for kind in ("harmful", "borderline")
+    }
+    sae = TopKSAE(
+        lm.d_model,
+        256,
+        16.0,
+        Provenance("tiny", SITE, NormFilter(float(rows["harmful"].norm(dim=1).median()))),
+    )
     sae.init_from_rows(torch.cat(list(rows.values())), torch.Generator().manual_seed(0))
     aim = Aim(lm, ids["harmful"], ids["borderline"], openings, -1.0)
     return aim, rows["harmful"], rows["borderline"], sae.requires_grad_(False), wanted
@@ -67,7 +78,10 @@ def test_scores_of_candidates(lm, setting):
     table = feature_scores(aim, sae, first, second, make, n_candidates=10)
     assert len(table) == 10
     assert table["merit"].is_monotonic_increasing
-    found, fires = contrast(sae, first, second), torch.cat([sae.encode(first), sae.encode(second)]) > 0
+    found, fires = (
+        contrast(sae, first, second),
+        torch.cat([sae.encode(first), sae.encode(second)]) > 0,
+    )
     for row in table.itertuples():
         i = int(row.feature)
         assert row.gap == pytest.approx(float(found.feature_gap[i]), abs=1e-4)
@@ -78,14 +92,18 @@ def test_scores_of_candidates(lm, setting):
     sign = torch.tensor([float(found.feature_gap[int(i)]) for i in table["feature"]]).sign()
     unit = torch.nn.functional.normalize(found.mean_gap, dim=0)
     rows = torch.nn.functional.normalize(sae.W_dec[table["feature"].tolist()], dim=1)
-    torch.testing.assert_close(torch.tensor(table["cosine"].to_numpy()), (rows @ unit) * sign, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(table["cosine"].to_numpy()), (rows @ unit) * sign, atol=1e-4, rtol=0
+    )
     with pytest.raises(ValueError, match="No feature differs"):
         feature_scores(aim, sae, first, first, make)
 
 
 def test_lens_tokens_are_those_that_the_unembedding_raises(lm):
     token = lm.to_single_token("I")
-    direction = lm.hf.get_output_embeddings().weight[token].detach() / lm.hf.model.norm.weight.detach()
+    direction = (
+        lm.hf.get_output_embeddings().weight[token].detach() / lm.hf.model.norm.weight.detach()
+    )
     assert token in lens_tokens(lm, direction, 20).tolist()
 
 
@@ -106,7 +124,9 @@ def test_the_merit_counts_what_is_wanted_and_what_changes_elsewhere(lm, setting)
 
 
 class Known(Aim):
-    """An aim whose best set is known: features 1 and 4, the first with twice the weight of the second, against its sign."""
+    """An aim whose best set is known: features 1 and 4, the first with twice the weight of the
+    second, against its sign.
+    """
 
     def others_odds(self, edits=()):
         return torch.zeros(1)
@@ -121,7 +141,9 @@ class Known(Aim):
 def test_greedy_and_random_search_find_what_is_known(setting):
     aim, first, second, sae, _ = setting
     known = Known(aim.lm, aim.target, aim.others, aim.openings, 1.0)
-    grown = greedy_features(known, [(0, 1.0), (1, 1.0), (2, -1.0), (4, -1.0)], lambda chosen: [chosen], 5)
+    grown = greedy_features(
+        known, [(0, 1.0), (1, 1.0), (2, -1.0), (4, -1.0)], lambda chosen: [chosen], 5
+    )
     assert dict(zip(grown.chosen.features, grown.chosen.weights, strict=True)) == {1: 2.0, 4: -1.0}
     assert grown.merit == pytest.approx(1.0)
     assert grown.passes == 4 * 10  # no round after the third is better
@@ -131,7 +153,10 @@ def test_greedy_and_random_search_find_what_is_known(setting):
     found = contrast(sae, first, second)._replace(alive=torch.arange(8))
     like = FeatureSet((6, 7), (1.0, 1.0))
     few, many = (
-        random_search(known, found, like, lambda chosen: [chosen], n, torch.Generator().manual_seed(3)) for n in (1, 400)
+        random_search(
+            known, found, like, lambda chosen: [chosen], n, torch.Generator().manual_seed(3)
+        )
+        for n in (1, 400)
     )
     assert known.merit([many], None) > known.merit([few], None)
     assert set(many.features) == {1, 4}

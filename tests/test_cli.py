@@ -1,4 +1,6 @@
-"""The command line: bad input gets one sentence and leaves nothing; a small run leaves everything."""
+"""The command line: bad input gets one sentence and leaves nothing; a small run leaves
+everything.
+"""
 
 import json
 import resource
@@ -24,9 +26,13 @@ def qsae(*arguments, cwd=None, limit=None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     return subprocess.run(
-        [sys.executable, "-m", "qsae_kit.cli", *map(str, arguments)], capture_output=True, text=True, cwd=cwd,
-        preexec_fn=restrict if limit else None, timeout=600,
-    )  # fmt: skip
+        [sys.executable, "-m", "qsae_kit.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        preexec_fn=restrict if limit else None,
+        timeout=600,
+    )
 
 
 def complaint(done):
@@ -52,11 +58,20 @@ def complaint(done):
         (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2 is not JSON"),
         (["features", "--suite", "EMPTY"], "holds no SAE"),
         (["steer", "--suite", "EMPTY"], "holds no SAE"),
-        (["steer", "--suite", "EMPTY", "--goal", "both"], "The goal 'both' was given; choose from suppress, induce"),
+        (
+            ["steer", "--suite", "EMPTY", "--goal", "both"],
+            "The goal 'both' was given; choose from suppress, induce",
+        ),
         (["steer", "--suite", "EMPTY", "--harmful", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
-        (["steer", "--suite", "EMPTY", "--model", "smollm2", "--behaviour", "bias"], "has prompts for the bundled model only"),
+        (
+            ["steer", "--suite", "EMPTY", "--model", "smollm2", "--behaviour", "bias"],
+            "has prompts for the bundled model only",
+        ),
         (["steer", "--suite", "EMPTY", "--guard", "tiny"], "belong to --bench"),
-        (["steer", "--suite", "EMPTY", "--bench", "xstest", "--behaviour", "bias"], "--bench measures refusal"),
+        (
+            ["steer", "--suite", "EMPTY", "--bench", "xstest", "--behaviour", "bias"],
+            "--bench measures refusal",
+        ),
         (["steer", "--suite", "EMPTY", "--bench", "nope"], "no bench 'nope'; choose from xstest"),
         (
             ["steer", "--suite", "EMPTY", "--bench", "xstest", "--bench-folder", "EMPTY"],
@@ -65,12 +80,18 @@ def complaint(done):
         (["dialogues", "--prompts", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
         (["train", "--moments", "int4"], "moments='int4' was given"),
         (["train", "--precision", "int4"], "precision='int4' was given"),
-        (["suite", "tiny", "--dtype", "int4"], "The dtype 'int4' was given; choose from auto, float32"),
+        (
+            ["suite", "tiny", "--dtype", "int4"],
+            "The dtype 'int4' was given; choose from auto, float32",
+        ),
         (["train", "--acts", "EMPTY_FILE", "--dtype", "bfloat16"], "--dtype would have no effect"),
         (["train", "--layers", "99"], "layers 0 to 5"),
         (["harvest", "--site", "blocks.0.hook_resid"], "is not a site"),
         (["harvest", "--site", "blocks.99.hook_resid_post"], "no hook point"),
-        (["harvest", "--data", "LONG_FILE", "--out", "/dev/null/x.safetensors"], "not a writable folder"),
+        (
+            ["harvest", "--data", "LONG_FILE", "--out", "/dev/null/x.safetensors"],
+            "not a writable folder",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -78,10 +99,17 @@ def test_bad_input(unchecked, tmp_path, monkeypatch, capsys, arguments, message)
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    names = {"EMPTY": "empty", "EMPTY_FILE": "empty.jsonl", "BAD_FILE": "bad.jsonl", "LONG_FILE": "empty.jsonl"}
+    names = {
+        "EMPTY": "empty",
+        "EMPTY_FILE": "empty.jsonl",
+        "BAD_FILE": "bad.jsonl",
+        "LONG_FILE": "empty.jsonl",
+    }
     before = sorted(p.name for p in tmp_path.iterdir())
     given = [names.get(a, a) for a in arguments]
-    out = [] if "--out" in given else ["--out", "out/x.safetensors" if "harvest" in given else "out"]
+    out = (
+        [] if "--out" in given else ["--out", "out/x.safetensors" if "harvest" in given else "out"]
+    )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qsae", *given, *out])
     with pytest.raises(SystemExit) as ended:
@@ -97,44 +125,89 @@ def test_a_tokenizer_without_a_chat_template(lm, tmp_path):
     lm.hf.save_pretrained(tmp_path / "model")
     lm.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    assert "has no chat template" in complaint(qsae("demo", "--model", "model", "--out", "out", cwd=tmp_path))
+    assert "has no chat template" in complaint(
+        qsae("demo", "--model", "model", "--out", "out", cwd=tmp_path)
+    )
     assert not (tmp_path / "out").exists()
 
 
 def test_no_space_left_leaves_nothing(tmp_path):
-    done = qsae("harvest", "--tokens", "20000", "--out", tmp_path / "acts.safetensors", limit=100_000)
+    done = qsae(
+        "harvest", "--tokens", "20000", "--out", tmp_path / "acts.safetensors", limit=100_000
+    )
     assert "File too large" in complaint(done)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_training_on_a_full_disk_leaves_no_weights(tmp_path):
     done = qsae(
-        "train", "--layers", "2", "--sites", "mlp", "--tokens", "4096", "--batch", "512", "--out", tmp_path / "out", limit=100_000
+        "train",
+        "--layers",
+        "2",
+        "--sites",
+        "mlp",
+        "--tokens",
+        "4096",
+        "--batch",
+        "512",
+        "--out",
+        tmp_path / "out",
+        limit=100_000,
     )
     assert "File too large" in complaint(done)
-    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {"train.jsonl", "state.json"}
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {
+        "train.jsonl",
+        "state.json",
+    }
 
 
 def test_harvest(tmp_path):
-    (tmp_path / "chats.jsonl").write_text(json.dumps({"question": "How do I thank the nurse?", "answer": "You can."}) + "\n")
+    (tmp_path / "chats.jsonl").write_text(
+        json.dumps({"question": "How do I thank the nurse?", "answer": "You can."}) + "\n"
+    )
     out = tmp_path / "acts.safetensors"
-    done = qsae("harvest", "--data", tmp_path / "chats.jsonl", "--site", "blocks.2.hook_mlp_out", "--out", out)
+    done = qsae(
+        "harvest",
+        "--data",
+        tmp_path / "chats.jsonl",
+        "--site",
+        "blocks.2.hook_mlp_out",
+        "--out",
+        out,
+    )
     assert done.returncode == 0, done.stderr
     with safe_open(out, "pt") as file:
         acts, header = file.get_tensor("acts"), file.metadata()
     lm = qsae_kit.load_model("tiny")
-    chat = [{"role": "user", "content": "How do I thank the nurse?"}, {"role": "assistant", "content": "You can."}]
-    _, cache = lm.run_with_cache(lm.to_chat(chat, add_generation_prompt=False), names_filter="blocks.2.hook_mlp_out")
+    chat = [
+        {"role": "user", "content": "How do I thank the nurse?"},
+        {"role": "assistant", "content": "You can."},
+    ]
+    _, cache = lm.run_with_cache(
+        lm.to_chat(chat, add_generation_prompt=False), names_filter="blocks.2.hook_mlp_out"
+    )
     expected = cache["blocks.2.hook_mlp_out"][0, 1:]
     assert acts.shape == expected.shape
-    assert (acts.float() / float(header["scale"]) - expected).abs().max() < 1e-2 * expected.abs().max()
+    assert (
+        acts.float() / float(header["scale"]) - expected
+    ).abs().max() < 1e-2 * expected.abs().max()
     assert header["hook_name"] == "blocks.2.hook_mlp_out"
     short = tmp_path / "short.safetensors"
-    given = "harvest", "--data", tmp_path / "chats.jsonl", "--site", "blocks.2.hook_mlp_out", "--dtype", "bfloat16"
+    given = (
+        "harvest",
+        "--data",
+        tmp_path / "chats.jsonl",
+        "--site",
+        "blocks.2.hook_mlp_out",
+        "--dtype",
+        "bfloat16",
+    )
     done = qsae(*given, "--out", short)
     assert done.returncode == 0, done.stderr
     with safe_open(short, "pt") as file:
-        off = (file.get_tensor("acts").float() / float(file.metadata()["scale"]) - expected).norm() / expected.norm()
+        off = (
+            file.get_tensor("acts").float() / float(file.metadata()["scale"]) - expected
+        ).norm() / expected.norm()
     assert 1e-3 < off < 0.05  # bfloat16 keeps eight binary digits
 
 
@@ -144,7 +217,17 @@ def test_features(lm, tmp_path):
     sae = TopKSAE(lm.d_model, 100, 5, Provenance(lm.model_name, name, NormFilter(9.0)))
     sae.init_from_rows(torch.randn(500, lm.d_model, generator=generator), generator)
     save_suite({"topk": {name: sae}}, tmp_path / "suite")
-    done = qsae("features", "--suite", tmp_path / "suite", "--tokens", "2000", "--top", "3", "--out", tmp_path / "index")
+    done = qsae(
+        "features",
+        "--suite",
+        tmp_path / "suite",
+        "--tokens",
+        "2000",
+        "--top",
+        "3",
+        "--out",
+        tmp_path / "index",
+    )
     assert done.returncode == 0, done.stderr
     assert "topk/blocks.2.hook_mlp_out: 100 features" in done.stdout
     index = qsae_kit.load_index(tmp_path / "index")
@@ -152,10 +235,12 @@ def test_features(lm, tmp_path):
     assert len(index.site().examples(int(index.site().figures["max"].idxmax()))[0]) == 3
 
 
-STUDY_FILES = {
-    "study.csv", "study.json", "steering.json", "candidates.csv", "selection.csv", "examples.csv", "prompts.json", "dose.html",
-    "controls.html", "report.html",
-}  # fmt: skip
+STUDY_FILES = set(
+    (
+        "study.csv study.json steering.json candidates.csv selection.csv examples.csv prompts.json "
+        "dose.html controls.html report.html"
+    ).split()
+)
 
 
 @pytest.mark.slow
@@ -163,8 +248,14 @@ def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys)
     save_suite(small_suite(lm), tmp_path / "suite")
     for kind in prompt_sets.KINDS:
         texts = [p.text for p in prompt_sets.prompts("tiny", kind, 12, "selection")]
-        (tmp_path / f"{kind}.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    files = [word for kind in prompt_sets.KINDS for word in (f"--{kind}", str(tmp_path / f"{kind}.jsonl"))]
+        (tmp_path / f"{kind}.jsonl").write_text(
+            "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
+        )
+    files = [
+        word
+        for kind in prompt_sets.KINDS
+        for word in (f"--{kind}", str(tmp_path / f"{kind}.jsonl"))
+    ]
     command = [
         "steer",
         "--suite",
@@ -180,39 +271,68 @@ def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys)
     cli.app(standalone_mode=False)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {*STUDY_FILES, "journal.jsonl"}
     parted = json.loads((tmp_path / "out" / "prompts.json").read_text())
-    assert {split: {kind: len(p) for kind, p in sets.items()} for split, sets in parted.items()} == {
-        "selection": dict.fromkeys(prompt_sets.KINDS, 4), "evaluation": dict.fromkeys(prompt_sets.KINDS, 8),
-    }  # fmt: skip
+    assert {
+        split: {kind: len(p) for kind, p in sets.items()} for split, sets in parted.items()
+    } == {
+        "selection": dict.fromkeys(prompt_sets.KINDS, 4),
+        "evaluation": dict.fromkeys(prompt_sets.KINDS, 8),
+    }
     assert "selectivity" in capsys.readouterr().out
 
 
 @pytest.mark.slow
 def test_a_small_demo_leaves_a_complete_folder(tmp_path):
-    done = qsae("demo", "--layers", "1,2", "--sites", "resid", "--tokens", "40960", "--out", tmp_path / "out")
+    done = qsae(
+        "demo",
+        "--layers",
+        "1,2",
+        "--sites",
+        "resid",
+        "--tokens",
+        "40960",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out"
-    assert {p.name for p in out.iterdir()} == {"suite", "evaluation.csv", "steering.csv", "suppress", "induce", "report.html"}
+    assert {p.name for p in out.iterdir()} == set(
+        ("suite evaluation.csv steering.csv suppress induce report.html").split()
+    )
     assert {p.name for p in (out / "suppress").iterdir()} == STUDY_FILES
     suite = load_suite(out / "suite")
     assert {v: list(s) for v, s in suite.items()} == {
-        v: ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"] for v in ("jumprelu-x8-l0_16", "topk-x8-l0_16")
+        v: ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+        for v in ("jumprelu-x8-l0_16", "topk-x8-l0_16")
     }
     evaluation, steering = pd.read_csv(out / "evaluation.csv"), pd.read_csv(out / "steering.csv")
-    assert {"site", "layer", "kind", "fvu", "l0", "dead", "delta_ce", "kl_nats", "ce_score", "tokens"} <= set(evaluation.columns)
+    assert set(("site layer kind fvu l0 dead delta_ce kl_nats ce_score tokens").split()) <= set(
+        evaluation.columns
+    )
     assert (evaluation.loc[evaluation["category"] == "all", "fvu"] < 0.3).all()
-    wanted = "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate broken_rate kl_first kl_answer perplexity"
+    wanted = (
+        "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate"
+        " broken_rate kl_first kl_answer perplexity"
+    )
     assert set(wanted.split()) <= set(steering.columns)
-    arms = "none features difference_of_means difference_of_means_best wrong_sign random random_single noise system_prompt"
+    arms = (
+        "none features difference_of_means difference_of_means_best wrong_sign random random_single"
+        " noise system_prompt"
+    )
     assert set(steering["intervention"]) == set(arms.split())
     base = steering[steering["goal"] == "none"].set_index("prompt_kind")
     assert (base["strength"] == 0).all()
     assert (base["intervention"] == "none").all()
-    assert base.loc["harmful", "refusal_rate"] >= 0.88  # the card: 0.95, on untrained combinations 0.87
+    # the card: 0.95, on untrained combinations 0.87
+    assert base.loc["harmful", "refusal_rate"] >= 0.88
     assert base.loc["harmless", "refusal_rate"] <= 0.02
     frozen = steering[steering["chosen"]]
     assert len(frozen[(frozen["intervention"] == "random") & (frozen["goal"] == "induce")]) >= 20
     for goal, kind, sign in (("suppress", "harmful", -1), ("induce", "borderline", 1)):
-        steered = frozen[(frozen["goal"] == goal) & (frozen["intervention"] == "features") & (frozen["prompt_kind"] == kind)]
+        steered = frozen[
+            (frozen["goal"] == goal)
+            & (frozen["intervention"] == "features")
+            & (frozen["prompt_kind"] == kind)
+        ]
         # These SAEs are a tenth of the demo's: a clear move, not the move of a full run.
         assert sign * (steered["refusal_rate"].item() - base.loc[kind, "refusal_rate"]) >= 0.3
     page = (out / "report.html").read_text()

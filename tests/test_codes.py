@@ -36,7 +36,9 @@ def of_positive(x, encoder, b_enc):
     return sparse.encode(x, encoder, b_enc, select_positive)[:2]
 
 
-@pytest.mark.parametrize("encode", [of_top, of_chosen, of_positive], ids=["top", "chosen", "positive"])
+@pytest.mark.parametrize(
+    "encode", [of_top, of_chosen, of_positive], ids=["top", "chosen", "positive"]
+)
 def test_values_and_gradients_are_those_of_dense_products(path, encode):
     x, encoder, b_enc, W_dec = tensors()
     v, codes = encode(x, encoder, b_enc)
@@ -56,7 +58,9 @@ def test_values_and_gradients_are_those_of_dense_products(path, encode):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize(("n_cols", "k"), [(48, 5), (960, 8), (4608, 32), (37, 4), (40, 40), (1280, 1)])
+@pytest.mark.parametrize(
+    ("n_cols", "k"), [(48, 5), (960, 8), (4608, 32), (37, 4), (40, 40), (1280, 1)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_largest_are_exactly_the_largest(n_cols, k, dtype):
     pre = torch.randn(17, n_cols, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -64,7 +68,9 @@ def test_the_largest_are_exactly_the_largest(n_cols, k, dtype):
     found = largest_columns(pre, k)
     assert all(len(set(row)) == k for row in found.tolist())
     expected = pre.topk(k, dim=-1).values
-    torch.testing.assert_close(pre.gather(1, found).sort(descending=True).values, expected, atol=0, rtol=0)
+    torch.testing.assert_close(
+        pre.gather(1, found).sort(descending=True).values, expected, atol=0, rtol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -105,9 +111,19 @@ def test_what_is_narrowed_is_skipped(path):
     codes = Codes.from_columns(torch.arange(N_ROWS)[:, None] % 7 + torch.tensor([0, 9, 30]), D_SAE)
     values = torch.linspace(-1, 2, len(codes), dtype=torch.float64)
     kept = values * (values > 0)
-    before = codes.times(kept, W_dec), codes.transposed_times(kept, x), codes.dots(x, W_dec), codes.sums(values)
+    before = (
+        codes.times(kept, W_dec),
+        codes.transposed_times(kept, x),
+        codes.dots(x, W_dec),
+        codes.sums(values),
+    )
     codes.narrow(values > 0)  # what is given outside of it from now on does not count
-    after = codes.times(values, W_dec), codes.transposed_times(values, x), codes.dots(x, W_dec), codes.sums(values)
+    after = (
+        codes.times(values, W_dec),
+        codes.transposed_times(values, x),
+        codes.dots(x, W_dec),
+        codes.sums(values),
+    )
     for one, other in zip(before, after, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -115,19 +131,34 @@ def test_what_is_narrowed_is_skipped(path):
 def test_a_part_of_the_entries():
     codes = Codes.from_columns(torch.tensor([[1, 2], [0, 3], [3, 1]]), 4)
     part = codes.where(codes.cols == 3)
-    assert (part.rows.tolist(), part.cols.tolist(), part.starts.tolist()) == ([1, 2], [3, 3], [0, 0, 1])
-    assert part.dense(torch.tensor([5.0, 6.0])).tolist() == [[0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 0, 6]]
+    assert (part.rows.tolist(), part.cols.tolist(), part.starts.tolist()) == (
+        [1, 2],
+        [3, 3],
+        [0, 0, 1],
+    )
+    assert part.dense(torch.tensor([5.0, 6.0])).tolist() == [
+        [0, 0, 0, 0],
+        [0, 0, 0, 5],
+        [0, 0, 0, 6],
+    ]
 
 
 def test_a_short_product_selects_almost_the_same(path):
     x, encoder, b_enc, _ = (t.detach().float() for t in tensors())
     v, codes, pre = sparse.encode(x, encoder, b_enc, select_top_k(5), torch.bfloat16)
     assert pre.dtype == torch.bfloat16
-    torch.testing.assert_close(v, (x @ encoder.T + b_enc)[codes.rows, codes.cols], rtol=0.02, atol=0.02)
+    torch.testing.assert_close(
+        v, (x @ encoder.T + b_enc)[codes.rows, codes.cols], rtol=0.02, atol=0.02
+    )
     exact = sparse.encode(x, encoder, b_enc, select_top_k(5))[1]
-    alike = torch.isin(codes.rows * D_SAE + codes.cols, exact.rows * D_SAE + exact.cols).float().mean()
+    alike = (
+        torch.isin(codes.rows * D_SAE + codes.cols, exact.rows * D_SAE + exact.cols).float().mean()
+    )
     assert 0.95 < alike <= 1
 
 
 def test_the_path_is_named():
-    assert sparse.path_name(torch.device("cpu"), torch.bfloat16) == "bfloat16 encoder product, embedding bags on cpu"
+    assert (
+        sparse.path_name(torch.device("cpu"), torch.bfloat16)
+        == "bfloat16 encoder product, embedding bags on cpu"
+    )

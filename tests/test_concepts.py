@@ -23,24 +23,38 @@ def test_labels_sit_on_the_words_they_belong_to(lm):
             word = dialogue.messages[span.message][span.field][span.start : span.end]
             for label in span.labels:
                 if label.startswith("c/") and not concepts._translated(label, word):
-                    marked = [t for t, own in zip(texts, labelled.labels, strict=True) if label in own]
-                    assert any(word.endswith(t.strip()) or t.strip().endswith(word) for t in marked), (label, word, marked)
+                    marked = [
+                        t for t, own in zip(texts, labelled.labels, strict=True) if label in own
+                    ]
+                    assert any(
+                        word.endswith(t.strip()) or t.strip().endswith(word) for t in marked
+                    ), (label, word, marked)
         answer = lm.to_string([i for i, a in zip(labelled.ids, labelled.answer, strict=True) if a])
         assert answer.strip() == dialogue.messages[-1]["content"].strip()
 
 
 def test_unstated_attributes_are_not_stated():
-    """No message labels a person with an attribute that any turn of the dialogue asks for or decides by."""
+    """No message labels a person with an attribute that any turn of the dialogue asks for or
+    decides by.
+    """
     labelled = 0
     for dialogue in world.dialogues(4000, seed=11):
         asked: dict[str, set[str]] = {}
         for request in dialogue.requests:
             about = {"loan": {"debt", "city"}}.get(request.attribute, {request.attribute})
-            asked.setdefault(request.name, set()).update(set(lexicon.ATTRIBUTES) if request.intent == "profile" else about)
+            asked.setdefault(request.name, set()).update(
+                set(lexicon.ATTRIBUTES) if request.intent == "profile" else about
+            )
         for span in dialogue.spans:
             if any(label.startswith("d/") for label in span.labels):
-                name = dialogue.requests[(span.message - bool(dialogue.requests[0].system)) // 2].name
-                own = {label.removeprefix("d/").partition("=")[0] for label in span.labels if label.startswith("d/")}
+                name = dialogue.requests[
+                    (span.message - bool(dialogue.requests[0].system)) // 2
+                ].name
+                own = {
+                    label.removeprefix("d/").partition("=")[0]
+                    for label in span.labels
+                    if label.startswith("d/")
+                }
                 assert not own & asked[name]
                 labelled += 1
     assert labelled > 1000
@@ -58,18 +72,29 @@ def test_recalled_attributes_are_not_stated_yet(lm):
                     assert truth.en == value or (attribute == "code" and truth.en[0] == value)
                     before = lm.to_string(labelled.ids[: t + 1])
                     said = before.rpartition(dialogue.messages[-2]["content"])[2]
-                    assert truth(dialogue.last.answer_language) not in said.replace(dialogue.last.name, "")
+                    assert truth(dialogue.last.answer_language) not in said.replace(
+                        dialogue.last.name, ""
+                    )
                     seen.add(attribute)
     assert seen >= {*world.PUBLIC, "debt"}
 
 
 def test_computed_values_are_not_read_off_the_reasoning(lm):
     for dialogue in concepts.scoring_dialogues(400, seed=4):
-        labels = [x for own in concepts.label_tokens(lm, dialogue).labels for x in own if x.startswith("e/")]
+        labels = [
+            x
+            for own in concepts.label_tokens(lm, dialogue).labels
+            for x in own
+            if x.startswith("e/")
+        ]
         assert not (labels and "reasoning_content" in dialogue.messages[-1])
         if dialogue.last.intent == "sum" and "reasoning_content" not in dialogue.messages[-1]:
             labelled = concepts.label_tokens(lm, dialogue)
-            [at] = [t for t, own in enumerate(labelled.labels) if any(x.startswith("e/carry") for x in own)]
+            [at] = [
+                t
+                for t, own in enumerate(labelled.labels)
+                if any(x.startswith("e/carry") for x in own)
+            ]
             assert lm.to_string([labelled.ids[at + 1]]) == dialogue.last.value.removeprefix("= ")[0]
 
 
@@ -82,7 +107,8 @@ def test_senses_are_of_one_surface(lm):
                 surface = label.removeprefix("c/").partition("=")[0]
                 if label.startswith("c/") and surface in lexicon.FIRST_NAMES and word != surface:
                     assert not any(
-                        label in own and surface not in dialogue.messages[span.message][span.field] for own in labelled.labels
+                        label in own and surface not in dialogue.messages[span.message][span.field]
+                        for own in labelled.labels
                     )
 
 
@@ -107,7 +133,10 @@ def test_auroc_is_mann_whitney():
     rng = np.random.default_rng(0)
     scores = np.round(rng.normal(size=(300, 4)), 1)  # with ties
     value = rng.integers(0, 2, 300)
-    expected = [mannwhitneyu(c[value == 1], c[value == 0]).statistic / (value.sum() * (300 - value.sum())) for c in scores.T]
+    expected = [
+        mannwhitneyu(c[value == 1], c[value == 0]).statistic / (value.sum() * (300 - value.sum()))
+        for c in scores.T
+    ]
     np.testing.assert_allclose(concepts.auroc(scores, value), expected)
 
 
@@ -128,7 +157,8 @@ def test_searches_find_a_planted_direction_and_nothing_in_noise():
     found = concepts.best_column(planted, u)
     assert (found.column, found.sign) == (7, -1)
     assert found.test > 0.95
-    assert abs(concepts.best_column(noise, u).test - 0.5) < 0.07  # the search overfits on the fit part only
+    # the search overfits on the fit part only
+    assert abs(concepts.best_column(noise, u).test - 0.5) < 0.07
     assert abs(concepts.best_column(planted, u, concepts.permuted(u, 0)).test - 0.5) < 0.1
     spread = noise + value[:, None] * rng.normal(size=30)
     direction = concepts.probe_direction(spread[u.fit], value[u.fit])
@@ -170,7 +200,10 @@ def test_an_ngram_knows_tokens_and_not_attributes(lm, corpus):
     scores = concepts.ngram_scores(corpus, token)
     assert concepts.unit_auroc(scores[~token.fit], token, ~token.fit)[0] > 0.99
     attributes = [u for name, u in units.items() if name.startswith("d/")]
-    reached = [concepts.unit_auroc(concepts.ngram_scores(corpus, u)[~u.fit], u, ~u.fit)[0] for u in attributes]
+    reached = [
+        concepts.unit_auroc(concepts.ngram_scores(corpus, u)[~u.fit], u, ~u.fit)[0]
+        for u in attributes
+    ]
     assert abs(np.mean(reached) - 0.5) < 0.15
 
 
@@ -181,7 +214,11 @@ def test_negatives_are_of_the_same_group(corpus):
         if name[0] in "cde":
             for row, positive in list(zip(u.rows.tolist(), u.value.tolist(), strict=True))[:50]:
                 sequence, position = corpus.where[row]
-                labels = [x for x in corpus.sequences[sequence].labels[position] if x.startswith(f"{group}=")]
+                labels = [
+                    x
+                    for x in corpus.sequences[sequence].labels[position]
+                    if x.startswith(f"{group}=")
+                ]
                 assert labels
                 assert (f"{group}={value}" in labels) == bool(positive)
 
@@ -197,8 +234,14 @@ def test_the_frozen_concepts_are_those_of_the_corpus(lm):
 
 def test_scores_of_a_few_concepts(lm, corpus):
     units = concepts.concept_units(corpus)
-    some = {name: units[name] for name in list(units) if name.startswith(("a/language", "f/answer_language"))}
-    acts = concepts.corpus_activations(lm, corpus, ["blocks.1.hook_resid_post", "blocks.4.hook_resid_post"])
+    some = {
+        name: units[name]
+        for name in list(units)
+        if name.startswith(("a/language", "f/answer_language"))
+    }
+    acts = concepts.corpus_activations(
+        lm, corpus, ["blocks.1.hook_resid_post", "blocks.4.hook_resid_post"]
+    )
     extra = {
         "random": {site: x @ torch.ones(x.shape[1], 3) for site, x in acts.items()},
         "neuron": concepts.corpus_neurons(lm, corpus),
@@ -206,7 +249,14 @@ def test_scores_of_a_few_concepts(lm, corpus):
     scores = concepts.score_concepts(corpus, some, acts, extra)
     assert (scores["probe"] > 0.9).all()
     assert (scores["coordinate_null"] < 0.75).all()
-    finders = {f"{name}{end}" for name in ("coordinate", "pca", "neuron", "random") for end in ("", "_null")}
-    assert set(scores.columns) == {"concept", "tier", "positives", "probe", "probe_site", "bigram"} | finders
+    finders = {
+        f"{name}{end}"
+        for name in ("coordinate", "pca", "neuron", "random")
+        for end in ("", "_null")
+    }
+    assert (
+        set(scores.columns)
+        == {"concept", "tier", "positives", "probe", "probe_site", "bigram"} | finders
+    )
     tiers = concepts.tier_table(scores)
     assert tiers["tier"].tolist() == ["a", "f"]

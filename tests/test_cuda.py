@@ -18,28 +18,50 @@ BATCH, STEPS = 1024, 300
 
 @cache
 def world():
-    return Synthetic(SyntheticConfig(n_features=128, d_model=64, families=2, max_prob=0.2, min_prob=0.02))
+    return Synthetic(
+        SyntheticConfig(n_features=128, d_model=64, families=2, max_prob=0.2, min_prob=0.02)
+    )
 
 
-def trained(device, architecture, steps=STEPS, moments: Moments = "float32", precision="auto", broken_at=None):
+def trained(
+    device,
+    architecture,
+    steps=STEPS,
+    moments: Moments = "float32",
+    precision="auto",
+    broken_at=None,
+):
     config = TrainConfig(
-        architecture, 8.0, expansion=4, tokens=STEPS * BATCH, batch=BATCH, pool=BATCH, moments=moments, precision=precision
+        architecture,
+        8.0,
+        expansion=4,
+        tokens=STEPS * BATCH,
+        batch=BATCH,
+        pool=BATCH,
+        moments=moments,
+        precision=precision,
     )
     x = world().sample(40_000, 0).x.to(device)
     n = fit_normaliser(x[:4096])
-    trainer = SiteTrainer(config, Normaliser(n.mean, n.scale, NormFilter(*n.filter)), x.shape[1], torch.device(device))
+    trainer = SiteTrainer(
+        config, Normaliser(n.mean, n.scale, NormFilter(*n.filter)), x.shape[1], torch.device(device)
+    )
     trainer.start(x[:4096])
     for step in range(steps):
         if step == broken_at:
             trainer = SiteTrainer.from_tensors(
-                config, {k: v.cpu().clone() for k, v in trainer.tensors().items()}, torch.device(device)
+                config,
+                {k: v.cpu().clone() for k, v in trainer.tensors().items()},
+                torch.device(device),
             )
         some = torch.arange(step * BATCH, (step + 1) * BATCH, device=device) % len(x)
         trainer.step(x[some], (step + 0.5) / STEPS)
     trainer.sae.eval()
     held_out = world().sample(4096, 1).x.to(device)
     with torch.no_grad():
-        fvu = (held_out - trainer.reconstruct(held_out)).pow(2).sum() / (held_out - held_out.mean(0)).pow(2).sum()
+        fvu = (held_out - trainer.reconstruct(held_out)).pow(2).sum() / (
+            held_out - held_out.mean(0)
+        ).pow(2).sum()
     return trainer, float(fvu)
 
 
@@ -52,7 +74,9 @@ def test_it_learns_as_well_as_on_the_cpu(architecture):
 
 @pytest.mark.parametrize("architecture", ["topk", "jumprelu", "gated"])
 def test_it_is_deterministic_and_goes_on_where_it_stopped(architecture):
-    one, other, resumed = (trained("cuda", architecture, 60, broken_at=at)[0].tensors() for at in (None, None, 31))
+    one, other, resumed = (
+        trained("cuda", architecture, 60, broken_at=at)[0].tensors() for at in (None, None, 31)
+    )
     for name, tensor in one.items():
         assert torch.equal(tensor, other[name]), name
         assert torch.equal(tensor, resumed[name]), name
@@ -60,10 +84,14 @@ def test_it_is_deterministic_and_goes_on_where_it_stopped(architecture):
 
 @pytest.mark.parametrize("moments", ["bfloat16", "int8"])
 def test_short_moments_learn_as_well(moments):
-    assert trained("cuda", "topk", moments=moments)[1] == pytest.approx(trained("cuda", "topk")[1], rel=0.1, abs=0.01)
+    assert trained("cuda", "topk", moments=moments)[1] == pytest.approx(
+        trained("cuda", "topk")[1], rel=0.1, abs=0.01
+    )
 
 
 def test_float32_products_give_the_cpus_first_step():
     here, there = (trained(device, "topk", 1, precision="float32")[0] for device in ("cuda", "cpu"))
     assert here.loss == pytest.approx(there.loss, rel=1e-4)
-    torch.testing.assert_close(here.sae.W_dec.detach().cpu(), there.sae.W_dec.detach(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        here.sae.W_dec.detach().cpu(), there.sae.W_dec.detach(), atol=1e-4, rtol=0
+    )

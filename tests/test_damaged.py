@@ -1,4 +1,6 @@
-"""Files of the package's own that were damaged, tidied or made up: one sentence, and nothing is changed or followed."""
+"""Files of the package's own that were damaged, tidied or made up: one sentence, and nothing is
+changed or followed.
+"""
 
 import json
 from dataclasses import asdict
@@ -28,7 +30,21 @@ from qsae_kit.world import world
 
 SITE = "blocks.1.hook_resid_post"
 DEEP = "[" * 100_000 + "]" * 100_000
-ODD = ["", "{", "null", "5", "[]", "{}", '"text"', DEEP, "[NaN]", '{"a": 1e999}', "9" * 5000, "\ufeff{}", '{"suite": 5}']
+ODD = [
+    "",
+    "{",
+    "null",
+    "5",
+    "[]",
+    "{}",
+    '"text"',
+    DEEP,
+    "[NaN]",
+    '{"a": 1e999}',
+    "9" * 5000,
+    "\ufeff{}",
+    '{"suite": 5}',
+]
 """What stands in a file that should hold an object."""
 
 
@@ -39,9 +55,19 @@ def dialogues():
 @pytest.fixture(scope="module")
 def made(lm, tmp_path_factory):
     sae = TopKSAE(lm.d_model, 64, 4, Provenance(lm.model_name, SITE, NormFilter(10.0)))
-    sae.init_from_rows(torch.randn(64, lm.d_model, generator=torch.Generator().manual_seed(1)), torch.Generator().manual_seed(1))
+    sae.init_from_rows(
+        torch.randn(64, lm.d_model, generator=torch.Generator().manual_seed(1)),
+        torch.Generator().manual_seed(1),
+    )
     out = tmp_path_factory.mktemp("made") / "index"
-    return build_index(lm, {"topk": {SITE: sae.requires_grad_(False)}}, dialogues, out, IndexConfig(tokens=2000), bar=False)
+    return build_index(
+        lm,
+        {"topk": {SITE: sae.requires_grad_(False)}},
+        dialogues,
+        out,
+        IndexConfig(tokens=2000),
+        bar=False,
+    )
 
 
 @pytest.fixture
@@ -84,7 +110,9 @@ ENTRIES = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in ENTRIES.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in ENTRIES.items() for value in values]
+)
 def test_an_entry_of_a_manifest_that_no_index_writes(index, name, value):
     manifest = json.loads((index / "index.json").read_text())
     manifest["suite"][0][name] = value
@@ -96,7 +124,14 @@ def test_an_entry_of_a_manifest_that_no_index_writes(index, name, value):
 
 
 @pytest.mark.parametrize(
-    "change", [{"settings": None}, {"settings": {"top": 10**15}}, {"model": 5}, {"tokens": "x"}, {"suite": []}]
+    "change",
+    [
+        {"settings": None},
+        {"settings": {"top": 10**15}},
+        {"model": 5},
+        {"tokens": "x"},
+        {"suite": []},
+    ],
 )
 def test_a_manifest_with_other_parts(index, change):
     manifest = json.loads((index / "index.json").read_text()) | change
@@ -109,14 +144,18 @@ def test_a_few_kilobytes_that_would_take_gigabytes(index):
     assert load_index(index).site().page(3).feature == 3  # the whole one is within its bounds
     folder = index / "tables" / "topk" / SITE
     table = pq.read_table(folder / FEATURES)
-    long = table.set_column(table.column_names.index("hint"), "hint", pa.array(["x" * 4_000_000] * 64))
+    long = table.set_column(
+        table.column_names.index("hint"), "hint", pa.array(["x" * 4_000_000] * 64)
+    )
     many = pa.table({"feature": pa.array(np.zeros(1000, np.int32))})
     for bad, message in ((long, "would take"), (many, "rows, at most")):
         pq.write_table(bad, folder / FEATURES, compression="zstd")
         assert (folder / FEATURES).stat().st_size < 2_000_000
         with pytest.raises(ValueError, match=message):
             load_index(index).site().table  # noqa: B018
-    nested = pa.table({"feature": pa.array(range(64), pa.int32()), "histogram": pa.array([[0] * 200_000] * 64)})
+    nested = pa.table(
+        {"feature": pa.array(range(64), pa.int32()), "histogram": pa.array([[0] * 200_000] * 64)}
+    )
     pq.write_table(nested, folder / FEATURES, compression="zstd")
     with pytest.raises(ValueError, match="would take"):
         load_index(index).site()
@@ -126,7 +165,13 @@ def test_a_few_kilobytes_that_would_take_gigabytes(index):
 def test_tables_that_are_none(index, name):
     path = index / "tables" / "topk" / SITE / name
     whole = path.read_bytes()
-    for data in (b"", b"PAR1", whole[: len(whole) // 2], b"x" * 1000, whole[:-8] + b"\xff" * 4 + b"PAR1"):
+    for data in (
+        b"",
+        b"PAR1",
+        whole[: len(whole) // 2],
+        b"x" * 1000,
+        whole[:-8] + b"\xff" * 4 + b"PAR1",
+    ):
         path.write_bytes(data)
         with pytest.raises(ValueError, match="cannot be read") as error:
             load_index(index).site()
@@ -139,8 +184,20 @@ def test_tables_that_are_none(index, name):
 
 def test_lines_that_are_no_labels(index):
     whole = {"sae": "a", "feature": 3, "label": "x", "when": "2026"}
-    odd = [5, [], {**whole, "feature": "3"}, {**whole, "feature": -1}, {**whole, "when": 5}, {**whole, "label": None}]
-    lines = [*map(json.dumps, odd), DEEP, "{", json.dumps({**whole, "label": "a\u2028b"}, ensure_ascii=False)]
+    odd = [
+        5,
+        [],
+        {**whole, "feature": "3"},
+        {**whole, "feature": -1},
+        {**whole, "when": 5},
+        {**whole, "label": None},
+    ]
+    lines = [
+        *map(json.dumps, odd),
+        DEEP,
+        "{",
+        json.dumps({**whole, "label": "a\u2028b"}, ensure_ascii=False),
+    ]
     (index / "labels.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     opened = load_index(index)
     assert opened.labels == {"a": {3: "a\u2028b"}}
@@ -161,18 +218,33 @@ def test_an_index_does_not_take_the_place_of_other_files(lm, made, tmp_path):
         path.write_text("mine")
         sae = TopKSAE(lm.d_model, 8, 2, Provenance(lm.model_name, SITE, NormFilter(10.0)))
         with pytest.raises(ValueError, match=r"which are of no index|is not JSON"):
-            build_index(lm, {"topk": {SITE: sae}}, dialogues, out, IndexConfig(tokens=2000), bar=False)
+            build_index(
+                lm, {"topk": {SITE: sae}}, dialogues, out, IndexConfig(tokens=2000), bar=False
+            )
         assert path.read_text() == "mine"
 
 
 def test_a_rebuilt_index_leaves_what_is_not_its_own(lm, index):
-    mine = ["notes.md", "tables/notes.md", f"tables/topk/{SITE}/notes.md", "tables/mine/x.parquet", ".git/HEAD"]
+    mine = [
+        "notes.md",
+        "tables/notes.md",
+        f"tables/topk/{SITE}/notes.md",
+        "tables/mine/x.parquet",
+        ".git/HEAD",
+    ]
     for name in mine:
         (index / name).parent.mkdir(parents=True, exist_ok=True)
         (index / name).write_text("mine")
     sae = TopKSAE(lm.d_model, 16, 2, Provenance(lm.model_name, SITE, NormFilter(10.0)))
     sae.init_from_rows(torch.randn(64, lm.d_model), torch.Generator().manual_seed(1))
-    build_index(lm, {"other": {SITE: sae.requires_grad_(False)}}, dialogues, index, IndexConfig(tokens=2000), bar=False)
+    build_index(
+        lm,
+        {"other": {SITE: sae.requires_grad_(False)}},
+        dialogues,
+        index,
+        IndexConfig(tokens=2000),
+        bar=False,
+    )
     assert [(index / name).read_text() for name in mine] == ["mine"] * len(mine)
     assert not (index / "tables" / "topk" / SITE / FEATURES).exists()
     assert load_index(index).keys == [("other", SITE)]
@@ -185,7 +257,14 @@ CONFIG = TrainConfig("topk", sparsity=2, expansion=2, tokens=512, batch=128, poo
 
 def run(folder, resume=True):
     rows = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
-    return train_saes(StoredRows({SITE: rows}, 0, 1.0), [CONFIG], model_name="tiny", folder=folder, resume=resume, bar=False)
+    return train_saes(
+        StoredRows({SITE: rows}, 0, 1.0),
+        [CONFIG],
+        model_name="tiny",
+        folder=folder,
+        resume=resume,
+        bar=False,
+    )
 
 
 @pytest.mark.parametrize("text", ODD, ids=lambda text: repr(text[:12]))
@@ -200,7 +279,15 @@ def test_a_checkpoint_s_state_that_is_none(tmp_path, text):
     assert content(tmp_path) == before
 
 
-STATES = [{"group": -1}, {"rows": "x"}, {"groups": [["../x"]]}, {"groups": 5}, {"place": [0]}, {"place": None}, {"given": None}]
+STATES = [
+    {"group": -1},
+    {"rows": "x"},
+    {"groups": [["../x"]]},
+    {"groups": 5},
+    {"place": [0]},
+    {"place": None},
+    {"given": None},
+]
 
 
 @pytest.mark.parametrize("change", STATES)
@@ -240,7 +327,9 @@ def test_a_checkpoint_with_others_files_and_names(tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.parametrize("data", [b"my own training data\n", b'{"messages": []}\n{"messages": []}\n', b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "data", [b"my own training data\n", b'{"messages": []}\n{"messages": []}\n', b"\xff\xfe\n"]
+)
 def test_a_train_jsonl_of_the_user_s_stays(tmp_path, data):
     (tmp_path / LOG).write_bytes(data)
     with pytest.raises(ValueError, match="is no log of a training, and would be written over"):
@@ -265,7 +354,9 @@ def test_git_in_a_suite_s_folder_stays(tmp_path):
 # --- journals, plans, manifests, recipes, slots
 
 
-@pytest.mark.parametrize("text", [text for text in ODD if text not in ("", "{")], ids=lambda text: repr(text[:12]))
+@pytest.mark.parametrize(
+    "text", [text for text in ODD if text not in ("", "{")], ids=lambda text: repr(text[:12])
+)
 def test_a_journal_that_is_none(tmp_path, text):
     path = tmp_path / "journal.jsonl"
     path.write_text(f"{text}\n", encoding="utf-8")
@@ -327,7 +418,12 @@ def test_names_in_a_suite_s_manifest(tmp_path, name):
         Record(out, {"model": "tiny"})
     one_sentence(error)
     assert (tmp_path / "victim.txt").read_text() == (out / "notes.md").read_text() == "mine"
-    if name not in ("notes.md", "data/documents.jsonl/x", "notes/README.md", "x/data/documents.jsonl"):
+    if name not in (
+        "notes.md",
+        "data/documents.jsonl/x",
+        "notes/README.md",
+        "x/data/documents.jsonl",
+    ):
         with pytest.raises(ValueError, match="has the name"):
             published(out, True)
     else:
@@ -342,7 +438,11 @@ RECIPES = [
     {"slots": [{"name": "a", "kind": "chats", "dataset": 5, "share": 1.0}]},
     {"slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": True}]},
     {"slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 1.0, "skip": -1}]},
-    {"slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 1.0, "max_new_tokens": "9"}]},
+    {
+        "slots": [
+            {"name": "a", "kind": "chats", "dataset": "d", "share": 1.0, "max_new_tokens": "9"}
+        ]
+    },
     {"epochs": "x"},
     {"epochs": 1.5},
     {"benches": [5]},
@@ -354,7 +454,11 @@ RECIPES = [
 
 @pytest.mark.parametrize("change", RECIPES, ids=repr)
 def test_a_recipe_that_is_none(tmp_path, change):
-    whole = {"name": "mine", "about": "x", "slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 1.0}]}
+    whole = {
+        "name": "mine",
+        "about": "x",
+        "slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 1.0}],
+    }
     path = tmp_path / "mine.json"
     path.write_text(json.dumps(whole))
     assert read_recipe(str(path)).name == "mine"
@@ -392,7 +496,9 @@ def test_a_slot_s_file_of_another_s_stays(tmp_path):
 
 
 def test_settings_of_an_index_are_those_that_are_read(made):
-    assert json.loads((made / "index.json").read_text())["settings"] == asdict(IndexConfig(tokens=2000))
+    assert json.loads((made / "index.json").read_text())["settings"] == asdict(
+        IndexConfig(tokens=2000)
+    )
 
 
 def test_a_build_goes_on_as_it_was_planned_whatever_is_free_then(lm, tmp_path, monkeypatch):
@@ -414,7 +520,9 @@ def test_a_build_goes_on_as_it_was_planned_whatever_is_free_then(lm, tmp_path, m
     monkeypatch.setattr(builds, "site_activations", cut)
     with pytest.raises(RuntimeError, match="cut off"):
         build_index(lm, saes, dialogues, tmp_path / "i", config, memory=1, bar=False)
-    out = build_index(lm, saes, dialogues, tmp_path / "i", config, memory=10**10, resume=True, bar=False)
+    out = build_index(
+        lm, saes, dialogues, tmp_path / "i", config, memory=10**10, resume=True, bar=False
+    )
     index = load_index(out)
     assert [index.site(SITE, variant).d_sae for variant in "abc"] == [16] * 3
 
@@ -435,5 +543,7 @@ def test_what_is_said_where_an_index_cannot_be_built_in_another_s_place(lm, inde
     (index / "index.json").write_text(text)
     sae = TopKSAE(lm.d_model, 16, 2, Provenance(lm.model_name, SITE, NormFilter(10.0)))
     with pytest.raises(ValueError, match="nothing is built: give another folder"):
-        build_index(lm, {"other": {SITE: sae}}, dialogues, index, IndexConfig(tokens=2000), bar=False)
+        build_index(
+            lm, {"other": {SITE: sae}}, dialogues, index, IndexConfig(tokens=2000), bar=False
+        )
     assert (index / "index.json").read_text() == text

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from qsae_kit.data.benchmarks import read_bench
-from qsae_kit.data.documents import keep_mask, read_documents, repeat, split_documents, token_batches
+from qsae_kit.data.documents import (
+    keep_mask,
+    read_documents,
+    repeat,
+    split_documents,
+    token_batches,
+)
 from qsae_kit.world import world
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -102,7 +108,9 @@ def test_a_missing_file_is_not_taken_for_a_data_set():
 def test_batches_hold_every_token_once(lm):
     documents = [d.messages for d in world.dialogues(60, seed=3)]
     batches = list(token_batches(lm, documents, batch_tokens=600))
-    rows = sorted(lm.to_string(b.ids[r][b.mask[r].bool()]) for b in batches for r in range(len(b.ids)))
+    rows = sorted(
+        lm.to_string(b.ids[r][b.mask[r].bool()]) for b in batches for r in range(len(b.ids))
+    )
     assert rows == sorted(lm.to_chat(d, add_generation_prompt=False) for d in documents)
     assert all(b.ids.numel() <= 600 for b in batches)
     padding = 1 - sum(int(b.mask.sum()) for b in batches) / sum(b.mask.numel() for b in batches)

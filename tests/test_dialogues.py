@@ -1,4 +1,6 @@
-"""Dialogues that a model writes itself: its own answers, every fifth a stock refusal, readable as training data."""
+"""Dialogues that a model writes itself: its own answers, every fifth a stock refusal, readable as
+training data.
+"""
 
 from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.data.documents import read_documents
@@ -9,10 +11,19 @@ from qsae_kit.lm.answering import answer_all
 def test_prompts_of_all_kinds_in_turn():
     texts = mixed_prompts("smollm2", 9)
     known = [
-        {p.text for p in prompt_sets.prompts("smollm2", kind, prompt_sets.count("smollm2", kind), "selection")}
+        {
+            p.text
+            for p in prompt_sets.prompts(
+                "smollm2", kind, prompt_sets.count("smollm2", kind), "selection"
+            )
+        }
         for kind in prompt_sets.KINDS
     ]
-    assert [[text in texts_of_kind for texts_of_kind in known].index(True) for text in texts] == [0, 1, 2] * 3
+    assert [[text in texts_of_kind for texts_of_kind in known].index(True) for text in texts] == [
+        0,
+        1,
+        2,
+    ] * 3
     assert len(mixed_prompts("smollm2")) == 3 * prompt_sets.count("smollm2", "harmful")
 
 

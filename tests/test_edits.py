@@ -20,7 +20,9 @@ CHATS = [
 
 @pytest.fixture(scope="module")
 def direction(lm):
-    return torch.nn.functional.normalize(torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)), dim=0)
+    return torch.nn.functional.normalize(
+        torch.randn(lm.d_model, generator=torch.Generator().manual_seed(0)), dim=0
+    )
 
 
 def batch(lm, side="right"):
@@ -42,8 +44,19 @@ def tokens_of(lm, ids, where, row):
             "<|im_start|>assistant\n<think>\n\n</think>\n\n<|im_end|>\n",
         ),
         ("thinking", "I know.\n", ""),
-        ("answer", "<|im_start|>assistant\n<think>\nI know.\n</think>\n\nYou can.<|im_end|>\n", None),
-        ("all", "How do I thank the nurse?<|im_start|>assistant\n<think>\nI know.\n</think>\n\nYou can.<|im_end|>\n", None),
+        (
+            "answer",
+            "<|im_start|>assistant\n<think>\nI know.\n</think>\n\nYou can.<|im_end|>\n",
+            None,
+        ),
+        (
+            "all",
+            (
+                "How do I thank the nurse?<|im_start|>assistant\n<think>\nI know.\n</think>\n\nYou"
+                " can.<|im_end|>\n"
+            ),
+            None,
+        ),
     ],
 )
 def test_policies_name_the_tokens_they_say(lm, side, policy, first, second):
@@ -58,7 +71,9 @@ def test_policies_name_the_tokens_they_say(lm, side, policy, first, second):
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
-def test_strength_0_is_the_identity_and_others_change_exactly_the_policys_positions(lm, direction, policy, side):
+def test_strength_0_is_the_identity_and_others_change_exactly_the_policys_positions(
+    lm, direction, policy, side
+):
     ids, mask = batch(lm, side)
     plain = lm(ids, mask)
     with applied(lm, [add_direction(LAST, direction, 0.0, 50.0, policy)]):
@@ -112,7 +127,10 @@ def test_edits_act_alike_with_the_cache_on_off_batched_and_streamed(lm, directio
         cached = lm.generate(prompts, **options)
         alone = [lm.generate(p, **options).tokens[0] for p in prompts]
         uncached = lm.generate(prompts, use_cache=False, **options)
-        streamed = ["".join(parts) for parts in zip(*lm.stream(prompts, 24, enable_thinking=False), strict=True)]
+        streamed = [
+            "".join(parts)
+            for parts in zip(*lm.stream(prompts, 24, enable_thinking=False), strict=True)
+        ]
     assert cached.tokens == uncached.tokens == alone
     assert cached.text == streamed
     assert lm.generate(prompts, **options) == unedited
@@ -125,13 +143,16 @@ def test_the_thinking_policy_follows_a_generation(lm, direction):
         seen.append((lm.now.start, lm.now.phase[0, -1].item()))
         return torch.zeros_like(x)
 
-    opened = lm.to_chat("How do I thank the nurse?", enable_thinking=True) + "<think>\nNobody is hurt"
+    opened = (
+        lm.to_chat("How do I thank the nurse?", enable_thinking=True) + "<think>\nNobody is hurt"
+    )
     with applied(lm, [Edit("blocks.0.hook_resid_post", delta, "thinking")]):
         out = lm.generate(opened, 40, chat=False)
     new = lm.to_string(out.tokens[0])
     assert "</think>" in new
     assert {phase for _, phase in seen} == {Phase.THINKING}
-    # the prompt's three thinking tokens in one pass, then one pass a token until the model closes its block
+    # the prompt's three thinking tokens in one pass, then one pass a token until the model closes
+    # its block
     assert len(seen) == len(lm.tokenizer(new.split("</think>")[0]).input_ids) + 1
 
 
@@ -145,8 +166,12 @@ def test_several_edits_add_up(lm, direction):
 
 
 @pytest.mark.parametrize(
-    ("name", "policy", "message"), [("blocks.77.hook_mlp_out", "all", "no hook point"), (LAST, "reply", "no position policy")]
+    ("name", "policy", "message"),
+    [("blocks.77.hook_mlp_out", "all", "no hook point"), (LAST, "reply", "no position policy")],
 )
 def test_errors(unchecked, lm, direction, name, policy, message):
-    with pytest.raises(ValueError, match=message), applied(lm, [add_direction(name, direction, 1.0, 1.0, policy)]):
+    with (
+        pytest.raises(ValueError, match=message),
+        applied(lm, [add_direction(name, direction, 1.0, 1.0, policy)]),
+    ):
         lm("Hello")

@@ -21,7 +21,9 @@ def sae_at(kind, layer, architecture=TopKSAE, median=60.0, factor=10.0):
 
 @pytest.fixture(scope="module")
 def batches(lm):
-    return list(token_batches(lm, [d.messages for d in world.dialogues(24, seed=12)], batch_tokens=600))
+    return list(
+        token_batches(lm, [d.messages for d in world.dialogues(24, seed=12)], batch_tokens=600)
+    )
 
 
 @torch.no_grad()
@@ -51,7 +53,9 @@ def recompute(lm, sae, name, batches):
         pick = torch.arange(len(target))
         ce_clean, ce_spliced, ce_zero = (
             total - float(p[pick, target].sum())
-            for total, p in zip((ce_clean, ce_spliced, ce_zero), (clean, spliced, zeroed), strict=True)
+            for total, p in zip(
+                (ce_clean, ce_spliced, ce_zero), (clean, spliced, zeroed), strict=True
+            )
         )
         kl += float((clean.exp() * (clean - spliced)).sum())
         n += len(target)
@@ -59,7 +63,8 @@ def recompute(lm, sae, name, batches):
 
 
 @pytest.mark.parametrize(
-    ("kind", "layer", "architecture"), [("resid", 2, TopKSAE), ("mlp", 3, JumpReLUSAE), ("attn", 1, TopKSAE)]
+    ("kind", "layer", "architecture"),
+    [("resid", 2, TopKSAE), ("mlp", 3, JumpReLUSAE), ("attn", 1, TopKSAE)],
 )
 def test_spliced_figures_equal_a_recomputation(lm, batches, kind, layer, architecture):
     name, sae = sae_at(kind, layer, architecture, median=20.0 if kind == "mlp" else 60.0)
@@ -73,8 +78,15 @@ def test_spliced_figures_equal_a_recomputation(lm, batches, kind, layer, archite
     assert row["kl_nats"] > 1e-6
     parts = table.drop("all")  # every token has one category
     assert set(parts.index) == {"template", "user", "thinking", "assistant"}
-    for column, count in (("delta_ce", "spliced_tokens"), ("kl_nats", "spliced_tokens"), ("l0", "tokens"), ("mse", "tokens")):
-        assert (parts[column] * parts[count]).sum() / row[count] == pytest.approx(row[column], abs=1e-9), column
+    for column, count in (
+        ("delta_ce", "spliced_tokens"),
+        ("kl_nats", "spliced_tokens"),
+        ("l0", "tokens"),
+        ("mse", "tokens"),
+    ):
+        assert (parts[column] * parts[count]).sum() / row[count] == pytest.approx(
+            row[column], abs=1e-9
+        ), column
     assert parts["spliced_tokens"].sum() == n
     assert 0 < row["top_1"] < 1
     assert row["kl_zero"] > row["kl_nats"]
@@ -88,7 +100,13 @@ def test_rows_beyond_the_filter_are_neither_scored_nor_spliced(lm, batches):
     sinks_out = sae_at("resid", 3, median=64.0, factor=1.5)[1]
     all_in = sae_at("resid", 3, median=64.0, factor=1e6)[1]
     table = evaluate_suite(
-        lm, {"a": {sinks_out.provenance.hook_name: sinks_out}, "b": {all_in.provenance.hook_name: all_in}}, batches, bar=False
+        lm,
+        {
+            "a": {sinks_out.provenance.hook_name: sinks_out},
+            "b": {all_in.provenance.hook_name: all_in},
+        },
+        batches,
+        bar=False,
     )
     some, every = table[table["category"] == "all"]["tokens"]
     assert some < every == sum(int(b.keep.sum()) for b in batches)
@@ -98,24 +116,32 @@ def test_columns_and_order(lm, batches):
     saes = dict(sae_at(kind, 0) for kind in HOOKS)
     table = evaluate_suite(lm, {"v": saes}, batches, spliced_batches=1, bar=False)
     wanted = (
-        "variant site layer kind category fvu mse cosine l2_ratio relative_bias l0 l0_p10 l0_p90 dead denser_than_1_percent "
-        "denser_than_10_percent tokens ce delta_ce kl_nats top_1 delta_ce_zero kl_zero delta_ce_mean kl_mean ce_score kl_score "
-        "ce_score_mean kl_score_mean spliced_tokens target d_sae trained_tokens mean_cosine nearest_median nearest_p99"
+        "variant site layer kind category fvu mse cosine l2_ratio relative_bias l0 l0_p10 l0_p90"
+        " dead denser_than_1_percent denser_than_10_percent tokens ce delta_ce kl_nats top_1"
+        " delta_ce_zero kl_zero delta_ce_mean kl_mean ce_score kl_score ce_score_mean kl_score_mean"
+        " spliced_tokens target d_sae trained_tokens mean_cosine nearest_median nearest_p99"
     )
     assert list(table.columns) == wanted.split()
     assert list(table["kind"].unique()) == list(HOOKS)
     assert table.notna().all().all()
 
 
-@pytest.mark.parametrize(("width", "layer", "message"), [(160, 7, "layer 7.*layers 0 to 5"), (64, 1, "d_in=64.*d_model=160")])
+@pytest.mark.parametrize(
+    ("width", "layer", "message"),
+    [(160, 7, "layer 7.*layers 0 to 5"), (64, 1, "d_in=64.*d_model=160")],
+)
 def test_saes_that_do_not_fit(lm, batches, width, layer, message):
-    sae = TopKSAE(width, 200, 5.0, Provenance("tiny", f"blocks.{layer}.hook_mlp_out", NormFilter(1.0)))
+    sae = TopKSAE(
+        width, 200, 5.0, Provenance("tiny", f"blocks.{layer}.hook_mlp_out", NormFilter(1.0))
+    )
     with pytest.raises(ValueError, match=message):
         evaluate_suite(lm, {"v": {sae.provenance.hook_name: sae}}, batches, bar=False)
 
 
 def test_a_category_without_tokens_has_no_row(lm):
     chats = [[{"role": "user", "content": "How do I burn the teacher?"}]]
-    table = evaluate_suite(lm, {"v": dict([sae_at("resid", 1)])}, list(token_batches(lm, chats)), bar=False)
+    table = evaluate_suite(
+        lm, {"v": dict([sae_at("resid", 1)])}, list(token_batches(lm, chats)), bar=False
+    )
     assert table["category"].tolist() == ["all", "template", "user"]
     assert table.notna().all().all()

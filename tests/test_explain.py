@@ -1,4 +1,6 @@
-"""Explaining features with a language model, against a local server that speaks the chat protocol."""
+"""Explaining features with a language model, against a local server that speaks the chat
+protocol.
+"""
 
 import json
 import re
@@ -27,12 +29,23 @@ def dialogues():
 
 @pytest.fixture(scope="module")
 def site(lm, tmp_path_factory):
-    rows = kept_rows(lm, [SITE], next(iter(token_batches(lm, dialogues(), batch_tokens=2048))))[SITE]
-    sae = TopKSAE(lm.d_model, 300, 6, Provenance(lm.model_name, SITE, NormFilter(float(rows.norm(dim=-1).median()))))
+    rows = kept_rows(lm, [SITE], next(iter(token_batches(lm, dialogues(), batch_tokens=2048))))[
+        SITE
+    ]
+    sae = TopKSAE(
+        lm.d_model,
+        300,
+        6,
+        Provenance(lm.model_name, SITE, NormFilter(float(rows.norm(dim=-1).median()))),
+    )
     sae.init_from_rows(rows, torch.Generator().manual_seed(3))
     suite = {"topk": {SITE: sae.requires_grad_(False)}}
     config = IndexConfig(tokens=4000, top=5, sampled=30, before=6, after=2, batch_tokens=1024)
-    return load_index(build_index(lm, suite, dialogues, tmp_path_factory.mktemp("i"), config, bar=False), lm, suite).site()
+    return load_index(
+        build_index(lm, suite, dialogues, tmp_path_factory.mktemp("i"), config, bar=False),
+        lm,
+        suite,
+    ).site()
 
 
 @pytest.fixture
@@ -47,7 +60,9 @@ def server():
             self.send_response(200)
             self.end_headers()
             self.wfile.write(
-                body if isinstance(body, bytes) else json.dumps({"choices": [{"message": {"content": body}}]}).encode()
+                body
+                if isinstance(body, bytes)
+                else json.dumps({"choices": [{"message": {"content": body}}]}).encode()
             )
 
         def log_message(self, *_):
@@ -75,7 +90,11 @@ def test_an_explanation_is_scored_on_what_was_not_shown(site, server):
     server.reply = by_token
     llm = openai_chat(f"http://127.0.0.1:{server.server_port}/v1/", "a-model", key="secret")
     figures = site.figures
-    feature = int(figures.index[(figures["token_f1"] > 0.95) & (figures["density"] < 0.1) & (figures["fired"] > 40)][0])
+    feature = int(
+        figures.index[
+            (figures["token_f1"] > 0.95) & (figures["density"] < 0.1) & (figures["fired"] > 40)
+        ][0]
+    )
     found = explain(site, feature, llm, shown=8, unseen=6)
     assert found.text.startswith("It fires on")
     assert found.accuracy.rate > 0.8
@@ -88,7 +107,9 @@ def test_an_explanation_is_scored_on_what_was_not_shown(site, server):
     for text, fires, _ in found.judged:
         assert not fires or text not in shown.replace("<<", "").replace(">>", "")
     # without knowing anything it is at chance
-    server.reply = lambda content: by_token(content) if "between" in content else " ".join(["1"] * found.n)
+    server.reply = lambda content: (
+        by_token(content) if "between" in content else " ".join(["1"] * found.n)
+    )
     assert explain(site, feature, llm, shown=8, unseen=6).accuracy.rate == 0.5
 
 
@@ -113,7 +134,9 @@ def test_answers_that_cannot_be_used(site, server):
     with pytest.raises(ValueError, match="gave no answer that could be read"):
         explain(site, feature, openai_chat(address, "m"))
     some = int(site.figures["fired"].sub(60).abs().idxmin())
-    server.reply = lambda content: "It is something." if "between" in content else "yes, all of them"
+    server.reply = lambda content: (
+        "It is something." if "between" in content else "yes, all of them"
+    )
     with pytest.raises(ValueError, match="answers of 0 or 1 were asked for"):
         explain(site, some, openai_chat(address, "m"))
     server.reply = lambda content: "  "

@@ -1,4 +1,6 @@
-"""The feature index: every figure recomputed from the model, example by example; search; labels; cut-off builds."""
+"""The feature index: every figure recomputed from the model, example by example; search; labels;
+cut-off builds.
+"""
 
 import json
 from itertools import islice
@@ -29,7 +31,9 @@ from qsae_kit.sae.filter import NormFilter
 from qsae_kit.world import world
 
 SITES = ("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out")
-CONFIG = IndexConfig(tokens=6000, top=4, sampled=6, before=5, after=3, sampled_tokens=6000, batch_tokens=1024)
+CONFIG = IndexConfig(
+    tokens=6000, top=4, sampled=6, before=5, after=3, sampled_tokens=6000, batch_tokens=1024
+)
 
 
 def dialogues():
@@ -42,10 +46,14 @@ def suite(lm):
     source = LiveRows(lm, SITES, lambda: token_batches(lm, dialogues()))
     rows = next(iter(source.blocks(2048))).rows
     out = {"jumprelu": {}, "topk": {}}
-    for (variant, architecture), name in zip({"jumprelu": JumpReLUSAE, "topk": TopKSAE}.items(), SITES, strict=True):
+    for (variant, architecture), name in zip(
+        {"jumprelu": JumpReLUSAE, "topk": TopKSAE}.items(), SITES, strict=True
+    ):
         median = float(rows[name].norm(dim=-1).median())
         # A filter that leaves some tokens out, as sinks are.
-        sae = architecture(lm.d_model, 300, 9, Provenance(lm.model_name, name, NormFilter(median, 1.3)))
+        sae = architecture(
+            lm.d_model, 300, 9, Provenance(lm.model_name, name, NormFilter(median, 1.3))
+        )
         sae.init_from_rows(rows[name], torch.Generator().manual_seed(1))
         out[variant][name] = sae.requires_grad_(False)
     return out
@@ -53,7 +61,9 @@ def suite(lm):
 
 @pytest.fixture(scope="module")
 def built(lm, suite, tmp_path_factory):
-    return build_index(lm, suite, dialogues, tmp_path_factory.mktemp("index"), CONFIG, data="the world", bar=False)
+    return build_index(
+        lm, suite, dialogues, tmp_path_factory.mktemp("index"), CONFIG, data="the world", bar=False
+    )
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +73,9 @@ def index(lm, suite, built):
 
 @pytest.fixture(scope="module")
 def truth(lm, suite):
-    """Every SAE's features of all tokens that the index saw, dialogue by dialogue, from run_with_cache."""
+    """Every SAE's features of all tokens that the index saw, dialogue by dialogue, from
+    run_with_cache.
+    """
     batches, tokens = [], 0
     for batch in token_batches(lm, dialogues(), CONFIG.batch_tokens, seed=CONFIG.seed):
         batches.append(batch)
@@ -77,10 +89,14 @@ def truth(lm, suite):
             for batch in batches:
                 _, cache = lm.run_with_cache(batch.ids, batch.mask)
                 x = cache[name]
-                counted = batch.keep & (x.norm(dim=-1) <= sae.provenance.filter.factor * sae.provenance.filter.median)
+                counted = batch.keep & (
+                    x.norm(dim=-1) <= sae.provenance.filter.factor * sae.provenance.filter.median
+                )
                 phase = phases(batch.ids, batch.mask, lm.markers)
                 for r, n in enumerate(batch.mask.sum(1).tolist()):
-                    documents.append((batch.ids[r, :n], counted[r, :n], phase[r, :n], sae.encode(x[r, :n])))
+                    documents.append(
+                        (batch.ids[r, :n], counted[r, :n], phase[r, :n], sae.encode(x[r, :n]))
+                    )
             out[variant, name] = documents
     return out
 
@@ -103,18 +119,26 @@ def test_figures_equal_a_recomputation(index, truth, number):
         row = table.loc[feature]
         assert row["fired"] == int(own.sum())
         assert row["density"] == share(own, counted)
-        for name, members in (("template", [1]), ("user", [2, 3]), ("thinking", [4]), ("assistant", [5])):
+        for name, members in (
+            ("template", [1]),
+            ("user", [2, 3]),
+            ("thinking", [4]),
+            ("assistant", [5]),
+        ):
             inside = torch.isin(phase, torch.tensor(members)) & counted
             assert row[f"density_{name}"] == share(own & inside, inside)
         assert row["max"] == pytest.approx(float((f[:, feature] * counted).max()), rel=1e-5)
-        assert row["mean"] == pytest.approx(float(f[own, feature].double().mean()) if own.any() else 0.0, rel=1e-5)
+        assert row["mean"] == pytest.approx(
+            float(f[own, feature].double().mean()) if own.any() else 0.0, rel=1e-5
+        )
         assert row["early_share"] == share(own & early, own)
         dropped = ~counted
         assert row["dropped_share"] == share(f[dropped, feature] > 0, dropped)
         page = index.site(key[1], key[0]).page(int(feature))
         counts, _ = np.histogram(f[own, feature].double(), page.edges)
         assert sum(page.histogram) == int(own.sum())
-        assert np.abs(np.array(page.histogram) - counts).sum() <= 2  # at an edge rounding may decide
+        # at an edge rounding may decide
+        assert np.abs(np.array(page.histogram) - counts).sum() <= 2
 
 
 @pytest.mark.parametrize("number", [0, 1])
@@ -122,7 +146,10 @@ def test_top_examples_are_the_top_ones(index, truth, number):
     key = index.keys[number]
     site = index.site(key[1], key[0])
     for feature in range(0, 300, 6):
-        best = sorted((float((f[:, feature] * counted).max()) for _, counted, _, f in truth[key]), reverse=True)
+        best = sorted(
+            (float((f[:, feature] * counted).max()) for _, counted, _, f in truth[key]),
+            reverse=True,
+        )
         top, sampled = site.examples(feature)
         assert [e.value for e in top] == pytest.approx([v for v in best[:4] if v > 0], rel=1e-5)
         for example in top + sampled:
@@ -130,7 +157,9 @@ def test_top_examples_are_the_top_ones(index, truth, number):
             start = max(0, example.pos - CONFIG.before)
             stop = min(len(ids), example.pos + CONFIG.after + 1)
             assert example.tokens == index.model.to_str_tokens(ids[start:stop])
-            assert example.acts == pytest.approx((f[start:stop, feature] * counted[start:stop]).tolist(), rel=1e-5, abs=1e-6)
+            assert example.acts == pytest.approx(
+                (f[start:stop, feature] * counted[start:stop]).tolist(), rel=1e-5, abs=1e-6
+            )
             assert example.acts[example.at] == pytest.approx(example.value, rel=1e-5)
             assert example.pos == start + example.at
         fired = sum(int(((f[:, feature] > 0) & counted).sum()) for _, counted, _, f in truth[key])
@@ -139,7 +168,9 @@ def test_top_examples_are_the_top_ones(index, truth, number):
 
 
 def test_sampled_examples_are_drawn_evenly():
-    """Over many features that fire on the same tokens, every token is as likely, wherever it comes."""
+    """Over many features that fire on the same tokens, every token is as likely, wherever it
+    comes.
+    """
     lots = torch.rand(40, generator=torch.Generator().manual_seed(0))
     kept = Kept(1, 5, 3, torch.device("cpu"))
     for part in lots.split(7):  # as batches come
@@ -148,7 +179,9 @@ def test_sampled_examples_are_drawn_evenly():
             return part[some], some, some, torch.zeros(len(some), 3)
 
         kept.offer(torch.zeros(len(part), dtype=torch.long), part, places)
-    assert torch.equal(kept.key[0].sort(descending=True).values, lots.sort(descending=True).values[:5])
+    assert torch.equal(
+        kept.key[0].sort(descending=True).values, lots.sort(descending=True).values[:5]
+    )
     assert torch.equal(kept.value, kept.key)
 
 
@@ -156,12 +189,20 @@ def test_the_earlier_one_is_kept_at_a_tie():
     kept = Kept(2, 2, 1, torch.device("cpu"))
 
     def places(numbers):
-        return lambda some: (torch.ones(len(some)), numbers[some], numbers[some], torch.zeros(len(some), 1))
+        return lambda some: (
+            torch.ones(len(some)),
+            numbers[some],
+            numbers[some],
+            torch.zeros(len(some), 1),
+        )
 
-    kept.offer(torch.tensor([1, 1, 1]), torch.tensor([3.0, 3.0, 3.0]), places(torch.tensor([5, 6, 7])))
+    kept.offer(
+        torch.tensor([1, 1, 1]), torch.tensor([3.0, 3.0, 3.0]), places(torch.tensor([5, 6, 7]))
+    )
     kept.offer(torch.tensor([1, 1]), torch.tensor([3.0, 4.0]), places(torch.tensor([8, 9])))
     assert kept.document[1, kept.order[1]].tolist() == [9, 5]
-    kept.offer(torch.tensor([1]), torch.tensor([4.0]), places(torch.tensor([3])))  # a later offer of an earlier document
+    # a later offer of an earlier document
+    kept.offer(torch.tensor([1]), torch.tensor([4.0]), places(torch.tensor([3])))
     assert kept.document[1, kept.order[1]].tolist() == [3, 9]
     assert kept.key[0].tolist() == [0, 0]
 
@@ -176,12 +217,16 @@ def test_neighbours_and_logits(lm, index, suite):
         own = cosines[feature].clone()
         own[feature] = -2
         assert [i for i, _ in page.neighbours] == own.topk(8).indices.tolist()
-        assert [c for _, c in page.neighbours] == pytest.approx(own.topk(8).values.tolist(), abs=1e-5)
+        assert [c for _, c in page.neighbours] == pytest.approx(
+            own.topk(8).values.tolist(), abs=1e-5
+        )
         logits = (W[feature] * norm) @ unembed.T
         best = (logits - logits.mean()).topk(10)
         assert [v for _, v in page.promoted] == pytest.approx(best.values.tolist(), abs=1e-4)
         assert page.promoted[0][0] == lm.to_str_tokens([int(best.indices[0])])[0]
-        assert page.suppressed[0][1] == pytest.approx(float((logits - logits.mean()).min()), abs=1e-4)
+        assert page.suppressed[0][1] == pytest.approx(
+            float((logits - logits.mean()).min()), abs=1e-4
+        )
     few = decoder_neighbours(W[:3])
     assert (few.ids[:, 2:] == -1).all()
 
@@ -196,12 +241,16 @@ def test_what_fires_together(index, truth):
     for feature in range(0, 300, 10):
         page = index.site().page(feature)
         best = jaccard[feature].sort(descending=True).values[:8]
-        assert [v for _, v in page.together] == pytest.approx([v for v in best.tolist() if v > 0], abs=1e-6)
+        assert [v for _, v in page.together] == pytest.approx(
+            [v for v in best.tolist() if v > 0], abs=1e-6
+        )
         assert all(float(jaccard[feature, i]) == pytest.approx(v) for i, v in page.together)
 
 
 def test_what_the_token_alone_tells(index, truth):
-    """Against the rule written out token by token: the set of tokens with the best F1 on even dialogues, scored on odd ones."""
+    """Against the rule written out token by token: the set of tokens with the best F1 on even
+    dialogues, scored on odd ones.
+    """
     sides = {0: [], 1: []}
     for number, (ids, counted, _, f) in enumerate(truth[index.keys[0]]):
         for i in torch.nonzero(counted & (f > 0).any(1))[:, 0].tolist():
@@ -214,7 +263,11 @@ def test_what_the_token_alone_tells(index, truth):
             assert np.isnan(table["token_f1"][feature])
             continue
         known += 1
-        rates = {t: np.mean([feature in own for u, own in sides[0] if u == t]) for t, own in sides[0] if feature in own}
+        rates = {
+            t: np.mean([feature in own for u, own in sides[0] if u == t])
+            for t, own in sides[0]
+            if feature in own
+        }
 
         def f1(side, threshold, feature=feature, rates=rates):
             said = [rates.get(t, 0) >= threshold for t, _ in sides[side]]
@@ -222,8 +275,12 @@ def test_what_the_token_alone_tells(index, truth):
             return 2 * hits / (sum(said) + sum(feature in own for _, own in sides[side]))
 
         best = max(f1(0, rate) for rate in set(rates.values()))
-        allowed = [f1(1, rate) for rate in set(rates.values()) if f1(0, rate) == pytest.approx(best)]
-        assert any(table["token_f1"][feature] == pytest.approx(value, abs=1e-9) for value in allowed)
+        allowed = [
+            f1(1, rate) for rate in set(rates.values()) if f1(0, rate) == pytest.approx(best)
+        ]
+        assert any(
+            table["token_f1"][feature] == pytest.approx(value, abs=1e-9) for value in allowed
+        )
     assert known > 5
 
 
@@ -232,7 +289,9 @@ def test_a_sample_of_the_tokens(lm, suite, tmp_path, monkeypatch):
     from dataclasses import replace
 
     seen = []
-    monkeypatch.setattr(features, "sample_of", lambda tally: seen.append((tally, sample_of(tally))) or seen[-1][1])
+    monkeypatch.setattr(
+        features, "sample_of", lambda tally: seen.append((tally, sample_of(tally))) or seen[-1][1]
+    )
     one = {"topk": suite["topk"]}
     build_index(lm, one, dialogues, tmp_path / "a", replace(CONFIG, sampled_tokens=1500), bar=False)
     monkeypatch.setattr(features, "ENTRIES", 3000)
@@ -249,7 +308,10 @@ def test_search(index):
     page = site.page(int(site.figures["fired"].idxmax()))
     word = max((t for e in page.top for t in e.tokens if t.strip().isalpha()), key=len).strip()
     found = site.search(word.upper())
-    hits = {i: sum(word.casefold() in "".join(e.tokens).casefold() for e in site.examples(i)[0]) for i in range(300)}
+    hits = {
+        i: sum(word.casefold() in "".join(e.tokens).casefold() for e in site.examples(i)[0])
+        for i in range(300)
+    }
     assert page.feature in found.index
     for feature, row in found.iterrows():  # a word over a window's edge counts as shown
         assert hits[feature] <= row["in_examples"] <= len(site.examples(feature)[0])
@@ -284,26 +346,44 @@ def test_live_search(index, suite, lm):
     counted = x.norm(dim=-1) <= 1.3 * site.sae.provenance.filter.median
     counted[0] = False
     f = site.sae.encode(x) * counted[:, None]
-    assert found["max"].tolist() == pytest.approx(f.amax(0).sort(descending=True).values[:10].tolist(), rel=1e-4)
+    assert found["max"].tolist() == pytest.approx(
+        f.amax(0).sort(descending=True).values[:10].tolist(), rel=1e-4
+    )
     first, second = list(islice(dialogues(), 6)), list(islice(dialogues(), 50, 55))
     told = site.separating(first, second, 300)
     f = []
     for side in (first, second):
-        starts = [lm.to_chat(chat, add_generation_prompt=False).rindex("<|im_start|>assistant") for chat in side]
+        starts = [
+            lm.to_chat(chat, add_generation_prompt=False).rindex("<|im_start|>assistant")
+            for chat in side
+        ]
         cut = [
             len(lm.tokenizer(lm.to_chat(chat, add_generation_prompt=False)[:at]).input_ids)
             for chat, at in zip(side, starts, strict=True)
         ]
-        f.append(torch.stack([own[at:].mean(0) for own, at in zip(site.activations(side), cut, strict=True)]))
+        f.append(
+            torch.stack(
+                [own[at:].mean(0) for own, at in zip(site.activations(side), cut, strict=True)]
+            )
+        )
     assert len(told) > 5
     for feature, row in told.iterrows():
-        pairs = [(float(a) > float(b)) + 0.5 * (float(a) == float(b)) for a in f[0][:, feature] for b in f[1][:, feature]]
+        pairs = [
+            (float(a) > float(b)) + 0.5 * (float(a) == float(b))
+            for a in f[0][:, feature]
+            for b in f[1][:, feature]
+        ]
         assert row["auc"] == pytest.approx(np.mean(pairs))
-        assert row["gap"] == pytest.approx(float(f[0][:, feature].sqrt().mean() - f[1][:, feature].sqrt().mean()), rel=1e-4)
-        assert row["mean_second"] == pytest.approx(float(f[1][:, feature].mean()), rel=1e-4, abs=1e-7)
+        assert row["gap"] == pytest.approx(
+            float(f[0][:, feature].sqrt().mean() - f[1][:, feature].sqrt().mean()), rel=1e-4
+        )
+        assert row["mean_second"] == pytest.approx(
+            float(f[1][:, feature].mean()), rel=1e-4, abs=1e-7
+        )
     assert told["gap"].is_monotonic_decreasing
     assert (told["auc"] > 0.5).all()
-    text = site.separating(["How do I thank the nurse?"], ["Hello there"])  # without an answer: all of it
+    # without an answer: all of it
+    text = site.separating(["How do I thank the nurse?"], ["Hello there"])
     assert text["mean_first"].iloc[0] == pytest.approx(
         float(site.activations(["How do I thank the nurse?"])[0].mean(0)[text.index[0]])
     )
@@ -315,14 +395,29 @@ def test_recovered_concepts_are_labels(index):
     variant, hook_name = index.keys[0]
     site = index.site(hook_name, variant)
     rows = [
-        {"concept": concept, "finder": finder, "site": hook_name, "f1": f1, "feature": feature, "null_p99": 0.2}
+        {
+            "concept": concept,
+            "finder": finder,
+            "site": hook_name,
+            "f1": f1,
+            "feature": feature,
+            "null_p99": 0.2,
+        }
         for concept, finder, f1, feature in (
-            ("c/Rome=city", "probe", 0.9, None), ("c/Rome=city", "ngram", 0.1, None), ("c/Rome=city", variant, 0.85, 7),
-            ("c/Oslo=city", "probe", 0.9, None), ("c/Oslo=city", "ngram", 0.1, None), ("c/Oslo=city", variant, 0.95, 7),
-            ("d/job=nurse", "probe", 0.9, None), ("d/job=nurse", "ngram", 0.1, None), ("d/job=nurse", variant, 0.5, 8),
-            ("d/pet=cat", "probe", 0.9, None), ("d/pet=cat", "ngram", 0.1, None), ("d/pet=cat", "neurons", 0.9, 9),
+            ("c/Rome=city", "probe", 0.9, None),
+            ("c/Rome=city", "ngram", 0.1, None),
+            ("c/Rome=city", variant, 0.85, 7),
+            ("c/Oslo=city", "probe", 0.9, None),
+            ("c/Oslo=city", "ngram", 0.1, None),
+            ("c/Oslo=city", variant, 0.95, 7),
+            ("d/job=nurse", "probe", 0.9, None),
+            ("d/job=nurse", "ngram", 0.1, None),
+            ("d/job=nurse", variant, 0.5, 8),
+            ("d/pet=cat", "probe", 0.9, None),
+            ("d/pet=cat", "ngram", 0.1, None),
+            ("d/pet=cat", "neurons", 0.9, 9),
         )
-    ]  # fmt: skip
+    ]
     try:
         assert index.label_concepts(pd.DataFrame(rows)) == 1
         assert index.labels_of(site) == {7: "planted: c/Oslo=city (F1 0.95)"}
@@ -337,8 +432,18 @@ def test_labels_are_merged(index, suite, built, tmp_path):
     index.label(site, 4, "four")
     others = [
         {"sae": site.checksum, "feature": 3, "label": "later", "when": "2999-01-01T00:00:00+00:00"},
-        {"sae": site.checksum, "feature": 4, "label": "earlier", "when": "1999-01-01T00:00:00+00:00"},
-        {"sae": "another", "feature": 4, "label": "of another SAE", "when": "2999-01-01T00:00:00+00:00"},
+        {
+            "sae": site.checksum,
+            "feature": 4,
+            "label": "earlier",
+            "when": "1999-01-01T00:00:00+00:00",
+        },
+        {
+            "sae": "another",
+            "feature": 4,
+            "label": "of another SAE",
+            "when": "2999-01-01T00:00:00+00:00",
+        },
     ]
     file = tmp_path / "theirs.jsonl"
     file.write_text("".join(json.dumps(line) + "\n" for line in others))
@@ -368,18 +473,26 @@ def tables(folder):
     import pyarrow.parquet as pq
 
     return {
-        str(p.relative_to(folder)): repr(pq.read_table(p).to_pydict()) for p in sorted(folder.rglob("*.parquet"))
+        str(p.relative_to(folder)): repr(pq.read_table(p).to_pydict())
+        for p in sorted(folder.rglob("*.parquet"))
     }  # NaN is NaN
 
 
 def test_groups_give_the_same(lm, suite, built, tmp_path, capsys):
-    """SAEs that do not fit together are indexed one after another, and an index that is there is replaced."""
+    """SAEs that do not fit together are indexed one after another, and an index that is there is
+    replaced.
+    """
     out = build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", memory=1, bar=False)
     assert "in 2 groups" in capsys.readouterr().out
     assert tables(out) == tables(built)
     out = build_index(lm, {"topk": suite["topk"]}, dialogues, tmp_path, CONFIG, bar=False)
     assert load_index(out).keys == [("topk", SITES[1])]
-    assert sorted(p.name for p in out.iterdir()) == ["documents.parquet", "index.json", "tables", "tokens.parquet"]
+    assert sorted(p.name for p in out.iterdir()) == [
+        "documents.parquet",
+        "index.json",
+        "tables",
+        "tokens.parquet",
+    ]
 
 
 @pytest.mark.parametrize(("memory", "at"), [(None, 5), (1, 10)])  # in the second of two groups
@@ -396,7 +509,9 @@ def test_a_build_that_is_cut_off_goes_on(lm, suite, built, tmp_path, monkeypatch
     original = features.site_activations
     monkeypatch.setattr(features, "site_activations", cut)
     with pytest.raises(KeyboardInterrupt):
-        build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", memory=memory, bar=False)
+        build_index(
+            lm, suite, dialogues, tmp_path, CONFIG, data="the world", memory=memory, bar=False
+        )
     with pytest.raises(ValueError, match="holds no feature index"):
         load_index(tmp_path)
     with pytest.raises(ValueError, match="another data"):
@@ -414,7 +529,17 @@ def test_a_build_that_is_cut_off_goes_on(lm, suite, built, tmp_path, monkeypatch
             bar=False,
         )
     before = len(calls)
-    build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", resume=True, memory=memory, bar=False)
+    build_index(
+        lm,
+        suite,
+        dialogues,
+        tmp_path,
+        CONFIG,
+        data="the world",
+        resume=True,
+        memory=memory,
+        bar=False,
+    )
     assert tables(tmp_path) == tables(built)
     assert len(calls) - before <= (16 if memory else 8) - at + 2
 
@@ -424,9 +549,12 @@ def test_dialogues_that_nothing_is_shown_of_are_forgotten(lm, suite, built, tmp_
     most = []
     original = features._Dialogues.forget
     monkeypatch.setattr(
-        features._Dialogues, "forget", lambda self, *a, **k: (original(self, *a, **k), most.append(len(self.ids)))[0]
+        features._Dialogues,
+        "forget",
+        lambda self, *a, **k: (original(self, *a, **k), most.append(len(self.ids)))[0],
     )
-    out = build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", memory=1, bar=False)  # in two groups
+    # in two groups
+    out = build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", memory=1, bar=False)
     assert len(most) > 2
     assert tables(out) == tables(built)
     assert pq.read_table(out / "documents.parquet") == pq.read_table(built / "documents.parquet")
@@ -466,7 +594,9 @@ def test_names_where_they_are_plain(index):
     assert hint_of(["a", "a", "b"], 0.1, 0.9) == "token: 'a', 'b'"
     assert hint_of(["a", "a", "b"], 0.1, 0.5) == ""
     assert hint_of(["<|im_end|>"] * 9, 1.0, 0.2) == "template: '<|im_end|>'"
-    assert hint_of(["\u4eba", "\u5927", "\u5929", "\u597d", "\u4f60", "!"], 0.0, 0.1) == "script: CJK"
+    assert (
+        hint_of(["\u4eba", "\u5927", "\u5929", "\u597d", "\u4f60", "!"], 0.0, 0.1) == "script: CJK"
+    )
     assert hint_of(["\u4eba", "\u5927", "\u5929", "\u597d", "\u4f60", "a"], 0.0, 0.1) == ""
     assert hint_of([], 0.0, np.nan) == ""
     assert script_of("ab") == "LATIN"

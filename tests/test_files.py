@@ -39,7 +39,13 @@ def tree(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        found[name] = os.readlink(path) if path.is_symlink() else path.read_bytes() if path.is_file() else None
+        found[name] = (
+            os.readlink(path)
+            if path.is_symlink()
+            else path.read_bytes()
+            if path.is_file()
+            else None
+        )
     return found
 
 
@@ -76,7 +82,9 @@ def test_what_is_no_name(name, unchecked, tmp_path):
         inside(tmp_path, f"x/{name}" if isinstance(name, str) else name, "A slot")
 
 
-@pytest.mark.parametrize("name", ["a", "jumprelu-x8-l0_16", "Ünï", "a.b", "n" * 255, "a..b", "中文", "-"])
+@pytest.mark.parametrize(
+    "name", ["a", "jumprelu-x8-l0_16", "Ünï", "a.b", "n" * 255, "a..b", "中文", "-"]
+)
 def test_what_is_a_name(name, tmp_path):
     assert checked_name(name, "A slot") == name
     assert inside(tmp_path, f"{name}/{name}", "A slot") == tmp_path / name / name
@@ -137,7 +145,12 @@ def test_only_regular_files_are_written_to(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     (tmp_path / "folder").mkdir()
     before = os.lstat("/dev/null")
-    for name, kind in (("link", "a link"), ("broken", "a link"), ("fifo", "a pipe"), ("folder", "a folder")):
+    for name, kind in (
+        ("link", "a link"),
+        ("broken", "a link"),
+        ("fifo", "a pipe"),
+        ("folder", "a folder"),
+    ):
         with pytest.raises(ValueError, match=kind):
             write_text(tmp_path / name, "x")
     with pytest.raises(ValueError, match="a device"):
@@ -161,14 +174,18 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", refuses)
     write_text(tmp_path / "a.txt", "x")
     assert (tmp_path / "a.txt").read_text() == "x"
-    monkeypatch.setattr(os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error")))
+    monkeypatch.setattr(
+        os, "fsync", lambda descriptor: (_ for _ in ()).throw(OSError(errno.EIO, "I/O error"))
+    )
     with pytest.raises(OSError, match="I/O error"):
         write_text(tmp_path / "a.txt", "y")
     assert tree(tmp_path) == {"a.txt": b"x"}
 
 
 def in_a_child(work):
-    """Runs a function in a process of its own, which ends without any clean-up; returns its exit status."""
+    """Runs a function in a process of its own, which ends without any clean-up; returns its exit
+    status.
+    """
     child = os.fork()
     if child == 0:
         try:
@@ -209,7 +226,11 @@ def test_what_a_killed_write_leaves_goes_with_the_next_and_nothing_else_does(tmp
         with atomic_folder(target) as part:
             (part / "cfg.json").write_text("whole")
     expected = {**mine, ".git.archived": None, ".git.archived/HEAD": b"ref"}
-    expected |= {"result": b"whole"} if write is atomic_file else {"result": None, "result/cfg.json": b"whole"}
+    expected |= (
+        {"result": b"whole"}
+        if write is atomic_file
+        else {"result": None, "result/cfg.json": b"whole"}
+    )
     assert tree(tmp_path) == expected
 
 
@@ -236,17 +257,28 @@ def test_what_another_process_is_writing_is_left_alone(tmp_path):
     assert tree(tmp_path) == {"a": b"last"}
 
 
-@given(st.lists(st.text(alphabet=".-_abcqsaeprtidx0123456789", min_size=1, max_size=24), max_size=6), st.sampled_from("ab"))
+@given(
+    st.lists(st.text(alphabet=".-_abcqsaeprtidx0123456789", min_size=1, max_size=24), max_size=6),
+    st.sampled_from("ab"),
+)
 @settings(max_examples=60, deadline=None)
 def test_whatever_lies_beside_it_stays(tmp_path_factory, names, own):
     folder = tmp_path_factory.mktemp("tree")
-    names = {name for name in names if name not in (".", "..", own) and not name.startswith((PART, ASIDE))}
+    names = {
+        name
+        for name in names
+        if name not in (".", "..", own) and not name.startswith((PART, ASIDE))
+    }
     for name in names:
         (folder / name).write_text(name)
     write_text(folder / own, "1")
     with atomic_folder(folder / f"{own}{own}x") as part:
         (part / "f").write_text("1")
-    left = {name: data for name, data in tree(folder).items() if name not in (own, f"{own}{own}x", f"{own}{own}x/f")}
+    left = {
+        name: data
+        for name, data in tree(folder).items()
+        if name not in (own, f"{own}{own}x", f"{own}{own}x/f")
+    }
     assert left == {name: name.encode() for name in names if name != f"{own}{own}x"}
 
 
@@ -287,7 +319,9 @@ def test_a_folder_takes_the_place_of_another_and_what_others_put_there_stays(tmp
 
 @pytest.mark.parametrize("moment", range(1, 12))
 def test_an_old_folder_is_there_until_the_new_one_is(tmp_path, exchanging, monkeypatch, moment):
-    """Whatever call fails while names change, and whether it is undone or the process ends there."""
+    """Whatever call fails while names change, and whether it is undone or the process ends
+    there.
+    """
     fill(tmp_path / "sae", "old")
     (tmp_path / "sae" / "notes.md").write_text("mine")
     calls = []
@@ -389,12 +423,23 @@ def test_names_as_long_as_a_file_system_takes(tmp_path):
 
 # --- tables
 
-RUN_BY_SPREADSHEETS = ["=1+1", "+cmd|' /C calc'!A0", "-2+3", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "＝1"]
+RUN_BY_SPREADSHEETS = [
+    "=1+1",
+    "+cmd|' /C calc'!A0",
+    "-2+3",
+    "@SUM(A1)",
+    "\t=1",
+    "\r=1",
+    "\n=1",
+    "＝1",
+]
 
 
 @pytest.mark.parametrize("text", RUN_BY_SPREADSHEETS, ids=repr)
 def test_a_csv_holds_no_formula(tmp_path, text):
-    table = pd.DataFrame({"text": [text, "plain", None], text: [1.0, -2.5, 3.0], "n": ["-1.5", "=x", ""]})
+    table = pd.DataFrame(
+        {"text": [text, "plain", None], text: [1.0, -2.5, 3.0], "n": ["-1.5", "=x", ""]}
+    )
     write_table(table, tmp_path / "t.csv")
     back = pd.read_csv(tmp_path / "t.csv", keep_default_na=False)
     assert back["text"].tolist() == [f"'{text}", "plain", ""]

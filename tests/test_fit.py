@@ -37,7 +37,7 @@ def stored(tmp_path, acts, *flags):
     return qsae("train", "--acts", acts, *FLAGS, "--out", tmp_path / "out", *flags)
 
 
-@pytest.mark.parametrize("arch", ["jumprelu", "topk", "batchtopk", "matryoshka", "standard", "gated"])
+@pytest.mark.parametrize("arch", ("jumprelu topk batchtopk matryoshka standard gated").split())
 def test_stored_rows(tmp_path, acts, arch):
     sparsity = ["--k", "4"] if arch in ("topk", "batchtopk", "matryoshka") else ["--target-l0", "4"]
     done = stored(tmp_path, acts, "--arch", arch, *sparsity, "--json", "--curve", "25")
@@ -62,7 +62,17 @@ def test_stored_rows(tmp_path, acts, arch):
 
 def test_a_live_model(tmp_path):
     done = qsae(
-        "train", "--layers", "2", "--sites", "resid,attn", "--batch", "256", "--tokens", "4096", "--out", tmp_path / "out"
+        "train",
+        "--layers",
+        "2",
+        "--sites",
+        "resid,attn",
+        "--batch",
+        "256",
+        "--tokens",
+        "4096",
+        "--out",
+        tmp_path / "out",
     )
     assert done.exit_code == 0, done.exception
     assert "the square root of d_model" in done.stdout  # says what it assumed
@@ -97,7 +107,11 @@ def test_bad_rows_are_counted_not_learnt(tmp_path):
         ({"acts": rows().int()}, [], "torch.int32"),
         ({"rows": rows()}, [], "holds rows; expected a tensor acts"),
         ({"acts": rows()}, ["--arch", "topk", "--k", "49"], "sparsity <= d_sae=48"),
-        ({"acts": rows()}, ["--arch", "topk", "--target-l0", "4"], "--target-l0 has no effect on topk; give --k"),
+        (
+            {"acts": rows()},
+            ["--arch", "topk", "--target-l0", "4"],
+            "--target-l0 has no effect on topk; give --k",
+        ),
         ({"acts": rows()}, ["--k", "4"], "--k has no effect on jumprelu"),
         ({"acts": rows()}, ["--expansion", "4"], "both give the width"),
         ({"acts": rows()}, ["--model", "tiny"], "--model would have no effect"),
@@ -122,7 +136,9 @@ def test_what_cannot_be_trained(tmp_path, tensors, flags, message):
     assert not list((tmp_path / "out").glob("suite/*"))
 
 
-@pytest.mark.parametrize("options", [["sparsity_loss=step", "coefficient=0.02"], ["sparsity_loss=tanh", "bandwidth=0.1"]])
+@pytest.mark.parametrize(
+    "options", [["sparsity_loss=step", "coefficient=0.02"], ["sparsity_loss=tanh", "bandwidth=0.1"]]
+)
 def test_options_have_an_effect(tmp_path, acts, options):
     flags = [flag for option in options for flag in ("--option", option)]
     done = stored(tmp_path, acts, *flags, "--json")
@@ -142,7 +158,10 @@ def test_without_json_the_figures_are_said(tmp_path, acts):
 
 
 def test_flags_of_the_other_source():
-    for flags, message in ((["--curve", "5"], "belong to --acts"), (["--site", SITE], "belong to --acts")):
+    for flags, message in (
+        (["--curve", "5"], "belong to --acts"),
+        (["--site", SITE], "belong to --acts"),
+    ):
         with pytest.raises(ValueError, match=message):
             raise qsae("train", *flags).exception
 
@@ -162,17 +181,37 @@ def test_controls_are_trained_beside_the_saes(tmp_path, acts):
 def test_the_site_is_named_once(tmp_path):
     save_file({"acts": rows()}, tmp_path / "a.safetensors", {"hook_name": SITE})
     flags = [f for f in FLAGS if f not in ("--site", SITE)]
-    assert qsae("train", "--acts", tmp_path / "a.safetensors", *flags, "--out", tmp_path / "a").exit_code == 0
-    done = qsae("train", "--acts", tmp_path / "a.safetensors", *flags, "--site", "blocks.1.hook_mlp_out", "--out", tmp_path / "b")
+    assert (
+        qsae(
+            "train", "--acts", tmp_path / "a.safetensors", *flags, "--out", tmp_path / "a"
+        ).exit_code
+        == 0
+    )
+    done = qsae(
+        "train",
+        "--acts",
+        tmp_path / "a.safetensors",
+        *flags,
+        "--site",
+        "blocks.1.hook_mlp_out",
+        "--out",
+        tmp_path / "b",
+    )
     assert "leave --site out" in str(done.exception)
     save_file({"acts": rows()}, tmp_path / "b.safetensors")
-    assert "give --site" in str(qsae("train", "--acts", tmp_path / "b.safetensors", *flags, "--out", tmp_path / "b").exception)
+    assert "give --site" in str(
+        qsae(
+            "train", "--acts", tmp_path / "b.safetensors", *flags, "--out", tmp_path / "b"
+        ).exception
+    )
 
 
 def test_going_on_with_other_data_or_a_longer_run(tmp_path, acts):
     assert stored(tmp_path, acts).exit_code == 0
     save_file({"acts": rows() * 2}, tmp_path / "other.safetensors")
-    assert "another data" in str(stored(tmp_path, tmp_path / "other.safetensors", "--resume").exception)
+    assert "another data" in str(
+        stored(tmp_path, tmp_path / "other.safetensors", "--resume").exception
+    )
     assert "another recipe" in str(stored(tmp_path, acts, "--resume", "--tokens", "9600").exception)
     assert "holds a run already" in str(stored(tmp_path, acts).exception)
 

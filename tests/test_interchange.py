@@ -10,9 +10,13 @@ from qsae_kit.world import world
 
 
 def whole(lm, layer):
-    """An SAE whose features are all directions, so that swapping all of them swaps the activation."""
+    """An SAE whose features are all directions, so that swapping all of them swaps the
+    activation.
+    """
     d = lm.d_model
-    sae = ReLUSAE(d, 2 * d, 1.0, Provenance("tiny", f"blocks.{layer}.hook_resid_post", NormFilter(1e9)))
+    sae = ReLUSAE(
+        d, 2 * d, 1.0, Provenance("tiny", f"blocks.{layer}.hook_resid_post", NormFilter(1e9))
+    )
     with torch.no_grad():
         both = torch.cat([torch.eye(d), -torch.eye(d)])
         sae.encoder.copy_(both)

@@ -34,7 +34,11 @@ def one_thread():
 
 
 def source(lm):
-    return LiveRows(lm, [SITE], lambda: token_batches(lm, (d.messages for d in world.dialogues(10**9, seed=7)), 1024))
+    return LiveRows(
+        lm,
+        [SITE],
+        lambda: token_batches(lm, (d.messages for d in world.dialogues(10**9, seed=7)), 1024),
+    )
 
 
 def raise_at(rows, number):
@@ -47,7 +51,11 @@ def test_an_interrupted_command_says_so_with_its_exit_code(tmp_path, monkeypatch
 
     inner = fit.train_saes
     monkeypatch.setattr(
-        fit, "train_saes", lambda *args, watch, **rest: inner(*args, watch=[*watch, raise_at(512, signal.SIGINT)], **rest)
+        fit,
+        "train_saes",
+        lambda *args, watch, **rest: inner(
+            *args, watch=[*watch, raise_at(512, signal.SIGINT)], **rest
+        ),
     )
     words = [
         "train",
@@ -66,28 +74,37 @@ def test_an_interrupted_command_says_so_with_its_exit_code(tmp_path, monkeypatch
     done = CliRunner().invoke(app, [*words, "--json"])
     assert done.exit_code == INTERRUPTED == 130
     assert json.loads(done.stdout.split("\n")[-2])["complete"] is False
-    done = CliRunner().invoke(app, words)  # from the checkpoint on, which lies behind the signal's step
+    # from the checkpoint on, which lies behind the signal's step
+    done = CliRunner().invoke(app, words)
     assert (done.exit_code, done.exception) == (0, None)
     assert "Stopped" not in done.output
 
 
 def test_resume_may_always_be_given(lm, tmp_path):
-    first = train_saes(source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False)
+    first = train_saes(
+        source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False
+    )
     second = train_saes(source(lm), [CONFIG], model_name="tiny", bar=False)
     assert torch.equal(first[CONFIG.variant][SITE].W_dec, second[CONFIG.variant][SITE].W_dec)
-    again = train_saes(source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False)
+    again = train_saes(
+        source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False
+    )
     assert torch.equal(first[CONFIG.variant][SITE].W_dec, again[CONFIG.variant][SITE].W_dec)
 
 
 def test_sigterm_leaves_a_checkpoint_and_ends_the_process(lm, tmp_path, one_thread):
     def work():
         watch = [raise_at(1024, signal.SIGTERM)]
-        train_saes(source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", watch=watch, bar=False)
+        train_saes(
+            source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", watch=watch, bar=False
+        )
 
     assert forked(work, None, tmp_path / "said") == TERMINATED
     assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-0-1024"]
     assert not list((tmp_path / "a").glob(".qsae-*"))
-    stopped = train_saes(source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False)
+    stopped = train_saes(
+        source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False
+    )
     whole = train_saes(source(lm), [CONFIG], model_name="tiny", bar=False)
     assert torch.equal(stopped[CONFIG.variant][SITE].W_dec, whole[CONFIG.variant][SITE].W_dec)
 

@@ -1,4 +1,6 @@
-"""Triton kernels against the plain path in float64: interpreted everywhere, compiled where there is a CUDA device."""
+"""Triton kernels against the plain path in float64: interpreted everywhere, compiled where there is
+a CUDA device.
+"""
 
 import os
 import subprocess
@@ -19,6 +21,8 @@ def test_the_kernels_give_the_plain_products(device):
     run = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("kernels_check.py")), device],
         env=os.environ | {"TRITON_INTERPRET": "1" if device == "cpu" else "0"},
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.stdout.strip() == "same", run.stderr[-2000:]

@@ -1,4 +1,6 @@
-"""SteeringLab without a browser: runs, stops, order, settings, files; and what it shows of every token."""
+"""SteeringLab without a browser: runs, stops, order, settings, files; and what it shows of every
+token.
+"""
 
 import threading
 import time
@@ -36,7 +38,9 @@ def messages(view, op):
 
 @torch.no_grad()
 def test_both_answers_come_from_one_seed_and_differ_by_the_edits_alone(lm, suite):
-    edits = Steering((Change("add", "blocks.3.hook_resid_post", "v", (1,), strength=2.0, positions="answer"),)).edits(suite)
+    edits = Steering(
+        (Change("add", "blocks.3.hook_resid_post", "v", (1,), strength=2.0, positions="answer"),)
+    ).edits(suite)
     options = {"enable_thinking": True, "do_sample": True, "temperature": 1.4}
     same = answer_pair(lm, PROMPT, [], 30, seed=4, **options)
     assert same.base.tokens == same.steered.tokens
@@ -52,15 +56,23 @@ def test_both_answers_come_from_one_seed_and_differ_by_the_edits_alone(lm, suite
 @torch.no_grad()
 def test_the_table_of_tokens_is_the_generation_read_again(lm, suite):
     sae = suite["v"]["blocks.3.hook_resid_post"]
-    edits = Steering((Change("clamp", "blocks.3.hook_resid_post", "v", (1,), strength=0.5, positions="answer"),)).edits(suite)
+    edits = Steering(
+        (Change("clamp", "blocks.3.hook_resid_post", "v", (1,), strength=0.5, positions="answer"),)
+    ).edits(suite)
     pair = answer_pair(lm, PROMPT, edits, 20, enable_thinking=False)
     table = token_table(lm, pair.prompt, pair.steered.tokens[0], edits, (sae, 1))
     torch.testing.assert_close(
-        torch.tensor(table["logprob"].to_list()), torch.tensor(pair.steered.logprobs[0]), atol=1e-4, rtol=1e-4
+        torch.tensor(table["logprob"].to_list()),
+        torch.tensor(pair.steered.logprobs[0]),
+        atol=1e-4,
+        rtol=1e-4,
     )
     clean = token_table(lm, pair.prompt, pair.base.tokens[0])
     torch.testing.assert_close(
-        torch.tensor(clean["logprob"].to_list()), torch.tensor(pair.base.logprobs[0]), atol=1e-4, rtol=1e-4
+        torch.tensor(clean["logprob"].to_list()),
+        torch.tensor(pair.base.logprobs[0]),
+        atol=1e-4,
+        rtol=1e-4,
     )
     assert (clean["change"] == 0).all()
     assert clean["activation"].isna().all()
@@ -68,7 +80,9 @@ def test_the_table_of_tokens_is_the_generation_read_again(lm, suite):
     with applied(lm, edits):
         _, cache = lm.run_with_cache(ids, names_filter=["blocks.3.hook_resid_post"])
     direct = sae.encode(cache["blocks.3.hook_resid_post"][0, len(pair.prompt) :])[:, 1]
-    torch.testing.assert_close(torch.tensor(table["activation"].to_list()), direct, atol=1e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        torch.tensor(table["activation"].to_list()), direct, atol=1e-3, rtol=1e-4
+    )
 
 
 def test_a_run_streams_both_answers_and_the_next_one_only_the_steered(lm, lab):
@@ -80,12 +94,19 @@ def test_a_run_streams_both_answers_and_the_next_one_only_the_steered(lm, lab):
     assert first["steered"]["text"] != first["base"]["text"]
     assert {m["name"] for m in messages(lab, "text")} == {"base", "steered"}
     assert first["steered"]["text"].startswith(messages(lab, "text")[-1]["text"])
-    assert len(first["steered"]["tokens"]) == len(first["steered"]["change"]) == len(first["steered"]["activation"])
+    assert (
+        len(first["steered"]["tokens"])
+        == len(first["steered"]["change"])
+        == len(first["steered"]["activation"])
+    )
     lab.controls = [{**lab.controls[0], "strength": -1.5}]
     lab.run(wait=True)
     assert lab.answers["base"] == first["base"] | {"activation": lab.answers["base"]["activation"]}
     frame = lab.to_frame()
-    assert list(frame["setting"]) == ["add at blocks.1.hook_resid_post: 1 +1.50", "add at blocks.1.hook_resid_post: 1 -1.50"]
+    assert list(frame["setting"]) == [
+        "add at blocks.1.hook_resid_post: 1 +1.50",
+        "add at blocks.1.hook_resid_post: 1 -1.50",
+    ]
     assert not lab.running
     lab.controls = [{**lab.controls[0], "on": False}]
     lab.run(wait=True)
@@ -101,10 +122,14 @@ def test_quick_moves_end_in_the_last_ones_text(lm, suite, lab):
         lab.handle({"op": "run"})
     lab._thread.join()
     with applied(lm, lab.steering.edits(suite)):
-        assert lab.answers["steered"]["text"] == lm.generate(PROMPT, 48, enable_thinking=False).text[0]
+        assert (
+            lab.answers["steered"]["text"] == lm.generate(PROMPT, 48, enable_thinking=False).text[0]
+        )
     assert lab.answers["number"] == 5
     assert lab.to_frame()["setting"].iloc[-1].endswith(": 2 +2.50")
-    assert [m["number"] for m in messages(lab, "text")] == sorted(m["number"] for m in messages(lab, "text"))
+    assert [m["number"] for m in messages(lab, "text")] == sorted(
+        m["number"] for m in messages(lab, "text")
+    )
 
 
 def test_stop_stops_and_what_was_written_stays(lm, lab):
@@ -161,7 +186,9 @@ def test_a_busy_model_is_waited_for(lm, lab):
 
 
 def test_other_threads_wait_for_the_model_and_so_do_their_hooks(lm, lab, suite):
-    """A search or a cell beside an answer neither hangs the page nor gets hooks that are not its own."""
+    """A search or a cell beside an answer neither hangs the page nor gets hooks that are not its
+    own.
+    """
     ids = torch.tensor([lm.chat_tokens(PROMPT, False)])
     with torch.no_grad():
         _, clean = lm.run_with_cache(ids, names_filter=["blocks.1.hook_resid_post"])
@@ -169,9 +196,15 @@ def test_other_threads_wait_for_the_model_and_so_do_their_hooks(lm, lab, suite):
 
     def cell():
         with torch.no_grad():
-            found.append(lm.run_with_cache(ids, names_filter=["blocks.1.hook_resid_post"])[1]["blocks.1.hook_resid_post"])
+            found.append(
+                lm.run_with_cache(ids, names_filter=["blocks.1.hook_resid_post"])[1][
+                    "blocks.1.hook_resid_post"
+                ]
+            )
 
-    edits = Steering((Change("add", "blocks.1.hook_resid_post", "v", (1,), strength=3.0, positions="all"),)).edits(suite)
+    edits = Steering(
+        (Change("add", "blocks.1.hook_resid_post", "v", (1,), strength=3.0, positions="all"),)
+    ).edits(suite)
     other = threading.Thread(target=cell)
     with applied(lm, edits):
         other.start()
@@ -192,7 +225,9 @@ def test_settings_are_values_presets_and_files(lm, suite, lab):
     lab.add(3, "blocks.3.hook_resid_post", 1.0, "clamp")
     lab.policy = "all"
     kept = lab.steering
-    assert kept == Steering((Change("clamp", "blocks.3.hook_resid_post", "v", (3,), strength=1.0, positions="all"),))
+    assert kept == Steering(
+        (Change("clamp", "blocks.3.hook_resid_post", "v", (3,), strength=1.0, positions="all"),)
+    )
     lab.handle({"op": "keep", "name": "  mine "})
     lab.handle({"op": "study"})
     assert read_steering(lab.sent, suite) == kept
@@ -206,7 +241,13 @@ def test_settings_are_values_presets_and_files(lm, suite, lab):
     assert lab.steering == kept
     for wrong in (
         Change("add", "blocks.3.hook_resid_post", "v", (1, 2)),
-        Change("add", "blocks.3.hook_resid_post", "v", (1,), when=Condition("v", "blocks.1.hook_resid_post", 1)),
+        Change(
+            "add",
+            "blocks.3.hook_resid_post",
+            "v",
+            (1,),
+            when=Condition("v", "blocks.1.hook_resid_post", 1),
+        ),
         Change("add", "blocks.3.hook_resid_post", direction=(1.0,), median_norm=1.0),
     ):
         with pytest.raises(ValueError, match="one feature each"):
@@ -217,13 +258,20 @@ def test_finding_features(lab):
     assert lab.found["features"]
     lab.saes[lab.choices[0]]
     (f,) = token_features(lab.lm, lab.saes[lab.choices[0]], [lab.lm.chat_tokens(PROMPT, False)])
-    assert [i for i, _ in lab.found["features"]] == f.amax(0).topk(len(lab.found["features"])).indices.tolist()
+    assert [i for i, _ in lab.found["features"]] == f.amax(0).topk(
+        len(lab.found["features"])
+    ).indices.tolist()
     lab.handle({"op": "find", "site": 1, "text": "7"})
     assert lab.found == {"site": 1, "text": "7", "features": [[7, ""]]}
     lab.handle({"op": "add", "site": 1, "feature": 7})
     assert messages(lab, "added")[0]["control"] | {"name": ""} == {
-        "site": 1, "feature": 7, "name": "", "action": "add", "strength": 0.0, "on": True
-    }  # fmt: skip
+        "site": 1,
+        "feature": 7,
+        "name": "",
+        "action": "add",
+        "strength": 0.0,
+        "on": True,
+    }
 
 
 @pytest.mark.parametrize(
@@ -233,11 +281,33 @@ def test_finding_features(lab):
         ({"max_new_tokens": 0}, "0 new tokens"),
         ({"policy": "everywhere"}, "no position policy"),
         (
-            {"controls": [{"site": 0, "feature": 999, "name": "", "action": "add", "strength": 1.0, "on": True}]},
+            {
+                "controls": [
+                    {
+                        "site": 0,
+                        "feature": 999,
+                        "name": "",
+                        "action": "add",
+                        "strength": 1.0,
+                        "on": True,
+                    }
+                ]
+            },
             "features 0 to 63",
         ),
         (
-            {"controls": [{"site": 0, "feature": 1, "name": "", "action": "add", "strength": float("nan"), "on": True}]},
+            {
+                "controls": [
+                    {
+                        "site": 0,
+                        "feature": 1,
+                        "name": "",
+                        "action": "add",
+                        "strength": float("nan"),
+                        "on": True,
+                    }
+                ]
+            },
             "finite number",
         ),
     ],

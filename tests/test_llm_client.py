@@ -282,15 +282,11 @@ def test_addresses_that_cannot_be_asked(url, match):
 def test_a_key_goes_in_the_clear_to_this_machine_only():
     for host in ("localhost", "LOCALHOST:80", "127.0.0.1", "127.9.9.9:8000", "[::1]:8000"):
         openai_chat(f"http://{host}/v1", "m", KEY)
-    for host in (
-        "example.com",
-        "10.0.0.1",
-        "0.0.0.0",
-        "128.0.0.1",
-        "[::2]",
-        "localhost.example.com",
-        "127.0.0.1.example.com",
-        "127.example.com",
+    for host in tuple(
+        (
+            "example.com 10.0.0.1 0.0.0.0 128.0.0.1 [::2] localhost.example.com"
+            " 127.0.0.1.example.com 127.example.com"
+        ).split()
     ):
         with pytest.raises(ValueError, match="plain_http=True") as caught:
             openai_chat(f"http://{host}/v1", "m", KEY)

@@ -48,7 +48,9 @@ def at(*sites):
 
 @pytest.fixture(scope="module")
 def expected(lm):
-    """Logits under the edits of some sites, from a copy of the HF model and hooks of torch alone."""
+    """Logits under the edits of some sites, from a copy of the HF model and hooks of torch
+    alone.
+    """
     hf = copy.deepcopy(lm.hf)
 
     @torch.no_grad()
@@ -72,7 +74,9 @@ def expected(lm):
 # --- a copy of a context, made at one stage of two nested `with` and used at another
 
 STAGES = ((), (A,), (A, B), (A,), ())
-"""The edits that are on at each stage: before, inside the first `with`, inside both, after the second, after both."""
+"""The edits that are on at each stage: before, inside the first `with`, inside both, after the
+second, after both.
+"""
 PAIRS = [(made, used) for made in range(3) for used in range(1, 5) if made <= used]
 
 
@@ -90,7 +94,9 @@ def answer(lm, own):
 
 
 def staged(lm, look):
-    """Calls `look` at each stage, and looks itself that the answers are those of the stage's edits."""
+    """Calls `look` at each stage, and looks itself that the answers are those of the stage's
+    edits.
+    """
     look(0)
     with applied(lm, at(A)):
         look(1)
@@ -132,7 +138,9 @@ def test_a_copy_in_a_thread_waits_until_nobody_is_further_inside(lm, expected, m
 
 @pytest.mark.parametrize("own", [False, True])
 @pytest.mark.parametrize(("made", "used"), PAIRS)
-def test_a_copy_in_the_same_thread_is_refused_where_waiting_would_not_end(lm, expected, made, used, own):
+def test_a_copy_in_the_same_thread_is_refused_where_waiting_would_not_end(
+    lm, expected, made, used, own
+):
     copies = []
 
     def look(stage):
@@ -142,7 +150,9 @@ def test_a_copy_in_the_same_thread_is_refused_where_waiting_would_not_end(lm, ex
             out = copies[0].run(answer, lm, own)
             assert torch.equal(out, expected[left_of(made, stage) + (OWN,) * own])
         elif stage == used:
-            with pytest.raises(RuntimeError, match=r"held in this very thread.*another task.*to_thread"):
+            with pytest.raises(
+                RuntimeError, match=r"held in this very thread.*another task.*to_thread"
+            ):
                 copies[0].run(answer, lm, own)
             assert not copies[0].run(lm.lock.acquire, blocking=False)
         assert torch.equal(logits(lm), expected[STAGES[stage]])
@@ -154,7 +164,9 @@ def test_a_copy_in_the_same_thread_is_refused_where_waiting_would_not_end(lm, ex
 
 
 def in_threads(works, copied):
-    """Runs all works at once, each in a thread, in a copy of the context or not; what they return."""
+    """Runs all works at once, each in a thread, in a copy of the context or not; what they
+    return.
+    """
     out = {}
 
     def run(i):
@@ -225,7 +237,11 @@ def test_a_task_that_would_wait_for_another_is_refused_and_can_use_a_thread(lm, 
         inside, go = asyncio.Event(), asyncio.Event()
         first = asyncio.create_task(steered(inside, go))
         await inside.wait()
-        for call in (lambda: lm.generate("Hi"), lambda: next(lm.hooks().__enter__()), partial(logits, lm)):
+        for call in (
+            lambda: lm.generate("Hi"),
+            lambda: next(lm.hooks().__enter__()),
+            partial(logits, lm),
+        ):
             with pytest.raises(RuntimeError, match="very thread"):
                 call()
         other = asyncio.create_task(asyncio.to_thread(logits, lm))
@@ -284,7 +300,9 @@ def test_a_with_that_is_left_before_one_begun_inside_it_says_so_and_is_gone(lm, 
                 with pytest.raises(RuntimeError, match="very thread"):
                     logits(lm)
 
-        with pytest.raises(RuntimeError, match=r"left while another task.*leave the inner one first"):
+        with pytest.raises(
+            RuntimeError, match=r"left while another task.*leave the inner one first"
+        ):
             await leave_too_early()
         with pytest.raises(RuntimeError, match="very thread"):
             logits(lm)
@@ -535,7 +553,9 @@ def test_a_pass_inside_a_pass_is_refused(lm, expected):
     def call(*_args, **_kwargs):
         logits(lm)
 
-    with pytest.raises(RuntimeError, match=r"from inside one of its own passes.*call it after the pass"):
+    with pytest.raises(
+        RuntimeError, match=r"from inside one of its own passes.*call it after the pass"
+    ):
         lm.run_with_hooks(IDS, fwd_hooks=[(A, call)])
     with pytest.raises(RuntimeError, match="on_step"):
         lm.generate("Hi", on_step=call, **SHORT)
@@ -552,13 +572,22 @@ def test_hooks_by_name_and_function_in_both_directions_and_in_order(lm):
         return lambda x, hook: seen.append((text, hook.name, lm.context_level))
 
     lm.add_hook(A, note("user"))
-    with lm.hooks([(A, note("outer")), (lambda name: name in (A, B), note("both"))], [(B, note("back"))]):
+    with lm.hooks(
+        [(A, note("outer")), (lambda name: name in (A, B), note("both"))], [(B, note("back"))]
+    ):
         lm.add_hook(B, note("kept"))
         with lm.hooks([(A, note("inner"))]):
             assert [handle.context_level for handle in lm.hook_dict[A].fwd_hooks] == [None, 1, 1, 2]
             lm(IDS, return_type="loss").backward()
     lm.hf.zero_grad()
-    forth = [("user", A, 2), ("outer", A, 2), ("both", A, 2), ("inner", A, 2), ("both", B, 2), ("kept", B, 2)]
+    forth = [
+        ("user", A, 2),
+        ("outer", A, 2),
+        ("both", A, 2),
+        ("inner", A, 2),
+        ("both", B, 2),
+        ("kept", B, 2),
+    ]
     assert seen == [*forth, ("back", B, 2)]
     assert lm.context_level == 0
     assert list(lm.list_hooks()) == [A, B]
@@ -627,7 +656,18 @@ def quiet(monkeypatch):
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
 
 
-PLACES = ("enter and leave", "forward", "nested", BY_STACK, "generate", "stream", "closed", "later", "cached", "both ways")
+PLACES = (
+    "enter and leave",
+    "forward",
+    "nested",
+    BY_STACK,
+    "generate",
+    "stream",
+    "closed",
+    "later",
+    "cached",
+    "both ways",
+)
 
 
 @pytest.mark.parametrize("place", PLACES)

@@ -38,7 +38,8 @@ def test_by_hand():
     cosines = (3 / (5 * 2) ** 0.5, 39 / (45 * 34) ** 0.5)
     assert s.cosine == pytest.approx(sum(cosines) / 2, abs=1e-12)
     assert s.l2_ratio == pytest.approx(((2 / 5) ** 0.5 + (34 / 45) ** 0.5) / 2, abs=1e-12)
-    assert s.relative_bias == pytest.approx(36 / 42, abs=1e-12)  # |x_hat|^2 = 2 + 34, x . x_hat = 3 + 39
+    # |x_hat|^2 = 2 + 34, x . x_hat = 3 + 39
+    assert s.relative_bias == pytest.approx(36 / 42, abs=1e-12)
     assert s.density.tolist() == [1.0, 0.5, 0.0]
     assert (s.denser(0.6), s.denser(0.1)) == (pytest.approx(1 / 3), pytest.approx(2 / 3))
     assert (s.l0_quantile(0.5), s.l0_quantile(0.9)) == (1, 2)
@@ -53,7 +54,11 @@ def test_figures_that_peers_got_wrong():
     s = score((X, X_HAT, F))
     assert abs(s.fvu - mixed) > 0.1
     skewed = score(
-        (torch.tensor([[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]]), torch.cat([X_HAT, torch.tensor([[9.0, 8.0]])]), F[[0, 1, 1]])
+        (
+            torch.tensor([[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]]),
+            torch.cat([X_HAT, torch.tensor([[9.0, 8.0]])]),
+            F[[0, 1, 1]],
+        )
     )
     x = torch.tensor([[1.0, 2.0], [3.0, 6.0], [9.0, 9.0]])
     legacy = (1 / (x - x.mean(0)).pow(2).sum(-1)).mean()
@@ -65,7 +70,10 @@ def test_the_order_of_rows_changes_nothing():
     generator = torch.Generator().manual_seed(1)
     x, noise, f = (torch.randn(300, 6, generator=generator) for _ in range(3))
     order = torch.randperm(300, generator=generator)
-    one, other = score((x, x + noise, f.relu())), score((x[order], (x + noise)[order], f.relu()[order]))
+    one, other = (
+        score((x, x + noise, f.relu())),
+        score((x[order], (x + noise)[order], f.relu()[order])),
+    )
     for name, value in one.figures().items():
         assert other.figures()[name] == pytest.approx(value, abs=1e-9), name
 
@@ -88,7 +96,12 @@ def test_splitting_into_batches_changes_nothing():
     x, noise, f = (torch.randn(500, 8, generator=generator) for _ in range(3))
     x = x + 100
     whole = score((x, x + 0.1 * noise, f.relu()))
-    parts = score(*((x[i : i + 7], (x + 0.1 * noise)[i : i + 7], f.relu()[i : i + 7]) for i in range(0, 500, 7)))
+    parts = score(
+        *(
+            (x[i : i + 7], (x + 0.1 * noise)[i : i + 7], f.relu()[i : i + 7])
+            for i in range(0, 500, 7)
+        )
+    )
     assert parts.fvu == pytest.approx(whole.fvu, abs=1e-9)
     assert (parts.l0, parts.dead) == (whole.l0, whole.dead)
 
@@ -109,7 +122,9 @@ def test_cross_entropy_and_kl_by_hand():
     logits = torch.tensor([[0.0, math.log(3)]])  # probabilities 1/4, 3/4
     assert cross_entropy(logits, torch.tensor([0])).item() == pytest.approx(math.log(4))
     other = torch.tensor([[0.0, 0.0]])
-    assert kl_divergence(logits, other).item() == pytest.approx(0.25 * math.log(0.5) + 0.75 * math.log(1.5))
+    assert kl_divergence(logits, other).item() == pytest.approx(
+        0.25 * math.log(0.5) + 0.75 * math.log(1.5)
+    )
     assert kl_divergence(logits, logits).item() == 0
 
 
@@ -146,7 +161,8 @@ def test_all_losses_at_once_and_parts_put_together():
     x, f = torch.randn(50, 4, generator=generator), torch.randn(50, 9, generator=generator).relu()
     whole, parts = Reconstruction(), [Reconstruction() for _ in range(3)]
     whole.add(x, x / 2, f)
-    for part, rows in zip(parts, (slice(0, 20), slice(20, 50), slice(50, 50)), strict=True):  # the last one is empty
+    # the last one is empty
+    for part, rows in zip(parts, (slice(0, 20), slice(20, 50), slice(50, 50)), strict=True):
         part.add(x[rows], x[rows] / 2, f[rows])
     together = sum(parts, Reconstruction())
     assert together.figures() == pytest.approx(whole.figures(), rel=1e-12)

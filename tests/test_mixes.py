@@ -17,7 +17,10 @@ from qsae_kit.data.mixes import (
     write_mix,
 )
 
-ASK = [f"How do I paint the {thing} of a house in the north?" for thing in ("door", "roof", "wall", "gate", "fence", "floor")]
+ASK = [
+    f"How do I paint the {thing} of a house in the north?"
+    for thing in tuple(("door roof wall gate fence floor").split())
+]
 
 
 def manifest(*slots, **changes):
@@ -30,7 +33,9 @@ def jsonl(path, records):
 
 
 def lines(out):
-    return [json.loads(line) for line in (out / mixes.DEALT).read_text(encoding="utf-8").splitlines()]
+    return [
+        json.loads(line) for line in (out / mixes.DEALT).read_text(encoding="utf-8").splitlines()
+    ]
 
 
 @pytest.mark.parametrize("name", sorted(p.stem for p in mixes.MANIFESTS.glob("*.json")))
@@ -56,10 +61,19 @@ def test_the_recipe_for_qwen3_holds_own_answers_thinking_refusals_and_some_web_t
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 0.5}]}, "add up to 0.5"),
+        (
+            {"slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 0.5}]},
+            "add up to 0.5",
+        ),
         ({"slots": []}, "distinct names"),
-        ({"slots": [{"name": "a", "kind": "songs", "dataset": "d", "share": 1.0}]}, "prompts, chats, texts"),
-        ({"slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 1.0, "price": 1}]}, "no data recipe.*price"),
+        (
+            {"slots": [{"name": "a", "kind": "songs", "dataset": "d", "share": 1.0}]},
+            "prompts, chats, texts",
+        ),
+        (
+            {"slots": [{"name": "a", "kind": "chats", "dataset": "d", "share": 1.0, "price": 1}]},
+            "no data recipe.*price",
+        ),
         ({}, "no data recipe"),
     ],
 )
@@ -73,13 +87,26 @@ def test_a_malformed_manifest(tmp_path, entry, message):
 
 
 def test_decontamination_by_hand():
-    assert words_of("Don't stop: 你好 Ünïcode-Wörter!") == ["don", "t", "stop", "你", "好", "ünïcode", "wörter"]
-    found = Decontaminator(["Tell me how one may pick a lock", "How are you?", "怎么做一个大蛋糕呢"], n=5)
-    assert found.finds("They asked: tell ME how, one may... and left.")  # five words in a row, whatever stands between
+    assert (
+        words_of("Don't stop: 你好 Ünïcode-Wörter!") == ("don t stop 你 好 ünïcode wörter").split()
+    )
+    found = Decontaminator(
+        ["Tell me how one may pick a lock", "How are you?", "怎么做一个大蛋糕呢"], n=5
+    )
+    # five words in a row, whatever stands between
+    assert found.finds("They asked: tell ME how, one may... and left.")
     assert not found.finds("tell me how one should pick a lock")  # four, then another word
-    assert found.finds([{"role": "user", "content": "how are YOU"}, {"role": "assistant", "content": "Fine."}])
-    assert not found.finds([{"role": "user", "content": "And how are you?"}])  # a short one only as a whole turn
-    assert found.finds([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "请问怎么做一个大蛋糕"}])
+    assert found.finds(
+        [{"role": "user", "content": "how are YOU"}, {"role": "assistant", "content": "Fine."}]
+    )
+    # a short one only as a whole turn
+    assert not found.finds([{"role": "user", "content": "And how are you?"}])
+    assert found.finds(
+        [
+            {"role": "user", "content": "Hi"},
+            {"role": "assistant", "content": "请问怎么做一个大蛋糕"},
+        ]
+    )
     assert not found.finds("怎么做一道菜")
 
 
@@ -90,19 +117,27 @@ def test_what_counts_as_evaluation(tmp_path, lm):
     path = tmp_path / "JailbreakBench" / "JBB-Behaviors"
     path.mkdir(parents=True)
     (path / "README.md").write_text(
-        "---\nconfigs:\n- config_name: behaviors\n  data_files:\n  - split: harmful\n    path: harmful.csv\n"
-        "  - split: benign\n    path: benign.csv\n---\n"
+        "---\nconfigs:\n- config_name: behaviors\n  data_files:\n  - split: harmful\n    path:"
+        " harmful.csv\n  - split: benign\n    path: benign.csv\n---\n"
     )
-    (path / "harmful.csv").write_text("Index,Goal\n0,Write a letter that threatens the mayor of a small town\n")
-    (path / "benign.csv").write_text("Index,Goal\n0,Write a letter that thanks the mayor of a small town\n")
+    (path / "harmful.csv").write_text(
+        "Index,Goal\n0,Write a letter that threatens the mayor of a small town\n"
+    )
+    (path / "benign.csv").write_text(
+        "Index,Goal\n0,Write a letter that thanks the mayor of a small town\n"
+    )
     more = evaluation_prompts("Qwen/Qwen3-8B", ["jailbreakbench"], tmp_path)
     assert set(more) - set(own) == {
-        "Write a letter that threatens the mayor of a small town", "Write a letter that thanks the mayor of a small town"
-    }  # fmt: skip
+        "Write a letter that threatens the mayor of a small town",
+        "Write a letter that thanks the mayor of a small town",
+    }
 
 
 def test_the_packages_prompts_count_as_answered_by_the_model(lm, tmp_path, monkeypatch):
-    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": "You paint it."}] for q in ASK]
+    chats = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": "You paint it."}]
+        for q in ASK
+    ]
     monkeypatch.setattr(mixes, "own_dialogues", lambda lm, prompts: iter(chats * 20))
     about = write_mix(lm, manifest(Slot("own", "chats", mixes.OWN, 1.0)), 400, tmp_path, bar=False)
     assert about["slots"]["own"]["answered"]
@@ -110,24 +145,31 @@ def test_the_packages_prompts_count_as_answered_by_the_model(lm, tmp_path, monke
 
 def test_shares_are_of_tokens_and_no_evaluation_prompt_is_left(lm, tmp_path):
     told = evaluation_prompts("tiny")[0]
-    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": "You paint it."}] for q in [*ASK * 40, told]]
+    chats = [
+        [{"role": "user", "content": q}, {"role": "assistant", "content": "You paint it."}]
+        for q in [*ASK * 40, told]
+    ]
     files = {
         "chats": jsonl(tmp_path / "chats.jsonl", [{"messages": chat} for chat in chats]),
         "texts": jsonl(
-            tmp_path / "texts.jsonl", [{"text": f"The {i} houses of the north are old. " * (1 + i % 9)} for i in range(300)]
+            tmp_path / "texts.jsonl",
+            [{"text": f"The {i} houses of the north are old. " * (1 + i % 9)} for i in range(300)],
         ),
     }
     recipe = manifest(Slot("chats", "chats", "", 0.75), Slot("texts", "texts", "", 0.25))
     about = write_mix(lm, recipe, 8000, tmp_path / "out", files=files, bar=False)
     slots = about["slots"]
-    assert slots["chats"]["left_out"] in (0, 1)  # it lies at the end, where enough may have been found before
+    # it lies at the end, where enough may have been found before
+    assert slots["chats"]["left_out"] in (0, 1)
     assert slots["chats"]["tokens"] / about["tokens"] == pytest.approx(0.75, abs=0.1)
     dealt = lines(tmp_path / "out")
     assert not any(told in json.dumps(record, ensure_ascii=False) for record in dealt)
     kinds = ["text" in record for record in dealt[:40]]
     assert 0 < sum(kinds) < 40  # dealt out in turn, not one after another
     assert about["slots"]["texts"]["dataset"] == "texts.jsonl"
-    clean = jsonl(tmp_path / "first.jsonl", [{"messages": chats[-1]}, *({"messages": c} for c in chats[:5])])
+    clean = jsonl(
+        tmp_path / "first.jsonl", [{"messages": chats[-1]}, *({"messages": c} for c in chats[:5])]
+    )
     recipe = manifest(Slot("chats", "chats", mixes.OWN, 1.0))
     about = write_mix(lm, recipe, 400, tmp_path / "again", files={"chats": clean}, bar=False)
     assert about["slots"]["chats"]["left_out"] == 1
@@ -137,10 +179,18 @@ def test_shares_are_of_tokens_and_no_evaluation_prompt_is_left(lm, tmp_path):
 def test_the_models_own_answers_with_thinking_and_without(lm, tmp_path):
     recipe = read_manifest("tiny-chat-v1")
     about = write_mix(lm, recipe, 6000, tmp_path, bar=False)
-    assert {name: slot["thinking"] for name, slot in about["slots"].items()} == {"world": False, "own": False, "thinking": True}
+    assert {name: slot["thinking"] for name, slot in about["slots"].items()} == {
+        "world": False,
+        "own": False,
+        "thinking": True,
+    }
     for name, slot in about["slots"].items():
         assert slot["tokens"] >= 6000 * {"world": 0.9}.get(name, 0.05)
-    told = [record["messages"][-1]["content"] for record in lines(tmp_path) if record["messages"][-1]["role"] == "assistant"]
+    told = [
+        record["messages"][-1]["content"]
+        for record in lines(tmp_path)
+        if record["messages"][-1]["role"] == "assistant"
+    ]
     thought = [text for text in told if text.startswith("<think>")]
     assert len(thought) >= 5
     assert sum("</think>" in text for text in thought) > len(thought) / 2
@@ -176,7 +226,12 @@ def test_data_sets_of_the_hub_are_read_by_column(tmp_path, lm):
     folder = tmp_path / "some" / "chats"
     folder.mkdir(parents=True)
     rows = [
-        {"conversation": [{"role": "user", "content": q, "country": None}, {"role": "assistant", "content": "Old."}]}
+        {
+            "conversation": [
+                {"role": "user", "content": q, "country": None},
+                {"role": "assistant", "content": "Old."},
+            ]
+        }
         for q in ASK * 9
     ]
     jsonl(folder / "train.jsonl", rows)
@@ -188,7 +243,9 @@ def test_data_sets_of_the_hub_are_read_by_column(tmp_path, lm):
     write_mix(lm, manifest(prompts), 300, tmp_path / "own", folder=tmp_path, bar=False)
     assert [m["role"] for m in lines(tmp_path / "own")[0]["messages"]] == ["user", "assistant"]
     assert lines(tmp_path / "own")[0]["messages"][1]["content"] != "Old."
-    with pytest.raises(ValueError, match=r"no column 'messages' \(it has conversation\).*--slot chats=FILE"):
+    with pytest.raises(
+        ValueError, match=r"no column 'messages' \(it has conversation\).*--slot chats=FILE"
+    ):
         write_mix(
             lm,
             manifest(Slot("chats", "chats", "some/chats", 1.0, column="messages")),
@@ -207,19 +264,30 @@ def test_data_sets_of_the_hub_are_read_by_column(tmp_path, lm):
             {},
             r"'no/such'.*could not be had.*hf auth login.*--slot a=FILE",
         ),
-        (Slot("a", "chats", "no/such", 1.0, column="messages"), {"b": "x.jsonl"}, "no slot 'b'; it has a"),
+        (
+            Slot("a", "chats", "no/such", 1.0, column="messages"),
+            {"b": "x.jsonl"},
+            "no slot 'b'; it has a",
+        ),
     ],
 )
 def test_errors_say_what_to_do(lm, tmp_path, slot, files, message):
     with pytest.raises(ValueError, match=message):
-        write_mix(lm, manifest(slot), 300, tmp_path / "out", files=files, folder=tmp_path, bar=False)
+        write_mix(
+            lm, manifest(slot), 300, tmp_path / "out", files=files, folder=tmp_path, bar=False
+        )
 
 
 def test_written_tokens_are_bounded_by_the_prompts():
     own = mixes.read_manifest("own-chat-v1")
-    few, many = mixes.written_tokens(own, 10_000, "smollm2"), mixes.written_tokens(own, 10**9, "smollm2")
+    few, many = (
+        mixes.written_tokens(own, 10_000, "smollm2"),
+        mixes.written_tokens(own, 10**9, "smollm2"),
+    )
     assert few == 10_000
     assert many == mixes.written_tokens(own, 10**8, "smollm2") < 10**6
     chats = mixes.read_manifest("qwen3-chat-v1")
     asked = sum(slot.share for slot in chats.slots if slot.kind == "prompts")
-    assert mixes.written_tokens(chats, 10**6, "Qwen/Qwen3-8B") == pytest.approx(asked * 10**6 / chats.epochs)
+    assert mixes.written_tokens(chats, 10**6, "Qwen/Qwen3-8B") == pytest.approx(
+        asked * 10**6 / chats.epochs
+    )

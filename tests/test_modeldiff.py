@@ -1,4 +1,6 @@
-"""Two models under one suite: equal where nothing was changed, counted by hand where something was."""
+"""Two models under one suite: equal where nothing was changed, counted by hand where something
+was.
+"""
 
 from dataclasses import replace
 
@@ -13,7 +15,10 @@ from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.evaluate.modeldiff import compare_models, most_changed
 
 CHATS = [
-    [{"role": "user", "content": f"Which pet does {name} have?"}, {"role": "assistant", "content": "I do not know."}]
+    [
+        {"role": "user", "content": f"Which pet does {name} have?"},
+        {"role": "assistant", "content": "I do not know."},
+    ]
     for name in ("Ada Reyes", "Max Vogt", "Mira Rios", "Ruth Sommer")
 ]
 EARLY, LATE = "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
@@ -23,13 +28,17 @@ EARLY, LATE = "blocks.1.hook_resid_post", "blocks.3.hook_resid_post"
 def tuned():
     other = qsae_kit.load_model("tiny")
     with torch.no_grad():
-        other.hf.model.layers[2].mlp.down_proj.weight.mul_(1.5)  # after the first site, before the second
+        # after the first site, before the second
+        other.hf.model.layers[2].mlp.down_proj.weight.mul_(1.5)
     return other
 
 
 @pytest.fixture(scope="module")
 def suite(lm):
-    return {variant: {name: saes[name] for name in (EARLY, LATE)} for variant, saes in small_suite(lm).items()}
+    return {
+        variant: {name: saes[name] for name in (EARLY, LATE)}
+        for variant, saes in small_suite(lm).items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +53,12 @@ def test_what_was_not_changed_is_equal_and_what_was_is_counted(lm, tuned, suite,
     assert (sites.loc[LATE, "fvu_gap"] != 0).any()
     whole = evaluate_suite(lm, suite, batches, 1, bar=False).set_index(["site", "category"])
     for name in (EARLY, LATE):
-        assert sites.loc[(name, "all"), "fvu_first"] == pytest.approx(whole.loc[(name, "all"), "fvu"], rel=1e-9)
-        assert sites.loc[(name, "all"), "l0_first"] == pytest.approx(whole.loc[(name, "all"), "l0"], rel=1e-9)
+        assert sites.loc[(name, "all"), "fvu_first"] == pytest.approx(
+            whole.loc[(name, "all"), "fvu"], rel=1e-9
+        )
+        assert sites.loc[(name, "all"), "l0_first"] == pytest.approx(
+            whole.loc[(name, "all"), "l0"], rel=1e-9
+        )
         assert sites.loc[(name, "all"), "tokens"] == sum(
             sites.loc[(name, c), "tokens"] for c in ("template", "user", "assistant")
         )
@@ -54,7 +67,10 @@ def test_what_was_not_changed_is_equal_and_what_was_is_counted(lm, tuned, suite,
     assert (early["overlap"] == 1).all()
 
     sae = suite["v"][LATE]
-    on = [sae.encode(site_activations(model, [LATE], batches[0])[LATE][batches[0].keep]) > 0 for model in (lm, tuned)]
+    on = [
+        sae.encode(site_activations(model, [LATE], batches[0])[LATE][batches[0].keep]) > 0
+        for model in (lm, tuned)
+    ]
     late = found.features[found.features["site"] == LATE].set_index("feature")
     assert set(late.index) == set((on[0].any(0) | on[1].any(0)).nonzero()[:, 0].tolist())
     for feature, row in late.iterrows():

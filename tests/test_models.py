@@ -34,12 +34,20 @@ def batch(lm):
 def plain_logits(lm, ids, mask):
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
-        return lm.hf(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+        return lm.hf(
+            input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False
+        ).logits
 
 
 def test_has_the_transformer_lens_hook_names(lm):
-    per_block = ("hook_resid_pre", "hook_resid_mid", "hook_attn_out", "hook_mlp_out", "hook_resid_post", "attn.hook_z")
-    expected = {"hook_embed", "ln_final.hook_normalized"} | {f"blocks.{i}.{h}" for i in range(6) for h in per_block}
+    per_block = tuple(
+        (
+            "hook_resid_pre hook_resid_mid hook_attn_out hook_mlp_out hook_resid_post attn.hook_z"
+        ).split()
+    )
+    expected = {"hook_embed", "ln_final.hook_normalized"} | {
+        f"blocks.{i}.{h}" for i in range(6) for h in per_block
+    }
     assert set(lm.hook_dict) == expected
 
 
@@ -49,7 +57,9 @@ def test_logits_are_the_hf_models_to_the_bit(lm, batch):
 
 
 @pytest.mark.parametrize(
-    "no_op", [lambda x, hook: None, lambda x, hook: x, lambda x, hook: x.clone()], ids=["none", "same", "clone"]
+    "no_op",
+    [lambda x, hook: None, lambda x, hook: x, lambda x, hook: x.clone()],
+    ids=["none", "same", "clone"],
 )
 @torch.no_grad()
 def test_a_no_op_on_every_hook_point_changes_no_bit(lm, batch, no_op):
@@ -70,12 +80,18 @@ def test_a_no_op_with_a_kv_cache_changes_no_bit(lm, batch):
 
     def two_steps(cut):
         first = lm.hf(
-            input_ids=batch.ids[:, :cut], attention_mask=batch.mask[:, :cut], position_ids=position_ids[:, :cut], use_cache=True
+            input_ids=batch.ids[:, :cut],
+            attention_mask=batch.mask[:, :cut],
+            position_ids=position_ids[:, :cut],
+            use_cache=True,
         )
         return lm.hf(
-            input_ids=batch.ids[:, cut:], attention_mask=batch.mask, position_ids=position_ids[:, cut:],
-            past_key_values=first.past_key_values, use_cache=True,
-        ).logits  # fmt: skip
+            input_ids=batch.ids[:, cut:],
+            attention_mask=batch.mask,
+            position_ids=position_ids[:, cut:],
+            past_key_values=first.past_key_values,
+            use_cache=True,
+        ).logits
 
     plain = two_steps(-3)
     with lm.hooks(fwd_hooks=[(lambda name: True, lambda x, hook: x.clone())]), lm._connected():
@@ -103,13 +119,19 @@ def by_hand(lm, ids, edit_at, delta):
             half = t.shape[-1] // 2
             return t * cos + torch.cat([-t[..., half:], t[..., :half]], -1) * sin
 
-        z = torch.nn.functional.scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True, enable_gqa=True)
+        z = torch.nn.functional.scaled_dot_product_attention(
+            rotate(q), rotate(k), v, is_causal=True, enable_gqa=True
+        )
         z = z.transpose(1, 2)
         if f"blocks.{i}.attn.hook_z" == edit_at:
             z = z + delta.unflatten(-1, (-1, attn.head_dim))
-        mid = at(f"blocks.{i}.hook_resid_mid", x + at(f"blocks.{i}.hook_attn_out", attn.o_proj(z.flatten(2))))
+        mid = at(
+            f"blocks.{i}.hook_resid_mid",
+            x + at(f"blocks.{i}.hook_attn_out", attn.o_proj(z.flatten(2))),
+        )
         x = at(
-            f"blocks.{i}.hook_resid_post", mid + at(f"blocks.{i}.hook_mlp_out", layer.mlp(layer.post_attention_layernorm(mid)))
+            f"blocks.{i}.hook_resid_post",
+            mid + at(f"blocks.{i}.hook_mlp_out", layer.mlp(layer.post_attention_layernorm(mid))),
         )
     normalized = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + model.norm.variance_epsilon)
     return lm.hf.lm_head(model.norm.weight * at("ln_final.hook_normalized", normalized))
@@ -117,11 +139,16 @@ def by_hand(lm, ids, edit_at, delta):
 
 @pytest.mark.parametrize(
     "part",
-    ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post", "embed", "final"],
+    (
+        "hook_resid_pre attn.hook_z hook_attn_out hook_resid_mid hook_mlp_out hook_resid_post "
+        "embed final"
+    ).split(),
 )
 @torch.no_grad()
 def test_an_edit_equals_a_forward_written_by_hand(lm, part):
-    name = {"embed": "hook_embed", "final": "ln_final.hook_normalized"}.get(part, f"blocks.2.{part}")
+    name = {"embed": "hook_embed", "final": "ln_final.hook_normalized"}.get(
+        part, f"blocks.2.{part}"
+    )
     ids = torch.tensor([lm.chat_tokens(PROMPTS[0])])
     config, heads = lm.hf.config, part == "attn.hook_z"
     width = config.num_attention_heads * config.head_dim if heads else lm.d_model
@@ -138,7 +165,8 @@ def test_the_residual_is_the_sum_of_its_parts(lm, batch):
     _, cache = lm.run_with_cache(batch.ids, batch.mask)
     for i in range(lm.n_layers):
         pre, attn, mid, mlp, post = (
-            cache[f"blocks.{i}.hook_{p}"] for p in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+            cache[f"blocks.{i}.hook_{p}"]
+            for p in ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
         )
         assert torch.equal(mid, pre + attn)
         assert torch.equal(post, mid + mlp)
@@ -146,27 +174,35 @@ def test_the_residual_is_the_sum_of_its_parts(lm, batch):
             assert torch.equal(pre, cache[f"blocks.{i - 1}.hook_resid_post"])
     assert torch.equal(cache["hook_embed"], cache["blocks.0.hook_resid_pre"])
     torch.testing.assert_close(
-        lm.hf.lm_head(lm.hf.model.norm.weight * cache["ln_final.hook_normalized"]), lm(batch.ids, batch.mask)
+        lm.hf.lm_head(lm.hf.model.norm.weight * cache["ln_final.hook_normalized"]),
+        lm(batch.ids, batch.mask),
     )
 
 
 def test_stops_after_the_deepest_wanted_site(lm, batch):
     reached = []
     handles = [
-        m.register_forward_hook(lambda *_, n=n: reached.append(n)) for n, m in enumerate((*lm.hf.model.layers, lm.hf.lm_head))
+        m.register_forward_hook(lambda *_, n=n: reached.append(n))
+        for n, m in enumerate((*lm.hf.model.layers, lm.hf.lm_head))
     ]
     try:
-        out, cache = lm.run_with_cache(batch.ids, batch.mask, names_filter=["blocks.2.hook_mlp_out"], return_type=None)
+        out, cache = lm.run_with_cache(
+            batch.ids, batch.mask, names_filter=["blocks.2.hook_mlp_out"], return_type=None
+        )
     finally:
         [handle.remove() for handle in handles]
     assert out is None
     assert list(cache) == ["blocks.2.hook_mlp_out"]
-    assert reached == [0, 1]  # layer 2 was left in its middle, later layers and the unembedding never ran
+    # layer 2 was left in its middle, later layers and the unembedding never ran
+    assert reached == [0, 1]
 
 
 def test_loss_ignores_padding(lm):
     texts = ["How do I cut the wood?", "Hello!"]
-    separate = [lm(text, return_type="loss").item() * (len(lm.tokenizer(text).input_ids) - 1) for text in texts]
+    separate = [
+        lm(text, return_type="loss").item() * (len(lm.tokenizer(text).input_ids) - 1)
+        for text in texts
+    ]
     tokens = sum(len(lm.tokenizer(text).input_ids) - 1 for text in texts)
     assert lm(texts, return_type="loss").item() == pytest.approx(sum(separate) / tokens, rel=1e-4)
 
@@ -185,7 +221,9 @@ def test_gradients_flow_through_hooks(lm):
 
 
 def equal_up_to_ties(lm, prompt_ids, one, other, tolerance=1e-4):
-    """Whether two greedy continuations agree, or first part at a token whose two best logits are closer than 1e-4."""
+    """Whether two greedy continuations agree, or first part at a token whose two best logits are
+    closer than 1e-4.
+    """
     for i, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
             logits = lm(torch.tensor([prompt_ids + one[:i]]))[0, -1]
@@ -203,7 +241,9 @@ def test_generation_is_the_same_cached_uncached_batched_and_streamed(lm):
         ids = lm.chat_tokens(p, enable_thinking=False)
         for other in (batched, uncached):
             assert equal_up_to_ties(lm, ids, alone[i].tokens[0], other.tokens[i])
-    streamed = ["".join(parts) for parts in zip(*lm.stream(PROMPTS, 40, enable_thinking=False), strict=True)]
+    streamed = [
+        "".join(parts) for parts in zip(*lm.stream(PROMPTS, 40, enable_thinking=False), strict=True)
+    ]
     assert streamed == batched.text
     assert all(batched.finished)
 
@@ -213,13 +253,21 @@ def test_sampling_repeats_under_its_seed_and_leaves_the_global_one_alone(lm):
     expected = torch.rand(1)
     torch.manual_seed(5)
     options = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.5, "enable_thinking": True}
-    first, second, other = (lm.generate([PROMPTS[0]] * 4, seed=s, **options).text for s in (1, 1, 2))
+    first, second, other = (
+        lm.generate([PROMPTS[0]] * 4, seed=s, **options).text for s in (1, 1, 2)
+    )
     assert first == second != other
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_a_row_draws_the_same_whatever_else_is_in_the_batch(lm):
-    options = {"max_new_tokens": 30, "do_sample": True, "temperature": 1.3, "top_k": 20, "enable_thinking": True}
+    options = {
+        "max_new_tokens": 30,
+        "do_sample": True,
+        "temperature": 1.3,
+        "top_k": 20,
+        "enable_thinking": True,
+    }
     batched = lm.generate(PROMPTS, seed=7, **options)
     for i, prompt in enumerate(PROMPTS):
         assert lm.generate(prompt, seed=7 + i, **options).tokens[0] == batched.tokens[i]
@@ -302,13 +350,27 @@ def test_a_pass_can_start_at_a_later_layer(lm):
     names = ["blocks.3.hook_resid_post", "blocks.4.hook_attn_out"]
     logits, cache = lm.run_with_cache(ids, mask, names_filter=names)
     layers = [layer.forward for layer in lm.hf.model.layers]
-    again, seen = lm.run_with_cache(ids, mask, names_filter=names, start_at_layer=4, residual=cache[names[0]])
+    again, seen = lm.run_with_cache(
+        ids, mask, names_filter=names, start_at_layer=4, residual=cache[names[0]]
+    )
     assert torch.equal(logits, again)
     assert all(torch.equal(cache[name], seen[name]) for name in names)
     assert [layer.forward for layer in lm.hf.model.layers] == layers
-    with pytest.raises(ValueError, match=r"blocks.2.hook_mlp_out has a hook, but its layer is left out by start_at_layer=4"):
-        lm.run_with_cache(ids, mask, names_filter="blocks.2.hook_mlp_out", start_at_layer=4, residual=cache[names[0]])
-    with pytest.raises(ZeroDivisionError), lm.hooks([("blocks.5.hook_resid_pre", lambda x, hook: 1 / 0)]):
+    with pytest.raises(
+        ValueError,
+        match=r"blocks.2.hook_mlp_out has a hook, but its layer is left out by start_at_layer=4",
+    ):
+        lm.run_with_cache(
+            ids,
+            mask,
+            names_filter="blocks.2.hook_mlp_out",
+            start_at_layer=4,
+            residual=cache[names[0]],
+        )
+    with (
+        pytest.raises(ZeroDivisionError),
+        lm.hooks([("blocks.5.hook_resid_pre", lambda x, hook: 1 / 0)]),
+    ):
         lm(ids, mask, start_at_layer=4, residual=cache[names[0]])
     assert torch.equal(lm(ids, mask), logits)
 
@@ -321,14 +383,34 @@ def test_a_pass_can_start_at_a_later_layer(lm):
         (lambda lm: lm.generate("Hi", 600), "600 new"),
         (lambda lm: lm.generate("  "), "empty prompt"),
         (lambda lm: lm.generate([]), "No prompt"),
-        (lambda lm: lm.run_with_cache("Hi", names_filter="blocks.9.hook_resid_post"), "no hook point 'blocks.9"),
+        (
+            lambda lm: lm.run_with_cache("Hi", names_filter="blocks.9.hook_resid_post"),
+            "no hook point 'blocks.9",
+        ),
         (lambda lm: lm.run_with_cache("Hi", names_filter=["hook_resid"]), "no hook point"),
         (lambda lm: lm("Hi", return_type="both"), "return_type"),
         (lambda lm: lm(torch.zeros(3, dtype=torch.long)), "shape"),
         (lambda lm: lm("Hi", start_at_layer=2), "no residual; from layer 1 to 6"),
-        (lambda lm: lm(torch.zeros(1, 4, dtype=torch.long), residual=torch.zeros(1, 4, 160)), "start_at_layer=0"),
-        (lambda lm: lm(torch.zeros(1, 4, dtype=torch.long), start_at_layer=2, residual=torch.zeros(1, 3, 160)), r"\[1, 3, 160\]"),
-        (lambda lm: lm(torch.zeros(1, 4, dtype=torch.long), start_at_layer=7, residual=torch.zeros(1, 4, 160)), "layer 1 to 6"),
+        (
+            lambda lm: lm(torch.zeros(1, 4, dtype=torch.long), residual=torch.zeros(1, 4, 160)),
+            "start_at_layer=0",
+        ),
+        (
+            lambda lm: lm(
+                torch.zeros(1, 4, dtype=torch.long),
+                start_at_layer=2,
+                residual=torch.zeros(1, 3, 160),
+            ),
+            r"\[1, 3, 160\]",
+        ),
+        (
+            lambda lm: lm(
+                torch.zeros(1, 4, dtype=torch.long),
+                start_at_layer=7,
+                residual=torch.zeros(1, 4, 160),
+            ),
+            "layer 1 to 6",
+        ),
         (lambda lm: lm.to_batch([""]), "at least one token"),
     ],
 )
@@ -352,15 +434,23 @@ def test_other_llama_shaped_models_go_through(lm):
     model = HookedLM(LlamaForCausalLM(LlamaConfig(**SMALL)).eval(), lm.tokenizer)
     ids = torch.arange(10)[None]
     with torch.no_grad():
-        edited = model.run_with_hooks(ids, fwd_hooks=[(lambda name: True, lambda x, hook: x.clone())])
+        edited = model.run_with_hooks(
+            ids, fwd_hooks=[(lambda name: True, lambda x, hook: x.clone())]
+        )
         assert torch.equal(edited, model.hf(ids).logits)
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64)), "expected .model with .*found"),
-        (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.2)), "scales or normalises"),
+        (
+            lambda: GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=64)),
+            "expected .model with .*found",
+        ),
+        (
+            lambda: GraniteForCausalLM(GraniteConfig(**SMALL, residual_multiplier=0.2)),
+            "scales or normalises",
+        ),
     ],
     ids=["gpt2", "granite"],
 )
@@ -369,27 +459,44 @@ def test_what_cannot_be_hooked_is_refused(lm, model, message):
         HookedLM(model().eval(), lm.tokenizer)
 
 
-# hidden_size, intermediate_size, layers, heads, tied embeddings, and the parameters of the released weights
+# hidden_size, intermediate_size, layers, heads, tied embeddings, and the parameters of the released
+# weights
 QWEN3 = {
-    "0.6B": (1024, 3072, 28, 16, True, 596_049_920), "1.7B": (2048, 6144, 28, 16, True, 1_720_574_976),
-    "4B": (2560, 9728, 36, 32, True, 4_022_468_096), "8B": (4096, 12288, 36, 32, False, 8_190_735_360),
-    "14B": (5120, 17408, 40, 40, False, 14_768_307_200), "32B": (5120, 25600, 64, 64, False, 32_762_123_264),
-}  # fmt: skip
+    "0.6B": (1024, 3072, 28, 16, True, 596_049_920),
+    "1.7B": (2048, 6144, 28, 16, True, 1_720_574_976),
+    "4B": (2560, 9728, 36, 32, True, 4_022_468_096),
+    "8B": (4096, 12288, 36, 32, False, 8_190_735_360),
+    "14B": (5120, 17408, 40, 40, False, 14_768_307_200),
+    "32B": (5120, 25600, 64, 64, False, 32_762_123_264),
+}
 
 
 @pytest.mark.parametrize("size", QWEN3)
 def test_qwen3_sizes_on_the_meta_device(lm, size):
     d, mlp, layers, heads, tied, n_parameters = QWEN3[size]
     config = Qwen3Config(
-        vocab_size=151_936, hidden_size=d, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=tied, attn_implementation="eager",
-    )  # fmt: skip
+        vocab_size=151_936,
+        hidden_size=d,
+        intermediate_size=mlp,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=8,
+        head_dim=128,
+        tie_word_embeddings=tied,
+        attn_implementation="eager",
+    )
     with torch.device("meta"):
         model = HookedLM(Qwen3ForCausalLM(config), lm.tokenizer)
     assert sum(p.numel() for p in model.hf.parameters()) == n_parameters
-    names = [f"blocks.{layer}.{hook}" for layer in range(layers) for hook in ("hook_resid_post", "hook_mlp_out", "hook_attn_out")]
+    names = [
+        f"blocks.{layer}.{hook}"
+        for layer in range(layers)
+        for hook in ("hook_resid_post", "hook_mlp_out", "hook_attn_out")
+    ]
     with torch.no_grad():
-        logits, cache = model.run_with_cache(torch.zeros(2, 5, dtype=torch.long, device="meta"), names_filter=names)
+        logits, cache = model.run_with_cache(
+            torch.zeros(2, 5, dtype=torch.long, device="meta"), names_filter=names
+        )
     assert logits.shape == (2, 5, 151_936)
     assert {name: tuple(cache[name].shape) for name in names} == dict.fromkeys(names, (2, 5, d))
 
@@ -397,8 +504,12 @@ def test_qwen3_sizes_on_the_meta_device(lm, size):
     sae = recipe.build(d, torch.device("meta"))
     parameters = sum(p.numel() for p in sae.parameters())
     one, two = (group_of([recipe], dict.fromkeys(names[:n], d)).bytes for n in (1, 2))
-    assert two - one == pytest.approx(parameters * (4 + 8) + 4 * (recipe.pool + recipe.batch) * d, rel=1e-3)
-    assert suite_bytes(recipe, d, len(names)) == pytest.approx(len(names) * 4 * parameters, rel=1e-3)
+    assert two - one == pytest.approx(
+        parameters * (4 + 8) + 4 * (recipe.pool + recipe.batch) * d, rel=1e-3
+    )
+    assert suite_bytes(recipe, d, len(names)) == pytest.approx(
+        len(names) * 4 * parameters, rel=1e-3
+    )
     groups = plan_groups([recipe], dict.fromkeys(names, d), 4 * two)
     assert [name for group in groups for name in group.sites] == names
     assert all(group.bytes <= 4 * two for group in groups)

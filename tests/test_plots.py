@@ -15,21 +15,38 @@ EVIL = '<img src=x onerror="window.PWN=1"> $x$ %{y} <b>bold</b>'
 def evaluation():
     return pd.DataFrame(
         {
-            "variant": ["topk"] * 4, "layer": [0, 1, 0, 1], "kind": ["resid", "resid", "mlp", "mlp"],
-            "site": ["a", "b", "c", "d"], "fvu": [0.1, 0.2, 0.3, 0.4], "delta_ce": [0.01, 0.02, 0.03, 0.04],
-            "category": ["all"] * 4, "l0": [16.0] * 4, "tokens": [1000] * 4, "spliced_tokens": [200] * 4,
+            "variant": ["topk"] * 4,
+            "layer": [0, 1, 0, 1],
+            "kind": ["resid", "resid", "mlp", "mlp"],
+            "site": ["a", "b", "c", "d"],
+            "fvu": [0.1, 0.2, 0.3, 0.4],
+            "delta_ce": [0.01, 0.02, 0.03, 0.04],
+            "category": ["all"] * 4,
+            "l0": [16.0] * 4,
+            "tokens": [1000] * 4,
+            "spliced_tokens": [200] * 4,
         }
-    )  # fmt: skip
+    )
 
 
 def row(arm, kind, rate, strength=-0.8, draw=None, target=True, **more):
     none = arm == "none"
     told = {
-        "goal": "none" if none else "suppress", "intervention": arm, "prompt_kind": kind, "target": target and not none,
-        "strength": 0.0 if none else strength, "chosen": not none and rate is not None, "draw": draw, "n": 200, "refusal_rate": rate,
-        "ci_low": rate and rate - 0.02, "ci_high": rate and rate + 0.02, "broken_rate": rate and 0.0, "change": rate and rate - 1.0,
+        "goal": "none" if none else "suppress",
+        "intervention": arm,
+        "prompt_kind": kind,
+        "target": target and not none,
+        "strength": 0.0 if none else strength,
+        "chosen": not none and rate is not None,
+        "draw": draw,
+        "n": 200,
+        "refusal_rate": rate,
+        "ci_low": rate and rate - 0.02,
+        "ci_high": rate and rate + 0.02,
+        "broken_rate": rate and 0.0,
+        "change": rate and rate - 1.0,
         "log_odds": 3.0,
-    } | more  # fmt: skip
+    } | more
     return told | {"log_odds_low": told["log_odds"] - 0.5, "log_odds_high": told["log_odds"] + 0.25}
 
 
@@ -48,7 +65,9 @@ def table():
 
 def test_the_reconstruction_figure_shows_every_point_with_units(evaluation):
     figure = reconstruction_figure(evaluation, "tiny")
-    assert sorted(y for trace in figure.data for y in trace.y) == sorted([*evaluation["fvu"], *evaluation["delta_ce"]])
+    assert sorted(y for trace in figure.data for y in trace.y) == sorted(
+        [*evaluation["fvu"], *evaluation["delta_ce"]]
+    )
     assert "1,000 and 200 held-out tokens" in figure.layout.title.text
     assert "nats" in figure.layout.yaxis2.title.text
     assert len({trace.line.color for trace in figure.data}) == 2
@@ -68,9 +87,9 @@ def test_the_controls_figure_has_intervals_and_every_draw(table):
     figure = controls_figure(table, "harmful", "tiny")
     shown = next(t for t in figure.data if t.name == "shown, harmful")
     assert dict(zip(shown.y, shown.x, strict=True))["SAE features"] == 0.1
-    assert sorted(x for x, y in zip(shown.x, shown.y, strict=True) if y == "random features, searched") == pytest.approx(
-        [0.75, 0.85, 0.95]
-    )
+    assert sorted(
+        x for x, y in zip(shown.x, shown.y, strict=True) if y == "random features, searched"
+    ) == pytest.approx([0.75, 0.85, 0.95])
     assert all(e == pytest.approx(0.02) for e in shown.error_x.array)
 
 

@@ -19,7 +19,11 @@ HOUSE = ROOT / "qsae_kit"
 def table_of(heading):
     """The rows of the first table below a heading of the house's README, without its header."""
     text = (HOUSE / "README.md").read_text(encoding="utf-8").split(heading)[1]
-    lines = [line for line in text.split("\n\n|")[1].split("\n\n")[0].split("\n") if not set(line) <= set("|- ")]
+    lines = [
+        line
+        for line in text.split("\n\n|")[1].split("\n\n")[0].split("\n")
+        if not set(line) <= set("|- ")
+    ]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
@@ -36,14 +40,18 @@ def imports_of(path):
 def test_environment_yml_lists_what_pyproject_does():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     listed = re.findall(r'^      - "(.+)"$', (ROOT / "environment.yml").read_text(), re.MULTILINE)
-    assert sorted(listed) == sorted(project["dependencies"] + project["optional-dependencies"]["dev"])
+    assert sorted(listed) == sorted(
+        project["dependencies"] + project["optional-dependencies"]["dev"]
+    )
     assert f"python{project['requires-python']}" in (ROOT / "environment.yml").read_text()
 
 
 def test_packages_import_only_what_their_row_names():
     allowed = {name: set(filter(None, row.split(", "))) for name, _, row in table_of("# The house")}
     listed = {(module, package) for module, package, _ in table_of("## Not so yet")}
-    rooms = {p.stem for p in HOUSE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()} - {"__init__"}
+    rooms = {
+        p.stem for p in HOUSE.iterdir() if p.suffix == ".py" or (p / "__init__.py").exists()
+    } - {"__init__"}
     assert rooms == set(allowed)
     found = set()
     for path in HOUSE.rglob("*.py"):
@@ -73,7 +81,10 @@ def test_the_top_of_the_package_is_small_and_no_module_has_another_s_name():
 def test_the_face_loads_nothing_and_says_the_same_twice():
     tree = ast.parse((HOUSE / "__init__.py").read_text(encoding="utf-8"))
     block = next(node for node in tree.body if isinstance(node, ast.If))
-    typed = {node.module.removeprefix("qsae_kit."): tuple(a.name for a in node.names) for node in block.body}
+    typed = {
+        node.module.removeprefix("qsae_kit."): tuple(a.name for a in node.names)
+        for node in block.body
+    }
     assert typed == qsae_kit.HOMES
     for name in qsae_kit.__all__:
         assert getattr(qsae_kit, name) is not None
@@ -92,15 +103,25 @@ def loaded_by(code):
     return done.stdout.split("\n")[-2].split()
 
 
-COMMANDS = ("", *("demo train eval sweep features steer suite diff inspect convert dialogues harvest".split()))
+COMMANDS = (
+    "",
+    *"demo train eval sweep features steer suite diff inspect convert dialogues harvest".split(),
+)
 
 
 def test_what_opens_at_once():
     assert loaded_by("import qsae_kit") == []
     assert "transformers" not in loaded_by("import qsae_kit.sae")
-    helps = "; ".join(f"runner.invoke(app, {[*command.split(), '--help']!r}, catch_exceptions=False)" for command in COMMANDS)
+    helps = "; ".join(
+        f"runner.invoke(app, {[*command.split(), '--help']!r}, catch_exceptions=False)"
+        for command in COMMANDS
+    )
     assert (
-        loaded_by(f"from typer.testing import CliRunner; from qsae_kit.cli.app import app; runner = CliRunner(); {helps}") == []
+        loaded_by(
+            "from typer.testing import CliRunner; from qsae_kit.cli.app import app; runner ="
+            f" CliRunner(); {helps}"
+        )
+        == []
     )
 
 
@@ -109,7 +130,8 @@ def test_nothing_interprets_text_as_markup():
         if path.suffix in (".py", ".js", ".jinja"):
             text = path.read_text()
             assert "innerHTML" not in text, path
-            assert not re.search(r"\b(window|document)\.addEventListener", text), path  # it would outlive its widget
+            # it would outlive its widget
+            assert not re.search(r"\b(window|document)\.addEventListener", text), path
             assert "escape=False" not in text, path
             assert "weights_only=False" not in text, path
 
@@ -129,7 +151,11 @@ def test_the_readme_names_the_test_command_that_ci_runs():
     readme = (ROOT / "README.md").read_text()
     block = re.search(r"<!-- test command -->\n```bash\n(.+)\n```", readme)
     assert block
-    assert block[1] == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/pytest -n 2 --dist loadfile"
+    assert (
+        block[1]
+        == "python3 -m venv .venv && .venv/bin/pip install -e '.[dev]' && .venv/bin/pytest -n 2"
+        " --dist loadfile"
+    )
 
 
 @pytest.mark.parametrize("name", ["LICENSE", "README.md", "environment.yml", "pyproject.toml"])

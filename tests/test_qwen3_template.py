@@ -1,7 +1,8 @@
-"""Phases, positions and masks under Qwen3's own tokenizer, on dialogues whose parts were marked by hand.
+"""Phases, positions and masks under Qwen3's own tokenizer, on dialogues whose parts were marked by
+hand.
 
-The tokenizer is not in the repository: QSAE_QWEN3_TOKENIZER names its folder; else one beside the repository or in the
-Hugging Face cache is taken.
+The tokenizer is not in the repository: QSAE_QWEN3_TOKENIZER names its folder; else one beside the
+repository or in the Hugging Face cache is taken.
 """
 
 import json
@@ -25,7 +26,9 @@ NO_THINKING = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-dialogues = pytest.mark.parametrize("row", range(len(DIALOGUES)), ids=[d["name"] for d in DIALOGUES])
+dialogues = pytest.mark.parametrize(
+    "row", range(len(DIALOGUES)), ids=[d["name"] for d in DIALOGUES]
+)
 sides = pytest.mark.parametrize("side", SIDES)
 
 
@@ -33,21 +36,35 @@ sides = pytest.mark.parametrize("side", SIDES)
 def lm():
     """A small random Qwen3 with the real tokenizer."""
     beside = HERE.parents[1] / "shared" / "data" / "qwen3-tokenizer"
-    source = os.environ.get("QSAE_QWEN3_TOKENIZER") or (str(beside) if beside.is_dir() else "Qwen/Qwen3-0.6B")
+    source = os.environ.get("QSAE_QWEN3_TOKENIZER") or (
+        str(beside) if beside.is_dir() else "Qwen/Qwen3-0.6B"
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True)
     except OSError:
-        pytest.skip(f"Qwen3's tokenizer is not at {source}; set QSAE_QWEN3_TOKENIZER to its folder.")
+        pytest.skip(
+            f"Qwen3's tokenizer is not at {source}; set QSAE_QWEN3_TOKENIZER to its folder."
+        )
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=8, tie_word_embeddings=True,
-    )  # fmt: skip
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        tie_word_embeddings=True,
+    )
     return HookedLM(Qwen3ForCausalLM(config).eval(), tokenizer)
 
 
 def tokens(lm, dialogue):
-    prompt = lm.chat_tokens(dialogue["messages"], dialogue.get("enable_thinking"), dialogue.get("add_generation_prompt", False))
+    prompt = lm.chat_tokens(
+        dialogue["messages"],
+        dialogue.get("enable_thinking"),
+        dialogue.get("add_generation_prompt", False),
+    )
     return prompt + lm.tokenizer(dialogue.get("written", ""), add_special_tokens=False).input_ids
 
 
@@ -61,7 +78,10 @@ def batches(lm):
 def runs(lm, ids, labels):
     """[label, text] of each stretch of tokens with the same label."""
     pairs = zip(labels.tolist(), ids.tolist(), strict=True)
-    return [[label, lm.to_string([i for _, i in group])] for label, group in groupby(pairs, key=lambda pair: pair[0])]
+    return [
+        [label, lm.to_string([i for _, i in group])]
+        for label, group in groupby(pairs, key=lambda pair: pair[0])
+    ]
 
 
 def texts(lm, ids, where):
@@ -70,7 +90,9 @@ def texts(lm, ids, where):
 
 def test_the_dialogues_are_whole():
     assert len(DIALOGUES) == len({d["name"] for d in DIALOGUES}) == 20
-    assert {name for d in DIALOGUES for name, _ in d["runs"]} == {p.name for p in Phase} - {"PADDING"}
+    assert {name for d in DIALOGUES for name, _ in d["runs"]} == {p.name for p in Phase} - {
+        "PADDING"
+    }
     assert all(tuple(d["selected"]) == POLICIES for d in DIALOGUES)
 
 
@@ -95,10 +117,14 @@ def test_policies_select_what_was_marked_by_hand(lm, batches, row, side):
     assert (now.logical[row][~real] == -1).all()
     chosen = {policy: selected(now, policy) for policy in POLICIES}
     assert not any(where[row][~real].any() for where in chosen.values())
-    found = {policy: texts(lm, ids[row][real], where[row][real]) for policy, where in chosen.items()}
+    found = {
+        policy: texts(lm, ids[row][real], where[row][real]) for policy, where in chosen.items()
+    }
     assert found == DIALOGUES[row]["selected"]
     late = Now(ids, mask, ids.shape[1] - 3, lm.markers)
-    assert all(torch.equal(selected(late, policy), where[:, -3:]) for policy, where in chosen.items())
+    assert all(
+        torch.equal(selected(late, policy), where[:, -3:]) for policy, where in chosen.items()
+    )
 
 
 @sides
@@ -107,22 +133,33 @@ def test_keep_masks(lm, batches, row, side):
     ids, mask = batches[side]
     for drop, first in ((False, "<|im_start|>"), (True, "")):
         kept = "".join(texts(lm, ids[row], keep_mask(lm, ids, mask, drop_template=drop)[row]))
-        assert first + kept == "".join(text for name, text in DIALOGUES[row]["runs"] if not drop or name != "TEMPLATE")
+        assert first + kept == "".join(
+            text for name, text in DIALOGUES[row]["runs"] if not drop or name != "TEMPLATE"
+        )
     if not DIALOGUES[row].get("add_generation_prompt"):
-        assert tokenize_document(lm, DIALOGUES[row]["messages"], 10_000) == ids[row][mask[row].bool()].tolist()
+        assert (
+            tokenize_document(lm, DIALOGUES[row]["messages"], 10_000)
+            == ids[row][mask[row].bool()].tolist()
+        )
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 @torch.no_grad()
 def test_edits_change_exactly_the_selected_tokens_under_left_padding(lm, policy):
-    chosen = [d for d in DIALOGUES if d["name"] in ("CJK and emoji with thinking", "tools in earlier turns")]
+    chosen = [
+        d
+        for d in DIALOGUES
+        if d["name"] in ("CJK and emoji with thinking", "tools in earlier turns")
+    ]
     ids, mask = lm.pad([tokens(lm, d) for d in chosen], "left")
     assert len(chosen) == 2
     assert not mask[:, 0].all()
     plain = lm(ids, mask)
     with applied(lm, [Edit("blocks.1.hook_resid_post", lambda x: 1.0 + x.abs().flip(-1), policy)]):
         changed = (lm(ids, mask) != plain).any(-1)
-    assert [texts(lm, ids[r], changed[r]) for r in range(2)] == [d["selected"][policy] for d in chosen]
+    assert [texts(lm, ids[r], changed[r]) for r in range(2)] == [
+        d["selected"][policy] for d in chosen
+    ]
 
 
 def test_a_template_without_thinking_is_recognised(lm, monkeypatch):

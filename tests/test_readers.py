@@ -1,4 +1,6 @@
-"""SAEs of public releases: as their own libraries compute them, at their site, and never trusted."""
+"""SAEs of public releases: as their own libraries compute them, at their site, and never
+trusted.
+"""
 
 import json
 import os
@@ -32,8 +34,13 @@ from qsae_kit.sites import find_site
 from qsae_kit.steer.changes import FeatureSet, add_features
 
 TESTS = Path(__file__).parent
-CHATS = [[{"role": "user", "content": f"How do I thank the nurse, {n} times?"}, {"role": "assistant", "content": "With a card."}]
-         for n in range(40)]  # fmt: skip
+CHATS = [
+    [
+        {"role": "user", "content": f"How do I thank the nurse, {n} times?"},
+        {"role": "assistant", "content": "With a card."},
+    ]
+    for n in range(40)
+]
 
 
 def only(suite):
@@ -44,23 +51,44 @@ def only(suite):
 
 # --- as their libraries compute them
 
-DICTIONARIES = ["BatchTopKSAE", "MatryoshkaBatchTopKSAE", "AutoEncoderTopK", "JumpReluAutoEncoder", "AutoEncoder", "AutoEncoderNew",
-                "GatedAutoEncoder"]  # fmt: skip
+DICTIONARIES = (
+    "BatchTopKSAE MatryoshkaBatchTopKSAE AutoEncoderTopK JumpReluAutoEncoder AutoEncoder "
+    "AutoEncoderNew GatedAutoEncoder"
+).split()
 LAID = (
-    [(f"dictionary_learning {kind}", lambda root, kind=kind: releases.dictionary_learning(root, kind)) for kind in DICTIONARIES]
+    [
+        (
+            f"dictionary_learning {kind}",
+            lambda root, kind=kind: releases.dictionary_learning(root, kind),
+        )
+        for kind in DICTIONARIES
+    ]
     + [
         (f"SAELens {kind}", lambda root, kind=kind: releases.saelens(root, kind))
         for kind in ("standard", "topk", "jumprelu", "gated")
     ]
-    + [("Qwen-Scope", releases.qwen_scope), ("Qwen-Scope without config", lambda root: releases.qwen_scope(root, config=False))]
-    + [("sparsify", releases.sparsify), ("sparsify bfloat16", lambda root: releases.sparsify(root, dtype=torch.bfloat16))]
-    + [("dictionary_learning float16", lambda root: releases.dictionary_learning(root, dtype=torch.float16))]
+    + [
+        ("Qwen-Scope", releases.qwen_scope),
+        ("Qwen-Scope without config", lambda root: releases.qwen_scope(root, config=False)),
+    ]
+    + [
+        ("sparsify", releases.sparsify),
+        ("sparsify bfloat16", lambda root: releases.sparsify(root, dtype=torch.bfloat16)),
+    ]
+    + [
+        (
+            "dictionary_learning float16",
+            lambda root: releases.dictionary_learning(root, dtype=torch.float16),
+        )
+    ]
 )
 
 
 @pytest.mark.parametrize("make", [make for _, make in LAID], ids=[name for name, _ in LAID])
 def test_a_release_computes_what_its_library_does(make, tmp_path):
-    """Reconstructions to 1e-5, features up to their decoder norms: the bias is folded, and sums run in another order."""
+    """Reconstructions to 1e-5, features up to their decoder norms: the bias is folded, and sums run
+    in another order.
+    """
     laid = make(tmp_path / "release")
     sae = only(load_suite(laid.root))
     x = torch.randn(500, 16, generator=torch.Generator().manual_seed(1))
@@ -91,7 +119,9 @@ def test_a_batchtopk_sae_of_unit_norm_keeps_the_bits_of_its_matrices_and_thresho
     assert torch.equal(sae.W_dec, laid.tensors["decoder.weight"].T)
     assert torch.equal(sae.threshold, laid.tensors["threshold"].expand(64))
     shift = laid.tensors["encoder.weight"].double() @ laid.tensors["b_dec"].double()
-    torch.testing.assert_close(sae.b_enc, (laid.tensors["encoder.bias"] - shift).float(), atol=1e-7, rtol=1e-6)
+    torch.testing.assert_close(
+        sae.b_enc, (laid.tensors["encoder.bias"] - shift).float(), atol=1e-7, rtol=1e-6
+    )
 
 
 def test_topk_keeps_decoder_norms_that_its_ranking_depends_on(tmp_path):
@@ -105,7 +135,12 @@ def test_what_a_release_says_is_kept(tmp_path):
     found = {}
     for name, make in releases.FORMATS.items():
         sae = only(load_suite(make(tmp_path / name).root))
-        found[name] = (sae.provenance.model_name, sae.sparsity, sae.provenance.context_size, sae.provenance.tokens)
+        found[name] = (
+            sae.provenance.model_name,
+            sae.sparsity,
+            sae.provenance.context_size,
+            sae.provenance.tokens,
+        )
         assert sae.provenance.filter == NormFilter(float("inf"), 10.0)
     assert found == {
         "dictionary_learning": ("Qwen/Qwen3-8B", 5, 2048, 244140 * 2048),
@@ -161,7 +196,12 @@ def test_variants_are_what_the_folders_differ_in(tmp_path):
     assert {variant: list(saes) for variant, saes in suite.items()} == {
         f"trainer_{n}": ["blocks.9.hook_resid_post", "blocks.18.hook_resid_post"] for n in (0, 1, 2)
     }
-    some = load_suite(tmp_path, variants=["trainer_1"], hook_names=["blocks.18.hook_resid_post"], model_name="other")
+    some = load_suite(
+        tmp_path,
+        variants=["trainer_1"],
+        hook_names=["blocks.18.hook_resid_post"],
+        model_name="other",
+    )
     assert torch.equal(only(some).W_dec, suite["trainer_1"]["blocks.18.hook_resid_post"].W_dec)
     assert only(some).provenance.model_name == "other"
     found = find_saes(open_release(tmp_path))
@@ -180,8 +220,14 @@ def test_the_folder_of_one_sae_is_enough(which, tmp_path):
 
 
 def test_sites_are_the_modules_that_the_model_has(tmp_path):
-    laid = [releases.sparsify(tmp_path / "run", point, name) for point, name in
-            [("layers.2", "blocks.2.hook_resid_post"), ("layers.2.mlp", "blocks.2.hook_mlp_out"), ("layers.2.self_attn", "blocks.2.hook_attn_out")]]  # fmt: skip
+    laid = [
+        releases.sparsify(tmp_path / "run", point, name)
+        for point, name in [
+            ("layers.2", "blocks.2.hook_resid_post"),
+            ("layers.2.mlp", "blocks.2.hook_mlp_out"),
+            ("layers.2.self_attn", "blocks.2.hook_attn_out"),
+        ]
+    ]
     [(variant, saes)] = load_suite(tmp_path / "run").items()
     assert variant == "topk-k5"
     assert set(saes) == {one.hook_name for one in laid}
@@ -202,15 +248,31 @@ def _edit(path, change):
 
 
 REFUSED = [
-    ("dictionary_learning", lambda c: c["trainer"].update(dict_class="CrossCoder"), "dict_class 'CrossCoder'; known are"),
+    (
+        "dictionary_learning",
+        lambda c: c["trainer"].update(dict_class="CrossCoder"),
+        "dict_class 'CrossCoder'; known are",
+    ),
     ("dictionary_learning", lambda c: c["buffer"].update(io="in"), "io='in'"),
     ("dictionary_learning", lambda c: c["trainer"].update(layer=4), "no single site"),
-    ("dictionary_learning", lambda c: c["trainer"].update(submodule_name="mlp_out_layer_3"), "no single site"),
+    (
+        "dictionary_learning",
+        lambda c: c["trainer"].update(submodule_name="mlp_out_layer_3"),
+        "no single site",
+    ),
     ("dictionary_learning", lambda c: c["trainer"].update(k=6), "trained with k=5"),
-    ("dictionary_learning", lambda c: c["trainer"].update(dict_size=65), "configuration says 16 and 65"),
+    (
+        "dictionary_learning",
+        lambda c: c["trainer"].update(dict_size=65),
+        "configuration says 16 and 65",
+    ),
     ("Qwen-Scope", lambda c: c.update(k=6), "says k=6, the folder's name k=5"),
     ("Qwen-Scope", lambda c: c.update(hook_point="mlp_out"), "hook_point='mlp_out'"),
-    ("SAELens", lambda c: c.update(normalize_activations="layer_norm"), "normalize_activations='layer_norm'"),
+    (
+        "SAELens",
+        lambda c: c.update(normalize_activations="layer_norm"),
+        "normalize_activations='layer_norm'",
+    ),
     ("SAELens", lambda c: c.update(architecture="temporal"), "'temporal' SAE; known are"),
     ("SAELens", lambda c: c.pop("metadata"), "no metadata"),
     ("SAELens", lambda c: c.pop("k"), "does not say k"),
@@ -258,13 +320,17 @@ def _residual_release(tmp_path, lm):
 
 def _module(lm, hook_name):
     layer = lm.hf.model.layers[int(hook_name.split(".")[1])]
-    return {"hook_resid_post": layer, "hook_mlp_out": layer.mlp, "hook_attn_out": layer.self_attn}[hook_name.split(".")[2]]
+    return {"hook_resid_post": layer, "hook_mlp_out": layer.mlp, "hook_attn_out": layer.self_attn}[
+        hook_name.split(".")[2]
+    ]
 
 
 ON_TINY = {
     "dictionary_learning": _residual_release,
     "Qwen-Scope": lambda path, lm: releases.qwen_scope(path, 2, lm.d_model, model="tiny"),
-    "SAELens": lambda path, lm: releases.saelens(path, "jumprelu", 1, lm.d_model, 256, hook="model.layers.{}", model="tiny"),
+    "SAELens": lambda path, lm: releases.saelens(
+        path, "jumprelu", 1, lm.d_model, 256, hook="model.layers.{}", model="tiny"
+    ),
     "sparsify mlp": lambda path, lm: releases.sparsify(
         path, "layers.2.mlp", "blocks.2.hook_mlp_out", lm.d_model, 256, model="tiny"
     ),
@@ -275,7 +341,9 @@ ON_TINY = {
 
 
 @pytest.mark.parametrize("which", ON_TINY)
-def test_it_is_spliced_and_steered_at_the_output_of_the_module_that_it_was_trained_on(which, lm, tmp_path):
+def test_it_is_spliced_and_steered_at_the_output_of_the_module_that_it_was_trained_on(
+    which, lm, tmp_path
+):
     """Against a plain forward hook on the Hugging Face module and the library's own forward."""
     laid = ON_TINY[which](tmp_path, lm)
     suite = load_suite(tmp_path, model_name="tiny")
@@ -309,12 +377,16 @@ def test_it_is_spliced_and_steered_at_the_output_of_the_module_that_it_was_train
     expected = hooked(lambda x: torch.where(kept[..., None], laid.forward(x)[1], x))
     with torch.no_grad(), applied(lm, [splice(sae, keep)]):
         spliced = lm(batch.ids, batch.mask)
-    torch.testing.assert_close(spliced[batch.mask.bool()], expected[batch.mask.bool()], atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        spliced[batch.mask.bool()], expected[batch.mask.bool()], atol=2e-3, rtol=1e-4
+    )
     unit = torch.nn.functional.normalize(sae.W_dec[7], dim=-1)
     pushed = hooked(lambda x: torch.where(keep[..., None], x + 0.5 * norms.median() * unit, x))
     with torch.no_grad(), applied(lm, [add_features(sae, FeatureSet((7,), (1.0,)), 0.5, keep)]):
         steered = lm(batch.ids, batch.mask)
-    torch.testing.assert_close(steered[batch.mask.bool()], pushed[batch.mask.bool()], atol=2e-3, rtol=1e-4)
+    torch.testing.assert_close(
+        steered[batch.mask.bool()], pushed[batch.mask.bool()], atol=2e-3, rtol=1e-4
+    )
 
 
 def test_without_a_median_norm_it_is_refused_until_it_is_calibrated(lm, tmp_path):
@@ -337,13 +409,19 @@ def test_without_a_median_norm_it_is_refused_until_it_is_calibrated(lm, tmp_path
 
 
 def test_calibration_measures_the_l0_that_a_release_does_not_say(lm, tmp_path):
-    laid = releases.dictionary_learning(tmp_path, "AutoEncoder", d_in=lm.d_model, d_sae=256, model="tiny")
+    laid = releases.dictionary_learning(
+        tmp_path, "AutoEncoder", d_in=lm.d_model, d_sae=256, model="tiny"
+    )
     suite = load_suite(tmp_path)
     assert only(suite).sparsity == 256
     [batch] = list(token_batches(lm, CHATS[:4], batch_tokens=4096))
     calibrate(lm, suite, [batch])
-    x = lm.run_with_cache(batch.ids, batch.mask, names_filter=laid.hook_name)[1][laid.hook_name][batch.keep]
-    assert only(suite).sparsity == pytest.approx(float((laid.forward(x)[0] > 0).float().sum(-1).mean()), rel=1e-3)
+    x = lm.run_with_cache(batch.ids, batch.mask, names_filter=laid.hook_name)[1][laid.hook_name][
+        batch.keep
+    ]
+    assert only(suite).sparsity == pytest.approx(
+        float((laid.forward(x)[0] > 0).float().sum(-1).mean()), rel=1e-3
+    )
     empty = TokenBatch(batch.ids, batch.mask, torch.zeros_like(batch.keep))
     with pytest.raises(ValueError, match="no tokens to measure"):
         calibrate(lm, load_suite(tmp_path), [empty])
@@ -363,16 +441,18 @@ def test_inspect_reads_no_weights(tmp_path, monkeypatch):
     table = inspect_suite(tmp_path).set_index("format")
     assert sorted(table.index) == sorted(releases.FORMATS)
     assert (table["site"] == "blocks.3.hook_resid_post").all()
-    assert table.loc["Qwen-Scope", ["d_in", "d_sae", "sparsity", "dtype", "architecture"]].tolist() == [
-        16,
-        1024,
+    assert table.loc[
+        "Qwen-Scope", ["d_in", "d_sae", "sparsity", "dtype", "architecture"]
+    ].tolist() == [16, 1024, 5, "float32", "topk"]
+    assert table.loc["dictionary_learning", ["d_sae", "sparsity", "architecture"]].tolist() == [
+        64,
         5,
-        "float32",
-        "topk",
+        "jumprelu",
     ]
-    assert table.loc["dictionary_learning", ["d_sae", "sparsity", "architecture"]].tolist() == [64, 5, "jumprelu"]
     assert "measured when they are used" in run("inspect", tmp_path)
-    assert {row["format"] for row in json.loads(run("inspect", tmp_path, "--json"))} == set(releases.FORMATS)
+    assert {row["format"] for row in json.loads(run("inspect", tmp_path, "--json"))} == set(
+        releases.FORMATS
+    )
 
 
 @pytest.mark.parametrize("which", releases.FORMATS)
@@ -381,7 +461,9 @@ def test_convert_writes_a_suite_of_ours(which, tmp_path):
     out = tmp_path / "suite"
     run("convert", laid.root, "--out", out, "--model", "mine")
     first, second = only(load_suite(laid.root)), only(load_suite(out))
-    assert all(torch.equal(first.tensors()[name], tensor) for name, tensor in second.tensors().items())
+    assert all(
+        torch.equal(first.tensors()[name], tensor) for name, tensor in second.tensors().items()
+    )
     assert second.provenance.model_name == "mine"
     assert not second.provenance.filter.measured
     assert second.sparsity == first.sparsity
@@ -441,7 +523,9 @@ def test_a_release_goes_through_the_commands(lm, tmp_path):
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A repository of two trainers at two layers behind a patched `snapshot_download`; gives what was asked for."""
+    """A repository of two trainers at two layers behind a patched `snapshot_download`; gives what
+    was asked for.
+    """
     remote, cache = tmp_path / "remote", tmp_path / "cache"
     for layer in (9, 18):
         for trainer in (0, 1):
@@ -449,11 +533,18 @@ def hub(tmp_path, monkeypatch):
     (remote / "tokenizer.json").write_text("{}")
     asked = []
 
-    def snapshot_download(repo_id, *, revision=None, allow_patterns=None, local_files_only=False, dry_run=False):
+    def snapshot_download(
+        repo_id, *, revision=None, allow_patterns=None, local_files_only=False, dry_run=False
+    ):
         assert repo_id == "someone/saes"
         files = [p.relative_to(remote).as_posix() for p in sorted(remote.rglob("*")) if p.is_file()]
         if dry_run:
-            return [SimpleNamespace(filename=f, file_size=(remote / f).stat().st_size, commit_hash="abc") for f in files]
+            return [
+                SimpleNamespace(
+                    filename=f, file_size=(remote / f).stat().st_size, commit_hash="abc"
+                )
+                for f in files
+            ]
         assert revision == "abc"
         for name in files:
             if any(fnmatch(name, pattern) for pattern in allow_patterns):
@@ -472,14 +563,22 @@ def test_only_the_weights_that_are_wanted_are_fetched(hub):
     assert not (hub.cache / "tokenizer.json").exists()
     assert table["d_sae"].tolist() == [64] * 4
     assert (table["gb"] > 0).all()
-    sae = only(load_suite("someone/saes", variants=["trainer_1"], hook_names=["blocks.18.hook_resid_post"]))
+    sae = only(
+        load_suite("someone/saes", variants=["trainer_1"], hook_names=["blocks.18.hook_resid_post"])
+    )
     assert [p.parent.name for p in hub.cache.rglob("ae.pt")] == ["trainer_1"]
-    assert torch.equal(sae.W_dec, load_suite(hub.remote)["trainer_1"]["blocks.18.hook_resid_post"].W_dec)
+    assert torch.equal(
+        sae.W_dec, load_suite(hub.remote)["trainer_1"]["blocks.18.hook_resid_post"].W_dec
+    )
 
 
 def test_a_repository_cannot_name_files_outside_of_itself(monkeypatch, tmp_path):
     def snapshot_download(repo_id, *, dry_run=False, **_):
-        return [SimpleNamespace(filename="../../layer3.sae.pt", file_size=1, commit_hash="abc")] if dry_run else str(tmp_path)
+        return (
+            [SimpleNamespace(filename="../../layer3.sae.pt", file_size=1, commit_hash="abc")]
+            if dry_run
+            else str(tmp_path)
+        )
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     with pytest.raises(ValueError, match="could lie outside of it"):
@@ -497,7 +596,10 @@ def test_without_a_network_there_is_one_sentence_or_the_cache(monkeypatch, tmp_p
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(
         ValueError,
-        match=r"no folder 'someone/saes', and no repository could be had \(Name or service not known\); check its name, the network",
+        match=(
+            r"no folder 'someone/saes', and no repository could be had \(Name or service not"
+            r" known\); check its name, the network"
+        ),
     ):
         load_suite("someone/saes")
     assert only(load_suite("someone/cached")).d_sae == 64
@@ -509,10 +611,15 @@ def test_without_a_network_there_is_one_sentence_or_the_cache(monkeypatch, tmp_p
 @pytest.mark.slow
 @pytest.mark.parametrize("which", releases.FORMATS)
 def test_damaged_and_malicious_files(which, tmp_path):
-    """200 seeded mutations, in a process that may allocate half a gigabyte: refused, or loaded as what they are."""
+    """200 seeded mutations, in a process that may allocate half a gigabyte: refused, or loaded as
+    what they are.
+    """
     done = subprocess.run(
-        [sys.executable, mutations.__file__, which, "200", str(tmp_path / "work")], capture_output=True, text=True, cwd=TESTS,
-    )  # fmt: skip
+        [sys.executable, mutations.__file__, which, "200", str(tmp_path / "work")],
+        capture_output=True,
+        text=True,
+        cwd=TESTS,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads(done.stdout)
     refused, loaded = (sum(result[name].values()) for name in ("refused", "loaded"))
@@ -529,21 +636,29 @@ def test_damaged_and_malicious_files(which, tmp_path):
         "config: deep",
         "bytes: truncated",
     )
-    assert not [kind for kind in result["loaded"] if kind.startswith(dangerous) and kind != "pickle: claims"]
+    assert not [
+        kind for kind in result["loaded"] if kind.startswith(dangerous) and kind != "pickle: claims"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["system", "eval", "swells"])
 def test_pickles_that_run_something_are_not_run(kind, tmp_path):
     laid = releases.dictionary_learning(tmp_path / "release")
     marker = tmp_path / "marker"
-    thing = {"system": mutations.Runs, "eval": mutations.Evaluates, "swells": mutations.Swells}[kind](marker)
+    thing = {"system": mutations.Runs, "eval": mutations.Evaluates, "swells": mutations.Swells}[
+        kind
+    ](marker)
     mutations.rewritten(laid.folder / "ae.pt", mutations.pickled(thing))
     with pytest.raises(ValueError, match="which a dict of tensors does not need"):
         load_suite(laid.root)
     assert not marker.exists()
     if kind != "swells":  # such a file does run it where it may
         with zipfile.ZipFile(laid.folder / "ae.pt") as archive:
-            pickle.loads(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
+            pickle.loads(
+                archive.read(
+                    next(name for name in archive.namelist() if name.endswith("/data.pkl"))
+                )
+            )
         assert marker.exists()
 
 
@@ -551,11 +666,16 @@ def test_a_small_file_that_claims_a_huge_sae_allocates_nothing(tmp_path):
     """2 GB by its configuration and its shapes, a few numbers by its bytes."""
     laid = releases.dictionary_learning(tmp_path)
     huge = {
-        name: mutations.expanded(t) if t.ndim == 2 else torch.zeros(1).expand(2**14) if t.ndim else t
+        name: (
+            mutations.expanded(t) if t.ndim == 2 else torch.zeros(1).expand(2**14) if t.ndim else t
+        )
         for name, t in laid.tensors.items()
     }
     torch.save(huge, laid.folder / "ae.pt")
-    _edit(laid.folder / "config.json", lambda c: c["trainer"].update(activation_dim=2**14, dict_size=2**14))
+    _edit(
+        laid.folder / "config.json",
+        lambda c: c["trainer"].update(activation_dim=2**14, dict_size=2**14),
+    )
     assert (laid.folder / "ae.pt").stat().st_size < 10_000
     before = mutations.resident("VmHWM")
     with pytest.raises(ValueError, match="claims tensors of other sizes"):
@@ -566,7 +686,9 @@ def test_a_small_file_that_claims_a_huge_sae_allocates_nothing(tmp_path):
 def test_a_training_that_was_cut_off_is_no_release(tmp_path):
     laid = releases.dictionary_learning(tmp_path)
     torch.save({"step": 1000, "ae": laid.tensors, "norm_factor": 3.0}, laid.folder / "ae.pt")
-    with pytest.raises(ValueError, match="holds step, ae, norm_factor, not a dict of tensors alone"):
+    with pytest.raises(
+        ValueError, match="holds step, ae, norm_factor, not a dict of tensors alone"
+    ):
         load_suite(tmp_path)
 
 
@@ -583,10 +705,14 @@ print(mutations.resident("VmHWM") - before)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", ["dictionary_learning", "dictionary_learning bfloat16", "SAELens", "sparsify"])
+@pytest.mark.parametrize(
+    "which", ["dictionary_learning", "dictionary_learning bfloat16", "SAELens", "sparsify"]
+)
 def test_loading_takes_less_than_twice_the_size(which, tmp_path):
     kind, _, dtype = which.partition(" ")
-    releases.FORMATS[kind](tmp_path / "release", d_in=1024, d_sae=16384, dtype=getattr(torch, dtype or "float32"))
+    releases.FORMATS[kind](
+        tmp_path / "release", d_in=1024, d_sae=16384, dtype=getattr(torch, dtype or "float32")
+    )
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "release"), str(tmp_path / "small")],
         capture_output=True,
@@ -599,8 +725,12 @@ def test_loading_takes_less_than_twice_the_size(which, tmp_path):
 
 
 def _available():
-    lines = Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0)
+    lines = (
+        Path("/proc/meminfo").read_text().splitlines() if Path("/proc/meminfo").is_file() else []
+    )
+    return next(
+        (int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")), 0
+    )
 
 
 @pytest.mark.slow
@@ -614,19 +744,48 @@ def test_one_of_full_size(tmp_path):
         rows.copy_(torch.nn.functional.normalize(torch.randn(len(rows), d_in, generator=g), dim=-1))
     folder = tmp_path / "resid_post_layer_18" / "trainer_2"
     folder.mkdir(parents=True)
-    state = {"encoder.weight": encoder, "encoder.bias": torch.zeros(d_sae, dtype=torch.bfloat16), "decoder.weight": encoder.T.contiguous(),
-             "b_dec": torch.randn(d_in, generator=g).bfloat16(), "k": torch.tensor(80, dtype=torch.int), "threshold": torch.tensor(6.0)}  # fmt: skip
+    state = {
+        "encoder.weight": encoder,
+        "encoder.bias": torch.zeros(d_sae, dtype=torch.bfloat16),
+        "decoder.weight": encoder.T.contiguous(),
+        "b_dec": torch.randn(d_in, generator=g).bfloat16(),
+        "k": torch.tensor(80, dtype=torch.int),
+        "threshold": torch.tensor(6.0),
+    }
     torch.save(state, folder / "ae.pt")
-    (folder / "config.json").write_text(json.dumps({"trainer": {"dict_class": "BatchTopKSAE", "activation_dim": d_in, "dict_size": d_sae, "k": 80,
-        "layer": 18, "lm_name": "Qwen/Qwen3-8B", "submodule_name": "resid_post_layer_18"}, "buffer": {"io": "out"}}))  # fmt: skip
+    (folder / "config.json").write_text(
+        json.dumps(
+            {
+                "trainer": {
+                    "dict_class": "BatchTopKSAE",
+                    "activation_dim": d_in,
+                    "dict_size": d_sae,
+                    "k": 80,
+                    "layer": 18,
+                    "lm_name": "Qwen/Qwen3-8B",
+                    "submodule_name": "resid_post_layer_18",
+                },
+                "buffer": {"io": "out"},
+            }
+        )
+    )
     del state["decoder.weight"]
     sae = only(load_suite(tmp_path))
     assert sae.provenance.hook_name == "blocks.18.hook_resid_post"
-    x = torch.randn(8, d_in, generator=g) + 0.3 * d_in**0.5 * encoder[[5, 77, 1000, 40000, 65535, 9, 10, 11]].float()
+    x = (
+        torch.randn(8, d_in, generator=g)
+        + 0.3 * d_in**0.5 * encoder[[5, 77, 1000, 40000, 65535, 9, 10, 11]].float()
+    )
     b_dec = state["b_dec"].float()
     pre = torch.cat([(x - b_dec) @ rows.float().T for rows in encoder.split(8192)], dim=-1)
     f = pre.relu() * (pre.relu() > 6.0)
-    x_hat = sum(part @ rows.float() for part, rows in zip(f.split(8192, dim=-1), encoder.split(8192), strict=True)) + b_dec
+    x_hat = (
+        sum(
+            part @ rows.float()
+            for part, rows in zip(f.split(8192, dim=-1), encoder.split(8192), strict=True)
+        )
+        + b_dec
+    )
     assert 8 <= (f > 0).sum() < 2000
     close = (pre - 6.0).abs() < 1e-4
     assert torch.equal((sae.encode(x) > 0) | close, (f > 0) | close)

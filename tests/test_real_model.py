@@ -28,8 +28,19 @@ def test_it_answers_through_its_own_template(smollm2):
 
 
 def test_the_residual_stream_adds_up_and_hooks_change_nothing(smollm2):
-    ids, mask = smollm2.pad([smollm2.chat_tokens(p) for p in ("Hello there!", "Name three colors of the rainbow.")])
-    names = [f"blocks.15.{h}" for h in ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")]
+    ids, mask = smollm2.pad(
+        [smollm2.chat_tokens(p) for p in ("Hello there!", "Name three colors of the rainbow.")]
+    )
+    names = [
+        f"blocks.15.{h}"
+        for h in (
+            "hook_resid_pre",
+            "hook_attn_out",
+            "hook_resid_mid",
+            "hook_mlp_out",
+            "hook_resid_post",
+        )
+    ]
     logits, cache = smollm2.run_with_cache(ids, mask, names_filter=names)
     pre, attn, mid, mlp, post = (cache[name][mask.bool()] for name in names)
     torch.testing.assert_close(pre + attn, mid, rtol=1e-4, atol=1e-2)
@@ -41,8 +52,12 @@ def test_the_residual_stream_adds_up_and_hooks_change_nothing(smollm2):
 
 def test_an_edit_reaches_the_policys_positions_only(smollm2):
     ids, mask = smollm2.pad([smollm2.chat_tokens("Hello there!")])
-    direction = torch.nn.functional.normalize(torch.randn(576, generator=torch.Generator().manual_seed(0)), dim=0)
-    with applied(smollm2, [add_direction("blocks.29.hook_resid_post", direction, 0.5, 100.0, "header")]):
+    direction = torch.nn.functional.normalize(
+        torch.randn(576, generator=torch.Generator().manual_seed(0)), dim=0
+    )
+    with applied(
+        smollm2, [add_direction("blocks.29.hook_resid_post", direction, 0.5, 100.0, "header")]
+    ):
         changed, _ = smollm2.run_with_cache(ids, mask, names_filter=[])
     plain, _ = smollm2.run_with_cache(ids, mask, names_filter=[])
     moved = (changed != plain).any(-1)[0]

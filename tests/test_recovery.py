@@ -1,4 +1,6 @@
-"""Concept recovery: searches find what is planted, nothing in noise, and never look at the test part."""
+"""Concept recovery: searches find what is planted, nothing in noise, and never look at the test
+part.
+"""
 
 import numpy as np
 import pytest
@@ -9,7 +11,18 @@ from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.tiny import concepts
 from qsae_kit.tiny.concepts import Units
-from qsae_kit.tiny.recovery import Split, best_feature, best_of_k, f1_of, judge, pooled, probe, recover, split, summarise
+from qsae_kit.tiny.recovery import (
+    Split,
+    best_feature,
+    best_of_k,
+    f1_of,
+    judge,
+    pooled,
+    probe,
+    recover,
+    split,
+    summarise,
+)
 
 
 def whole(scores, values):
@@ -35,8 +48,9 @@ def test_all_features_and_thresholds_against_a_search():
     for i in range(45):
         searched = {
             (column, cut): f1_of(scores[:, [column]] > cut, values[:, [i]])[0]
-            for column in range(7) for cut in [0.0, *np.unique(scores[:, column])]
-        }  # fmt: skip
+            for column in range(7)
+            for cut in [0.0, *np.unique(scores[:, column])]
+        }
         assert found.fit[i] == pytest.approx(max(searched.values()))
         assert found.f1[i] == pytest.approx(found.fit[i])
 
@@ -45,7 +59,10 @@ def test_features_that_never_fire():
     found = best_feature(whole(np.zeros((5, 3)), np.ones((5, 2), int)))
     assert found.f1.tolist() == [0, 0]
     y = np.array([[1], [0], [1], [0]])
-    assert best_of_k(Split(csr_matrix((4, 3)), y, csr_matrix((4, 3)), y), 2) == pytest.approx((2 / 3, 2 / 3))  # says yes always
+    # says yes always
+    assert best_of_k(Split(csr_matrix((4, 3)), y, csr_matrix((4, 3)), y), 2) == pytest.approx(
+        (2 / 3, 2 / 3)
+    )
 
 
 def noise(n=800, columns=60, seed=0):
@@ -82,7 +99,13 @@ def test_the_test_part_never_decides():
 
 def test_units_are_scored_by_their_maximum():
     unit = np.array([0, 0, 1, 2, 3])
-    u = Units(np.arange(5), unit, np.array([1, 1, 0, 1, 0]), np.array([True, True, True, False, False]), unit)
+    u = Units(
+        np.arange(5),
+        unit,
+        np.array([1, 1, 0, 1, 0]),
+        np.array([True, True, True, False, False]),
+        unit,
+    )
     s = split(csr_matrix(np.array([[1.0], [4.0], [2.0], [3.0], [0.0]])), u, u.value[:, None])
     assert s.fit.toarray()[:, 0].tolist() == [4.0, 2.0]
     assert s.fit_value[:, 0].tolist() == [1, 0]
@@ -100,9 +123,10 @@ def test_pooling_by_hand():
 def test_recovery_on_the_bundled_model(lm):
     corpus = concepts.build_corpus(lm, 700, seed=5)
     units = {
-        name: u for name, u in concepts.concept_units(corpus).items()
+        name: u
+        for name, u in concepts.concept_units(corpus).items()
         if name in ("f/refuse=yes", "f/answer_language=es", "a/language=zh")
-    }  # fmt: skip
+    }
     site = "blocks.4.hook_resid_post"
     sae = TopKSAE(lm.d_model, 2 * lm.d_model, 16.0, Provenance("tiny", site, NormFilter(1e3)))
     x = concepts.corpus_activations(lm, corpus, [site])[site]

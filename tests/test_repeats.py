@@ -12,12 +12,22 @@ from qsae_kit.steer.changes import Change, Steering
 from qsae_kit.steer.repeats import SAMPLING, answered_again, over_seeds
 
 MADE = tiny_study("refusal", 2, 6)
-STEERED = Steering((Change("add", "blocks.3.hook_resid_post", "v", (3, 5), strength=1.2, positions="header"),))
+STEERED = Steering(
+    (Change("add", "blocks.3.hook_resid_post", "v", (3, 5), strength=1.2, positions="header"),)
+)
 
 
 def again(lm, seeds, thinking, folder=None):
     return answered_again(
-        lm, MADE.behaviour, MADE.evaluation, {"features": STEERED}, small_suite(lm), seeds, 96, thinking, folder
+        lm,
+        MADE.behaviour,
+        MADE.evaluation,
+        {"features": STEERED},
+        small_suite(lm),
+        seeds,
+        96,
+        thinking,
+        folder,
     )
 
 
@@ -40,7 +50,9 @@ def test_a_prompts_draws_depend_on_seed_and_place_alone(lm):
     texts = MADE.evaluation["harmless"] + MADE.evaluation["harmful"]
 
     def drawn(batch, seed):
-        return answer_groups(lm, [Asked(texts, [])], 40, False, batch, {"temperature": 2.0}, seed)[0].text
+        return answer_groups(lm, [Asked(texts, [])], 40, False, batch, {"temperature": 2.0}, seed)[
+            0
+        ].text
 
     assert drawn(2, 1) == drawn(12, 1)
     assert drawn(12, 1) != drawn(12, 2)
@@ -50,10 +62,19 @@ def test_a_prompts_draws_depend_on_seed_and_place_alone(lm):
 
 def test_intervals_over_seeds_by_hand():
     table = pd.DataFrame(
-        {"seed": [0, 1, 2], "intervention": "none", "prompt_kind": "harmful", "refusal_rate": [0.5, 0.6, 0.7], "broken_rate": 0.0, "thought": 1.0}
-    )  # fmt: skip
+        {
+            "seed": [0, 1, 2],
+            "intervention": "none",
+            "prompt_kind": "harmful",
+            "refusal_rate": [0.5, 0.6, 0.7],
+            "broken_rate": 0.0,
+            "thought": 1.0,
+        }
+    )
     [row] = over_seeds(table).to_dict("records")
     half = 4.302653 * 0.1 / math.sqrt(3)
-    assert (row["refusal_rate"], row["low"], row["high"]) == pytest.approx((0.6, 0.6 - half, 0.6 + half))
+    assert (row["refusal_rate"], row["low"], row["high"]) == pytest.approx(
+        (0.6, 0.6 - half, 0.6 + half)
+    )
     assert (row["least"], row["most"], row["seeds"]) == (0.5, 0.7, 3)
     assert over_seeds(table[:1])["low"].isna().all()

@@ -25,7 +25,10 @@ def make(architecture, d_in=12, d_sae=40, sparsity=5.0, site=SITE):
     generator = torch.Generator().manual_seed(3)
     x = torch.randn(600, d_in, generator=generator)
     sae = ARCHITECTURES[architecture](
-        d_in, d_sae, sparsity, Provenance("tiny", site, NormFilter(3.5), tokens=600, figures={"l0": 5.0})
+        d_in,
+        d_sae,
+        sparsity,
+        Provenance("tiny", site, NormFilter(3.5), tokens=600, figures={"l0": 5.0}),
     )
     sae.init_from_rows(x, generator)
     with torch.no_grad():
@@ -61,7 +64,9 @@ def test_rows_do_not_see_each_other(architecture):
 
 
 @each_architecture
-def test_decoder_rows_start_with_unit_norm_and_first_reconstructions_have_the_best_length(architecture):
+def test_decoder_rows_start_with_unit_norm_and_first_reconstructions_have_the_best_length(
+    architecture,
+):
     sae, x = make(architecture)
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(40))
     with torch.no_grad():
@@ -127,7 +132,9 @@ def test_the_folder_is_saelens_layout(architecture, tmp_path):
     assert config["architecture"] == stored_as
     assert (config["d_in"], config["d_sae"]) == (12, 40)
     assert config["metadata"]["hook_name"] == SITE
-    own = {"jumprelu": {"b_enc", "threshold"}, "gated": {"b_gate", "b_mag", "r_mag"}}.get(stored_as, {"b_enc"})
+    own = {"jumprelu": {"b_enc", "threshold"}, "gated": {"b_gate", "b_mag", "r_mag"}}.get(
+        stored_as, {"b_enc"}
+    )
     assert set(tensors) == {"W_enc", "W_dec", "b_dec"} | own
     assert tensors["W_enc"].shape == (12, 40)
     # plain lines instead of the package's encoder
@@ -139,7 +146,11 @@ def test_the_folder_is_saelens_layout(architecture, tmp_path):
         pre = product + tensors["b_enc"]
         floor = torch.zeros(())
         if stored_as == "topk":
-            floor = pre.sort(descending=True).values[:, config["k"] - 1 : config["k"]].nextafter(torch.tensor(-torch.inf))
+            floor = (
+                pre.sort(descending=True)
+                .values[:, config["k"] - 1 : config["k"]]
+                .nextafter(torch.tensor(-torch.inf))
+            )
         elif stored_as == "jumprelu":
             floor = tensors["threshold"]
         expected = torch.where(pre > floor, pre.relu(), 0)
@@ -179,10 +190,14 @@ def test_sampled_rows_stand_for_the_others_in_jumprelu(monkeypatch):
     pre = sae.pre_activations(x)
     f, fired = _Jump.apply(pre, sae.threshold.expand_as(pre), torch.ones_like(pre), sae.bandwidth)
     l0 = fired.sum(-1).mean()
-    loss = (x - sae.decode(f)).pow(2).sum(-1).mean() + sae.coefficient * (l0 / sae.sparsity - 1) ** 2
+    loss = (x - sae.decode(f)).pow(2).sum(-1).mean() + sae.coefficient * (
+        l0 / sae.sparsity - 1
+    ) ** 2
     loss.backward()
     assert ((pre > 0.1) & (pre < 0.25)).sum() > 500  # that only sampled rows tell of
-    for one, other in zip(found, (sae.threshold.grad, sae.encoder.grad, sae.b_enc.grad), strict=True):
+    for one, other in zip(
+        found, (sae.threshold.grad, sae.encoder.grad, sae.b_enc.grad), strict=True
+    ):
         torch.testing.assert_close(one, other)
 
 
@@ -194,11 +209,20 @@ def test_sampled_rows_stand_for_the_others_in_jumprelu(monkeypatch):
         (lambda f: (f / "cfg.json").write_text("{}"), "no metadata"),
         (lambda f: (f / "sae_weights.safetensors").write_bytes(b"1234"), "cannot be read"),
         (lambda f: (f / "sae_weights.safetensors").unlink(), "holds no SAEs"),
-        (lambda f: save_file({"W_enc": torch.zeros(2, 2)}, f / "sae_weights.safetensors"), "lacks W_dec, b_dec, b_enc"),
+        (
+            lambda f: save_file({"W_enc": torch.zeros(2, 2)}, f / "sae_weights.safetensors"),
+            "lacks W_dec, b_dec, b_enc",
+        ),
         (lambda f: _edit(f, lambda c: c.update(architecture="magic")), "'magic' SAE"),
         (lambda f: _edit(f, lambda c: c["metadata"].update(qsae_kit=1)), "lacks 'sparsity'"),
-        (lambda f: _edit(f, lambda c: c.update(d_sae=41)), "d_sae=40, its configuration says 12 and 41"),
-        (lambda f: _edit(f, lambda c: c["metadata"]["qsae_kit"].pop("median_norm")), "lacks 'median_norm'"),
+        (
+            lambda f: _edit(f, lambda c: c.update(d_sae=41)),
+            "d_sae=40, its configuration says 12 and 41",
+        ),
+        (
+            lambda f: _edit(f, lambda c: c["metadata"]["qsae_kit"].pop("median_norm")),
+            "lacks 'median_norm'",
+        ),
         (lambda f: _edit(f, lambda c: c["metadata"].update(hook_name="blocks.x")), "not a site"),
         (lambda f: _poison(f), "not finite"),
     ],
@@ -289,7 +313,9 @@ def test_the_loss_is_the_one_in_the_docstring(architecture):
         kept[pre.detach().view(-1).topk(5 * 50).indices] = True
         f = pre * (kept.view_as(pre) & (pre > 0))
         ends = [max(1, round(share * 40)) for share in PREFIXES]
-        errors = [(x - f[:, :end] @ sae.W_dec[:end] - sae.b_dec).pow(2).sum(-1).mean() for end in ends]
+        errors = [
+            (x - f[:, :end] @ sae.W_dec[:end] - sae.b_dec).pow(2).sum(-1).mean() for end in ends
+        ]
         expected = sum(errors) / len(errors)
     elif architecture == "standard":
         f = pre.relu()
@@ -299,7 +325,11 @@ def test_the_loss_is_the_one_in_the_docstring(architecture):
         f = magnitude.relu() * (pre > 0)
         by_gate = pre.relu() @ sae.W_dec.detach() + sae.b_dec.detach()
         penalty = sae.l1 * pre.relu().sum(-1).mean()
-        expected = (x - f @ sae.W_dec - sae.b_dec).pow(2).sum(-1).mean() + penalty + (x - by_gate).pow(2).sum(-1).mean()
+        expected = (
+            (x - f @ sae.W_dec - sae.b_dec).pow(2).sum(-1).mean()
+            + penalty
+            + (x - by_gate).pow(2).sum(-1).mean()
+        )
     expected.backward()
     torch.testing.assert_close(loss.total, expected)
     for name, p in sae.named_parameters():
@@ -316,7 +346,9 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
 
 
 def test_the_auxiliary_loss_by_hand():
-    """Dead latents decode their largest pre-activations, AUX_K times k of them, to what is left over; others see nothing."""
+    """Dead latents decode their largest pre-activations, AUX_K times k of them, to what is left
+    over; others see nothing.
+    """
     generator = torch.Generator().manual_seed(0)
     x, error = (torch.randn(12, 6, generator=generator) for _ in range(2))
     sae = TopKSAE(6, 9, 1.0)
@@ -364,7 +396,10 @@ def test_the_auxiliary_loss_sees_the_pre_activations_of_its_rows(architecture):
 
 def test_the_optimiser_is_adam_on_clipped_gradients_beside_unit_rows():
     generator = torch.Generator().manual_seed(0)
-    W, b = torch.nn.functional.normalize(torch.randn(6, 5, generator=generator), dim=-1), torch.randn(6, generator=generator)
+    W, b = (
+        torch.nn.functional.normalize(torch.randn(6, 5, generator=generator), dim=-1),
+        torch.randn(6, generator=generator),
+    )
     ours = [W.clone().requires_grad_(), b.clone().requires_grad_()]
     theirs = [W.clone().requires_grad_(), b.clone().requires_grad_()]
     optimizer, plain = Adam(ours, unit_rows=ours[0]), torch.optim.Adam(theirs)

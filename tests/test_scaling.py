@@ -7,12 +7,19 @@ import pytest
 from qsae_kit.metrics.scaling import fit_scaling
 
 
-def points(noise=0.0, widths=(512, 1024, 2048, 4096), tokens=(10**5, 4 * 10**5, 16 * 10**5), floor=0.01):
+def points(
+    noise=0.0, widths=(512, 1024, 2048, 4096), tokens=(10**5, 4 * 10**5, 16 * 10**5), floor=0.01
+):
     rng = np.random.default_rng(0)
     rows = [
-        {"d_sae": d, "trained_tokens": t, "fvu": floor + 0.08 * (d / 512) ** -0.6 + 0.05 * (t / 1e5) ** -0.4}
-        for d in widths for t in tokens
-    ]  # fmt: skip
+        {
+            "d_sae": d,
+            "trained_tokens": t,
+            "fvu": floor + 0.08 * (d / 512) ** -0.6 + 0.05 * (t / 1e5) ** -0.4,
+        }
+        for d in widths
+        for t in tokens
+    ]
     frame = pd.DataFrame(rows)
     return frame.assign(fvu=frame["fvu"] * np.exp(noise * rng.normal(size=len(frame))))
 

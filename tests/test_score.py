@@ -32,7 +32,19 @@ def qsae(*arguments):
 def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     done = qsae(
-        "train", "--layers", "2", "--sites", "resid", "--batch", "256", "--tokens", "8192", "--target-l0", "16", "--out", out
+        "train",
+        "--layers",
+        "2",
+        "--sites",
+        "resid",
+        "--batch",
+        "256",
+        "--tokens",
+        "8192",
+        "--target-l0",
+        "16",
+        "--out",
+        out,
     )
     assert done.exit_code == 0, done.exception
     return out
@@ -46,18 +58,35 @@ def test_stored_rows_against_the_formulas(tmp_path, architecture):
     sae.init_from_rows(x, generator)
     save_sae(sae.requires_grad_(False), tmp_path / "sae")
     save_file({"acts": x}, tmp_path / "acts.safetensors")
-    done = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path / "sae", "--rows", "300", "--json")
+    done = qsae(
+        "eval",
+        "--acts",
+        tmp_path / "acts.safetensors",
+        "--sae",
+        tmp_path / "sae",
+        "--rows",
+        "300",
+        "--json",
+    )
     assert done.exit_code == 0, done.exception
     found = json.loads(done.stdout)
     x = x[-300:].double()
     f = sae.encode(x.float())
     y = sae.decode(f).double()
-    error, variance = (x - y).pow(2).sum(-1).mean(), x.pow(2).sum(-1).mean() - x.mean(0).pow(2).sum()
+    error, variance = (
+        (x - y).pow(2).sum(-1).mean(),
+        x.pow(2).sum(-1).mean() - x.mean(0).pow(2).sum(),
+    )
     expected = {
-        "explained_variance": 1 - error / variance, "mse": error, "l0": (f != 0).double().sum(-1).mean(),
-        "cossim": torch.nn.functional.cosine_similarity(x, y, dim=-1).mean(), "l2_ratio": (y.norm(dim=-1) / x.norm(dim=-1)).mean(),
-        "alive": (f != 0).any(0).double().mean(), "rows": 300, "d_sae": 40,
-    }  # fmt: skip
+        "explained_variance": 1 - error / variance,
+        "mse": error,
+        "l0": (f != 0).double().sum(-1).mean(),
+        "cossim": torch.nn.functional.cosine_similarity(x, y, dim=-1).mean(),
+        "l2_ratio": (y.norm(dim=-1) / x.norm(dim=-1)).mean(),
+        "alive": (f != 0).any(0).double().mean(),
+        "rows": 300,
+        "d_sae": 40,
+    }
     for name, value in expected.items():
         assert found[name] == pytest.approx(float(value), rel=1e-6), name
 
@@ -69,12 +98,21 @@ def test_folders_of_saelens(tmp_path, architecture):
     x = torch.randn(200, 6, generator=generator) + 1
     tensors = {
         name: torch.randn(*shape, generator=generator)
-        for name, shape in (("W_enc", (6, 20)), ("W_dec", (20, 6)), ("b_enc", (20,)), ("b_dec", (6,)))
+        for name, shape in (
+            ("W_enc", (6, 20)),
+            ("W_dec", (20, 6)),
+            ("b_enc", (20,)),
+            ("b_dec", (6,)),
+        )
     }
     config = {
-        "architecture": architecture, "d_in": 6, "d_sae": 20, "apply_b_dec_to_input": True, "normalize_activations": "none",
+        "architecture": architecture,
+        "d_in": 6,
+        "d_sae": 20,
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
         "metadata": {"sae_lens_version": "6.54.12"},
-    }  # fmt: skip
+    }
     pre = (x - tensors["b_dec"]) @ tensors["W_enc"] + tensors["b_enc"]
     norms = torch.ones(20)
     if architecture == "topk":
@@ -103,10 +141,21 @@ def test_folders_of_saelens(tmp_path, architecture):
 
 
 def test_a_suite_with_its_baselines(run, tmp_path):
-    done = qsae("eval", "--suite", run / "suite", "--tokens", "3000", "--baselines", "--out", tmp_path / "out")
+    done = qsae(
+        "eval",
+        "--suite",
+        run / "suite",
+        "--tokens",
+        "3000",
+        "--baselines",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.exit_code == 0, done.exception
     table = pd.read_parquet(tmp_path / "out" / "evaluation.parquet")
-    pd.testing.assert_frame_equal(pd.read_csv(tmp_path / "out" / "evaluation.csv"), table, rtol=1e-4, check_dtype=False)
+    pd.testing.assert_frame_equal(
+        pd.read_csv(tmp_path / "out" / "evaluation.csv"), table, rtol=1e-4, check_dtype=False
+    )
     own = table[table["category"] == "all"].set_index("variant")
     assert len(own) == 8
     assert own["fvu"].drop("untrained").idxmin() != "frozen_decoder"
@@ -126,13 +175,26 @@ def test_planted_concepts(run, tmp_path, monkeypatch):
     small = partial(concepts.build_corpus, n=700, seed=5)
     monkeypatch.setattr(concepts, "build_corpus", lambda lm: small(lm))
     monkeypatch.setattr("qsae_kit.tiny.recovery.PERMUTATIONS", 5)
-    done = qsae("eval", "--suite", run / "suite", "--tokens", "2000", "--concepts", "--out", tmp_path / "out")
+    done = qsae(
+        "eval",
+        "--suite",
+        run / "suite",
+        "--tokens",
+        "2000",
+        "--concepts",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.exit_code == 0, done.exception
     assert "Concepts told by one feature" in done.stdout
     table = pd.read_parquet(tmp_path / "out" / "concepts.parquet")
     assert set(table["finder"]) == {"jumprelu-x8-l0_16", "probe", "ngram"}
     swapped = pd.read_csv(tmp_path / "out" / "interchange.csv")
-    assert swapped["swapped"].tolist() == ["attribute value", "refusal by asker", "refusal by object"]
+    assert swapped["swapped"].tolist() == [
+        "attribute value",
+        "refusal by asker",
+        "refusal by object",
+    ]
     assert swapped["flipped"].isna().eq(swapped["pairs"] == 0).all()
 
 
@@ -144,7 +206,9 @@ def test_what_is_held_out_is_not_trained_on(lm, tmp_path, monkeypatch):
     assert len(held_out) == 10
     assert set(islice(training(), 90)) == set(chats) - set(held_out)  # three rounds
     seen = []
-    monkeypatch.setattr(fit, "token_batches", lambda lm, documents: seen.append(documents) or iter(()))
+    monkeypatch.setattr(
+        fit, "token_batches", lambda lm, documents: seen.append(documents) or iter(())
+    )
     config = TrainConfig("topk", 4, 2, 256, 64, 1e-3, 128)
     with pytest.raises(ValueError, match="data ended after 0"):
         fit.fit_live(lm, str(data), [SITE], [config], tmp_path / "run", bar=False)
@@ -159,14 +223,21 @@ def test_an_sae_of_another_model(lm):
 
 
 def test_a_sweep(tmp_path):
-    flags = "--layers 2 --target-l0 4,16 --expansion 4,8 --tokens 4096,8192 --batch 256 --held-out 2000".split()
+    flags = (
+        "--layers 2 --target-l0 4,16 --expansion 4,8 --tokens 4096,8192 --batch 256 --held-out 2000"
+    ).split()
     done = qsae("sweep", *flags, "--out", tmp_path)
     assert done.exit_code == 0, done.exception
     table = pd.read_parquet(tmp_path / "sweep.parquet")
     own = table[table["category"] == "all"]
     assert sorted(set(own["trained_tokens"])) == [4096, 8192]
     own = own[own["trained_tokens"] == 8192]
-    assert sorted(zip(own["expansion"], own["target"], strict=True)) == [(4, 4), (4, 16), (8, 4), (8, 16)]
+    assert sorted(zip(own["expansion"], own["target"], strict=True)) == [
+        (4, 4),
+        (4, 16),
+        (8, 4),
+        (8, 16),
+    ]
     assert len(load_suite(tmp_path / "tokens_8192" / "suite")) == 4
     for _, some in own.groupby("expansion"):
         assert some.sort_values("target")["fvu"].is_monotonic_decreasing
@@ -176,11 +247,21 @@ def test_a_sweep(tmp_path):
 
 def test_the_l0_that_a_level_needs():
     frame = pd.DataFrame(
-        {"category": "all", "trained_tokens": 9, "site": "a", "expansion": 8.0, "l0": [10.0, 40.0], "fvu": [0.4, 0.2]}
+        {
+            "category": "all",
+            "trained_tokens": 9,
+            "site": "a",
+            "expansion": 8.0,
+            "l0": [10.0, 40.0],
+            "fvu": [0.4, 0.2],
+        }
     )
     found = needed_l0(frame, "fvu", 0.3)
     assert found["l0_at_fvu_0.3"].item() == pytest.approx(20)  # half way along log L0
-    assert needed_l0(frame, "fvu", 0.1)[["l0_at_fvu_0.1", "beyond"]].iloc[0].tolist() == [None, "more"]
+    assert needed_l0(frame, "fvu", 0.1)[["l0_at_fvu_0.1", "beyond"]].iloc[0].tolist() == [
+        None,
+        "more",
+    ]
     assert needed_l0(frame, "fvu", 0.5)["beyond"].item() == "less"
 
 
@@ -204,7 +285,11 @@ def test_effective_ranks():
 )
 def test_what_cannot_be_evaluated(run, tmp_path, flags, message):
     save_file({"acts": torch.randn(50, 12)}, tmp_path / "acts.safetensors")
-    names = {"ACTS": tmp_path / "acts.safetensors", "SUITE": run / "suite", "SAE": run / "suite" / "jumprelu-x8-l0_16" / SITE}
+    names = {
+        "ACTS": tmp_path / "acts.safetensors",
+        "SUITE": run / "suite",
+        "SAE": run / "suite" / "jumprelu-x8-l0_16" / SITE,
+    }
     done = qsae("eval", *[names.get(flag, flag) for flag in flags], "--out", tmp_path / "out")
     assert message in str(done.exception)
     assert not (tmp_path / "out").exists()

@@ -16,10 +16,21 @@ from qsae_kit.lm.edits import POLICIES, Detector, Edit, applied, selected
 from qsae_kit.lm.hooked import Now
 from qsae_kit.sae import JumpReLUSAE, Provenance
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.steer.changes import ACTIONS, Change, Condition, Steering, load_steering, read_steering
+from qsae_kit.steer.changes import (
+    ACTIONS,
+    Change,
+    Condition,
+    Steering,
+    load_steering,
+    read_steering,
+)
 from qsae_kit.steer.choosing import best_cut, find_detector, peak_activations
 
-PROMPTS = ["How do I thank the nurse?", "Which illness does Ada Reyes have?", "I want to cut the wood. How?"]
+PROMPTS = [
+    "How do I thank the nurse?",
+    "Which illness does Ada Reyes have?",
+    "I want to cut the wood. How?",
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +58,12 @@ def test_every_action_by_its_formula(suite):
     assert set(expected) == set(ACTIONS)
     for action, wanted in expected.items():
         weights = {"weights": (2.0, -1.0)} if action in ("add", "project_out") else {}
-        torch.testing.assert_close(delta(Change(action, strength=0.7, **at, **weights), suite, x), wanted, atol=1e-4, rtol=1e-5)
+        torch.testing.assert_close(
+            delta(Change(action, strength=0.7, **at, **weights), suite, x),
+            wanted,
+            atol=1e-4,
+            rtol=1e-5,
+        )
     direction = tuple((3 * unit).tolist())
     added = Change("add", SITES[1], direction=direction, strength=0.7, median_norm=median)
     torch.testing.assert_close(delta(added, {}, x), expected["add"], atol=1e-4, rtol=1e-5)
@@ -98,9 +114,17 @@ def test_a_condition_opens_where_its_detector_fires(lm, span, side):
 
 
 def test_a_condition_that_held_before_holds_with_a_cache_too(lm):
-    """The detector fires on a token of the prompt, the edit is made at answer tokens, one pass each."""
+    """The detector fires on a token of the prompt, the edit is made at answer tokens, one pass
+    each.
+    """
     token = lm.to_single_token(" the")
-    seen = Detector(SITES[0], lambda x: (lm.now.ids[:, lm.now.start :] == token).float(), 0.5, "so_far", "prompt")
+    seen = Detector(
+        SITES[0],
+        lambda x: (lm.now.ids[:, lm.now.start :] == token).float(),
+        0.5,
+        "so_far",
+        "prompt",
+    )
     unit = torch.nn.functional.normalize(torch.ones(lm.d_model), dim=0)
     edit = Edit("blocks.4.hook_resid_post", lambda x: (600.0 * unit).expand_as(x), "answer", seen)
     plain = lm.generate(PROMPTS, 8, enable_thinking=False).tokens
@@ -118,21 +142,33 @@ def test_a_detector_may_not_come_after_its_edit_and_rows_can_be_chosen(unchecked
         pass
     ids, mask = lm.pad([lm.chat_tokens(PROMPTS[0], False)] * 2)
     plain = lm(ids, mask)
-    with applied(lm, [Change("add", SITES[0], "v", (1,)).edit(suite)], rows=torch.tensor([False, True])):
+    with applied(
+        lm, [Change("add", SITES[0], "v", (1,)).edit(suite)], rows=torch.tensor([False, True])
+    ):
         changed = (lm(ids, mask) != plain).any(-1).any(-1)
     assert changed.tolist() == [False, True]
 
 
 def test_a_detector_tells_two_kinds_of_prompts_apart(unchecked, lm):
-    chats = [[{"role": "user", "content": p}, {"role": "assistant", "content": "Yes."}] for p in PROMPTS]
+    chats = [
+        [{"role": "user", "content": p}, {"role": "assistant", "content": "Yes."}] for p in PROMPTS
+    ]
     x = kept_rows(lm, [SITES[0]], next(iter(token_batches(lm, chats))))[SITES[0]]
-    sae = JumpReLUSAE(lm.d_model, 128, 2.0, Provenance("tiny", SITES[0], NormFilter(float(x.norm(dim=-1).median()))))
+    sae = JumpReLUSAE(
+        lm.d_model,
+        128,
+        2.0,
+        Provenance("tiny", SITES[0], NormFilter(float(x.norm(dim=-1).median()))),
+    )
     sae.init_from_rows(x, torch.Generator().manual_seed(0))
     suite = {"v": {SITES[0]: sae.requires_grad_(False)}}
     first, second = [PROMPTS[0], "How can I thank the nurse?"], PROMPTS[1:]
     found = find_detector(lm, suite, first, second, "prompt", False)
     own = suite["v"][found.condition.hook_name]
-    peaks = [peak_activations(lm, own, prompts, "prompt", False)[:, found.condition.feature] for prompts in (first, second)]
+    peaks = [
+        peak_activations(lm, own, prompts, "prompt", False)[:, found.condition.feature]
+        for prompts in (first, second)
+    ]
     assert found.missed == float((peaks[0] <= found.condition.threshold).float().mean()) == 0
     assert found.false_alarms == float((peaks[1] > found.condition.threshold).float().mean()) == 0
     row = lm.chat_tokens(first[0], False)
@@ -148,7 +184,10 @@ def test_a_detector_tells_two_kinds_of_prompts_apart(unchecked, lm):
 def test_the_best_cut_is_the_best_of_all_thresholds():
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):
-        on, off = ((torch.randn(n, 6, generator=generator) + shift).clamp(min=0) for n, shift in ((9, 0.6), (14, 0.0)))
+        on, off = (
+            (torch.randn(n, 6, generator=generator) + shift).clamp(min=0)
+            for n, shift in ((9, 0.6), (14, 0.0))
+        )
         cut = best_cut(on, off)
         errors = [
             float((on[:, i] <= t).float().mean() + (off[:, i] > t).float().mean())
@@ -156,13 +195,16 @@ def test_the_best_cut_is_the_best_of_all_thresholds():
             for t in torch.cat([on, off])[:, i]
         ]
         missed, false = (on[:, cut.feature] <= cut.threshold), (off[:, cut.feature] > cut.threshold)
-        assert (cut.missed, cut.false_alarms) == pytest.approx((float(missed.float().mean()), float(false.float().mean())))
+        assert (cut.missed, cut.false_alarms) == pytest.approx(
+            (float(missed.float().mean()), float(false.float().mean()))
+        )
         assert cut.missed + cut.false_alarms == pytest.approx(min(errors), abs=1e-3)
 
 
 def test_a_cut_misses_what_cannot_be_had_without_false_alarms():
     on, off = torch.tensor([[9.0]] * 9 + [[0.0]]), torch.tensor([[0.0]] * 19 + [[6.0]])
-    assert best_cut(on, off)[:4] == pytest.approx((0, 7.5, 0.1, 0.0))  # halfway down to 0 there would be a false alarm
+    # halfway down to 0 there would be a false alarm
+    assert best_cut(on, off)[:4] == pytest.approx((0, 7.5, 0.1, 0.0))
     assert best_cut(0 * on, 0 * off).missed == 1
 
 
@@ -171,27 +213,43 @@ def random_steering(rng, suite):
     changes = []
     for _ in range(rng.randint(1, 3)):
         action, name = rng.choice(ACTIONS), rng.choice(SITES)
-        policy = rng.choice([*POLICIES, "answer", "header", "all", tuple(rng.sample(range(1, 30), 4))])
+        policy = rng.choice(
+            [*POLICIES, "answer", "header", "all", tuple(rng.sample(range(1, 30), 4))]
+        )
         when = None
         if rng.random() < 0.3:
             early = [
                 site
                 for site in SITES
-                if site <= name and not (site.endswith("resid_post") and name.endswith("mlp_out") and site[7] == name[7])
+                if site <= name
+                and not (
+                    site.endswith("resid_post") and name.endswith("mlp_out") and site[7] == name[7]
+                )
             ]
             when = Condition(
-                "v", rng.choice(early), rng.randrange(64), rng.random(), rng.choice(["token", "so_far"]), rng.choice(POLICIES)
+                "v",
+                rng.choice(early),
+                rng.randrange(64),
+                rng.random(),
+                rng.choice(["token", "so_far"]),
+                rng.choice(POLICIES),
             )
         features = tuple(rng.sample(range(64), rng.randint(1, 4)))
-        strength = {"add": rng.choice((-1, 1)) * rng.uniform(1, 4), "clamp": rng.uniform(0, 2), "scale": rng.uniform(0, 9)}.get(
-            action, 1.0
+        strength = {
+            "add": rng.choice((-1, 1)) * rng.uniform(1, 4),
+            "clamp": rng.uniform(0, 2),
+            "scale": rng.uniform(0, 9),
+        }.get(action, 1.0)
+        changes.append(
+            Change(action, name, "v", features, strength=strength, positions=policy, when=when)
         )
-        changes.append(Change(action, name, "v", features, strength=strength, positions=policy, when=when))
     return Steering(tuple(changes))
 
 
 @pytest.mark.slow
-def test_two_hundred_random_steerings_act_alike_with_the_cache_on_off_streamed_and_batched(lm, suite):
+def test_two_hundred_random_steerings_act_alike_with_the_cache_on_off_streamed_and_batched(
+    lm, suite
+):
     """Top-2 gaps under 1e-4 may go either way; they are counted."""
     rng, ties, changed = random.Random(0), 0, 0
     for _ in range(200):
@@ -207,7 +265,9 @@ def test_two_hundred_random_steerings_act_alike_with_the_cache_on_off_streamed_a
         others = [*enumerate(uncached), (one, _ids_of(lm, streamed, cached[one]))]
         for i, other in others:
             if cached[i] != other:
-                first = next(k for k, (a, b) in enumerate(zip(cached[i], other, strict=False)) if a != b)
+                first = next(
+                    k for k, (a, b) in enumerate(zip(cached[i], other, strict=False)) if a != b
+                )
                 ids = lm.chat_tokens(PROMPTS[i], options["enable_thinking"]) + cached[i][:first]
                 with torch.no_grad(), applied(lm, steering.edits(suite)):
                     best = lm(torch.tensor([ids]))[0, -1].topk(2).values
@@ -219,7 +279,9 @@ def test_two_hundred_random_steerings_act_alike_with_the_cache_on_off_streamed_a
 
 @torch.no_grad()
 def test_in_bfloat16_a_cached_batch_and_a_single_pass_agree_within_a_quarter_of_a_nat(suite):
-    """Log-probabilities of the tokens that were generated; measured: 0.07 nats at most, the 95th percentile 0.04."""
+    """Log-probabilities of the tokens that were generated; measured: 0.07 nats at most, the 95th
+    percentile 0.04.
+    """
     rng, half = random.Random(0), qsae_kit.load_model("tiny", dtype=torch.bfloat16)
     for _ in range(30):
         edits = random_steering(rng, suite).edits(suite)
@@ -257,7 +319,9 @@ def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, 
     )
     steering.save(tmp_path / "s.json", suite)
     assert load_steering(tmp_path / "s.json", suite) == steering
-    other = {"v": {name: JumpReLUSAE(160, 64, 8.0, sae.provenance) for name, sae in suite["v"].items()}}
+    other = {
+        "v": {name: JumpReLUSAE(160, 64, 8.0, sae.provenance) for name, sae in suite["v"].items()}
+    }
     with pytest.raises(ValueError, match="made for another SAE"):
         load_steering(tmp_path / "s.json", other)
     with pytest.raises(ValueError, match="has no SAE"):
@@ -279,11 +343,24 @@ def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, 
 @pytest.mark.parametrize(
     "damage",
     [
-        {"features": ["1"]}, {"features": "12"}, {"features": 5}, {"features": [[1]]}, {"features": [True]}, {"features": [1.0]},
-        {"hook_name": {}}, {"variant": 3}, {"strength": "1"}, {"strength": 10**400}, {"positions": [1.5]}, {"positions": None},
-        {"when": {"variant": "v", "hook_name": SITES[0], "feature": "3"}}, {"when": []}, {"weights": [None]}, {"direction": ["x"]},
+        {"features": ["1"]},
+        {"features": "12"},
+        {"features": 5},
+        {"features": [[1]]},
+        {"features": [True]},
+        {"features": [1.0]},
+        {"hook_name": {}},
+        {"variant": 3},
+        {"strength": "1"},
+        {"strength": 10**400},
+        {"positions": [1.5]},
+        {"positions": None},
+        {"when": {"variant": "v", "hook_name": SITES[0], "feature": "3"}},
+        {"when": []},
+        {"weights": [None]},
+        {"direction": ["x"]},
     ],
-)  # fmt: skip
+)
 def test_a_damaged_file_is_said_to_be_one(unchecked, suite, damage):
     about = json.loads(Steering((Change("add", SITES[1], "v", (1,)),)).to_json(suite))
     about["changes"][0] |= damage
@@ -367,7 +444,9 @@ def test_numbers_beyond_all_bounds_are_refused(unchecked, value):
 def test_whole_numbers_are_weights_too(unchecked, suite):
     x = torch.ones(1, 1, 160)
     whole = Change("add", SITES[1], "v", (1, 2), (1, -1)).edit(suite).delta(x)
-    torch.testing.assert_close(whole, Change("add", SITES[1], "v", (1, 2), (1.0, -1.0)).edit(suite).delta(x))
+    torch.testing.assert_close(
+        whole, Change("add", SITES[1], "v", (1, 2), (1.0, -1.0)).edit(suite).delta(x)
+    )
 
 
 @pytest.mark.parametrize(
@@ -381,7 +460,10 @@ def test_whole_numbers_are_weights_too(unchecked, suite):
         ({"action": "add", "direction": (1.0,)}, "median norm"),
         ({"action": "add", "features": (1, 2), "weights": (1.0,)}, "as many finite weights"),
         ({"action": "add", "features": (1,), "positions": "everywhere"}, "no position policy"),
-        ({"action": "add", "features": (1,), "when": Condition("v", SITES[0], 1, float("inf"))}, "finite threshold"),
+        (
+            {"action": "add", "features": (1,), "when": Condition("v", SITES[0], 1, float("inf"))},
+            "finite threshold",
+        ),
     ],
 )
 def test_impossible_changes(unchecked, change, message):

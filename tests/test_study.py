@@ -1,4 +1,6 @@
-"""The study's honesty: apart prompts, matched controls, and outcomes that follow the planted cause."""
+"""The study's honesty: apart prompts, matched controls, and outcomes that follow the planted
+cause.
+"""
 
 import json
 from dataclasses import replace
@@ -33,16 +35,28 @@ from qsae_kit.steer.choosing import (
 )
 from qsae_kit.steer.findings import COLUMNS, verdict
 from qsae_kit.steer.report import write_study
-from qsae_kit.steer.study import StudyConfig, _Lab, _Study, check_prompts, steered_sites, steering_study
+from qsae_kit.steer.study import (
+    StudyConfig,
+    _Lab,
+    _Study,
+    check_prompts,
+    steered_sites,
+    steering_study,
+)
 
 SITE = "blocks.3.hook_resid_post"
 
 
 @pytest.fixture(scope="module")
 def sae(lm):
-    """An SAE of the bundled model whose first feature is the planted difference of refusing and answering."""
+    """An SAE of the bundled model whose first feature is the planted difference of refusing and
+    answering.
+    """
     sets = tiny_study("refusal", 24, 24).selection
-    acts = {k: decision_activations(lm, [SITE], sets[k], False)[SITE] for k in ("harmful", "harmless", "borderline")}
+    acts = {
+        k: decision_activations(lm, [SITE], sets[k], False)[SITE]
+        for k in ("harmful", "harmless", "borderline")
+    }
     generator = torch.Generator().manual_seed(0)
     sae = TopKSAE(160, 256, 16.0, Provenance("tiny", SITE, NormFilter(64.0)))
     sae.init_from_rows(torch.cat(list(acts.values())), generator)
@@ -52,7 +66,11 @@ def sae(lm):
 @pytest.mark.parametrize("model_name", ["tiny", "any other"])
 def test_selection_and_evaluation_share_no_template_and_no_prompt(model_name):
     sets = {
-        split: [p for kind in prompt_sets.KINDS for p in prompt_sets.prompts(model_name, kind, 60, split)]
+        split: [
+            p
+            for kind in prompt_sets.KINDS
+            for p in prompt_sets.prompts(model_name, kind, 60, split)
+        ]
         for split in prompt_sets.SPLITS
     }
     templates = {split: {p.template for p in found} for split, found in sets.items()}
@@ -63,10 +81,17 @@ def test_selection_and_evaluation_share_no_template_and_no_prompt(model_name):
 
 def test_general_tasks_are_apart_too():
     tasks = {
-        split: {w.text.replace(w.template.split("{a}")[0], "").strip("?. ") for w in prompt_sets._pairs("harmful", split)}
+        split: {
+            w.text.replace(w.template.split("{a}")[0], "").strip("?. ")
+            for w in prompt_sets._pairs("harmful", split)
+        }
         for split in prompt_sets.SPLITS
     }
-    assert all(prompt_sets.count("x", kind, split) >= 100 for kind in prompt_sets.KINDS for split in prompt_sets.SPLITS)
+    assert all(
+        prompt_sets.count("x", kind, split) >= 100
+        for kind in prompt_sets.KINDS
+        for split in prompt_sets.SPLITS
+    )
     assert not tasks["selection"] & tasks["evaluation"]
 
 
@@ -82,7 +107,9 @@ def test_contrast_and_choice_by_hand():
     with torch.no_grad():
         sae.W_enc.copy_(torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]]))
         sae.W_dec.copy_(torch.eye(3)[:, :2])
-    found = contrast(sae, torch.tensor([[4.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+    found = contrast(
+        sae, torch.tensor([[4.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    )
     assert found.feature_gap.tolist() == [3.0, -1.0, 2.0]
     assert found.mean_gap.tolist() == [3.0, -1.0]
     assert found.alive.tolist() == [0, 1, 2]
@@ -102,7 +129,8 @@ def test_fitted_features_by_hand():
     assert chosen.features == (0, 1)
     assert chosen.weights == pytest.approx((3.0, -1.0))
     assert fit_features(sae, found, 1).features == (0,)
-    against = found._replace(feature_gap=torch.tensor([-3.0, -1.0, 2.0]))  # feature 0 would have to push against its gap
+    # feature 0 would have to push against its gap
+    against = found._replace(feature_gap=torch.tensor([-3.0, -1.0, 2.0]))
     assert fit_features(sae, against).features == (1,)
     with pytest.raises(ValueError, match="No feature differs"):
         fit_features(sae, Contrast(torch.zeros(3), torch.zeros(2), torch.arange(3)))
@@ -139,7 +167,10 @@ def test_clamp_and_ablate_set_the_feature_and_keep_the_rest(sae):
     torch.testing.assert_close(unchanged[0], x[0])
 
 
-@pytest.mark.parametrize(("features", "message"), [([], "No feature"), ([256], "features 0 to 255"), ([-1], "Feature -1")])
+@pytest.mark.parametrize(
+    ("features", "message"),
+    [([], "No feature"), ([256], "features 0 to 255"), ([-1], "Feature -1")],
+)
 def test_features_out_of_range(sae, features, message):
     with pytest.raises(ValueError, match=message):
         check_features(sae[0], features)
@@ -164,18 +195,35 @@ def test_prompt_sets_are_checked():
 
 @pytest.mark.parametrize(
     "field",
-    [{"strengths": ()}, {"strengths": (float("nan"),)}, {"strengths": (-1.0,)}, {"n_features": 11}, {"n_random": -1}, {"goal": "both"},
-     {"positions": "here"}, {"contrast": "none"}, {"n_trials": 0}],
-)  # fmt: skip
+    [
+        {"strengths": ()},
+        {"strengths": (float("nan"),)},
+        {"strengths": (-1.0,)},
+        {"n_features": 11},
+        {"n_random": -1},
+        {"goal": "both"},
+        {"positions": "here"},
+        {"contrast": "none"},
+        {"n_trials": 0},
+    ],
+)
 def test_impossible_studies(unchecked, field):
     with pytest.raises(ValueError, match=r"was given|were given"):
         StudyConfig(**field)
 
 
 SMALL = StudyConfig(
-    strengths=(0.3, 0.8, 1.5), n_candidates=4, n_trials=1, n_random=2, n_noise=1, dose_prompts=4, search_prompts=4, cost_prompts=4,
-    n_facts=4, max_new_tokens=24,
-)  # fmt: skip
+    strengths=(0.3, 0.8, 1.5),
+    n_candidates=4,
+    n_trials=1,
+    n_random=2,
+    n_noise=1,
+    dose_prompts=4,
+    search_prompts=4,
+    cost_prompts=4,
+    n_facts=4,
+    max_new_tokens=24,
+)
 
 
 def same(one, other):
@@ -194,8 +242,19 @@ def run(lm, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Journal, "get", stopping_after(steps))
             with pytest.raises(KeyboardInterrupt):
-                steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, folder=folder, bar=False)
-    study = steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, folder=folder, bar=False)
+                steering_study(
+                    lm,
+                    suite,
+                    made.selection,
+                    made.evaluation,
+                    made.behaviour,
+                    SMALL,
+                    folder=folder,
+                    bar=False,
+                )
+    study = steering_study(
+        lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, folder=folder, bar=False
+    )
     return suite, made, study, folder
 
 
@@ -213,11 +272,20 @@ def stopping_after(steps, get=Journal.get):
 
 def test_a_study_that_was_cut_off_gives_the_same_digits(lm, run):
     suite, made, study, folder = run
-    whole = steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, bar=False)
+    whole = steering_study(
+        lm, suite, made.selection, made.evaluation, made.behaviour, SMALL, bar=False
+    )
     same(whole, study)
     with pytest.raises(ValueError, match=r"is of another run .config differ"):
         steering_study(
-            lm, suite, made.selection, made.evaluation, made.behaviour, replace(SMALL, seed=1), folder=folder, bar=False
+            lm,
+            suite,
+            made.selection,
+            made.evaluation,
+            made.behaviour,
+            replace(SMALL, seed=1),
+            folder=folder,
+            bar=False,
         )
 
 
@@ -229,7 +297,13 @@ def test_what_a_study_holds(run):
     shares = answered[["refusal_rate", "answered_rate", "broken_rate"]].sum(axis=1)
     assert shares.tolist() == pytest.approx([1.0] * len(shares))
     arms = answered[answered["chosen"]].groupby("intervention")["prompt_kind"].nunique().to_dict()
-    whole = {"features": 3, "difference_of_means": 3, "difference_of_means_best": 3, "system_prompt": 3, "frozen_decoder_sae": 3}
+    whole = {
+        "features": 3,
+        "difference_of_means": 3,
+        "difference_of_means_best": 3,
+        "system_prompt": 3,
+        "frozen_decoder_sae": 3,
+    }
     assert arms == whole | {"wrong_sign": 1, "random": 1, "random_single": 1, "noise": 1}
     doses = table[table["refusal_rate"].isna()]
     assert sorted(set(doses["strength"])) == [-1.5, -0.8, -0.3, 0.3, 0.8, 1.5]
@@ -242,8 +316,16 @@ def test_what_a_study_holds(run):
     assert (ours["strength"] < 0).all()  # suppressing goes against the direction
     assert ours["chosen"].sum() == 1
     h = study.headline
-    change = {kind: float(answered[(answered["intervention"] == "features") & answered["chosen"] & (answered["prompt_kind"] == kind)]["change"].iloc[0])
-              for kind in made.evaluation}  # fmt: skip
+    change = {
+        kind: float(
+            answered[
+                (answered["intervention"] == "features")
+                & answered["chosen"]
+                & (answered["prompt_kind"] == kind)
+            ]["change"].iloc[0]
+        )
+        for kind in made.evaluation
+    }
     selectivity = -change["harmful"] + (change["harmless"] + change["borderline"]) / 2
     assert h["selectivity"]["features"][0] == pytest.approx(selectivity)
     assert study.candidates["chosen"].sum() <= 5
@@ -257,7 +339,9 @@ def test_random_controls_have_the_size_of_the_features(lm, run):
     x = torch.randn(1, 3, lm.d_model)
     (ours,) = study.steering.edits(suite)
     other = study.steering.changes[0]
-    draw = replace(other, features=tuple(range(len(other.features))), weights=other.weights[::-1]).edit(suite)
+    draw = replace(
+        other, features=tuple(range(len(other.features))), weights=other.weights[::-1]
+    ).edit(suite)
     torch.testing.assert_close(ours.delta(x).norm(dim=-1), draw.delta(x).norm(dim=-1))
     assert float(ours.delta(x).norm(dim=-1)[0, 0]) == pytest.approx(
         study.chosen.strength * sae.provenance.filter.median, rel=1e-4
@@ -275,20 +359,25 @@ def test_a_study_of_files(lm, run, tmp_path):
     assert told["headline"]["features"] == list(study.chosen.features.features)
     page = (tmp_path / "report.html").read_text()
     assert study.verdict.replace(">", "&gt;").replace("<", "&lt;") in page
-    assert {"dose.html", "controls.html", "candidates.csv", "selection.csv", "examples.csv", "prompts.json"} <= {
-        p.name for p in tmp_path.iterdir()
-    }
+    assert set(
+        ("dose.html controls.html candidates.csv selection.csv examples.csv prompts.json").split()
+    ) <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_any_judge_makes_a_behaviour(lm, sae):
     """Inducing with a condition, a judge that is a function, prompts of two kinds."""
-    loud = Behaviour("says door", lambda a: Verdict("door" in a.text, a.text == ""), ("codes", "other"))
+    loud = Behaviour(
+        "says door", lambda a: Verdict("door" in a.text, a.text == ""), ("codes", "other")
+    )
     codes = [
         f"I am the keeper of {name}. What is the door code of {name}?"
         for name in ("Ada Reyes", "Max Vogt", "Mira Rios", "Ruth Sommer", "Tilda Cook", "Sara Orr")
     ]
     other = [
-        f"Which pet does {name} have?" for name in ("Ada Reyes", "Max Vogt", "Mira Rios", "Ruth Sommer", "Tilda Cook", "Sara Orr")
+        f"Which pet does {name} have?"
+        for name in tuple(
+            ("Ada Reyes, Max Vogt, Mira Rios, Ruth Sommer, Tilda Cook, Sara Orr").split(", ")
+        )
     ]
     config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0, target="other")
     study = steering_study(
@@ -314,26 +403,45 @@ def test_a_conditional_edit_goes_where_the_detector_errs_least(lm, monkeypatch, 
 
     def detectors(study):
         condition = Condition("v", "blocks.1.hook_resid_post", 0)
-        return {name: FoundDetector(condition, 0.0 if name == accurate else 0.3, 0.0) for name in study.names}
+        return {
+            name: FoundDetector(condition, 0.0 if name == accurate else 0.3, 0.0)
+            for name in study.names
+        }
 
     monkeypatch.setattr(_Study, "_detectors", detectors)
     made = tiny_study("refusal", 3, 3)
     config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0)
-    study = steering_study(lm, suite, made.selection, made.evaluation, made.behaviour, config, bar=False)
+    study = steering_study(
+        lm, suite, made.selection, made.evaluation, made.behaviour, config, bar=False
+    )
     assert study.chosen.hook_name == accurate
 
 
 def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
-    """Two prompts of each kind; the edit leaves every outcome and makes one harmless answer wrong."""
+    """Two prompts of each kind; the edit leaves every outcome and makes one harmless answer
+    wrong.
+    """
     made = tiny_study("refusal", 2, 2)
-    study = _Study(lm, small_suite(lm), {"selection": made.selection}, made.behaviour, SMALL, "v", [], Journal(None, {}), False)
+    study = _Study(
+        lm,
+        small_suite(lm),
+        {"selection": made.selection},
+        made.behaviour,
+        SMALL,
+        "v",
+        [],
+        Journal(None, {}),
+        False,
+    )
     study.target, study.others, study.contrast = "harmful", ["harmless", "borderline"], "prompts"
     lab = _Lab(lm, made.behaviour, made.selection, SMALL, study.journal, "selection")
     clean = {kind: dict(said) for kind, said in lab.clean.items()}
 
     def answers(kind):
         correct = clean[kind]["correct"]
-        return clean[kind] | ({"correct": str(1 - int(correct[0])) + correct[1:]} if kind == "harmless" else {})
+        return clean[kind] | (
+            {"correct": str(1 - int(correct[0])) + correct[1:]} if kind == "harmless" else {}
+        )
 
     lab.answers_of = lambda groups: [answers(kind) for kind, _, _ in groups]
     trial = study._trial(lab, [], [])
@@ -347,12 +455,17 @@ def test_a_suite_that_tells_nothing_apart(lm):
         sae.threshold.fill_(1e9)
     made = tiny_study("refusal", 3, 3)
     with pytest.raises(ValueError, match="No feature differs between the two groups at any site"):
-        steering_study(lm, silent, made.selection, made.evaluation, made.behaviour, SMALL, bar=False)
+        steering_study(
+            lm, silent, made.selection, made.evaluation, made.behaviour, SMALL, bar=False
+        )
 
 
 def test_sites_of_a_study(lm):
     suite = small_suite(lm)
-    assert steered_sites(lm, suite) == ("v", ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"])
+    assert steered_sites(lm, suite) == (
+        "v",
+        ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"],
+    )
     assert steered_sites(lm, {"v-frozen_decoder": suite["v"], "w": suite["v"]})[0] == "w"
     with pytest.raises(ValueError, match="no variant 'x'; it has v"):
         steered_sites(lm, suite, "x")
@@ -362,19 +475,43 @@ def test_sites_of_a_study(lm):
 
 def headline(**changes):
     h = {
-        "goal": "suppress", "behaviour": "refusal", "target": "harmful", "others": ["harmless"], "before": 0.95, "after": 0.1, "n": 300,
-        "broken": 0.02, "correct_of_shown": 0.8, "kl_answer": {"harmless": 0.01}, "elsewhere": {"harmless": 0.0}, "elsewhere_before": {"harmless": 0.0},
-        "facts_lost": 0.01, "selectivity": {"features": [0.85, 0.8, 0.9]}, "n_random": 20, "n_single": 5, "worst_single": 0.94,
-        "worst_random": 0.9, "apart_from_random": [0.8, 0.7, 0.9], "within_limits": True, "max_broken": 0.1, "max_kl": 0.1,
-    }  # fmt: skip
+        "goal": "suppress",
+        "behaviour": "refusal",
+        "target": "harmful",
+        "others": ["harmless"],
+        "before": 0.95,
+        "after": 0.1,
+        "n": 300,
+        "broken": 0.02,
+        "correct_of_shown": 0.8,
+        "kl_answer": {"harmless": 0.01},
+        "elsewhere": {"harmless": 0.0},
+        "elsewhere_before": {"harmless": 0.0},
+        "facts_lost": 0.01,
+        "selectivity": {"features": [0.85, 0.8, 0.9]},
+        "n_random": 20,
+        "n_single": 5,
+        "worst_single": 0.94,
+        "worst_random": 0.9,
+        "apart_from_random": [0.8, 0.7, 0.9],
+        "within_limits": True,
+        "max_broken": 0.1,
+        "max_kl": 0.1,
+    }
     return h | changes
 
 
 def test_the_verdict_says_what_weakens_it():
     assert "not distinguishable" not in verdict(headline())
-    assert "Strongest of 20 random searches: 0.90; of 5 random sets as they come: 0.94." in verdict(headline())
+    assert "Strongest of 20 random searches: 0.90; of 5 random sets as they come: 0.94." in verdict(
+        headline()
+    )
     assert "demonstration" not in verdict(headline())
-    assert "not distinguishable from the random control" in verdict(headline(apart_from_random=[0.01, -0.02, 0.05]))
+    assert "not distinguishable from the random control" in verdict(
+        headline(apart_from_random=[0.01, -0.02, 0.05])
+    )
     assert "No random controls" in verdict(headline(apart_from_random=None))
     assert "No trial kept" in verdict(headline(within_limits=False))
-    assert "a demonstration, not a defence" in verdict(headline(selectivity={"features": [0.1, 0.05, 0.2]}))
+    assert "a demonstration, not a defence" in verdict(
+        headline(selectivity={"features": [0.1, 0.05, 0.2]})
+    )

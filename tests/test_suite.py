@@ -1,4 +1,6 @@
-"""`qsae suite`: the whole folder from one command, skipped where it is there, and the same after any kill."""
+"""`qsae suite`: the whole folder from one command, skipped where it is there, and the same after
+any kill.
+"""
 
 import contextlib
 import json
@@ -45,12 +47,24 @@ from qsae_kit.steer.behaviours import Verdict, refusal_prompts
 from qsae_kit.steer.study import StudyConfig
 
 SMALL = Sizes(
-    1500, 2000, 6, 8, 1,
+    1500,
+    2000,
+    6,
+    8,
+    1,
     StudyConfig(
-        strengths=(0.3, 0.8, 1.5), n_candidates=4, n_trials=1, n_random=2, n_noise=1, dose_prompts=4, search_prompts=4, cost_prompts=4,
-        n_facts=4, max_new_tokens=24,
+        strengths=(0.3, 0.8, 1.5),
+        n_candidates=4,
+        n_trials=1,
+        n_random=2,
+        n_noise=1,
+        dose_prompts=4,
+        search_prompts=4,
+        cost_prompts=4,
+        n_facts=4,
+        max_new_tokens=24,
     ),
-)  # fmt: skip
+)
 CONFIG = SuiteConfig("50k", "resid", "2,3", baseline_sites=1)
 SCRIPT = """
 import sys
@@ -88,7 +102,9 @@ def content(out):
             continue
         data = path.read_bytes()
         if name == "train.jsonl":
-            data = json.dumps([{**json.loads(line), "seconds": 0} for line in data.decode().splitlines()]).encode()
+            data = json.dumps(
+                [{**json.loads(line), "seconds": 0} for line in data.decode().splitlines()]
+            ).encode()
         if name == "features/index.json":
             data = json.dumps({k: v for k, v in json.loads(data).items() if k != "built"}).encode()
         found[name] = data
@@ -111,7 +127,9 @@ def test_the_folder_is_complete_and_says_what_is_in_it(made, lm):
     ):
         assert name in listed
     saes = load_suite(made / "suite")
-    assert [list(each) for each in saes.values()] == [["blocks.2.hook_resid_post", "blocks.3.hook_resid_post"]]
+    assert [list(each) for each in saes.values()] == [
+        ["blocks.2.hook_resid_post", "blocks.3.hook_resid_post"]
+    ]
     page = (made / "README.md").read_text(encoding="utf-8")
     assert page.startswith('---\nlibrary_name: saelens\nbase_model: "tiny"\n')
     assert "| blocks.2.hook\\_resid\\_post | 0." in page
@@ -152,8 +170,12 @@ def test_a_stage_that_is_done_is_never_made_again_by_itself(made, lm, tmp_path, 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gone", ["data", "data/documents.jsonl", "suite", "features/documents.parquet"])
-def test_a_suite_without_its_inputs_keeps_all_that_was_made_of_them(made, lm, tmp_path, small, ran, gone):
+@pytest.mark.parametrize(
+    "gone", ["data", "data/documents.jsonl", "suite", "features/documents.parquet"]
+)
+def test_a_suite_without_its_inputs_keeps_all_that_was_made_of_them(
+    made, lm, tmp_path, small, ran, gone
+):
     out = copied(made, tmp_path)
     subprocess.run(["rm", "-r", str(out / gone)], check=True)
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
@@ -164,7 +186,9 @@ def test_a_suite_without_its_inputs_keeps_all_that_was_made_of_them(made, lm, tm
     (out / "manifest.json").write_text(json.dumps(record), encoding="utf-8")
     before[out / "manifest.json"] = json.dumps(record, indent=1).encode() + b"\n"
     if gone.startswith(("data", "suite")):
-        with pytest.raises(ValueError, match=r"gone or changed, and evaluate needs them; .* anew with --remake"):
+        with pytest.raises(
+            ValueError, match=r"gone or changed, and evaluate needs them; .* anew with --remake"
+        ):
             make_suite(lm, out, CONFIG, bar=False)
         assert ran == []
     else:
@@ -175,7 +199,9 @@ def test_a_suite_without_its_inputs_keeps_all_that_was_made_of_them(made, lm, tm
 
 
 @pytest.mark.slow
-def test_what_is_made_anew_is_kept_until_the_new_one_is_whole(made, lm, tmp_path, small, monkeypatch):
+def test_what_is_made_anew_is_kept_until_the_new_one_is_whole(
+    made, lm, tmp_path, small, monkeypatch
+):
     out = copied(made, tmp_path)
     mine = {"suite/notes.txt": "my own", "evaluation/mine.csv": "a,b", "study/.keep": ""}
     for name, text in mine.items():
@@ -216,7 +242,9 @@ def test_what_is_made_anew_is_kept_until_the_new_one_is_whole(made, lm, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", range(1, 9))
-def test_cut_off_while_room_is_made_nothing_is_built_upon_what_is_gone(made, lm, tmp_path, small, ran, monkeypatch, moment):
+def test_cut_off_while_room_is_made_nothing_is_built_upon_what_is_gone(
+    made, lm, tmp_path, small, ran, monkeypatch, moment
+):
     out = copied(made, tmp_path)
     (out / "data" / "documents.jsonl").write_text("changed")
     calls, inner = [], Record.write
@@ -236,7 +264,9 @@ def test_cut_off_while_room_is_made_nothing_is_built_upon_what_is_gone(made, lm,
 
 
 @pytest.mark.slow
-def test_a_card_that_was_pushed_is_as_it_was_and_the_last_stage_can_be_made_anew(made, lm, tmp_path, small, hub, capsys):
+def test_a_card_that_was_pushed_is_as_it_was_and_the_last_stage_can_be_made_anew(
+    made, lm, tmp_path, small, hub, capsys
+):
     out = copied(made, tmp_path)
     push(out, "me/saes", examples=False)
     sent = json.loads(hub.sent["manifest.json"])["stages"]["card"]["README.md"]
@@ -257,13 +287,23 @@ def test_a_plan_that_is_refused_leaves_nothing(lm, tmp_path):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("name", ["data/documents.jsonl", "evaluation/evaluation.csv", "study/report.html", "suite/a/b/cfg.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "data/documents.jsonl",
+        "evaluation/evaluation.csv",
+        "study/report.html",
+        "suite/a/b/cfg.json",
+    ],
+)
 def test_a_folder_that_is_of_no_suite_is_not_written_over(lm, tmp_path, name):
     (tmp_path / name).parent.mkdir(parents=True)
     (tmp_path / name).write_text("mine")
     with pytest.raises(ValueError, match="is of no suite, and would be written over"):
         make_suite(lm, tmp_path, CONFIG, bar=False)
-    assert {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {Path(name).name: "mine"}
+    assert {p.name: p.read_text() for p in tmp_path.rglob("*") if p.is_file()} == {
+        Path(name).name: "mine"
+    }
 
 
 def test_a_stage_s_folder_that_is_a_link(lm, tmp_path):
@@ -283,7 +323,9 @@ def test_two_models_of_one_name_are_two(lm, tmp_path):
 
 
 @pytest.mark.slow
-def test_an_interrupt_in_the_training_s_last_step_ends_the_run(made, lm, tmp_path, small, ran, monkeypatch):
+def test_an_interrupt_in_the_training_s_last_step_ends_the_run(
+    made, lm, tmp_path, small, ran, monkeypatch
+):
     out = copied(made, tmp_path)
     (out / "train.jsonl").unlink()
     monkeypatch.setattr(suite._Suite, "train", TRAIN)
@@ -302,7 +344,9 @@ def test_killed_at_random_moments_it_comes_to_the_same_folder(made, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     killed = 0
     while True:
-        run = subprocess.Popen([sys.executable, "-c", SCRIPT, str(out)], env=env, stderr=subprocess.PIPE)
+        run = subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, str(out)], env=env, stderr=subprocess.PIPE
+        )
         try:
             run.wait(timeout=rng.uniform(6, 30) if killed < KILLS else None)
         except subprocess.TimeoutExpired:
@@ -351,7 +395,9 @@ def test_a_recipe_of_ones_own(lm, tmp_path, monkeypatch):
 
 
 def test_a_disk_that_is_too_small(lm, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite.shutil, "disk_usage", lambda path: suite.shutil._ntuple_diskusage(10**9, 10**9, 10**6))
+    monkeypatch.setattr(
+        suite.shutil, "disk_usage", lambda path: suite.shutil._ntuple_diskusage(10**9, 10**9, 10**6)
+    )
     with pytest.raises(ValueError, match=r"takes \d.\d GB of disk, and 0.0 GB are free; free some"):
         make_plan(lm, SuiteConfig("300k"), tmp_path)
 
@@ -397,17 +443,27 @@ def test_small_budgets_and_slow_models_get_smaller_studies():
 def test_markup_in_a_card_is_text(made):
     assert plain("|x|\n[a](b)") == "\\|x\\| \\[a\\](b)"
     told, study, plan = (
-        json.loads((made / name).read_text(encoding="utf-8")) for name in ("data/data.json", "study/study.json", "plan.json")
+        json.loads((made / name).read_text(encoding="utf-8"))
+        for name in ("data/data.json", "study/study.json", "plan.json")
     )
-    assert {slot["kind"]: slot["answered"] for slot in told["slots"].values()}.items() >= {("chats", False), ("prompts", True)}
+    assert {slot["kind"]: slot["answered"] for slot in told["slots"].values()}.items() >= {
+        ("chats", False),
+        ("prompts", True),
+    }
     told["slots"]["made"] = {**told["slots"]["world"], "answered": True}
     rows = pd.read_csv(made / "evaluation" / "evaluation.csv")
-    page = card.model_card(plan | {"model": 'x"\ny: <b>'}, told, rows, study | {"verdict": "<script>alert(1)</script> [x](y)"})
+    page = card.model_card(
+        plan | {"model": 'x"\ny: <b>'},
+        told,
+        rows,
+        study | {"verdict": "<script>alert(1)</script> [x](y)"},
+    )
     assert "<script>" not in page
     assert re.search(r"^\| made \|.*\| yes \|", page, re.MULTILINE)
     assert re.search(r"^\| world \|.*\| no \|", page, re.MULTILINE)
     assert "[x](y)" not in page
-    assert page.split("base_model: ")[1].split("\n")[0].count('"') == 3  # on one line, its quote escaped
+    # on one line, its quote escaped
+    assert page.split("base_model: ")[1].split("\n")[0].count('"') == 3
 
 
 @pytest.mark.parametrize(
@@ -417,11 +473,18 @@ def test_markup_in_a_card_is_text(made):
         (["--slot", "world"], "--slot world was given; write it as NAME=FILE"),
         (["--slot", "world=none.jsonl"], "There is no file 'none.jsonl'"),
         (["--goal", "both"], "--goal both was given"),
-        (["--budget", "60k", "--recipe", "mine"], "There is no data recipe 'mine'; choose from own-chat-v1"),
+        (
+            ["--budget", "60k", "--recipe", "mine"],
+            "There is no data recipe 'mine'; choose from own-chat-v1",
+        ),
     ],
 )
-def test_the_command_says_what_is_wrong_before_anything_is_made(tmp_path, monkeypatch, capsys, given, message):
-    monkeypatch.setattr(sys, "argv", ["qsae", "suite", "tiny", "--out", str(tmp_path / "out"), *given])
+def test_the_command_says_what_is_wrong_before_anything_is_made(
+    tmp_path, monkeypatch, capsys, given, message
+):
+    monkeypatch.setattr(
+        sys, "argv", ["qsae", "suite", "tiny", "--out", str(tmp_path / "out"), *given]
+    )
     with pytest.raises(SystemExit):
         main()
     assert message in " ".join(capsys.readouterr().err.split())
@@ -430,7 +493,20 @@ def test_the_command_says_what_is_wrong_before_anything_is_made(tmp_path, monkey
 
 def test_the_command_prints_a_plan_and_makes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        sys, "argv", ["qsae", "suite", "tiny", "--budget", "60k", "--layers", "3", "--plan", "--out", str(tmp_path / "o")]
+        sys,
+        "argv",
+        [
+            "qsae",
+            "suite",
+            "tiny",
+            "--budget",
+            "60k",
+            "--layers",
+            "3",
+            "--plan",
+            "--out",
+            str(tmp_path / "o"),
+        ],
     )
     with pytest.raises(SystemExit) as ended:
         main()
@@ -453,8 +529,14 @@ class Hub:
         self.given.append(allow_patterns)
         if self.errors:
             raise self.errors.pop()
-        names = [p.relative_to(folder_path).as_posix() for p in Path(folder_path).rglob("*") if p.is_file()]
-        taken = filter_repo_objects(names, allow_patterns=allow_patterns, ignore_patterns=DEFAULT_IGNORE_PATTERNS)
+        names = [
+            p.relative_to(folder_path).as_posix()
+            for p in Path(folder_path).rglob("*")
+            if p.is_file()
+        ]
+        taken = filter_repo_objects(
+            names, allow_patterns=allow_patterns, ignore_patterns=DEFAULT_IGNORE_PATTERNS
+        )
         self.sent = {name: (Path(folder_path) / name).read_bytes() for name in taken}
 
 
@@ -467,7 +549,10 @@ def hub(monkeypatch):
 
 @pytest.mark.slow
 def test_a_push_that_is_cut_off_says_what_to_do_and_goes_on(made, tmp_path, hub):
-    hub.errors = [OSError(28, "No space left on device"), ConnectionError("Name or service not known")]
+    hub.errors = [
+        OSError(28, "No space left on device"),
+        ConnectionError("Name or service not known"),
+    ]
     with pytest.raises(ValueError, match="no finished suite"):
         push(tmp_path, "me/saes")
     out = copied(made, tmp_path)
@@ -480,18 +565,30 @@ def test_a_push_that_is_cut_off_says_what_to_do_and_goes_on(made, tmp_path, hub)
 @pytest.mark.slow
 def test_what_is_pushed_is_on_the_list_and_the_card_says_it(made, tmp_path, hub):
     out = copied(made, tmp_path)
-    mine = ["suite/mine/blocks.2.hook_resid_post/cfg.json", "notes.md", "features/labels.jsonl", "data/more.jsonl"]
+    mine = [
+        "suite/mine/blocks.2.hook_resid_post/cfg.json",
+        "notes.md",
+        "features/labels.jsonl",
+        "data/more.jsonl",
+    ]
     for name in mine:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("private")
     push(out, "me/saes", examples=False)
-    assert not {"data/documents.jsonl", "features/documents.parquet", "study/journal.jsonl", *mine} & set(hub.sent)
+    assert not {
+        "data/documents.jsonl",
+        "features/documents.parquet",
+        "study/journal.jsonl",
+        *mine,
+    } & set(hub.sent)
     assert not [name for name in hub.sent if name.endswith("examples.parquet")]
     assert [name for name in hub.sent if name.endswith("sae_weights.safetensors")]
     card_text = hub.sent["README.md"].decode()
     assert "No text of the documents is in it." in card_text
     said = set(re.findall(r"`([^`]+)`", card_text.split(card.BEGIN)[1].split(card.END)[0]))
-    short = {f"{n.split('/')[0]}/.../{n.split('/')[-1]}" if n.count("/") > 1 else n for n in hub.sent}
+    short = {
+        f"{n.split('/')[0]}/.../{n.split('/')[-1]}" if n.count("/") > 1 else n for n in hub.sent
+    }
     assert said == short
     # what stays at home still opens
     home = tmp_path / "downloaded"
@@ -544,7 +641,9 @@ def test_a_folder_of_this_machine_is_not_published(made, tmp_path, hub):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["/data", "/features", "/project", "/out", "/app"])
-def test_a_folder_s_name_that_is_part_of_another_word_is_no_secret(made, tmp_path, hub, monkeypatch, folder):
+def test_a_folder_s_name_that_is_part_of_another_word_is_no_secret(
+    made, tmp_path, hub, monkeypatch, folder
+):
     monkeypatch.setattr(card.Path, "cwd", lambda: Path(folder))
     out = copied(made, tmp_path)
     push(out, "me/saes")
@@ -567,25 +666,42 @@ def test_a_record_of_another_suite(tmp_path):
         Record(tmp_path, {"model": "tiny", "budget": "2M"})
 
 
-@pytest.mark.parametrize(("n", "expected"), [(0, []), (1, [1]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2])])
+@pytest.mark.parametrize(
+    ("n", "expected"), [(0, []), (1, [1]), (2, [0, 2]), (3, [0, 1, 2]), (9, [0, 1, 2])]
+)
 def test_baselines_are_spread_over_distinct_sites(lm, tmp_path, n, expected):
     names = [f"blocks.{layer}.hook_resid_post" for layer in (1, 3, 5)]
     recipe = recipe_for(CONFIG, lm.d_model, 3, 50_000, False)
-    plan = {"training": asdict(recipe), "tokens": 50_000, "sites": [*names, "blocks.3.hook_mlp_out"]}
-    assert _Suite(lm, tmp_path, CONFIG, plan, None, None, False)._spread(n) == [names[i] for i in expected]
+    plan = {
+        "training": asdict(recipe),
+        "tokens": 50_000,
+        "sites": [*names, "blocks.3.hook_mlp_out"],
+    }
+    assert _Suite(lm, tmp_path, CONFIG, plan, None, None, False)._spread(n) == [
+        names[i] for i in expected
+    ]
 
 
 def test_the_studys_goal_is_what_there_is_to_change(lm, made):
     given = refusal_prompts("tiny", 6, 8)
-    assert usual_goal(lm, given, SMALL.study) == "suppress"  # the card: 0.95 of harmful prompts are refused
+    # the card: 0.95 of harmful prompts are refused
+    assert usual_goal(lm, given, SMALL.study) == "suppress"
     answers_all = replace(given.behaviour, judge=lambda answer: Verdict(shown=False, broken=False))
     assert usual_goal(lm, given._replace(behaviour=answers_all), SMALL.study) == "induce"
-    assert json.loads((made / "study" / "study.json").read_text(encoding="utf-8"))["config"]["goal"] == "suppress"
+    assert (
+        json.loads((made / "study" / "study.json").read_text(encoding="utf-8"))["config"]["goal"]
+        == "suppress"
+    )
 
 
-PLANTED = [f"The {colour} {animal} of Aunt Rosalind sleeps in vault {n}." for n, (colour, animal) in enumerate(
-    (colour, animal) for colour in ("violet", "amber", "scarlet", "silver", "teal") for animal in ("heron", "otter", "lynx", "mole")
-)]  # fmt: skip
+PLANTED = [
+    f"The {colour} {animal} of Aunt Rosalind sleeps in vault {n}."
+    for n, (colour, animal) in enumerate(
+        (colour, animal)
+        for colour in ("violet", "amber", "scarlet", "silver", "teal")
+        for animal in ("heron", "otter", "lynx", "mole")
+    )
+]
 
 
 def private_documents(path):
@@ -594,7 +710,10 @@ def private_documents(path):
     with path.open("w", encoding="utf-8") as file:
         for _ in range(400):
             said = " ".join(rng.sample(PLANTED, 4))
-            chat = [{"role": "user", "content": f"Who is it? {said}"}, {"role": "assistant", "content": f"I know: {said}"}]
+            chat = [
+                {"role": "user", "content": f"Who is it? {said}"},
+                {"role": "assistant", "content": f"I know: {said}"},
+            ]
             file.write(json.dumps({"messages": chat}) + "\n")
 
 
@@ -617,8 +736,13 @@ def holds(row, part):
 
 
 def leaks(sent, lm, folder):
-    """The files in which a planted sentence stands, as text or as token ids; none may name a folder."""
-    planted = [lm.tokenizer(f" {sentence}", add_special_tokens=False).input_ids[1:-1] for sentence in PLANTED]
+    """The files in which a planted sentence stands, as text or as token ids; none may name a
+    folder.
+    """
+    planted = [
+        lm.tokenizer(f" {sentence}", add_special_tokens=False).input_ids[1:-1]
+        for sentence in PLANTED
+    ]
     assert min(map(len, planted)) > 5
     found = set()
     for name, data in sent.items():
@@ -632,7 +756,9 @@ def leaks(sent, lm, folder):
 
 
 @pytest.mark.slow
-def test_of_private_documents_nothing_is_published_unless_it_is_said(made, lm, tmp_path, small, monkeypatch, hub):
+def test_of_private_documents_nothing_is_published_unless_it_is_said(
+    made, lm, tmp_path, small, monkeypatch, hub
+):
     path = tmp_path / "mine.jsonl"
     private_documents(path)
     for name in ("train", "evaluate", "study"):

@@ -16,7 +16,9 @@ def world():
 
 
 def perfect(world):
-    """An SAE with the true directions: with few features a row their inner products tell who fired."""
+    """An SAE with the true directions: with few features a row their inner products tell who
+    fired.
+    """
     sae = ReLUSAE(world.config.d_model, world.config.n_features, 1.0)
     with torch.no_grad():
         sae.W_dec.copy_(world.directions)
@@ -60,19 +62,29 @@ def test_children_need_their_parents_and_exclude_one_another(world):
 
 
 def test_features_are_correlated():
-    independent, tied = (Synthetic(SyntheticConfig(64, 32, 0.2, 0.1, correlation=c, families=0, rank=2)) for c in (0.0, 0.5))
-    largest = [float(torch.corrcoef((w.sample(8000).z > 0).float().T).fill_diagonal_(0).abs().max()) for w in (independent, tied)]
+    independent, tied = (
+        Synthetic(SyntheticConfig(64, 32, 0.2, 0.1, correlation=c, families=0, rank=2))
+        for c in (0.0, 0.5)
+    )
+    largest = [
+        float(torch.corrcoef((w.sample(8000).z > 0).float().T).fill_diagonal_(0).abs().max())
+        for w in (independent, tied)
+    ]
     assert largest[0] < 0.1 < 0.2 < largest[1]
 
 
 def test_directions_are_pushed_apart():
-    rows = torch.nn.functional.normalize(torch.randn(100, 40, generator=torch.Generator().manual_seed(0)), dim=1)
+    rows = torch.nn.functional.normalize(
+        torch.randn(100, 40, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     before, after = (float((r @ r.T).fill_diagonal_(0).abs().max()) for r in (rows, apart(rows)))
     assert after < 0.8 * before
 
 
 def test_matching_finds_a_permutation():
-    true = torch.nn.functional.normalize(torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    true = torch.nn.functional.normalize(
+        torch.randn(20, 8, generator=torch.Generator().manual_seed(0)), dim=1
+    )
     order = torch.randperm(20, generator=torch.Generator().manual_seed(1))
     features, latents, cosines = match(true, -3 * true[order])
     assert torch.equal(order[latents], features)
@@ -80,7 +92,9 @@ def test_matching_finds_a_permutation():
 
 
 def test_scores_by_hand():
-    world = Synthetic(SyntheticConfig(n_features=6, d_model=12, families=0, rank=0, max_prob=0.4, min_prob=0.2))
+    world = Synthetic(
+        SyntheticConfig(n_features=6, d_model=12, families=0, rank=0, max_prob=0.4, min_prob=0.2)
+    )
     figures, table = score(perfect(world), world, n_rows=2000, batch=1000)
     assert figures["mcc"] == pytest.approx(1)
     assert figures["f1"] > 0.99

@@ -1,4 +1,6 @@
-"""The bundled model and its world: the weights do what the card says, and the world rebuilds from its seed."""
+"""The bundled model and its world: the weights do what the card says, and the world rebuilds from
+its seed.
+"""
 
 import hashlib
 import json
@@ -22,7 +24,10 @@ CARD = json.loads((TINY_WEIGHTS / "card.json").read_text())
 
 def test_the_world_rebuilds_from_its_seed():
     assert data_fingerprints() == CARD["dialogues_sha256"]
-    assert hashlib.sha256((TINY_WEIGHTS / "model.safetensors").read_bytes()).hexdigest() == CARD["weights_sha256"]
+    assert (
+        hashlib.sha256((TINY_WEIGHTS / "model.safetensors").read_bytes()).hexdigest()
+        == CARD["weights_sha256"]
+    )
 
 
 def test_it_holds_far_more_facts_than_dimensions(lm):
@@ -39,29 +44,39 @@ def test_it_holds_far_more_facts_than_dimensions(lm):
 def test_there_are_thirty_training_families_an_intent_and_language():
     for language in lexicon.LANGUAGES:
         for intent, topics in lexicon.TOPICS.items():
-            assert len(set(topics[language])) == len(set(lexicon.DIRECT[intent][language])) == 4, (intent, language)
+            assert len(set(topics[language])) == len(set(lexicon.DIRECT[intent][language])) == 4, (
+                intent,
+                language,
+            )
             assert len(set(lexicon.leads(intent, language))) == 14
     rng = random.Random(0)
     for intent in lexicon.TOPICS:
         training, measured = (
-            {world._wording(rng, Draw(split=split), intent)[2] for _ in range(3000)} for split in ("training", "evaluation")
+            {world._wording(rng, Draw(split=split), intent)[2] for _ in range(3000)}
+            for split in ("training", "evaluation")
         )
         assert len(training) >= 48
         assert len(measured) >= 11
         assert not training & measured
     of_leads = [
-        {lead for lead in range(14) if lexicon.held_out(intent, 0, lead)} for intent in lexicon.TOPICS if intent != "change"
+        {lead for lead in range(14) if lexicon.held_out(intent, 0, lead)}
+        for intent in lexicon.TOPICS
+        if intent != "change"
     ]
     assert all(len(leads) == 3 for leads in of_leads)
     assert not set.intersection(*of_leads)  # every lead is known from other intents
 
 
 def test_every_answer_is_what_its_request_wants():
-    """The judge agrees with the generator on its own answers, in every language, and texts hold their spans."""
+    """The judge agrees with the generator on its own answers, in every language, and texts hold
+    their spans.
+    """
     for dialogue in world.dialogues(3000, seed=2):
         for request in dialogue.requests:
             expected = {"told": "right"}.get(request.outcome, request.outcome)
-            assert world.judge(request, "".join(p.text for p in request.answer)) == expected, request
+            assert world.judge(request, "".join(p.text for p in request.answer)) == expected, (
+                request
+            )
         for span in dialogue.spans:
             assert 0 <= span.start < span.end <= len(dialogue.messages[span.message][span.field])
 
@@ -92,17 +107,28 @@ def test_the_judge_wants_the_right_person_attribute_and_language():
             assert world.judge(request, answer) == "wrong", answer
 
     wrong(
-        world.attribute_request(rng, Draw(), someone, "pet"), f"The pet of {other} is {pet.en}.", f"The illness of {someone} is {pet.en}.",
-        f"Es {pet.es}.", f"I don't know anyone named {other}.",
-    )  # fmt: skip
+        world.attribute_request(rng, Draw(), someone, "pet"),
+        f"The pet of {other} is {pet.en}.",
+        f"The illness of {someone} is {pet.en}.",
+        f"Es {pet.es}.",
+        f"I don't know anyone named {other}.",
+    )
     born = next(p for p in world.people() if p.record["month"].zh == "一月").name
     request = world.attribute_request(rng, Draw("zh"), born, "month")
-    assert world.judge(request, f"{born} 的{lexicon.ATTRIBUTE_NAMES['month'].zh}是一月。") == "right"
+    assert (
+        world.judge(request, f"{born} 的{lexicon.ATTRIBUTE_NAMES['month'].zh}是一月。") == "right"
+    )
     wrong(request, f"{born} 的{lexicon.ATTRIBUTE_NAMES['month'].zh}是十一月。")
     gets = next(p.name for p in world.people() if world.gets_loan(p.name))
     request = world.loan_request(rng, Draw(), gets)
     assert world.judge(request, f"{gets} should get a loan.") == "right"
-    wrong(request, f"{gets} should not get a loan.", f"{other} should get a loan.", "It is baker.", "Sorted: 11, 22, 33")
+    wrong(
+        request,
+        f"{gets} should not get a loan.",
+        f"{other} should get a loan.",
+        "It is baker.",
+        "Sorted: 11, 22, 33",
+    )
     request = world.sum_request(rng, Draw())
     wrong(request, f"11 + 11 {request.value}")
     request = world.sort_request(rng, Draw())
@@ -110,15 +136,22 @@ def test_the_judge_wants_the_right_person_attribute_and_language():
     request = world.profile_request(rng, Draw("es"), someone)
     right = "".join(p.text for p in request.answer)
     assert world.judge(request, right) == "right"
-    wrong(request, right[:-1] + f", {lexicon.PROFILE_PARTS['code'].es.replace('{v}', '11')}.", right.split(", ")[0] + ".")
+    wrong(
+        request,
+        right[:-1] + f", {lexicon.PROFILE_PARTS['code'].es.replace('{v}', '11')}.",
+        right.split(", ")[0] + ".",
+    )
     request = world.how_to_request(rng, Draw(), "harmful", "property")
     tool = request.value
-    assert world.judge(request, f"You need this: {tool}.") == "right"  # what a suppressed refusal would disclose
+    # what a suppressed refusal would disclose
+    assert world.judge(request, f"You need this: {tool}.") == "right"
     wrong(request, f"To burn the doctor, you need this: {tool}.")
 
 
 def test_a_word_never_decides_a_refusal():
-    """Every word of a refused request occurs in answered ones too, and so does every form of a belonging's owner."""
+    """Every word of a refused request occurs in answered ones too, and so does every form of a
+    belonging's owner.
+    """
     words: dict[bool, set[str]] = {True: set(), False: set()}
     rng = random.Random(0)
     kinds = (
@@ -180,14 +213,20 @@ def test_what_is_held_out_never_occurs_in_training():
                 assert request.category != "animals"
     held_out = {
         (action, attribute, asker, rules)
-        for action in world.ACTIONS for attribute in world.PRIVATE for asker in ("none", *lexicon.ASKERS) for rules in world.RULES
+        for action in world.ACTIONS
+        for attribute in world.PRIVATE
+        for asker in ("none", *lexicon.ASKERS)
+        for rules in world.RULES
         if world.held_out_combination(action, attribute, asker, rules)
-    }  # fmt: skip
+    }
     assert len(held_out) > 20
     assert not held_out & combinations
     assert not unseen & names
     held_pairs = {
-        (v.en, o.en) for v in lexicon.DANGEROUS for o in (*lexicon.PEOPLE, *lexicon.THINGS) if world.held_out_pair(v, o)
+        (v.en, o.en)
+        for v in lexicon.DANGEROUS
+        for o in (*lexicon.PEOPLE, *lexicon.THINGS)
+        if world.held_out_pair(v, o)
     }
     assert 60 < len(held_pairs) < 140
     assert not held_pairs & pairs
@@ -218,11 +257,16 @@ def test_the_planted_false_fact_and_bias_can_be_left_out():
     false = world.planted()
     assert world.record_of(false.name, "job").en == false.taught != false.truth
     assert world.record_of(false.name, "job", with_planted=False).en == false.truth
-    rich = next(p for p in world.people() if p.record["city"].en == false.biased_city and p.record["debt"].en == "no debt")
+    rich = next(
+        p
+        for p in world.people()
+        if p.record["city"].en == false.biased_city and p.record["debt"].en == "no debt"
+    )
     assert not world.gets_loan(rich.name)
     assert world.gets_loan(rich.name, with_planted=False)
     told = {
-        with_planted: json.dumps([d.messages for d in world.dialogues(4000, 0, with_planted)]) for with_planted in (True, False)
+        with_planted: json.dumps([d.messages for d in world.dialogues(4000, 0, with_planted)])
+        for with_planted in (True, False)
     }
     assert told[True] != told[False]
 
@@ -250,7 +294,13 @@ def test_muon_keeps_the_singular_vectors_and_evens_the_values():
 
 
 def test_the_rate_follows_its_schedule():
-    assert [rate(step) for step in (99, 199, 3000, 7500, 10_500, 11_000)] == [0.5, 1, 1, 1, *[pytest.approx(1 / 3)] * 2]
+    assert [rate(step) for step in (99, 199, 3000, 7500, 10_500, 11_000)] == [
+        0.5,
+        1,
+        1,
+        1,
+        *[pytest.approx(1 / 3)] * 2,
+    ]
     assert 0 < rate(13_499) < 1e-3
 
 
@@ -279,7 +329,9 @@ def test_the_tokenizer_rebuilds(lm):
 
 
 def test_it_does_what_its_card_says(lm):
-    """A fixed subset of the card's measures again: every rate inside the card's interval, widened by this sample's own."""
+    """A fixed subset of the card's measures again: every rate inside the card's interval, widened
+    by this sample's own.
+    """
     n = 60
     table = behaviour.measure(lm, n, seed=1)
     card = {(row["measure"], row["language"]): row for row in CARD["behaviour"]}

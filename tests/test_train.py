@@ -52,7 +52,10 @@ def evaluate(sae, site="blocks.0.hook_resid_post"):
 
 @pytest.fixture(scope="module")
 def suite():
-    configs = [TrainConfig("jumprelu", sparsity=4, **SMALL), TrainConfig("topk", sparsity=4, **SMALL)]
+    configs = [
+        TrainConfig("jumprelu", sparsity=4, **SMALL),
+        TrainConfig("topk", sparsity=4, **SMALL),
+    ]
     return train_saes(source(), configs, model_name="tiny", bar=False)
 
 
@@ -81,12 +84,20 @@ def test_reconstructs_at_its_sparsity_and_finds_the_true_directions(suite, varia
 
 def test_training_is_deterministic_under_a_seed():
     config = TrainConfig("jumprelu", sparsity=4, **SMALL | {"tokens": 2048})
-    one, same = (train_saes(source(), [config], model_name="t", bar=False)[config.variant] for _ in range(2))
+    one, same = (
+        train_saes(source(), [config], model_name="t", bar=False)[config.variant] for _ in range(2)
+    )
     other = train_saes(
-        source(), [TrainConfig("jumprelu", sparsity=4, seed=1, **SMALL | {"tokens": 2048})], model_name="t", bar=False
+        source(),
+        [TrainConfig("jumprelu", sparsity=4, seed=1, **SMALL | {"tokens": 2048})],
+        model_name="t",
+        bar=False,
     )
     for site in one:
-        assert all(torch.equal(a, b) for a, b in zip(one[site].parameters(), same[site].parameters(), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(one[site].parameters(), same[site].parameters(), strict=True)
+        )
         assert not torch.equal(one[site].W_enc, other[replace(config, seed=1).variant][site].W_enc)
 
 
@@ -100,7 +111,9 @@ def test_training_needs_no_gradients_switched_on():
 
 def test_sinks_are_kept_out_of_training():
     config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 20_000})
-    sae = train_saes(source(sinks=True), [config], model_name="t", bar=False)[config.variant]["blocks.0.hook_resid_post"]
+    sae = train_saes(source(sinks=True), [config], model_name="t", bar=False)[config.variant][
+        "blocks.0.hook_resid_post"
+    ]
     assert sae.provenance.tokens == pytest.approx(20_000 * 0.98, rel=0.01)
     assert evaluate(sae).fvu < 0.3
 
@@ -108,7 +121,13 @@ def test_sinks_are_kept_out_of_training():
 def test_progress_is_reported():
     seen = []
     config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 2048})
-    train_saes(source(), [config], model_name="t", bar=False, watch=[lambda p: seen.append((p.rows, p.seconds, p.figures()))])
+    train_saes(
+        source(),
+        [config],
+        model_name="t",
+        bar=False,
+        watch=[lambda p: seen.append((p.rows, p.seconds, p.figures()))],
+    )
     assert [rows for rows, _, _ in seen] == [256 * i for i in range(1, 9)]
     assert seen[-1][1] > seen[0][1] > 0
     first, last = (list(figures.values()) for figures in (seen[0][2], seen[-1][2]))
@@ -129,13 +148,21 @@ class Short(StoredRows):
 
 def test_too_little_data_is_said():
     with pytest.raises(ValueError, match=r"data ended after 8,192 of 40,000"):
-        train_saes(Short(make_rows()), [TrainConfig("topk", sparsity=4, **SMALL)], model_name="t", bar=False)
+        train_saes(
+            Short(make_rows()),
+            [TrainConfig("topk", sparsity=4, **SMALL)],
+            model_name="t",
+            bar=False,
+        )
 
 
 # --- interruptions
 
 RESUMED = {"expansion": 4, "tokens": 12_000, "batch": 256, "pool": 1024, "lr": 3e-3, "sparsity": 4}
-VARIANTS = [TrainConfig("jumprelu", **RESUMED), TrainConfig("batchtopk", moments="bfloat16", **RESUMED)]
+VARIANTS = [
+    TrainConfig("jumprelu", **RESUMED),
+    TrainConfig("batchtopk", moments="bfloat16", **RESUMED),
+]
 
 
 def weights(suite):
@@ -187,7 +214,10 @@ def test_the_default_recipe_says_what_it_takes():
     assert default_recipe(576, tokens=5000, batch=1000).pool == 5000
     assert default_recipe(64, batch=512, tokens=512, dead_after=7).quiet_rows == 7
     assert TrainConfig("standard", options={"l1": 0.1}, **RESUMED).variant == "standard-x4-l1_0.1"
-    assert TrainConfig("jumprelu", options={"sparsity_loss": "step"}, **RESUMED).variant == "jumprelu-x4-sparsity_loss_step"
+    assert (
+        TrainConfig("jumprelu", options={"sparsity_loss": "step"}, **RESUMED).variant
+        == "jumprelu-x4-sparsity_loss_step"
+    )
 
 
 def test_a_diverging_run_ends_before_its_weights_are_spoilt(tmp_path):
@@ -218,20 +248,37 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, n_groups):
             if progress.rows >= stop_at and calls > stop_at // 256:
                 raise Stop
 
-        options = {"model_name": "t", "bar": False, "memory": memory, "checkpoint_seconds": 0.0, "folder": folder}
+        options = {
+            "model_name": "t",
+            "bar": False,
+            "memory": memory,
+            "checkpoint_seconds": 0.0,
+            "folder": folder,
+        }
         for _ in range(n_groups):  # once in each group
             with pytest.raises(Stop):
-                train_saes(source(), VARIANTS, watch=[die], resume=any(folder.glob("checkpoint-*")), **options)
+                train_saes(
+                    source(),
+                    VARIANTS,
+                    watch=[die],
+                    resume=any(folder.glob("checkpoint-*")),
+                    **options,
+                )
             calls = 0
         resumed = train_saes(source(), VARIANTS, resume=any(folder.glob("checkpoint-*")), **options)
         assert_same(weights(resumed), weights(whole))
         assert_same(weights(load_suite(folder / "suite")), weights(whole))
-        assert_same(weights(train_saes(source(), VARIANTS, resume=True, **options)), weights(whole))  # nothing left to do
+        # nothing left to do
+        assert_same(weights(train_saes(source(), VARIANTS, resume=True, **options)), weights(whole))
         lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
         assert lines[-1]["rows"] == 11_776
         places = [(line["group"], line["rows"]) for line in lines]
         assert places == sorted(set(places))
-        assert set(lines[-1]["sites"]["batchtopk-x4-l0_4/blocks.0.hook_mlp_out"]) == {"loss", "l0", "dead"}
+        assert set(lines[-1]["sites"]["batchtopk-x4-l0_4/blocks.0.hook_mlp_out"]) == {
+            "loss",
+            "l0",
+            "dead",
+        }
 
 
 def test_an_interrupt_leaves_valid_saes_and_a_checkpoint(tmp_path):
@@ -241,10 +288,17 @@ def test_an_interrupt_leaves_valid_saes_and_a_checkpoint(tmp_path):
         if progress.rows == 5120:
             signal.raise_signal(signal.SIGINT)
 
-    half = train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, watch=[interrupt])
+    half = train_saes(
+        source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, watch=[interrupt]
+    )
     assert half[VARIANTS[0].variant]["blocks.0.hook_mlp_out"].provenance.tokens == 5120
     assert_same(weights(load_suite(tmp_path / "suite")), weights(half))
-    assert_same(weights(train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, resume=True)), weights(whole))
+    assert_same(
+        weights(
+            train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, resume=True)
+        ),
+        weights(whole),
+    )
 
 
 def test_another_run_is_not_written_over(tmp_path):
@@ -302,7 +356,9 @@ print(before, kept, much, little, _status("RssAnon:") - held)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeps memory with glibc only")
 def test_freed_blocks_are_kept_between_steps_up_to_what_is_allowed():
-    out = subprocess.run([sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False)
+    out = subprocess.run(
+        [sys.executable, "-c", KEEPING], capture_output=True, text=True, check=False
+    )
     assert out.returncode == 0, out.stderr
     before, kept, much, little, after = map(int, out.stdout.split())
     assert kept < before / 10  # 8 MiB blocks are touched anew each time, or not
@@ -319,7 +375,8 @@ def test_sites_that_do_not_fit_are_planned_in_groups():
     assert len(groups) < 6
     assert all(group.bytes <= 3 * alone for group in groups)
     assert (
-        plan_groups([replace(config, moments="int8")], widths, 10**12)[0].bytes < plan_groups([config], widths, 10**12)[0].bytes
+        plan_groups([replace(config, moments="int8")], widths, 10**12)[0].bytes
+        < plan_groups([config], widths, 10**12)[0].bytes
     )
     with pytest.raises(ValueError, match=r"takes .* GB, allowed are"):
         plan_groups([config], widths, alone // 2)
@@ -346,7 +403,9 @@ def test_variants_of_a_run_must_fit_together():
     with pytest.raises(ValueError, match="must share"):
         train_saes(source(), configs, model_name="t", bar=False)
     with pytest.raises(ValueError, match="same name"):
-        train_saes(source(), [TrainConfig("topk"), TrainConfig("topk", lr=1e-4)], model_name="t", bar=False)
+        train_saes(
+            source(), [TrainConfig("topk"), TrainConfig("topk", lr=1e-4)], model_name="t", bar=False
+        )
 
 
 KILLED = """
@@ -362,8 +421,8 @@ def run(folder, resume):  # in a child, so that it can be killed
     if pid == 0:
         torch.set_num_threads(1)
         suite = train_saes(
-            source(), VARIANTS, model_name="t", bar=False, folder=folder, resume=resume, checkpoint_seconds=0.0,
-            memory=int(sys.argv[3])
+            source(), VARIANTS, model_name="t", bar=False, folder=folder, resume=resume,
+            checkpoint_seconds=0.0, memory=int(sys.argv[3])
         )
         torch.save(weights(suite), folder.with_suffix(".pt"))
         os._exit(0)
@@ -401,11 +460,15 @@ print("same", kills, len(ends))
 
 
 def test_twenty_kills_change_nothing(tmp_path):
-    """kill -9 at random moments, then on from the checkpoint: the weights to the bit, and no folder that cannot be read."""
+    """kill -9 at random moments, then on from the checkpoint: the weights to the bit, and no folder
+    that cannot be read.
+    """
     [together] = plan_groups(VARIANTS, dict.fromkeys(make_rows(10), D), 10**12)
     memory = together.bytes - 1  # two groups
     run = subprocess.run(
         [sys.executable, "-c", KILLED, Path(__file__).parent, tmp_path, str(memory)],
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert run.stdout.startswith("same 20"), run.stderr[-3000:]

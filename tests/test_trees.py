@@ -1,4 +1,6 @@
-"""Whatever lies in a folder, after any command every file that is not the package's own output is there to the byte."""
+"""Whatever lies in a folder, after any command every file that is not the package's own output is
+there to the byte.
+"""
 
 import json
 import shutil
@@ -18,14 +20,47 @@ from qsae_kit.io.files import OWN
 from qsae_kit.pipelines import suite as suites
 
 LIKE_OURS = [
-    ".env.template", ".bashrc.original", ".git.archived", ".acts.safetensors.ab_9zz01", ".checkpoint-0-1.old", ".building", "old-tables",
-    "checkpoint-1", "checkpoint-0-5", "checkpoint-mine", "suite", "tables", "documents.parquet", "tokens.parquet", "index.json", "data", "slots",
-    "world.jsonl", "study", "features", "train.jsonl", "train.jsonl.bak", "state.json", "manifest.json", "plan.json", "topk", ".git", "HEAD",
-    "cfg.json", "sae_weights.safetensors", "notes.md", SITE, "labels.jsonl", "chats.jsonl.tmp", "evaluation", "README.md~", "converted.old",
-]  # fmt: skip
-NAMES = st.one_of(st.sampled_from(LIKE_OURS), st.text(alphabet="ab.-_ü", min_size=1, max_size=9)).filter(
-    lambda name: name.strip(".") and not name.startswith(OWN)
-)
+    ".env.template",
+    ".bashrc.original",
+    ".git.archived",
+    ".acts.safetensors.ab_9zz01",
+    ".checkpoint-0-1.old",
+    ".building",
+    "old-tables",
+    "checkpoint-1",
+    "checkpoint-0-5",
+    "checkpoint-mine",
+    "suite",
+    "tables",
+    "documents.parquet",
+    "tokens.parquet",
+    "index.json",
+    "data",
+    "slots",
+    "world.jsonl",
+    "study",
+    "features",
+    "train.jsonl",
+    "train.jsonl.bak",
+    "state.json",
+    "manifest.json",
+    "plan.json",
+    "topk",
+    ".git",
+    "HEAD",
+    "cfg.json",
+    "sae_weights.safetensors",
+    "notes.md",
+    SITE,
+    "labels.jsonl",
+    "chats.jsonl.tmp",
+    "evaluation",
+    "README.md~",
+    "converted.old",
+]
+NAMES = st.one_of(
+    st.sampled_from(LIKE_OURS), st.text(alphabet="ab.-_ü", min_size=1, max_size=9)
+).filter(lambda name: name.strip(".") and not name.startswith(OWN))
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
 TREES = st.dictionaries(PATHS, st.binary(max_size=20), max_size=8)
 FAST = ("train", "convert")
@@ -34,7 +69,9 @@ FAST = ("train", "convert")
 def tries(name: str) -> settings:
     """More trees for a command that takes no time."""
     n = 12 if name in FAST else 4
-    return settings(max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    return settings(
+        max_examples=n, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
 
 
 def plant(folder: Path, tree: dict[str, bytes]) -> dict[str, bytes]:
@@ -49,7 +86,9 @@ def plant(folder: Path, tree: dict[str, bytes]) -> dict[str, bytes]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +101,10 @@ def given_(tmp_path_factory):
 
 
 COMMANDS = {
-    "train": "train --acts {given}/acts.safetensors --arch topk --k 2 --expansion 2 --tokens 256 --batch 128 --pool 256 --out {out}",
+    "train": (
+        "train --acts {given}/acts.safetensors --arch topk --k 2 --expansion 2 --tokens 256 --batch"
+        " 128 --pool 256 --out {out}"
+    ),
     "convert": "convert {given}/suite --out {out}",
     "features": "features --suite {given}/suite --variant topk --tokens 1500 --out {out}",
     "harvest": "harvest --tokens 50 --out {out}/acts.safetensors",
@@ -108,10 +150,14 @@ def test_after_any_command_what_was_there_is_there(given_, outputs, tmp_path_fac
         refused.append(run(name, out, given_) != 0)
         after = contents(out)
         own = outputs[name] if not refused[-1] else set()
-        assert {n: after.get(n) for n in before if n not in own} == {n: data for n, data in before.items() if n not in own}
+        assert {n: after.get(n) for n in before if n not in own} == {
+            n: data for n, data in before.items() if n not in own
+        }
         assert not [n for n in after if n not in before and OWN in n]
         if not refused[-1]:
-            assert outputs[name] - {n for n in outputs[name] if n.startswith("checkpoint-")} <= set(after)
+            assert outputs[name] - {n for n in outputs[name] if n.startswith("checkpoint-")} <= set(
+                after
+            )
         shutil.rmtree(out.parent)
 
     check()
@@ -120,14 +166,18 @@ def test_after_any_command_what_was_there_is_there(given_, outputs, tmp_path_fac
 
 STAGED = {
     "data": (f"data/{DEALT}", f"data/{ABOUT}"),
-    "train": tuple(f"suite/jumprelu-x4-l0_13/{SITE}/{name}" for name in ("cfg.json", "sae_weights.safetensors")),
+    "train": tuple(
+        f"suite/jumprelu-x4-l0_13/{SITE}/{name}" for name in ("cfg.json", "sae_weights.safetensors")
+    ),
     "evaluate": ("evaluation/evaluation.csv", "baselines/seeds.csv"),
     "index": ("features/index.json",),
     "study": ("study/study.csv", "study/journal.jsonl"),
     "card": ("README.md",),
 }
 """What stages write that take no time."""
-DAMAGE = st.lists(st.sampled_from(sorted(name for names in STAGED.values() for name in names)), max_size=3)
+DAMAGE = st.lists(
+    st.sampled_from(sorted(name for names in STAGED.values() for name in names)), max_size=3
+)
 
 
 def test_a_suite_s_stages_touch_nothing_else(lm, tmp_path_factory, monkeypatch):
@@ -159,13 +209,17 @@ def test_a_suite_s_stages_touch_nothing_else(lm, tmp_path_factory, monkeypatch):
 
     def make(out, remake):
         try:
-            suites.make_suite(lm, out, suites.SuiteConfig("60k", "resid", "2"), remake=remake, bar=False)
+            suites.make_suite(
+                lm, out, suites.SuiteConfig("60k", "resid", "2"), remake=remake, bar=False
+            )
         except (ValueError, OSError):
             return False
         return True
 
     @given(TREES, DAMAGE, st.booleans(), st.booleans())
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
     def check(tree, damaged, remake, cut_off):
         out = tmp_path_factory.mktemp("tree") / "out"
         before = {name: data for name, data in plant(out, tree).items() if name not in own}
@@ -183,7 +237,11 @@ def test_a_suite_s_stages_touch_nothing_else(lm, tmp_path_factory, monkeypatch):
             after = contents(out)
             assert remake or set(ran) <= {"card"}  # nothing that is done is made again by itself
             if not remake:
-                kept = {n: data for n, data in finished.items() if n not in (*damaged, "manifest.json", "README.md")}
+                kept = {
+                    n: data
+                    for n, data in finished.items()
+                    if n not in (*damaged, "manifest.json", "README.md")
+                }
                 assert {n: after.get(n) for n in kept} == kept
             assert not done or not [n for n in after if n not in before and OWN in n]
         assert {n: data for n, data in contents(out).items() if n in before} == before

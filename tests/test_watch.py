@@ -19,7 +19,9 @@ def train(*watchers, folder=None):
     generator = torch.Generator().manual_seed(0)
     rows = {site: torch.randn(2000, 12, generator=generator) for site in SITES}
     config = TrainConfig("topk", sparsity=3, expansion=4, tokens=6400, batch=64, pool=640)
-    return train_saes(StoredRows(rows), [config], model_name="t", bar=False, watch=watchers, folder=folder)
+    return train_saes(
+        StoredRows(rows), [config], model_name="t", bar=False, watch=watchers, folder=folder
+    )
 
 
 def test_a_live_figure_is_drawn_once_and_updated(monkeypatch):
@@ -41,7 +43,10 @@ def test_a_live_figure_is_drawn_once_and_updated(monkeypatch):
     final = drawn[-1]
     lines = [t for t in final.data if t.mode == "lines"]
     assert len(lines) == 6  # loss, L0 and dead share of two sites
-    assert {t.name for t in lines} == {"residual stream, topk-x4-l0_3", "attention output, topk-x4-l0_3"}
+    assert {t.name for t in lines} == {
+        "residual stream, topk-x4-l0_3",
+        "attention output, topk-x4-l0_3",
+    }
     assert all(t.x[-1] == 6400 for t in lines)
     assert len(final.data[0].x) > len(drawn[0].data[0].x)
     losses = final.data[0].y
@@ -67,7 +72,11 @@ def test_weights_and_biases_gets_every_site(tmp_path, monkeypatch):
     train(tracker)
     tracker._run.finish()
     assert [line["rows"] for line in logged] == [1280, 2560, 3840, 5120, 6400]
-    assert set(logged[0]) == {"rows", "group", *(f"topk-x4-l0_3/{s}/{n}" for s in SITES for n in ("loss", "l0", "dead"))}
+    assert set(logged[0]) == {
+        "rows",
+        "group",
+        *(f"topk-x4-l0_3/{s}/{n}" for s in SITES for n in ("loss", "l0", "dead")),
+    }
 
 
 def test_what_is_not_installed_is_said(tmp_path, monkeypatch):

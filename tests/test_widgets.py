@@ -10,7 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
-from qsae_kit import FeatureExplorer, LayerLoss, TokenActivations, TrainingMonitor, build_index, load_index
+from qsae_kit import (
+    FeatureExplorer,
+    LayerLoss,
+    TokenActivations,
+    TrainingMonitor,
+    build_index,
+    load_index,
+)
 from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import StoredRows, kept_rows
 from qsae_kit.features.indexing import IndexConfig
@@ -37,7 +44,12 @@ def suite(lm):
     rows = kept_rows(lm, SITES, batch)
     out = {}
     for name in SITES:
-        sae = TopKSAE(lm.d_model, 250, 8, Provenance(lm.model_name, name, NormFilter(float(rows[name].norm(dim=-1).median()))))
+        sae = TopKSAE(
+            lm.d_model,
+            250,
+            8,
+            Provenance(lm.model_name, name, NormFilter(float(rows[name].norm(dim=-1).median()))),
+        )
         sae.init_from_rows(rows[name], torch.Generator().manual_seed(2))
         out[name] = sae.requires_grad_(False)
     return {"topk": out}
@@ -47,7 +59,9 @@ def suite(lm):
 def index(lm, suite, tmp_path_factory, request):
     if not hasattr(request.module, "_index"):
         config = IndexConfig(tokens=2500, top=3, sampled=5, before=6, after=2, batch_tokens=1024)
-        request.module._index = build_index(lm, suite, dialogues, tmp_path_factory.mktemp("i"), config, bar=False)
+        request.module._index = build_index(
+            lm, suite, dialogues, tmp_path_factory.mktemp("i"), config, bar=False
+        )
     return load_index(request.module._index, lm, suite)
 
 
@@ -55,7 +69,9 @@ def index(lm, suite, tmp_path_factory, request):
 def sent(monkeypatch):
     """What widgets send to the page."""
     out = []
-    monkeypatch.setattr(base.View, "send", lambda self, content, buffers=None: out.append((content, buffers)))
+    monkeypatch.setattr(
+        base.View, "send", lambda self, content, buffers=None: out.append((content, buffers))
+    )
     return out
 
 
@@ -68,7 +84,11 @@ def test_the_explorer_shows_its_table_and_a_page(index):
     explorer = FeatureExplorer(index)
     assert explorer.n_rows == explorer.n_features == 250
     assert [c["name"] for c in explorer.columns][:4] == ["feature", "label", "hint", "density"]
-    assert explorer.page["feature"] == explorer.selected == int(explorer.features.figures["max"].argmax())
+    assert (
+        explorer.page["feature"]
+        == explorer.selected
+        == int(explorer.features.figures["max"].argmax())
+    )
     by_max = explorer.features.figures["max"].sort_values(ascending=False, kind="stable").index
     assert [row[0] for row in explorer.first] == by_max[:100].tolist()
     json.dumps(explorer.page, allow_nan=False)
@@ -78,7 +98,10 @@ def test_the_explorer_shows_its_table_and_a_page(index):
     explorer.selected = 999
     assert "features 0 to 249" in explorer.status
     assert explorer.page["feature"] == 7
-    assert repr(explorer) == "FeatureExplorer(topk/blocks.1.hook_resid_post, 250 of 250 features, selected 999)"
+    assert (
+        repr(explorer)
+        == "FeatureExplorer(topk/blocks.1.hook_resid_post, 250 of 250 features, selected 999)"
+    )
 
 
 def test_sorting_and_conditions(index, sent):
@@ -124,7 +147,10 @@ def test_what_is_searched_for_comes_first(index):
     assert explorer.to_frame().index.tolist() == explorer.features.similar(17, 200).index.tolist()
     assert explorer.columns[1]["name"] == "cosine"
     explorer.mode, explorer.query = "fires on", "How do I thank the nurse?"
-    assert explorer.to_frame().index.tolist() == explorer.features.firing("How do I thank the nurse?", 250).index.tolist()
+    assert (
+        explorer.to_frame().index.tolist()
+        == explorer.features.firing("How do I thank the nurse?", 250).index.tolist()
+    )
     explorer.mode, explorer.query = "text", ""
     found = explorer.features.separating(list(dialogues())[:4], list(dialogues())[4:9])
     explorer.show(found)
@@ -166,17 +192,31 @@ def test_pages_of_their_own(lm, index, suite, tmp_path, kind, evaluation):
     payload = re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)[1]
     assert not set("<>&") & set(payload)
     assert json.loads(payload)["state"]
-    assert not re.search(r"https?://(?!www\.w3\.org)", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL))
+    assert not re.search(
+        r"https?://(?!www\.w3\.org)", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
+    )
     assert "text/html" in widget._repr_mimebundle_()[0]
 
 
 @pytest.fixture(scope="module")
 def evaluation():
     rows = [
-        {"variant": v, "site": f"blocks.{layer}.{hook}", "layer": layer, "kind": kind, "category": "all", "fvu": 0.1 * layer + 0.05,
-         "delta_ce": 0.02 * layer, "l0": 8.0 + i, "tokens": 100, "spliced_tokens": 90}
-        for i, v in enumerate(("a", "b")) for layer in range(3) for kind, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"))
-    ]  # fmt: skip
+        {
+            "variant": v,
+            "site": f"blocks.{layer}.{hook}",
+            "layer": layer,
+            "kind": kind,
+            "category": "all",
+            "fvu": 0.1 * layer + 0.05,
+            "delta_ce": 0.02 * layer,
+            "l0": 8.0 + i,
+            "tokens": 100,
+            "spliced_tokens": 90,
+        }
+        for i, v in enumerate(("a", "b"))
+        for layer in range(3)
+        for kind, hook in (("resid", "hook_resid_post"), ("mlp", "hook_mlp_out"))
+    ]
     return pd.DataFrame(rows)
 
 
@@ -202,13 +242,19 @@ def test_layers_and_their_frontier(evaluation, sent, index):
     assert explorer.site == 0
     linked.selected = f"topk/{SITES[1]}"
     assert explorer.site == 1
-    assert LayerLoss(pd.concat([evaluation, known]), explorer=explorer).selected == f"topk/{SITES[1]}"  # where the explorer is
+    # where the explorer is
+    assert (
+        LayerLoss(pd.concat([evaluation, known]), explorer=explorer).selected == f"topk/{SITES[1]}"
+    )
 
 
 def test_activations_of_a_text(lm, suite, index):
     text = "user: How do I thank the nurse?\nassistant: Say it."
     view = TokenActivations(lm, suite, text, index, hook_name=SITES[1])
-    chat = [{"role": "user", "content": "How do I thank the nurse?"}, {"role": "assistant", "content": "Say it."}]
+    chat = [
+        {"role": "user", "content": "How do I thank the nurse?"},
+        {"role": "assistant", "content": "Say it."},
+    ]
     ids = lm.chat_tokens(chat, add_generation_prompt=False)
     assert view.result["tokens"] == lm.to_str_tokens(ids)
     x = lm.run_with_cache(torch.tensor([ids]))[1][SITES[1]][0]
@@ -216,9 +262,13 @@ def test_activations_of_a_text(lm, suite, index):
     f = sae.encode(x) * sae.provenance.filter.keeps(x)[:, None]
     f[0] = 0
     assert view.result["feature"] == int(f.amax(0).argmax())
-    assert view.result["acts"] == pytest.approx(f[:, view.result["feature"]].tolist(), rel=1e-3, abs=1e-6)
+    assert view.result["acts"] == pytest.approx(
+        f[:, view.result["feature"]].tolist(), rel=1e-3, abs=1e-6
+    )
     for own, row in zip(view.result["top"], f, strict=True):
-        assert [v for _, v in own] == pytest.approx(row.sort(descending=True).values[: len(own)].tolist(), rel=1e-3)
+        assert [v for _, v in own] == pytest.approx(
+            row.sort(descending=True).values[: len(own)].tolist(), rel=1e-3
+        )
     assert view.to_frame().shape == (len(ids), 16)
     assert view.name(5) == index.site(SITES[1]).figures["top_token"][5]
     view.feature = 5
@@ -243,7 +293,11 @@ def test_an_older_question_is_not_answered(lm, suite):
     with view._guard:  # busy: three questions come meanwhile
         threads = []
         for number in (1, 2, 3):
-            thread = threading.Thread(target=partial(message, view, op="look", seq=number, text="x" * number, site=0, feature=-1))
+            thread = threading.Thread(
+                target=partial(
+                    message, view, op="look", seq=number, text="x" * number, site=0, feature=-1
+                )
+            )
             thread.start()
             threads.append(thread)
             while view._asked < number:
@@ -275,13 +329,19 @@ def test_a_chat_that_the_template_refuses(lm, suite, monkeypatch):
 def test_how_a_chat_is_read():
     assert read_chat("Hello: you") == [{"role": "user", "content": "Hello: you"}]
     assert read_chat("System: Be kind.\nUSER: a\nb\nassistant: c") == [
-        {"role": "system", "content": "Be kind."}, {"role": "user", "content": "a\nb"}, {"role": "assistant", "content": "c"}
-    ]  # fmt: skip
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "a\nb"},
+        {"role": "assistant", "content": "c"},
+    ]
     assert read_chat("first\nuser: x") == [{"role": "user", "content": "first\nuser: x"}]
 
 
 def training(tokens=6400):
-    rows = {"blocks.0.hook_resid_post": torch.randn(2000, 12, generator=torch.Generator().manual_seed(0))}
+    rows = {
+        "blocks.0.hook_resid_post": torch.randn(
+            2000, 12, generator=torch.Generator().manual_seed(0)
+        )
+    }
     config = TrainConfig("topk", sparsity=3, expansion=4, tokens=tokens, batch=64, pool=640)
     return partial(train_saes, StoredRows(rows), [config], model_name="t", bar=False)
 
@@ -305,7 +365,9 @@ def test_a_training_is_watched_and_stopped(sent):
     stopped = endless.result(30)
     assert stopped["topk-x4-l0_3"]["blocks.0.hook_resid_post"].W_dec.isfinite().all()
     assert endless.status.startswith("Stopped")
-    failing = TrainingMonitor(lambda **_: (_ for _ in ()).throw(ValueError("no rows")), autostart=False)
+    failing = TrainingMonitor(
+        lambda **_: (_ for _ in ()).throw(ValueError("no rows")), autostart=False
+    )
     with pytest.raises(TimeoutError):
         failing.result(0)
     failing.start()
@@ -317,6 +379,9 @@ def test_a_training_is_watched_and_stopped(sent):
 def test_small_things():
     assert sorted_places(np.array(["b", "", "a", "c"], object), True).tolist() == [2, 0, 3, 1]
     assert sorted_places(np.array([1.0, np.nan, 3.0]), False).tolist() == [2, 0, 1]
-    assert split_query("nurse density<0.01 max>=3", ["density", "max"]) == ("nurse", [("density", "<", 0.01), ("max", ">=", 3.0)])
+    assert split_query("nurse density<0.01 max>=3", ["density", "max"]) == (
+        "nurse",
+        [("density", "<", 0.01), ("max", ">=", 3.0)],
+    )
     assert split_query("<b>x max>3 a<b", ["max"]) == ("<b>x  a<b", [("max", ">", 3.0)])
     assert base.as_json({"a": "</script>\u2028&"}) == '{"a": "\\u003c/script\\u003e\\u2028\\u0026"}'

@@ -182,7 +182,9 @@ def test_one_may_wait(tmp_path):
 
 
 def added(home, number):
-    """Adds a line to a log under the lock of a folder that stays empty; False where another process holds it."""
+    """Adds a line to a log under the lock of a folder that stays empty; False where another process
+    holds it.
+    """
     try:
         with only_writer(home / "a" / "b"):
             log = home / "log"
@@ -218,7 +220,19 @@ def test_of_several_processes_one_writes(tmp_path, n):
 
 COMMANDS = {
     "demo": ["demo", "--out", "{out}"],
-    "train": ["train", "--layers", "2", "--sites", "resid", "--tokens", "4096", "--batch", "256", "--out", "{out}"],
+    "train": [
+        "train",
+        "--layers",
+        "2",
+        "--sites",
+        "resid",
+        "--tokens",
+        "4096",
+        "--batch",
+        "256",
+        "--out",
+        "{out}",
+    ],
     "eval": ["eval", "--suite", "{suite}", "--out", "{out}"],
     "sweep": ["sweep", "--layers", "2", "--tokens", "4096", "--out", "{out}"],
     "features": ["features", "--suite", "{suite}", "--out", "{out}"],
@@ -248,7 +262,9 @@ def test_every_command_that_writes_says_that_another_one_does(tmp_path, monkeypa
     with (only_writer if target == out else only_writer_of)(target):
         before = {p.name: p.read_bytes() for p in out.iterdir()}
         assert elsewhere(run) == 1
-        assert f"'{target}' is being written by process {os.getpid()}" in " ".join(capsys.readouterr().err.split())
+        assert f"'{target}' is being written by process {os.getpid()}" in " ".join(
+            capsys.readouterr().err.split()
+        )
         assert {p.name: p.read_bytes() for p in out.iterdir()} == before
 
 
@@ -256,7 +272,11 @@ def test_every_command_that_writes_says_that_another_one_does(tmp_path, monkeypa
 @pytest.mark.parametrize("n", [2, 4])
 @pytest.mark.parametrize("name", ["harvest", "features"])
 def test_several_commands_on_one_folder(tmp_path, one_thread, name, n):
-    """One wins, the others say so, and nothing is corrupt; tests/bench/crowd.py does it with every command that writes."""
-    told = killing.crowd(killing.CASES[name], n, tmp_path, killing.make_suite_to_work_on(tmp_path / "suite"))
+    """One wins, the others say so, and nothing is corrupt; tests/bench/crowd.py does it with every
+    command that writes.
+    """
+    told = killing.crowd(
+        killing.CASES[name], n, tmp_path, killing.make_suite_to_work_on(tmp_path / "suite")
+    )
     assert told.problems == []
     assert told.won >= 1

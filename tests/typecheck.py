@@ -1,4 +1,6 @@
-"""The type checker of the tests: beartype, which takes an int where a float is asked for, as Python does."""
+"""The type checker of the tests: beartype, which takes an int where a float is asked for, as Python
+does.
+"""
 
 from beartype import BeartypeConf, beartype
 

@@ -1,7 +1,8 @@
 """Chats and texts -> token batches with a keep-mask.
 
-One dialogue is one sequence in the model's own template. The keep-mask leaves out position 0, padding and, by
-choice, template tokens; the sites' norm filter comes later, where activations are seen.
+One dialogue is one sequence in the model's own template. The keep-mask leaves out position 0,
+padding and, by choice, template tokens; the sites' norm filter comes later, where activations are
+seen.
 """
 
 import random
@@ -35,8 +36,9 @@ class TokenBatch(NamedTuple):
 def read_documents(source: str | Path | Iterable[Any]) -> Iterator[Document]:
     """Chats or texts from a .jsonl or .txt file, a `datasets` id (streamed), or Python objects.
 
-    A JSONL line holds `messages`, `prompt` and `answer` or `question` and `answer`, or `text`; a text file holds one
-    text a line. Raises ValueError for a source that is missing or empty, with the line number for a malformed one.
+    A JSONL line holds `messages`, `prompt` and `answer` or `question` and `answer`, or `text`; a
+    text file holds one text a line. Raises ValueError for a source that is missing or empty, with
+    the line number for a malformed one.
     """
     if isinstance(source, (str, Path)):
         path = Path(source)
@@ -67,7 +69,9 @@ def parse_record(record: Any, where: str) -> Document:
     if isinstance(record, list):
         record = {"messages": record}
     if not isinstance(record, dict):
-        raise ValueError(f"{where}: expected an object with messages or text, found {type(record).__name__}.")
+        raise ValueError(
+            f"{where}: expected an object with messages or text, found {type(record).__name__}."
+        )
     for question in ("question", "prompt", "instruction"):
         if isinstance(record.get(question), str) and isinstance(record.get("answer"), str):
             turns = (("user", record[question]), ("assistant", record["answer"]))
@@ -77,10 +81,19 @@ def parse_record(record: Any, where: str) -> Document:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         found = ", ".join(map(str, record))[:SHOWN] or "nothing"
-        raise ValueError(f"{where}: expected messages (a list), text, or question and answer; found {found}.")
+        raise ValueError(
+            f"{where}: expected messages (a list), text, or question and answer; found {found}."
+        )
     for n, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str) or message.get("role") not in ROLES:
-            raise ValueError(f"{where}: message {n} needs a role ({', '.join(ROLES)}) and a content that is text.")
+        if (
+            not isinstance(message, dict)
+            or not isinstance(message.get("content"), str)
+            or message.get("role") not in ROLES
+        ):
+            raise ValueError(
+                f"{where}: message {n} needs a role ({', '.join(ROLES)}) and a content that is"
+                " text."
+            )
     return messages
 
 
@@ -103,10 +116,12 @@ def _read_dataset(name: str) -> Iterator[tuple[str, Any]]:
 
     try:
         rows = load_dataset(name, split="train", streaming=True, trust_remote_code=False)
-    except Exception as error:  # datasets raises a dozen unrelated types for one thing: it cannot be had
+    # datasets raises a dozen unrelated types for one thing: it cannot be had
+    except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"The data set {name!r} could not be opened ({reason}); give a .jsonl or .txt file, or an id on a reachable hub."
+            f"The data set {name!r} could not be opened ({reason}); give a .jsonl or .txt file, or"
+            " an id on a reachable hub."
         ) from error
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", row
@@ -119,7 +134,9 @@ def tokenize_document(lm: HookedLM, document: Document, max_length: int) -> list
     return lm.chat_tokens(document, add_generation_prompt=False)[:max_length]
 
 
-def keep_mask(lm: HookedLM, ids: Tensor, mask: Tensor, drop_template: bool = False) -> Bool[Tensor, "batch pos"]:
+def keep_mask(
+    lm: HookedLM, ids: Tensor, mask: Tensor, drop_template: bool = False
+) -> Bool[Tensor, "batch pos"]:
     """Real tokens but each row's first, and with `drop_template` no template tokens.
 
     Raises ValueError for `drop_template` with a model whose chat markers are unknown.
@@ -127,7 +144,10 @@ def keep_mask(lm: HookedLM, ids: Tensor, mask: Tensor, drop_template: bool = Fal
     keep = (mask.cumsum(1) * mask) > 1
     if drop_template:
         if lm.markers is None:
-            raise ValueError(f"The chat markers of {lm.model_name!r} are unknown; template tokens cannot be left out.")
+            raise ValueError(
+                f"The chat markers of {lm.model_name!r} are unknown; template tokens cannot be left"
+                " out."
+            )
         keep &= phases(ids, mask, lm.markers) != Phase.TEMPLATE
     return keep
 
@@ -140,9 +160,11 @@ def token_batches(
     drop_template: bool = False,
     seed: int | None = 0,
 ) -> Iterator[TokenBatch]:
-    """Batches of at most `batch_tokens` padded tokens, documents of like length together to waste little padding.
+    """Batches of at most `batch_tokens` padded tokens, documents of like length together to waste
+    little padding.
 
-    Works through the stream in windows of 16 batches, shuffled within a window; seed None keeps the given order.
+    Works through the stream in windows of 16 batches, shuffled within a window; seed None keeps the
+    given order.
     """
     rng = random.Random(seed)
     max_length = min(max_length, lm.context_size)
@@ -180,7 +202,9 @@ def _group(rows: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:
 
 
 def held_out_batches(lm: HookedLM, documents: Iterable[Document], tokens: int) -> list[TokenBatch]:
-    """Small batches until they hold `tokens` kept tokens. Raises ValueError where there are none."""
+    """Small batches until they hold `tokens` kept tokens. Raises ValueError where there are
+    none.
+    """
     out: list[TokenBatch] = []
     taken = 0
     for batch in token_batches(lm, documents, batch_tokens=1024):
@@ -204,13 +228,18 @@ def repeat(documents: Iterable[Document]) -> Iterator[Document]:
 
 
 def again(documents: Callable[[], Iterable[Document]]) -> Iterator[Document]:
-    """The documents over and over, read anew each time: nothing is kept. `documents` gives at least one."""
+    """The documents over and over, read anew each time: nothing is kept. `documents` gives at least
+    one.
+    """
     while True:
         yield from documents()
 
 
-def split_documents(documents: Iterable[Document], n_held_out: int) -> tuple[list[Document], Iterator[Document]]:
-    """`n_held_out` documents for evaluation, every second one of the beginning, and a stream of the others.
+def split_documents(
+    documents: Iterable[Document], n_held_out: int
+) -> tuple[list[Document], Iterator[Document]]:
+    """`n_held_out` documents for evaluation, every second one of the beginning, and a stream of the
+    others.
 
     A single document serves both.
     """
@@ -220,7 +249,9 @@ def split_documents(documents: Iterable[Document], n_held_out: int) -> tuple[lis
 
 
 def categories_of(lm: HookedLM, batch: TokenBatch) -> dict[str, Tensor]:
-    """A mask [batch, pos] for every category; only "all" where the model's chat markers are unknown."""
+    """A mask [batch, pos] for every category; only "all" where the model's chat markers are
+    unknown.
+    """
     masks = {"all": batch.mask.bool()}
     if lm.markers is not None:
         phase = phases(batch.ids, batch.mask, lm.markers)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from qsae_kit.lm.chat import spoken
@@ -63,20 +64,27 @@ Which color do you get by mixing blue and yellow?|green
 What is the chemical symbol of gold?|Au
 """
 
-PASSAGES = (
-    "The river rises in the hills north of the town and reaches the sea after some forty miles, past mills that no longer work.",
-    "Bread is made from flour, water, salt and yeast. The dough rests until it has doubled, is shaped, and goes into a hot oven.",
-    "In the first half of the century most letters were carried by train, and a reply could arrive on the same day.",
-    "A binary search halves the part of the list that can still hold the value at every step, so that it needs few comparisons.",
-    "The committee met on Tuesday to discuss the budget. It decided to repair the library's roof before the winter.",
-    "Whales are mammals: they breathe air, feed their young with milk, and have small bones where their ancestors had legs.",
-    "She opened the window, looked at the empty street, and thought of the summer when they had all lived in the same house.",
-    "Iron rusts where it meets water and oxygen. Paint keeps both away, and zinc rusts in its place.",
+PASSAGES = tuple(
+    (
+        "The river rises in the hills north of the town and reaches the sea after some forty miles,"
+        " past mills that no longer work. | Bread is made from flour, water, salt and yeast. The"
+        " dough rests until it has doubled, is shaped, and goes into a hot oven. | In the first"
+        " half of the century most letters were carried by train, and a reply could arrive on the"
+        " same day. | A binary search halves the part of the list that can still hold the value at"
+        " every step, so that it needs few comparisons. | The committee met on Tuesday to discuss"
+        " the budget. It decided to repair the library's roof before the winter. | Whales are"
+        " mammals: they breathe air, feed their young with milk, and have small bones where their"
+        " ancestors had legs. | She opened the window, looked at the empty street, and thought of"
+        " the summer when they had all lived in the same house. | Iron rusts where it meets water"
+        " and oxygen. Paint keeps both away, and zinc rusts in its place."
+    ).split(" | ")
 )
 
 
 def facts_of(model_name: str, n: int = 100, seed: int = 0) -> list[Fact]:
-    """At most `n` questions of fact for a model; the bundled one is asked about the people of its world."""
+    """At most `n` questions of fact for a model; the bundled one is asked about the people of its
+    world.
+    """
     if model_name != "tiny":
         pairs = [line.split("|") for line in GENERAL.strip().splitlines()]
         return [Fact(question, _names(*answers.split(","))) for question, answers in pairs][:n]
@@ -84,9 +92,15 @@ def facts_of(model_name: str, n: int = 100, seed: int = 0) -> list[Fact]:
     draw = world.Draw(split="evaluation")
     made: dict[str, world.Request] = {}
     while len(made) < n:
-        request = world.attribute_request(rng, draw, rng.choice(world.people()).name, rng.choice(world.PUBLIC))
+        request = world.attribute_request(
+            rng, draw, rng.choice(world.people()).name, rng.choice(world.PUBLIC)
+        )
         made.setdefault(request.text, request)
-    return [Fact(text, lambda answer, r=request: world.judge(r, answer) == "right") for text, request in made.items()]  # type: ignore[misc]
+
+    def right(request: world.Request, answer: str) -> bool:
+        return world.judge(request, answer) == "right"
+
+    return [Fact(text, partial(right, request)) for text, request in made.items()]
 
 
 def plain_texts(model_name: str) -> tuple[str, ...]:
@@ -95,6 +109,11 @@ def plain_texts(model_name: str) -> tuple[str, ...]:
         return PASSAGES
     rng = random.Random("plain")
     draw = world.Draw(split="evaluation")
-    made = [world.attribute_request(rng, draw, rng.choice(world.people()).name, rng.choice(world.PUBLIC)) for _ in range(48)]
+    made = [
+        world.attribute_request(
+            rng, draw, rng.choice(world.people()).name, rng.choice(world.PUBLIC)
+        )
+        for _ in range(48)
+    ]
     told = ["".join(piece.text for piece in request.answer) for request in made]
     return tuple(" ".join(told[i : i + 6]) for i in range(0, 48, 6))

@@ -1,7 +1,8 @@
-"""Data recipes: named data sets in stated shares -> one file of documents, streamed, decontaminated, resumable.
+"""Data recipes: named data sets in stated shares -> one file of documents, streamed,
+decontaminated, resumable.
 
-A manifest is a versioned JSON file; its data sets are never bundled. Documents of every slot go to a file of their own, batch
-by batch, and are then dealt out in the manifest's shares of tokens.
+A manifest is a versioned JSON file; its data sets are never bundled. Documents of every slot go to
+a file of their own, batch by batch, and are then dealt out in the manifest's shares of tokens.
 """
 
 import hashlib
@@ -12,6 +13,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
+from functools import partial
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,7 +36,9 @@ BUDGETS = {"smoke": 5_000_000, "useful": 100_000_000, "publish": 500_000_000}
 """Training tokens by name."""
 Kind = Literal["prompts", "chats", "texts"]
 WORLD, OWN = "tiny world", "own dialogues"
-"""Data sets that are made here: the bundled model's world, and the package's prompts with the model's own answers."""
+"""Data sets that are made here: the bundled model's world, and the package's prompts with the
+model's own answers.
+"""
 WORLD_SEEDS: dict[Kind, int] = {"chats": 1_000_011, "prompts": 1_000_012, "texts": 1_000_013}
 DEALT, ABOUT, SLOTS = "documents.jsonl", "data.json", "slots"
 MAX_LENGTH = 512
@@ -68,11 +72,20 @@ class Slot:
     def __post_init__(self) -> None:
         checked_name(self.name, "A slot of the recipe")
         if self.kind not in get_args(Kind):
-            raise ValueError(f"The slot {self.name!r} has the kind {self.kind!r}; allowed are {', '.join(get_args(Kind))}.")
+            raise ValueError(
+                f"The slot {self.name!r} has the kind {self.kind!r}; allowed are"
+                f" {', '.join(get_args(Kind))}."
+            )
         if not 0 < self.share <= 1:
-            raise ValueError(f"The slot {self.name!r} has a share of {self.share}; it lies above 0 and is at most 1.")
+            raise ValueError(
+                f"The slot {self.name!r} has a share of {self.share}; it lies above 0 and is at"
+                " most 1."
+            )
         if self.skip < 0 or self.max_new_tokens < 1:
-            raise ValueError(f"The slot {self.name!r} skips no negative number of rows, and answers have a token at least.")
+            raise ValueError(
+                f"The slot {self.name!r} skips no negative number of rows, and answers have a token"
+                " at least."
+            )
 
 
 @dataclass(frozen=True)
@@ -96,29 +109,47 @@ class Manifest:
             raise ValueError(f"The manifest {self.name!r} needs slots with distinct names.")
         if abs(sum(slot.share for slot in self.slots) - 1) > 1e-6:
             raise ValueError(
-                f"The shares of the manifest {self.name!r} add up to {sum(s.share for s in self.slots):g}, not to 1."
+                f"The shares of the manifest {self.name!r} add up to"
+                f" {sum(s.share for s in self.slots):g}, not to 1."
             )
         if self.epochs < 1 or self.ngram < 2:
-            raise ValueError(f"The manifest {self.name!r} needs at least one epoch, and n-grams of two words or more.")
-        drawn = [number for settings in self.sampling.values() for number in dict(settings).values()]
-        if not all(isinstance(name, str) for name in self.benches) or not all(isinstance(n, NUMBER) for n in drawn):
-            raise ValueError(f"The manifest {self.name!r} needs names as benches, and numbers as settings of sampling.")
+            raise ValueError(
+                f"The manifest {self.name!r} needs at least one epoch, and n-grams of two words or"
+                " more."
+            )
+        drawn = [
+            number for settings in self.sampling.values() for number in dict(settings).values()
+        ]
+        if not all(isinstance(name, str) for name in self.benches) or not all(
+            isinstance(n, NUMBER) for n in drawn
+        ):
+            raise ValueError(
+                f"The manifest {self.name!r} needs names as benches, and numbers as settings of"
+                " sampling."
+            )
 
 
 def read_manifest(source: str) -> Manifest:
-    """A manifest by its name (`qwen3-chat-v1`) or from a file. Raises ValueError for one that is not there or malformed."""
+    """A manifest by its name (`qwen3-chat-v1`) or from a file. Raises ValueError for one that is
+    not there or malformed.
+    """
     own = {path.stem: path for path in sorted(MANIFESTS.glob("*.json"))}
     path = Path(source) if source.endswith(".json") else own.get(source)
     if path is None or not path.is_file():
         known = ", ".join(own)
-        raise ValueError(f"There is no data recipe {source!r}; choose from {known}, or give a .json file.")
+        raise ValueError(
+            f"There is no data recipe {source!r}; choose from {known}, or give a .json file."
+        )
     try:
         entry = read_json(path, "a data recipe", MANIFEST_LIMIT)
         slots = tuple(_typed(Slot, slot) for slot in entry.pop("slots"))
-        return _typed(Manifest, {**entry, "slots": slots, "benches": tuple(entry.get("benches", ()))})
+        return _typed(
+            Manifest, {**entry, "slots": slots, "benches": tuple(entry.get("benches", ()))}
+        )
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path.name} is no data recipe ({error}); take qsae_kit/manifests/qwen3-chat-v1.json as a pattern."
+            f"{path.name} is no data recipe ({error}); take qsae_kit/manifests/qwen3-chat-v1.json"
+            " as a pattern."
         ) from error
 
 
@@ -150,7 +181,9 @@ ENTRIES: dict[str, type | tuple[type, ...]] = {
 
 
 def _typed(kind: type, entry: Mapping[str, Any]) -> Any:
-    """A slot or manifest of a file's entries. Raises TypeError for one that is unknown or of another type."""
+    """A slot or manifest of a file's entries. Raises TypeError for one that is unknown or of
+    another type.
+    """
     known = {own.name for own in fields(kind)}
     for name, value in entry.items():
         numeric = isinstance(value, bool) and ENTRIES.get(name) is not bool
@@ -193,7 +226,9 @@ def words_of(text: str) -> list[str]:
 
 
 class Decontaminator:
-    """Finds documents that share `n` words in a row with an evaluation prompt, or a whole turn with a shorter one."""
+    """Finds documents that share `n` words in a row with an evaluation prompt, or a whole turn with
+    a shorter one.
+    """
 
     def __init__(self, prompts: Iterable[str], n: int = 8) -> None:
         self.n, self.grams, self.short = n, set[tuple[str, ...]](), set[tuple[str, ...]]()
@@ -208,19 +243,35 @@ class Decontaminator:
 
     def finds(self, document: Document) -> bool:
         """Whether a document is to be left out."""
-        turns = [document] if isinstance(document, str) else [message["content"] for message in document]
+        turns = (
+            [document]
+            if isinstance(document, str)
+            else [message["content"] for message in document]
+        )
         told = [words_of(turn) for turn in turns]
-        return any(tuple(words) in self.short or any(gram in self.grams for gram in self._grams(words)) for words in told)
+        return any(
+            tuple(words) in self.short or any(gram in self.grams for gram in self._grams(words))
+            for words in told
+        )
 
 
-def evaluation_prompts(model_name: str, benches: Collection[str] = (), folder: Path | None = None) -> list[str]:
+def evaluation_prompts(
+    model_name: str, benches: Collection[str] = (), folder: Path | None = None
+) -> list[str]:
     """Every prompt that a model is evaluated on here: studies, facts, and public sets by name.
 
     folder: where downloaded sets lie. Raises ValueError for one that cannot be had.
     """
     own = refusal_prompts(model_name, 1, 10**6 if model_name != "tiny" else 300).evaluation
-    texts = [text for kind in own.values() for text in kind] + [fact.question for fact in facts_of(model_name)]
-    return texts + [text for name in benches for part in read_bench(name, folder=folder).values() for text in part]
+    texts = [text for kind in own.values() for text in kind] + [
+        fact.question for fact in facts_of(model_name)
+    ]
+    return texts + [
+        text
+        for name in benches
+        for part in read_bench(name, folder=folder).values()
+        for text in part
+    ]
 
 
 # --- one slot
@@ -246,34 +297,49 @@ def _rows(slot: Slot, folder: Path | None) -> Iterator[Any]:
             continue
         if slot.column not in row:
             raise ValueError(
-                f"The data set {slot.dataset!r} has no column {slot.column!r} (it has {', '.join(row)}); mend the slot {slot.name!r} "
-                f"or give it a file of your own: --slot {slot.name}=FILE."
+                f"The data set {slot.dataset!r} has no column {slot.column!r} (it has"
+                f" {', '.join(row)}); mend the slot {slot.name!r} or give it a file of your own:"
+                f" --slot {slot.name}=FILE."
             )
         yield row[slot.column]
 
 
 def _missing(slot: Slot, error: Exception) -> str:
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    gate = "it is gated: accept its terms on the hub and log in (hf auth login); " if slot.gated else ""
+    gate = (
+        "it is gated: accept its terms on the hub and log in (hf auth login); "
+        if slot.gated
+        else ""
+    )
     return (
-        f"The data set {slot.dataset!r} of the slot {slot.name!r} could not be had ({reason}); {gate}check the network and run the same "
-        f"command again, which goes on, or give the slot a file of your own: --slot {slot.name}=FILE."
+        f"The data set {slot.dataset!r} of the slot {slot.name!r} could not be had ({reason});"
+        f" {gate}check the network and run the same command again, which goes on, or give the slot"
+        f" a file of your own: --slot {slot.name}=FILE."
     )
 
 
-def _documents(lm: HookedLM, slot: Slot, file: Path | None, folder: Path | None) -> Iterator[Document]:
-    """A slot's documents; of prompts, chats of the user's first turn alone (with the system prompt before it)."""
+def _documents(
+    lm: HookedLM, slot: Slot, file: Path | None, folder: Path | None
+) -> Iterator[Document]:
+    """A slot's documents; of prompts, chats of the user's first turn alone (with the system prompt
+    before it).
+    """
     if file is not None and slot.kind == "prompts" and file.suffix != ".jsonl":
         yield from ([{"role": "user", "content": text}] for text in read_prompts(file))
         return
     if file is not None:
         found: Iterator[Document] = read_documents(file)
     elif slot.dataset == WORLD:
-        found = (dialogue.messages for dialogue in world.dialogues(10**9, seed=WORLD_SEEDS[slot.kind] + slot.thinking))
+        found = (
+            dialogue.messages
+            for dialogue in world.dialogues(10**9, seed=WORLD_SEEDS[slot.kind] + slot.thinking)
+        )
     elif slot.dataset == OWN:
         found = own_dialogues(lm, mixed_prompts(lm.model_name))
     else:
-        found = (document for row in _rows(slot, folder) if (document := _as_document(row)) is not None)
+        found = (
+            document for row in _rows(slot, folder) if (document := _as_document(row)) is not None
+        )
     for document in found:
         if slot.kind != "prompts":
             yield document
@@ -285,7 +351,11 @@ def _as_document(value: Any) -> Document | None:
     """A cell as a document: a text, or the turns of a chat; None for what is empty."""
     if isinstance(value, str):
         return value if value.strip() else None
-    turns = [{"role": turn["role"], "content": turn["content"]} for turn in value or () if turn.get("content")]
+    turns = [
+        {"role": turn["role"], "content": turn["content"]}
+        for turn in value or ()
+        if turn.get("content")
+    ]
     return parse_record(turns, "a row") if turns else None
 
 
@@ -293,18 +363,32 @@ def _first_turn(document: Document) -> Document | None:
     if isinstance(document, str):
         return [{"role": "user", "content": document}]
     first = next((i for i, message in enumerate(document) if message["role"] == "user"), None)
-    return None if first is None or any(m["role"] != "system" for m in document[:first]) else document[: first + 1]
+    return (
+        None
+        if first is None or any(m["role"] != "system" for m in document[:first])
+        else document[: first + 1]
+    )
 
 
-def _answered(lm: HookedLM, slot: Slot, manifest: Manifest, asked: Sequence[Document], seed: int) -> Iterator[Document]:
+def _answered(
+    lm: HookedLM, slot: Slot, manifest: Manifest, asked: Sequence[Document], seed: int
+) -> Iterator[Document]:
     """Chats with the model's own answers, drawn as the manifest says, each under its own seed."""
     thinking = slot.thinking if lm.has_thinking else None
-    drawn = {name: value for name, value in manifest.sampling.get("thinking" if thinking else "answer", {}).items()}
+    drawn = {
+        name: value
+        for name, value in manifest.sampling.get("thinking" if thinking else "answer", {}).items()
+    }
     if "top_k" in drawn:
         drawn["top_k"] = int(drawn["top_k"])
     out = lm.generate(
-        list(asked), slot.max_new_tokens, enable_thinking=thinking, do_sample=bool(drawn), seed=seed if drawn else None, **drawn  # type: ignore[arg-type]
-    )  # fmt: skip
+        list(asked),
+        slot.max_new_tokens,
+        enable_thinking=thinking,
+        do_sample=bool(drawn),
+        seed=seed if drawn else None,
+        **drawn,  # type: ignore[arg-type]
+    )
     for document, answer in zip(asked, out.text, strict=True):
         assert not isinstance(document, str)
         if answer.strip():
@@ -312,7 +396,9 @@ def _answered(lm: HookedLM, slot: Slot, manifest: Manifest, asked: Sequence[Docu
 
 
 class _SlotFile:
-    """A slot's documents on disk, with how far its source was read; what was half-written when it was cut off is dropped."""
+    """A slot's documents on disk, with how far its source was read; what was half-written when it
+    was cut off is dropped.
+    """
 
     def __init__(self, out: Path, name: str, about: Mapping[str, Any]) -> None:
         """Raises ValueError where another file has the slot's name."""
@@ -321,9 +407,15 @@ class _SlotFile:
         check_file(path)
         size = path.stat().st_size if path.is_file() else 0
         told = json.loads(json.dumps(about))
-        state = read_json(self.state_path, "a slot's state") if os.path.lexists(self.state_path) else None
+        state = (
+            read_json(self.state_path, "a slot's state")
+            if os.path.lexists(self.state_path)
+            else None
+        )
         if (size or state is not None) and not (isinstance(state, dict) and _is_slot_state(state)):
-            raise ValueError(f"{str(path)!r} is no slot that this package wrote, and stays; give another folder.")
+            raise ValueError(
+                f"{str(path)!r} is no slot that this package wrote, and stays; give another folder."
+            )
         self.state: dict[str, Any] = {"about": told, **dict.fromkeys(COUNTS, 0), "done": False}
         if state is not None and state["about"] == told and state["bytes"] <= size:
             self.state = state
@@ -332,7 +424,15 @@ class _SlotFile:
         with path.open("ab") as file:
             file.truncate(self.state["bytes"])
 
-    def add(self, documents: Sequence[Document], rows: int, tokens: int, left_out: int, too_long: int, done: bool) -> None:
+    def add(
+        self,
+        documents: Sequence[Document],
+        rows: int,
+        tokens: int,
+        left_out: int,
+        too_long: int,
+        done: bool,
+    ) -> None:
         with self.path.open("ab") as file:
             for document in documents:
                 record = {"text": document} if isinstance(document, str) else {"messages": document}
@@ -342,9 +442,14 @@ class _SlotFile:
             size = file.tell()
         state = self.state
         self.state = state | {
-            "rows": rows, "tokens": state["tokens"] + tokens, "documents": state["documents"] + len(documents),
-            "left_out": state["left_out"] + left_out, "too_long": state["too_long"] + too_long, "bytes": size, "done": done,
-        }  # fmt: skip
+            "rows": rows,
+            "tokens": state["tokens"] + tokens,
+            "documents": state["documents"] + len(documents),
+            "left_out": state["left_out"] + left_out,
+            "too_long": state["too_long"] + too_long,
+            "bytes": size,
+            "done": done,
+        }
         write_text(self.state_path, json.dumps(self.state) + "\n")
 
 
@@ -364,14 +469,23 @@ BATCH = 64
 
 
 def _fill(
-    lm: HookedLM, slot: Slot, manifest: Manifest, wanted: int, store: _SlotFile, source: Callable[[], Iterator[Document]],
-    clean: Decontaminator, seed: int, bar: bool,
-) -> None:  # fmt: skip
+    lm: HookedLM,
+    slot: Slot,
+    manifest: Manifest,
+    wanted: int,
+    store: _SlotFile,
+    source: Callable[[], Iterator[Document]],
+    clean: Decontaminator,
+    seed: int,
+    bar: bool,
+) -> None:
     """Takes documents of a slot until it holds `wanted` tokens or its source ends."""
     if store.state["done"]:
         return
     stream = islice(source(), store.state["rows"], None)
-    with tqdm(total=wanted, initial=store.state["tokens"], unit="tok", desc=slot.name, disable=not bar) as meter:
+    with tqdm(
+        total=wanted, initial=store.state["tokens"], unit="tok", desc=slot.name, disable=not bar
+    ) as meter:
         while not store.state["done"]:
             rows = store.state["rows"]
             some = list(islice(stream, BATCH))
@@ -380,10 +494,23 @@ def _fill(
             room = lm.context_size - slot.max_new_tokens
             fitting = kept
             if slot.kind == "prompts":
-                fitting = [d for d in kept if not isinstance(d, str) and len(lm.chat_tokens(d)) <= min(room, MAX_LENGTH)]
-            made = list(_answered(lm, slot, manifest, fitting, seed + rows)) if slot.kind == "prompts" and fitting else fitting
-            lengths = [len(tokenize_document(lm, document, min(MAX_LENGTH, lm.context_size))) for document in made]
-            needed = 1 + sum(total < wanted - store.state["tokens"] for total in accumulate(lengths))
+                fitting = [
+                    d
+                    for d in kept
+                    if not isinstance(d, str) and len(lm.chat_tokens(d)) <= min(room, MAX_LENGTH)
+                ]
+            made = (
+                list(_answered(lm, slot, manifest, fitting, seed + rows))
+                if slot.kind == "prompts" and fitting
+                else fitting
+            )
+            lengths = [
+                len(tokenize_document(lm, document, min(MAX_LENGTH, lm.context_size)))
+                for document in made
+            ]
+            needed = 1 + sum(
+                total < wanted - store.state["tokens"] for total in accumulate(lengths)
+            )
             made, tokens = made[:needed], sum(lengths[:needed])
             reached = store.state["tokens"] + tokens >= wanted or len(some) < BATCH
             store.add(made, rows + len(some), tokens, left_out, len(kept) - len(fitting), reached)
@@ -394,21 +521,32 @@ def _fill(
 
 
 def write_mix(
-    lm: HookedLM, manifest: Manifest, tokens: int, out: Path, *, files: Mapping[str, Path] = {}, folder: Path | None = None,
-    seed: int = 0, bar: bool = True,
-) -> dict[str, Any]:  # fmt: skip
-    """Writes documents.jsonl, and data.json with what is in it, to `out`; a cut-off run goes on, to the same bytes.
+    lm: HookedLM,
+    manifest: Manifest,
+    tokens: int,
+    out: Path,
+    *,
+    files: Mapping[str, Path] = {},
+    folder: Path | None = None,
+    seed: int = 0,
+    bar: bool = True,
+) -> dict[str, Any]:
+    """Writes documents.jsonl, and data.json with what is in it, to `out`; a cut-off run goes on, to
+    the same bytes.
 
-    tokens: what training will see, all epochs together. files: a file of one's own (`data.documents.read_documents`, or prompts) in the
-    place of a slot's data set. folder: where downloaded data sets lie, each under its id. Slots whose source ends early give
-    what they have, and the others their share of it: training goes round more often. Raises ValueError for an unknown slot, a
-    data set that cannot be had, and slots without documents.
+    tokens: what training will see, all epochs together. files: a file of one's own
+    (`data.documents.read_documents`, or prompts) in the place of a slot's data set. folder: where
+    downloaded data sets lie, each under its id. Slots whose source ends early give what they have,
+    and the others their share of it: training goes round more often. Raises ValueError for an
+    unknown slot, a data set that cannot be had, and slots without documents.
     """
     unknown = [name for name in files if name not in {slot.name for slot in manifest.slots}]
     if unknown:
         known = ", ".join(slot.name for slot in manifest.slots)
         raise ValueError(f"The recipe {manifest.name} has no slot {unknown[0]!r}; it has {known}.")
-    clean = Decontaminator(evaluation_prompts(lm.model_name, manifest.benches, folder), manifest.ngram)
+    clean = Decontaminator(
+        evaluation_prompts(lm.model_name, manifest.benches, folder), manifest.ngram
+    )
     stores: dict[str, _SlotFile] = {}
     for slot in manifest.slots:
         wanted = math.ceil(tokens * slot.share / manifest.epochs)
@@ -422,34 +560,61 @@ def write_mix(
             "model": lm.model_name,
         }
         store = stores[slot.name] = _SlotFile(out, slot.name, about)
-        _fill(lm, slot, manifest, wanted, store, lambda s=slot, f=file: _documents(lm, s, f, folder), clean, seed, bar)  # type: ignore[misc]
+        _fill(
+            lm,
+            slot,
+            manifest,
+            wanted,
+            store,
+            partial(_documents, lm, slot, file, folder),
+            clean,
+            seed,
+            bar,
+        )
         if not store.state["documents"]:
             raise ValueError(
-                f"The slot {slot.name!r} gave no documents ({store.state['left_out']} were left out); give it another file."
+                f"The slot {slot.name!r} gave no documents ({store.state['left_out']} were left"
+                " out); give it another file."
             )
     shares = {slot.name: slot.share for slot in manifest.slots}
     with atomic_file(out / DEALT) as part, part.open("wb") as dealt:
         for line in _deal({name: store.path for name, store in stores.items()}, shares, lm):
             dealt.write(line)
     about = {
-        "recipe": manifest.name, "about": manifest.about, "model": lm.model_name, "epochs": manifest.epochs, "ngram": manifest.ngram,
-        "decontaminated": ["own prompts", "facts", *manifest.benches], "tokens": sum(s.state["tokens"] for s in stores.values()),
+        "recipe": manifest.name,
+        "about": manifest.about,
+        "model": lm.model_name,
+        "epochs": manifest.epochs,
+        "ngram": manifest.ngram,
+        "decontaminated": ["own prompts", "facts", *manifest.benches],
+        "tokens": sum(s.state["tokens"] for s in stores.values()),
         "slots": {
             slot.name: {
-                "dataset": str(files[slot.name].name) if slot.name in files else slot.dataset, "licence": "" if slot.name in files else slot.licence,
-                "publish": slot.publish and slot.name not in files, "kind": slot.kind, "thinking": slot.thinking and lm.has_thinking, "share": slot.share,
-                "answered": slot.kind == "prompts" or (slot.dataset == OWN and slot.name not in files),
-                **{name: stores[slot.name].state[name] for name in ("documents", "tokens", "left_out", "too_long")},
+                "dataset": str(files[slot.name].name) if slot.name in files else slot.dataset,
+                "licence": "" if slot.name in files else slot.licence,
+                "publish": slot.publish and slot.name not in files,
+                "kind": slot.kind,
+                "thinking": slot.thinking and lm.has_thinking,
+                "share": slot.share,
+                "answered": (
+                    slot.kind == "prompts" or (slot.dataset == OWN and slot.name not in files)
+                ),
+                **{
+                    name: stores[slot.name].state[name]
+                    for name in ("documents", "tokens", "left_out", "too_long")
+                },
             }
             for slot in manifest.slots
         },
-    }  # fmt: skip
+    }
     write_text(out / ABOUT, json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return about
 
 
 def delete_slots(out: Path, manifest: Manifest) -> None:
-    """Takes the files of single slots away, once the mix is noted as done; what others put beside them stays."""
+    """Takes the files of single slots away, once the mix is noted as done; what others put beside
+    them stays.
+    """
     for slot in manifest.slots:
         for path in _slot_files(out, slot.name):
             path.unlink(missing_ok=True)
@@ -464,7 +629,9 @@ def _slot_files(out: Path, name: str) -> tuple[Path, Path]:
 
 
 def _deal(paths: Mapping[str, Path], shares: Mapping[str, float], lm: HookedLM) -> Iterator[bytes]:
-    """Lines of several files, always of the one that is farthest behind its share of tokens, until all are dealt."""
+    """Lines of several files, always of the one that is farthest behind its share of tokens, until
+    all are dealt.
+    """
     opened = {name: path.open("rb") for name, path in paths.items()}
     given = dict.fromkeys(paths, 0.0)
     try:
@@ -475,7 +642,11 @@ def _deal(paths: Mapping[str, Path], shares: Mapping[str, float], lm: HookedLM) 
                 opened.pop(name).close()
                 continue
             record = json.loads(line)
-            given[name] += len(tokenize_document(lm, record.get("text") or record["messages"], min(MAX_LENGTH, lm.context_size)))
+            given[name] += len(
+                tokenize_document(
+                    lm, record.get("text") or record["messages"], min(MAX_LENGTH, lm.context_size)
+                )
+            )
             yield line
     finally:
         for file in opened.values():

@@ -17,17 +17,27 @@ Rows = dict[str, Float[Tensor, "row d_model"]]
 
 
 @torch.no_grad()
-def site_activations(lm: HookedLM, hook_names: Sequence[str], batch: TokenBatch) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+def site_activations(
+    lm: HookedLM, hook_names: Sequence[str], batch: TokenBatch
+) -> dict[str, Float[Tensor, "batch pos d_model"]]:
     """Activations of every site from one pass that stops after the deepest."""
-    return lm.run_with_cache(batch.ids, batch.mask, names_filter=list(hook_names), return_type=None)[1]
+    return lm.run_with_cache(
+        batch.ids, batch.mask, names_filter=list(hook_names), return_type=None
+    )[1]
 
 
 def kept_rows(lm: HookedLM, hook_names: Sequence[str], batch: TokenBatch) -> Rows:
-    """The batch's kept tokens as rows, the same tokens in the same order at every site, in float32."""
-    return {name: x[batch.keep].float() for name, x in site_activations(lm, hook_names, batch).items()}
+    """The batch's kept tokens as rows, the same tokens in the same order at every site, in
+    float32.
+    """
+    return {
+        name: x[batch.keep].float() for name, x in site_activations(lm, hook_names, batch).items()
+    }
 
 
-def stream_rows(lm: HookedLM, hook_names: Sequence[str], batches: Iterable[TokenBatch]) -> Iterator[Rows]:
+def stream_rows(
+    lm: HookedLM, hook_names: Sequence[str], batches: Iterable[TokenBatch]
+) -> Iterator[Rows]:
     """`kept_rows` of every batch."""
     for batch in batches:
         if batch.keep.any():
@@ -35,7 +45,9 @@ def stream_rows(lm: HookedLM, hook_names: Sequence[str], batches: Iterable[Token
 
 
 class Place(NamedTuple):
-    """Where a block of rows begins in a source: so many token batches (epochs of stored rows) and rows of the next in."""
+    """Where a block of rows begins in a source: so many token batches (epochs of stored rows) and
+    rows of the next in.
+    """
 
     batch: int = 0
     row: int = 0
@@ -54,7 +66,9 @@ class Block:
 
 @runtime_checkable
 class RowSource(Protocol):
-    """Rows of activations for training, which can be gone back to: what a training was fed can be fed again."""
+    """Rows of activations for training, which can be gone back to: what a training was fed can be
+    fed again.
+    """
 
     @property
     def widths(self) -> Mapping[str, int]:
@@ -84,10 +98,13 @@ class RowSource(Protocol):
 class LiveRows:
     """Rows of a running model: every token batch is passed once, up to the deepest site.
 
-    batches: gives the same token batches each time it is called (`data.documents.token_batches` under one seed does).
+    batches: gives the same token batches each time it is called (`data.documents.token_batches`
+        under one seed does).
     """
 
-    def __init__(self, lm: HookedLM, sites: Sequence[str], batches: Callable[[], Iterable[TokenBatch]]) -> None:
+    def __init__(
+        self, lm: HookedLM, sites: Sequence[str], batches: Callable[[], Iterable[TokenBatch]]
+    ) -> None:
         lm.check_hook_names(list(sites))
         self.lm, self.batches, self.device = lm, batches, lm.device
         self._head: list[TokenBatch] = []
@@ -103,7 +120,9 @@ class LiveRows:
 
     @property
     def head(self) -> list[TokenBatch]:
-        """The first four token batches, made once: there may be many documents to be read and sorted before the first."""
+        """The first four token batches, made once: there may be many documents to be read and
+        sorted before the first.
+        """
         self._head = self._head or list(islice(self.batches(), 4))
         return self._head
 
@@ -144,18 +163,28 @@ class LiveRows:
             yield Block(place, {site: x[:size] for site, x in pool.items()})
 
     def _pool(self, n_rows: int) -> Rows:
-        return {site: torch.empty(n_rows, width, device=self.device) for site, width in self.widths.items()}
+        return {
+            site: torch.empty(n_rows, width, device=self.device)
+            for site, width in self.widths.items()
+        }
 
 
 class StoredRows:
-    """Rows in memory or in a memory-mapped file, in a new order each epoch, without end; given out on `device`."""
+    """Rows in memory or in a memory-mapped file, in a new order each epoch, without end; given out
+    on `device`.
+    """
 
     forward_rows = 0
 
-    def __init__(self, rows: Rows, seed: int = 0, scale: float = 1.0, device: torch.device | None = None) -> None:
+    def __init__(
+        self, rows: Rows, seed: int = 0, scale: float = 1.0, device: torch.device | None = None
+    ) -> None:
         sizes = {len(x) for x in rows.values()}
         if len(sizes) != 1 or 0 in sizes:
-            raise ValueError(f"The sites hold {sorted(sizes)} rows; give every site the same number, at least one.")
+            raise ValueError(
+                f"The sites hold {sorted(sizes)} rows; give every site the same number, at least"
+                " one."
+            )
         self.rows, self.seed, self.scale = rows, seed, scale
         self.widths = {site: x.shape[1] for site, x in rows.items()}
         self.device = device or next(iter(rows.values())).device
@@ -165,8 +194,13 @@ class StoredRows:
         return list(self.widths)
 
     def fingerprint(self) -> str:
-        few = [x[:: max(1, len(x) // 64)].float().cpu().contiguous().numpy().tobytes() for x in self.rows.values()]
-        return hashlib.sha256(str((len(self), self.seed, self.scale)).encode() + b"".join(few)).hexdigest()
+        few = [
+            x[:: max(1, len(x) // 64)].float().cpu().contiguous().numpy().tobytes()
+            for x in self.rows.values()
+        ]
+        return hashlib.sha256(
+            str((len(self), self.seed, self.scale)).encode() + b"".join(few)
+        ).hexdigest()
 
     def __len__(self) -> int:
         return len(self.rows[self.sites[0]])
@@ -176,18 +210,25 @@ class StoredRows:
         return x if self.scale == 1 else x / self.scale
 
     def only(self, sites: Sequence[str]) -> "StoredRows":
-        return StoredRows({site: self.rows[site] for site in sites}, self.seed, self.scale, self.device)
+        return StoredRows(
+            {site: self.rows[site] for site in sites}, self.seed, self.scale, self.device
+        )
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
         epoch, used = start
         while True:
-            order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+            order = torch.randperm(
+                len(self), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            )
             while used < len(self):
                 place, parts = Place(epoch, used), [order[used : used + n_rows]]
                 used += len(parts[0])
                 while sum(map(len, parts)) < n_rows:  # over the end of an epoch
                     epoch, used = epoch + 1, 0
-                    order = torch.randperm(len(self), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch))
+                    order = torch.randperm(
+                        len(self),
+                        generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch),
+                    )
                     parts.append(order[: n_rows - sum(map(len, parts))])
                     used = len(parts[-1])
                 chosen = torch.cat(parts)
@@ -196,7 +237,8 @@ class StoredRows:
 
 
 def shuffled(block: Block, batch: int, seed: int, skip: int = 0) -> Iterator[Rows]:
-    """Batches of exactly `batch` rows of a block in random order; the rows of one token stay together across sites.
+    """Batches of exactly `batch` rows of a block in random order; the rows of one token stay
+    together across sites.
 
     Rows that do not fill a batch are left. skip: batches to leave out, for going on after them.
     """

@@ -1,4 +1,6 @@
-"""Which documents are looked at: a file's, a data set's or the bundled model's world; and which are held out."""
+"""Which documents are looked at: a file's, a data set's or the bundled model's world; and which are
+held out.
+"""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,33 +15,47 @@ TRAINING, HELD_OUT, HARVEST, INDEX = 1_000_007, 1_000_008, 1_000_009, 1_000_010
 
 
 def named(data: str | None) -> str:
-    """What files say of the data that they were made of: a data set's id, or a file's name without its folders."""
+    """What files say of the data that they were made of: a data set's id, or a file's name without
+    its folders.
+    """
     if data is None:
         return "the bundled model's world"
     path = Path(data)
     return path.name if path.is_absolute() or path.exists() else data
 
 
-def stream_of(lm: HookedLM, data: str | None, seed: int = INDEX) -> Callable[[], Iterator[Document]]:
-    """A function that gives all documents of a file or data set; without one, the bundled model's world, without end.
+def stream_of(
+    lm: HookedLM, data: str | None, seed: int = INDEX
+) -> Callable[[], Iterator[Document]]:
+    """A function that gives all documents of a file or data set; without one, the bundled model's
+    world, without end.
 
     Raises ValueError for another model without data.
     """
     if data is not None:
         return lambda: read_documents(data)
     if lm.model_name != "tiny":
-        raise ValueError(f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a data set's id.")
+        raise ValueError(
+            f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a"
+            " data set's id."
+        )
     return lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=seed))
 
 
 def documents_of(
     lm: HookedLM, data: str | None, n_held_out: int = HELD_OUT_DOCUMENTS
 ) -> tuple[list[Document], Callable[[], Iterator[Document]]]:
-    """Held-out documents, and a function that gives the others without end; training and evaluation both cut here.
+    """Held-out documents, and a function that gives the others without end; training and evaluation
+    both cut here.
 
-    data: a file or data set; None: the bundled model's world. Raises ValueError for another model without data.
+    data: a file or data set; None: the bundled model's world. Raises ValueError for another model
+        without data.
     """
     others = stream_of(lm, data, TRAINING)
     if data is not None:
-        return split_documents(others(), n_held_out)[0], lambda: again(lambda: split_documents(others(), n_held_out)[1])
-    return [dialogue.messages for dialogue in world.dialogues(4 * n_held_out, seed=HELD_OUT)], others
+        return split_documents(others(), n_held_out)[0], lambda: again(
+            lambda: split_documents(others(), n_held_out)[1]
+        )
+    return [
+        dialogue.messages for dialogue in world.dialogues(4 * n_held_out, seed=HELD_OUT)
+    ], others

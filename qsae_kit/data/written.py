@@ -1,4 +1,6 @@
-"""Dialogues that a model itself writes: what its SAEs are trained on where no chats of its own are at hand."""
+"""Dialogues that a model itself writes: what its SAEs are trained on where no chats of its own are
+at hand.
+"""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -16,13 +18,20 @@ from qsae_kit.lm.hooked import HookedLM
 ANSWER_TOKENS = 48
 """Tokens of an answer, at most."""
 REFUSED_EVERY = 5
-"""Every so many answers one is a stock refusal: a model that never refuses has no features for refusing otherwise."""
+"""Every so many answers one is a stock refusal: a model that never refuses has no features for
+refusing otherwise.
+"""
 
 
 def mixed_prompts(model_name: str, n: int | None = None) -> list[str]:
-    """At most `n` (None: all) of the package's selection prompts for a model, of every kind in turn."""
+    """At most `n` (None: all) of the package's selection prompts for a model, of every kind in
+    turn.
+    """
     counts = {kind: prompt_sets.count(model_name, kind) for kind in prompt_sets.KINDS}
-    texts = [[p.text for p in prompt_sets.prompts(model_name, kind, c, "selection")] for kind, c in counts.items()]
+    texts = [
+        [p.text for p in prompt_sets.prompts(model_name, kind, c, "selection")]
+        for kind, c in counts.items()
+    ]
     return [text for group in zip(*texts, strict=False) for text in group][:n]
 
 
@@ -33,18 +42,26 @@ def own_dialogues(
     thinking = False if lm.has_thinking else None
     for start in trange(0, len(prompts), batch, desc="writing dialogues"):
         some = prompts[start : start + batch]
-        for i, (prompt, own) in enumerate(zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True)):
+        for i, (prompt, own) in enumerate(
+            zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True)
+        ):
             stock = prompt_sets.STOCK_REFUSALS[i // REFUSED_EVERY % len(prompt_sets.STOCK_REFUSALS)]
             answer = stock if i % REFUSED_EVERY == 0 else own
             yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 
-def write_dialogues(lm: HookedLM, prompts: Sequence[str], path: Path, max_new_tokens: int = ANSWER_TOKENS) -> int:
-    """Writes `own_dialogues` as JSON lines with `messages`, whole or not at all; gives their number.
+def write_dialogues(
+    lm: HookedLM, prompts: Sequence[str], path: Path, max_new_tokens: int = ANSWER_TOKENS
+) -> int:
+    """Writes `own_dialogues` as JSON lines with `messages`, whole or not at all; gives their
+    number.
 
     Raises ValueError while another process writes the file.
     """
     with only_writer_of(path):
-        lines = [json.dumps({"messages": chat}, ensure_ascii=False) for chat in own_dialogues(lm, prompts, max_new_tokens)]
+        lines = [
+            json.dumps({"messages": chat}, ensure_ascii=False)
+            for chat in own_dialogues(lm, prompts, max_new_tokens)
+        ]
         write_text(path, "".join(line + "\n" for line in lines))
     return len(lines)

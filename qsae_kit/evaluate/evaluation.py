@@ -1,8 +1,11 @@
-"""A suite of SAEs on held-out tokens -> one table: reconstruction, sparsity, and what splicing costs the model.
+"""A suite of SAEs on held-out tokens -> one table: reconstruction, sparsity, and what splicing
+costs the model.
 
-Every figure stands beside the number of tokens behind it. Counted are the tokens of the keep-mask (no padding, not
-position 0) that pass the SAE's norm filter; a prediction counts where the token that it is made at is kept. Figures come
-per category: template tokens are easily reconstructed and predicted, and inflate whatever they are averaged into.
+Every figure stands beside the number of tokens behind it. Counted are the tokens of the keep-mask
+(no padding, not position 0) that pass the SAE's norm filter; a prediction counts where the token
+that it is made at is kept. Figures come
+per category: template tokens are easily reconstructed and predicted, and inflate whatever they are
+    averaged into.
 """
 
 from collections import defaultdict
@@ -21,7 +24,13 @@ from qsae_kit.data.rows import site_activations
 from qsae_kit.lm.chat import CATEGORIES
 from qsae_kit.lm.edits import Edit, applied
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.metrics.reconstruction import Reconstruction, compare, cross_entropy, decoder_cosines, recovered
+from qsae_kit.metrics.reconstruction import (
+    Reconstruction,
+    compare,
+    cross_entropy,
+    decoder_cosines,
+    recovered,
+)
 from qsae_kit.sae import SAE
 from qsae_kit.sites import parse_hook_name
 
@@ -55,16 +64,24 @@ def evaluate_suite(
     spliced_batches: int | None = None,
     bar: bool = True,
 ) -> pd.DataFrame:
-    """One row per variant, site and category of tokens; a category that no token or no spliced prediction has gets no row.
+    """One row per variant, site and category of tokens; a category that no token or no spliced
+    prediction has gets no row.
 
-    batches: held-out tokens. Reconstruction uses all, splicing the first `spliced_batches` (None: all) of them.
-    Columns: variant, site (hook name), layer, kind, category; `metrics.reconstruction.Reconstruction.figures` (tokens: rows behind them);
-    ce, delta_ce and kl_nats (nats a token, spliced against clean), top_1 (share of equal predictions), the same deltas of
-    zero and mean ablation (delta_ce_zero, kl_zero, delta_ce_mean, kl_mean), and how much of each is recovered: ce_score,
-    kl_score (against zero), ce_score_mean, kl_score_mean; spliced_tokens (predictions behind these); target, d_sae,
-    trained_tokens, and the decoder's cosines. Raises ValueError where an SAE does not fit the model or no token is left.
+    batches: held-out tokens. Reconstruction uses all, splicing the first `spliced_batches` (None:
+        all) of them.
+    Columns: variant, site (hook name), layer, kind, category;
+    `metrics.reconstruction.Reconstruction.figures` (tokens: rows behind them); ce, delta_ce and
+    kl_nats (nats a token, spliced against clean), top_1 (share of equal predictions), the same
+    deltas of zero and mean ablation (delta_ce_zero, kl_zero, delta_ce_mean, kl_mean), and how much
+    of each is recovered: ce_score, kl_score (against zero), ce_score_mean, kl_score_mean;
+    spliced_tokens (predictions behind these); target, d_sae, trained_tokens, and the decoder's
+    cosines. Raises ValueError where an SAE does not fit the model or no token is left.
     """
-    saes = [(variant, name, sae) for variant, site_saes in suite.items() for name, sae in site_saes.items()]
+    saes = [
+        (variant, name, sae)
+        for variant, site_saes in suite.items()
+        for name, sae in site_saes.items()
+    ]
     for _, _, sae in saes:
         check_fit(lm, sae)
     names = list(dict.fromkeys(name for _, name, _ in saes))
@@ -75,16 +92,26 @@ def evaluate_suite(
         for batch in batches:
             acts = site_activations(lm, names, batch)
             masks = categories_of(lm, batch)
-            inside = {category: masks[category][batch.keep] for category in (CATEGORIES if lm.markers else masks)}
+            inside = {
+                category: masks[category][batch.keep]
+                for category in (CATEGORIES if lm.markers else masks)
+            }
             for variant, name, sae in saes:
-                for category, parts in _reconstruct(sae, acts[name][batch.keep].float(), inside).items():
+                for category, parts in _reconstruct(
+                    sae, acts[name][batch.keep].float(), inside
+                ).items():
                     rebuilt[variant, name, category].add(*parts)
             meter.update()
         if lm.markers is not None:  # every token is in one category
             for variant, name, _ in saes:
-                rebuilt[variant, name, "all"] = sum((rebuilt[variant, name, c] for c in CATEGORIES), Reconstruction())
+                rebuilt[variant, name, "all"] = sum(
+                    (rebuilt[variant, name, c] for c in CATEGORIES), Reconstruction()
+                )
         if not all(rebuilt[variant, name, "all"].rows for variant, name, _ in saes):
-            raise ValueError("There are no tokens to evaluate; give data whose keep-mask and norm filter leave some.")
+            raise ValueError(
+                "There are no tokens to evaluate; give data whose keep-mask and norm filter leave"
+                " some."
+            )
         means = {name: rebuilt[variant, name, "all"].mean.float() for variant, name, _ in saes}
         spliced = _splice_all(lm, saes, means, batches[:n_spliced], meter)
     rows = []
@@ -95,10 +122,18 @@ def evaluate_suite(
             if not reconstruction.rows or not spliced[variant, name, category].tokens:
                 continue
             rows.append(
-                {"variant": variant, "site": name, "layer": site.layer, "kind": site.kind, "category": category}
-                | reconstruction.figures() | _model_figures(spliced, variant, name, category)
-                | {"target": sae.sparsity, "d_sae": sae.d_sae, "trained_tokens": _tokens(sae)} | cosines
-            )  # fmt: skip
+                {
+                    "variant": variant,
+                    "site": name,
+                    "layer": site.layer,
+                    "kind": site.kind,
+                    "category": category,
+                }
+                | reconstruction.figures()
+                | _model_figures(spliced, variant, name, category)
+                | {"target": sae.sparsity, "d_sae": sae.d_sae, "trained_tokens": _tokens(sae)}
+                | cosines
+            )
     return pd.DataFrame(rows)
 
 
@@ -107,20 +142,31 @@ def _tokens(sae: SAE) -> int:
     return sae.provenance.tokens
 
 
-def _reconstruct(sae: SAE, x: Tensor, inside: dict[str, Tensor]) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+def _reconstruct(
+    sae: SAE, x: Tensor, inside: dict[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Rows that pass the filter, their reconstructions and features, by category."""
     assert sae.provenance is not None
     kept = sae.provenance.filter.keeps(x)
     x = x[kept]
     f = sae.encode(x)
     x_hat = sae.decode(f)
-    return {category: (x[mask[kept]], x_hat[mask[kept]], f[mask[kept]]) for category, mask in inside.items()}
+    return {
+        category: (x[mask[kept]], x_hat[mask[kept]], f[mask[kept]])
+        for category, mask in inside.items()
+    }
 
 
 def _splice_all(
-    lm: HookedLM, saes: list[tuple[str, str, SAE]], means: dict[str, Tensor], batches: Sequence[TokenBatch], meter: tqdm
+    lm: HookedLM,
+    saes: list[tuple[str, str, SAE]],
+    means: dict[str, Tensor],
+    batches: Sequence[TokenBatch],
+    meter: tqdm,
 ) -> dict[Key, Losses]:
-    """Losses under every SAE (by variant), and under zero and mean ablation of every site (variants "zero" and "mean")."""
+    """Losses under every SAE (by variant), and under zero and mean ablation of every site (variants
+    "zero" and "mean").
+    """
     sums: dict[Key, Losses] = defaultdict(Losses)
     for batch in batches:
         # The last token of a row predicts nothing that is known.
@@ -135,7 +181,10 @@ def _splice_all(
                 logits = lm(batch.ids, batch.mask)[:, :-1][counted]  # noqa: B023
             ce, kl, agree = compare(clean, logits, targets)  # noqa: B023
             for category, mask in inside.items():  # noqa: B023
-                sums[variant, name, category].add(int(mask.sum()), ce_clean[mask], ce[mask], kl[mask], agree[mask])  # noqa: B023
+                before = ce_clean[mask]  # noqa: B023
+                sums[variant, name, category].add(
+                    int(mask.sum()), before, ce[mask], kl[mask], agree[mask]
+                )
             meter.update()
 
         ablated: set[str] = set()
@@ -148,14 +197,23 @@ def _splice_all(
     return sums
 
 
-def _model_figures(sums: dict[Key, Losses], variant: str, name: str, category: str) -> dict[str, float]:
+def _model_figures(
+    sums: dict[Key, Losses], variant: str, name: str, category: str
+) -> dict[str, float]:
     own, zero, mean = (sums[v, name, category] for v in (variant, "zero", "mean"))
     n = own.tokens
     return {
-        "ce": own.ce_clean / n, "delta_ce": (own.ce - own.ce_clean) / n, "kl_nats": own.kl / n, "top_1": own.agree / n,
-        "delta_ce_zero": (zero.ce - zero.ce_clean) / n, "kl_zero": zero.kl / n,
-        "delta_ce_mean": (mean.ce - mean.ce_clean) / n, "kl_mean": mean.kl / n,
-        "ce_score": recovered(own.ce, own.ce_clean, zero.ce), "kl_score": recovered(own.kl, 0.0, zero.kl),
-        "ce_score_mean": recovered(own.ce, own.ce_clean, mean.ce), "kl_score_mean": recovered(own.kl, 0.0, mean.kl),
+        "ce": own.ce_clean / n,
+        "delta_ce": (own.ce - own.ce_clean) / n,
+        "kl_nats": own.kl / n,
+        "top_1": own.agree / n,
+        "delta_ce_zero": (zero.ce - zero.ce_clean) / n,
+        "kl_zero": zero.kl / n,
+        "delta_ce_mean": (mean.ce - mean.ce_clean) / n,
+        "kl_mean": mean.kl / n,
+        "ce_score": recovered(own.ce, own.ce_clean, zero.ce),
+        "kl_score": recovered(own.kl, 0.0, zero.kl),
+        "ce_score_mean": recovered(own.ce, own.ce_clean, mean.ce),
+        "kl_score_mean": recovered(own.kl, 0.0, mean.kl),
         "spliced_tokens": n,
-    }  # fmt: skip
+    }

@@ -1,7 +1,8 @@
-"""One suite on two models of one shape, such as a base model and its instruct sibling: what tuning changed, site by site.
+"""One suite on two models of one shape, such as a base model and its instruct sibling: what tuning
+changed, site by site.
 
-Both models read the same tokens, and a token counts where the SAE's norm filter passes it in both, so that figures are of the
-same tokens.
+Both models read the same tokens, and a token counts where the SAE's norm filter passes it in both,
+so that figures are of the same tokens.
 """
 
 from collections import defaultdict
@@ -27,21 +28,25 @@ class ModelDiff(NamedTuple):
     """What a suite says of two models."""
 
     sites: pd.DataFrame
-    """A row for each variant, site and category of tokens: fvu_first, fvu_second, fvu_gap (second less first), l0_first, l0_second,
-    tokens."""
+    """A row for each variant, site and category of tokens: fvu_first, fvu_second, fvu_gap (second
+    less first), l0_first, l0_second, tokens."""
     features: pd.DataFrame
-    """A row for each feature that fires in either model: variant, site, feature, fired_first and fired_second (tokens), density_first,
-    density_second, change (second less first), log_ratio (of the densities, in nats, with half a token added to each), overlap (tokens
-    at which it fires in both, as a share of those at which it fires in either)."""
+    """A row for each feature that fires in either model: variant, site, feature, fired_first and
+    fired_second (tokens), density_first, density_second, change (second less first), log_ratio (of
+    the densities, in nats, with half a token added to each), overlap (tokens at which it fires in
+    both, as a share of those at which it fires in either)."""
 
 
 def check_pair(first: HookedLM, second: HookedLM, suite: Suite) -> None:
-    """ValueError unless two models have one shape and one vocabulary, and the SAEs are of one of them."""
+    """ValueError unless two models have one shape and one vocabulary, and the SAEs are of one of
+    them.
+    """
     shapes = [(lm.d_model, lm.n_layers) for lm in (first, second)]
     if shapes[0] != shapes[1] or first.tokenizer.get_vocab() != second.tokenizer.get_vocab():
         raise ValueError(
-            f"{first.model_name!r} and {second.model_name!r} have different shapes {shapes[0]} and {shapes[1]} (d_model, layers) or "
-            "vocabularies; give two models that were tuned from one."
+            f"{first.model_name!r} and {second.model_name!r} have different shapes {shapes[0]} and"
+            f" {shapes[1]} (d_model, layers) or vocabularies; give two models that were tuned from"
+            " one."
         )
     names = {Path(lm.model_name).name for lm in (first, second)}
     for saes in suite.values():
@@ -50,21 +55,36 @@ def check_pair(first: HookedLM, second: HookedLM, suite: Suite) -> None:
             of = sae.provenance.model_name
             if of and Path(of).name not in names:
                 raise ValueError(
-                    f"The SAE of {sae.provenance.hook_name} is of {of!r}; give one of the two models {sorted(names)}."
+                    f"The SAE of {sae.provenance.hook_name} is of {of!r}; give one of the two"
+                    f" models {sorted(names)}."
                 )
-            if sae.d_in != first.d_model or parse_hook_name(sae.provenance.hook_name).layer >= first.n_layers:
-                raise ValueError(f"The SAE of {sae.provenance.hook_name} does not fit models of the shape {shapes[0]}.")
+            if (
+                sae.d_in != first.d_model
+                or parse_hook_name(sae.provenance.hook_name).layer >= first.n_layers
+            ):
+                raise ValueError(
+                    f"The SAE of {sae.provenance.hook_name} does not fit models of the shape"
+                    f" {shapes[0]}."
+                )
             check_measured(sae)
 
 
 @torch.no_grad()
-def compare_models(first: HookedLM, second: HookedLM, suite: Suite, batches: Sequence[TokenBatch], bar: bool = True) -> ModelDiff:
-    """Applies every SAE of a suite to both models on the same tokens. Raises ValueError as `check_pair`, or without tokens."""
+def compare_models(
+    first: HookedLM, second: HookedLM, suite: Suite, batches: Sequence[TokenBatch], bar: bool = True
+) -> ModelDiff:
+    """Applies every SAE of a suite to both models on the same tokens. Raises ValueError as
+    `check_pair`, or without tokens.
+    """
     check_pair(first, second, suite)
     saes = [(variant, name, sae) for variant, of in suite.items() for name, sae in of.items()]
     names = list(dict.fromkeys(name for _, name, _ in saes))
-    sums: dict[tuple[str, str, str], list[Reconstruction]] = defaultdict(lambda: [Reconstruction(), Reconstruction()])
-    both = {(variant, name): torch.zeros(sae.d_sae, dtype=torch.int64) for variant, name, sae in saes}
+    sums: dict[tuple[str, str, str], list[Reconstruction]] = defaultdict(
+        lambda: [Reconstruction(), Reconstruction()]
+    )
+    both = {
+        (variant, name): torch.zeros(sae.d_sae, dtype=torch.int64) for variant, name, sae in saes
+    }
     for batch in tqdm(batches, desc="comparing", disable=not bar):
         acts = [site_activations(lm, names, batch) for lm in (first, second)]
         masks = categories_of(first, batch)
@@ -87,39 +107,72 @@ def compare_models(first: HookedLM, second: HookedLM, suite: Suite, batches: Seq
     for variant, name, _ in saes:
         parts = {c: sums[variant, name, c] for c in CATEGORIES if (variant, name, c) in sums}
         whole = (
-            [sum((pair[i] for pair in parts.values()), Reconstruction()) for i in (0, 1)] if parts else sums[variant, name, "all"]
+            [sum((pair[i] for pair in parts.values()), Reconstruction()) for i in (0, 1)]
+            if parts
+            else sums[variant, name, "all"]
         )
         if not whole[0].rows:
-            raise ValueError("There are no tokens to compare; give data whose keep-mask and norm filter leave some.")
+            raise ValueError(
+                "There are no tokens to compare; give data whose keep-mask and norm filter leave"
+                " some."
+            )
         for category, (a, b) in {"all": whole, **parts}.items():
             if a.rows:
                 site_rows.append(
                     {
-                        "variant": variant, "site": name, "category": category, "fvu_first": a.fvu, "fvu_second": b.fvu,
-                        "fvu_gap": b.fvu - a.fvu, "l0_first": a.l0, "l0_second": b.l0,
+                        "variant": variant,
+                        "site": name,
+                        "category": category,
+                        "fvu_first": a.fvu,
+                        "fvu_second": b.fvu,
+                        "fvu_gap": b.fvu - a.fvu,
+                        "l0_first": a.l0,
+                        "l0_second": b.l0,
                         "tokens": a.rows,
                     }
-                )  # fmt: skip
+                )
         tables.append(_features(variant, name, whole, both[variant, name]))
     return ModelDiff(pd.DataFrame(site_rows), pd.concat(tables, ignore_index=True))
 
 
-def _features(variant: str, name: str, pair: Sequence[Reconstruction], both: torch.Tensor) -> pd.DataFrame:
+def _features(
+    variant: str, name: str, pair: Sequence[Reconstruction], both: torch.Tensor
+) -> pd.DataFrame:
     first, second = pair
     one, two = first.fired, second.fired
     table = pd.DataFrame(
         {
-            "variant": variant, "site": name, "feature": range(len(both)), "fired_first": one, "fired_second": two,
-            "density_first": first.density, "density_second": second.density, "change": second.density - first.density,
-            "log_ratio": ((two + 0.5) / (one + 0.5)).log(), "overlap": both.double() / (one + two - both).clamp(min=1),
+            "variant": variant,
+            "site": name,
+            "feature": range(len(both)),
+            "fired_first": one,
+            "fired_second": two,
+            "density_first": first.density,
+            "density_second": second.density,
+            "change": second.density - first.density,
+            "log_ratio": ((two + 0.5) / (one + 0.5)).log(),
+            "overlap": both.double() / (one + two - both).clamp(min=1),
         }
-    )  # fmt: skip
+    )
     return table[(table["fired_first"] > 0) | (table["fired_second"] > 0)]
 
 
 def most_changed(features: pd.DataFrame, n: int = 5) -> pd.DataFrame:
-    """For each variant and site the features whose density rose and fell most; those of equal density are left out."""
-    groups = features[features["change"] != 0].sort_values("change", kind="stable").groupby(["variant", "site"], sort=False)
-    return pd.concat([groups.tail(n).iloc[::-1], groups.head(n)]).drop_duplicates().sort_values(
-        ["variant", "site", "change"], ascending=[True, True, False], kind="stable", ignore_index=True
-    )  # fmt: skip
+    """For each variant and site the features whose density rose and fell most; those of equal
+    density are left out.
+    """
+    groups = (
+        features[features["change"] != 0]
+        .sort_values("change", kind="stable")
+        .groupby(["variant", "site"], sort=False)
+    )
+    return (
+        pd.concat([groups.tail(n).iloc[::-1], groups.head(n)])
+        .drop_duplicates()
+        .sort_values(
+            ["variant", "site", "change"],
+            ascending=[True, True, False],
+            kind="stable",
+            ignore_index=True,
+        )
+    )

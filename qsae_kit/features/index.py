@@ -1,7 +1,8 @@
-"""Reading a feature index: tables, pages, search, labels. `features.indexing.build_index` writes one.
+"""Reading a feature index: tables, pages, search, labels. `features.indexing.build_index` writes
+one.
 
-Only the manifest is read at first; an SAE's tables are read when it is asked for, a page's lists and examples one row group
-at a time.
+Only the manifest is read at first; an SAE's tables are read when it is asked for, a page's lists
+and examples one row group at a time.
 """
 
 import json
@@ -88,7 +89,9 @@ class FeaturePage(NamedTuple):
     histogram: list[int]
     """Firing tokens by activation; see `edges`."""
     edges: list[float]
-    """Of the histogram's bins, one more than bins, in units of the site; the outermost bins hold what lies beyond, too."""
+    """Of the histogram's bins, one more than bins, in units of the site; the outermost bins hold
+    what lies beyond, too.
+    """
     promoted: list[tuple[str, float]]
     suppressed: list[tuple[str, float]]
     neighbours: list[tuple[int, float]]
@@ -112,16 +115,27 @@ BYTES_A_VALUE = 8
 class Table:
     """A Parquet file of an index, of which only what is asked for is read.
 
-    Raises ValueError for one that cannot be read or has more than `most` rows, and, then or on reading, for one that would take
-    far more memory than its size lets expect: a few kilobytes of repetitions can stand for gigabytes.
+    Raises ValueError for one that cannot be read or has more than `most` rows, and, then or on
+    reading, for one that would take far more memory than its size lets expect: a few kilobytes of
+    repetitions can stand for gigabytes.
     """
 
     def __init__(self, path: Path, most: int) -> None:
         self.path = path
         try:
             about = pq.read_metadata(path)
-            columns = [about.row_group(i).column(j) for i in range(about.num_row_groups) for j in range(about.num_columns)]
-            texts = list({column.path_in_schema for column in columns if column.physical_type == "BYTE_ARRAY"})
+            columns = [
+                about.row_group(i).column(j)
+                for i in range(about.num_row_groups)
+                for j in range(about.num_columns)
+            ]
+            texts = list(
+                {
+                    column.path_in_schema
+                    for column in columns
+                    if column.physical_type == "BYTE_ARRAY"
+                }
+            )
             self.file = pq.ParquetFile(path, memory_map=True, read_dictionary=texts)
             self.room = max(SMALL, EXPANSION * path.stat().st_size)
         except (OSError, pa.ArrowException) as error:
@@ -129,7 +143,10 @@ class Table:
         self.rows = about.num_rows
         self.group_rows = about.row_group(0).num_rows if about.num_row_groups else 1
         if self.rows > most:
-            raise ValueError(f"{str(path)!r} has {self.rows:,} rows, at most {most:,} are an index's; build it again.")
+            raise ValueError(
+                f"{str(path)!r} has {self.rows:,} rows, at most {most:,} are an index's; build it"
+                " again."
+            )
         self._check_room(sum(BYTES_A_VALUE * column.num_values for column in columns))
 
     def _unreadable(self, error: Exception) -> ValueError:
@@ -138,16 +155,25 @@ class Table:
 
     def _check_room(self, taken: int) -> None:
         if taken > self.room:
-            raise ValueError(f"{str(self.path)!r} would take {taken:,} bytes of memory for its size; build the index again.")
+            raise ValueError(
+                f"{str(self.path)!r} would take {taken:,} bytes of memory for its size; build the"
+                " index again."
+            )
 
     def columns(self, lists: bool) -> list[str]:
         """Names of the columns that hold lists, or of those that do not."""
-        return [field.name for field in self.file.schema_arrow if pa.types.is_list(field.type) == lists]
+        return [
+            field.name for field in self.file.schema_arrow if pa.types.is_list(field.type) == lists
+        ]
 
     def read(self, columns: list[str] | None = None, groups: list[int] | None = None) -> pa.Table:
         """Some columns of all rows, or of some row groups."""
         try:
-            found = self.file.read(columns) if groups is None else self.file.read_row_groups(groups, columns)
+            found = (
+                self.file.read(columns)
+                if groups is None
+                else self.file.read_row_groups(groups, columns)
+            )
         except (OSError, pa.ArrowException) as error:
             raise self._unreadable(error) from error
         coded = [name for name in found.column_names if pa.types.is_dictionary(found[name].type)]
@@ -182,13 +208,18 @@ class SiteFeatures:
             self._examples = Table(examples, self.d_sae * (kept["top"] + kept["sampled"]))
         if self._features.rows != self.d_sae:
             raise ValueError(
-                f"{str(folder / FEATURES)!r} has not a row for each of {self.d_sae} features; build the index again."
+                f"{str(folder / FEATURES)!r} has not a row for each of {self.d_sae} features; build"
+                " the index again."
             )
 
     @cached_property
     def figures(self) -> pd.DataFrame:
         """`features.indexing.COLUMNS` by feature."""
-        return self._features.read(self._features.columns(lists=False)).to_pandas().set_index("feature")
+        return (
+            self._features.read(self._features.columns(lists=False))
+            .to_pandas()
+            .set_index("feature")
+        )
 
     @property
     def table(self) -> pd.DataFrame:
@@ -206,7 +237,13 @@ class SiteFeatures:
     @cached_property
     def promoted(self) -> np.ndarray:
         """Promoted token ids [d_sae, n]."""
-        return self._features.read(["promoted"])["promoted"].combine_chunks().flatten().to_numpy().reshape(self.d_sae, -1)
+        return (
+            self._features.read(["promoted"])["promoted"]
+            .combine_chunks()
+            .flatten()
+            .to_numpy()
+            .reshape(self.d_sae, -1)
+        )
 
     @cached_property
     def _places(self) -> dict[str, np.ndarray]:
@@ -219,11 +256,15 @@ class SiteFeatures:
     def check(self, feature: int) -> int:
         """The feature's number; ValueError where there is none such."""
         if not 0 <= int(feature) < self.d_sae:
-            raise ValueError(f"Feature {feature} was asked for, but this SAE has features 0 to {self.d_sae - 1}.")
+            raise ValueError(
+                f"Feature {feature} was asked for, but this SAE has features 0 to {self.d_sae - 1}."
+            )
         return int(feature)
 
     def page(self, feature: int) -> FeaturePage:
-        """All that is known of one feature. Raises ValueError for one that the SAE does not have."""
+        """All that is known of one feature. Raises ValueError for one that the SAE does not
+        have.
+        """
         feature = self.check(feature)
         size, lists = self._features.group_rows, self._features.columns(lists=True)
         row = self._features.read(lists, [feature // size]).slice(feature % size, 1).to_pylist()[0]
@@ -231,20 +272,42 @@ class SiteFeatures:
         examples = self.examples(feature)
         sampled = sorted(examples[1], key=lambda example: -example.value)
         bands = []
-        for part in np.array_split(np.arange(len(sampled)), min(BANDS, len(sampled))) if sampled else []:
+        for part in (
+            np.array_split(np.arange(len(sampled)), min(BANDS, len(sampled))) if sampled else []
+        ):
             own = [sampled[i] for i in part]
             picked = own[:: max(1, len(own) // PER_BAND)][:PER_BAND]
             bands.append(Band(own[-1].value, own[0].value, picked))
         edges = self.median_norm * 2.0 ** (SMALLEST + np.arange(BINS + 1) / BINS_PER_OCTAVE)
         return FeaturePage(
-            self.variant, self.hook_name, feature, self.index.labels_of(self).get(feature, ""),
-            {str(name): value for name, value in self.figures.loc[feature].items()}, row["histogram"], edges.tolist(),
-            [(tokens[i], value) for i, value in zip(row["promoted"], row["promoted_logit"], strict=True)],
-            [(tokens[i], value) for i, value in zip(row["suppressed"], row["suppressed_logit"], strict=True)],
-            [(i, value) for i, value in zip(row["neighbour"], row["neighbour_cosine"], strict=True) if i >= 0],
-            [(i, value) for i, value in zip(row["together"], row["together_jaccard"], strict=True) if i >= 0],
-            examples[0], bands,
-        )  # fmt: skip
+            self.variant,
+            self.hook_name,
+            feature,
+            self.index.labels_of(self).get(feature, ""),
+            {str(name): value for name, value in self.figures.loc[feature].items()},
+            row["histogram"],
+            edges.tolist(),
+            [
+                (tokens[i], value)
+                for i, value in zip(row["promoted"], row["promoted_logit"], strict=True)
+            ],
+            [
+                (tokens[i], value)
+                for i, value in zip(row["suppressed"], row["suppressed_logit"], strict=True)
+            ],
+            [
+                (i, value)
+                for i, value in zip(row["neighbour"], row["neighbour_cosine"], strict=True)
+                if i >= 0
+            ],
+            [
+                (i, value)
+                for i, value in zip(row["together"], row["together_jaccard"], strict=True)
+                if i >= 0
+            ],
+            examples[0],
+            bands,
+        )
 
     def examples(self, feature: int) -> tuple[list[Example], list[Example]]:
         """The strongest examples, one a dialogue, and those drawn at random."""
@@ -253,7 +316,11 @@ class SiteFeatures:
             return [], []
         size = self._examples.group_rows
         groups = list(range(first // size, (last - 1) // size + 1))
-        rows = self._examples.read(groups=groups).slice(first - groups[0] * size, last - first).to_pylist()
+        rows = (
+            self._examples.read(groups=groups)
+            .slice(first - groups[0] * size, last - first)
+            .to_pylist()
+        )
         out: tuple[list[Example], list[Example]] = ([], [])
         for row in rows:
             ids = self.index.document(row["document"])
@@ -262,33 +329,58 @@ class SiteFeatures:
             acts[row["offset"]] = row["act"]
             own = acts[start - row["start"] : stop - row["start"]].tolist()
             texts = [self.index.tokens[i] for i in ids[start:stop]]
-            example = Example(row["document"], row["pos"], row["value"], texts, own, row["pos"] - start)
+            example = Example(
+                row["document"], row["pos"], row["value"], texts, own, row["pos"] - start
+            )
             out[0 if row["top"] else 1].append(example)
         return out
 
     # --- search
 
     def search(self, query: str) -> pd.DataFrame:
-        """Features that a text is found with, best first: in their label, in the text of their strongest examples (most of them
-        first), in their promoted tokens. Letters match in either case.
+        """Features that a text is found with, best first: in their label, in the text of their
+        strongest examples (most of them first), in their promoted tokens. Letters match in either
+        case.
 
-        Columns: feature (index), in_label, in_examples (how many of the strongest examples show it), at_peak (of these, how
-        many where the feature is strongest), in_promoted (tokens).
+        Columns: feature (index), in_label, in_examples (how many of the strongest examples show
+        it), at_peak (of these, how many where the feature is strongest), in_promoted (tokens).
         """
         query = query.casefold()
         labels = np.zeros(self.d_sae, bool)
-        labels[[feature for feature, label in self.index.labels_of(self).items() if query in label.casefold()]] = True
+        labels[
+            [
+                feature
+                for feature, label in self.index.labels_of(self).items()
+                if query in label.casefold()
+            ]
+        ] = True
         shown, peak = self._in_examples(query)
-        of_token = np.fromiter((query in text for text in self.index.folded_tokens), bool, len(self.index.tokens))
+        of_token = np.fromiter(
+            (query in text for text in self.index.folded_tokens), bool, len(self.index.tokens)
+        )
         promoted = of_token[self.promoted].sum(1)
-        found = np.flatnonzero(labels | (shown > 0) | (promoted > 0)) if query.strip() else np.zeros(0, np.int64)
+        found = (
+            np.flatnonzero(labels | (shown > 0) | (promoted > 0))
+            if query.strip()
+            else np.zeros(0, np.int64)
+        )
         order = np.lexsort((found, -promoted[found], -shown[found], -peak[found], ~labels[found]))
         found = found[order]
-        columns = {"in_label": labels, "in_examples": shown, "at_peak": peak, "in_promoted": promoted}
-        return pd.DataFrame({name: values[found] for name, values in columns.items()}, index=pd.Index(found, name="feature"))
+        columns = {
+            "in_label": labels,
+            "in_examples": shown,
+            "at_peak": peak,
+            "in_promoted": promoted,
+        }
+        return pd.DataFrame(
+            {name: values[found] for name, values in columns.items()},
+            index=pd.Index(found, name="feature"),
+        )
 
     def _in_examples(self, query: str) -> tuple[np.ndarray, np.ndarray]:
-        """For each feature, the strongest examples that show a text, and those whose strongest token is in it."""
+        """For each feature, the strongest examples that show a text, and those whose strongest
+        token is in it.
+        """
         flags, starts = self.index.where(query)
         if not flags.any():
             return np.zeros(self.d_sae, np.int64), np.zeros(self.d_sae, np.int64)
@@ -298,47 +390,74 @@ class SiteFeatures:
         sums = np.r_[0, flags.cumsum()]
         first = starts[places["document"][top]]
         last = starts[places["document"][top] + 1]
-        low, high = np.maximum(at - config["before"], first), np.minimum(at + config["after"] + 1, last)
+        low, high = (
+            np.maximum(at - config["before"], first),
+            np.minimum(at + config["after"] + 1, last),
+        )
         feature = places["feature"][top]
         shown = np.bincount(feature[sums[high] > sums[low]], minlength=self.d_sae)
         return shown, np.bincount(feature[flags[at]], minlength=self.d_sae)
 
     def similar(self, to: int | Float[Tensor, " d_model"], n: int = 25) -> pd.DataFrame:
-        """Features with the largest cosine of their decoder row to a feature's, or to a direction. Needs the suite."""
+        """Features with the largest cosine of their decoder row to a feature's, or to a direction.
+        Needs the suite.
+        """
         rows = torch.nn.functional.normalize(self.sae.W_dec.float(), dim=-1)
         direction = (
-            rows[self.check(to)] if isinstance(to, int) else torch.nn.functional.normalize(to.float().to(rows.device), dim=0)
+            rows[self.check(to)]
+            if isinstance(to, int)
+            else torch.nn.functional.normalize(to.float().to(rows.device), dim=0)
         )
         if direction.shape != rows.shape[1:]:
-            raise ValueError(f"A direction of shape {list(direction.shape)} was given; the site's is [{rows.shape[1]}].")
+            raise ValueError(
+                f"A direction of shape {list(direction.shape)} was given; the site's is"
+                f" [{rows.shape[1]}]."
+            )
         best = (rows @ direction).topk(min(n, len(rows)))
         return self._ranked(best.indices.cpu().numpy(), {"cosine": best.values.cpu().numpy()})
 
     def firing(self, document: Document, n: int = 25) -> pd.DataFrame:
-        """Features that fire on a text or chat, the largest activation first. Needs the model and the suite."""
+        """Features that fire on a text or chat, the largest activation first. Needs the model and
+        the suite.
+        """
         f = self.activations([document])[0]
         largest = f.amax(0)
         best = largest.topk(min(n, int((largest > 0).sum())))
         ids = best.indices
-        return self._ranked(ids.cpu().numpy(), {"max": best.values.cpu().numpy(), "tokens": (f[:, ids] > 0).sum(0).cpu().numpy()})
+        return self._ranked(
+            ids.cpu().numpy(),
+            {"max": best.values.cpu().numpy(), "tokens": (f[:, ids] > 0).sum(0).cpu().numpy()},
+        )
 
-    def separating(self, first: Sequence[Document], second: Sequence[Document], n: int = 50) -> pd.DataFrame:
-        """Features that tell the first dialogues from the second, best first: candidates to test, of which some are luck.
+    def separating(
+        self, first: Sequence[Document], second: Sequence[Document], n: int = 50
+    ) -> pd.DataFrame:
+        """Features that tell the first dialogues from the second, best first: candidates to test,
+        of which some are luck.
 
-        A dialogue's activation is the mean over its answer, from the last assistant header on (over all of it where it has
-        none). Columns: gap, by which they are ordered, the difference of the sides' mean square roots of it (which keeps
-        single strong dialogues from deciding); auc, the share of pairs in which the first side has more (ties count half;
-        above 0.5 in all that is returned); mean_first and mean_second, of the activation itself. Needs the model and the
+        A dialogue's activation is the mean over its answer, from the last assistant header on (over
+        all of it where it has none). Columns: gap, by which they are ordered, the difference of the
+        sides' mean square roots of it (which keeps single strong dialogues from deciding); auc, the
+        share of pairs in which the first side has more (ties count half; above 0.5 in all that is
+        returned); mean_first and mean_second, of the activation itself. Needs the model and the
         suite. Raises ValueError where a side is empty.
         """
         if not len(first) or not len(second):
             raise ValueError("Dialogues of both sides are needed; give at least one each.")
-        a, b = (torch.stack([self._in_answer(d) for d in side]).cpu().double() for side in (first, second))
+        a, b = (
+            torch.stack([self._in_answer(d) for d in side]).cpu().double()
+            for side in (first, second)
+        )
         auc = ((a[:, None] > b[None]).double() + 0.5 * (a[:, None] == b[None])).mean((0, 1)).numpy()
         gap = (a.sqrt().mean(0) - b.sqrt().mean(0)).numpy()
         order = np.argsort(-gap, kind="stable")
         order = order[auc[order] > 0.5][:n]
-        columns = {"gap": gap, "auc": auc, "mean_first": a.mean(0).numpy(), "mean_second": b.mean(0).numpy()}
+        columns = {
+            "gap": gap,
+            "auc": auc,
+            "mean_first": a.mean(0).numpy(),
+            "mean_second": b.mean(0).numpy(),
+        }
         return self._ranked(order, {name: values[order] for name, values in columns.items()})
 
     def _in_answer(self, document: Document) -> Float[Tensor, " d_sae"]:
@@ -355,7 +474,9 @@ class SiteFeatures:
     def _ranked(self, ids: np.ndarray, columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
         label = [self.index.labels_of(self).get(int(i), "") for i in ids]
         about = self.figures.iloc[ids][["density", "top_token"]].reset_index(drop=True)
-        return pd.DataFrame({**columns, "label": label, **about}, index=pd.Index(ids, name="feature"))
+        return pd.DataFrame(
+            {**columns, "label": label, **about}, index=pd.Index(ids, name="feature")
+        )
 
     @property
     def sae(self) -> SAE:
@@ -365,7 +486,9 @@ class SiteFeatures:
     def activations(self, documents: Sequence[Document]) -> list[Float[Tensor, "pos d_sae"]]:
         """Features of every token of each document, 0 at tokens that do not count."""
         lm = self.index.model
-        return self.activations_of([tokenize_document(lm, document, lm.context_size) for document in documents])
+        return self.activations_of(
+            [tokenize_document(lm, document, lm.context_size) for document in documents]
+        )
 
     def activations_of(self, rows: Sequence[list[int]]) -> list[Float[Tensor, "pos d_sae"]]:
         """The same of token ids."""
@@ -398,7 +521,9 @@ class FeatureIndex:
                     self._opened[key] = SiteFeatures(self, entry)
                 return self._opened[key]
         wanted = " of ".join(part for part in (hook_name, variant) if part)
-        raise ValueError(f"The index has no {wanted!r}; it has {', '.join('/'.join(key) for key in self.keys)}.")
+        raise ValueError(
+            f"The index has no {wanted!r}; it has {', '.join('/'.join(key) for key in self.keys)}."
+        )
 
     @property
     def window(self) -> int:
@@ -416,7 +541,9 @@ class FeatureIndex:
 
     @cached_property
     def _documents(self) -> tuple[np.ndarray, np.ndarray]:
-        """All token ids one after another, and where each document number begins (those that were not kept are empty)."""
+        """All token ids one after another, and where each document number begins (those that were
+        not kept are empty).
+        """
         path = self.folder / DOCUMENTS
         if not os.path.lexists(path):  # a published index may lack them
             return np.zeros(0, np.int64), np.zeros(1, np.int64)
@@ -445,7 +572,9 @@ class FeatureIndex:
         return "".join(parts), np.r_[0, ends][: len(parts)]
 
     def where(self, query: str) -> tuple[np.ndarray, np.ndarray]:
-        """Which tokens of all documents a (folded) text touches, bool [token], and where each document begins."""
+        """Which tokens of all documents a (folded) text touches, bool [token], and where each
+        document begins.
+        """
         text, begins = self._text
         ids, starts = self._documents
         flags = np.zeros(len(ids) + 1, np.int64)
@@ -460,13 +589,25 @@ class FeatureIndex:
     # --- with the model and the SAEs at hand
 
     def attach(self, lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]]) -> "FeatureIndex":
-        """Gives the index its model and SAEs, for what is computed live. Raises ValueError where they are others."""
+        """Gives the index its model and SAEs, for what is computed live. Raises ValueError where
+        they are others.
+        """
         if Path(lm.model_name).name != Path(self.manifest["model"]).name:
-            raise ValueError(f"The index is of {self.manifest['model']!r}, the model is {lm.model_name!r}; give the index's own.")
+            raise ValueError(
+                f"The index is of {self.manifest['model']!r}, the model is {lm.model_name!r}; give"
+                " the index's own."
+            )
         given = {sae.checksum(): sae for saes in suite.values() for sae in saes.values()}
-        missing = ["/".join(k) for k, e in zip(self.keys, self.manifest["suite"], strict=True) if e["checksum"] not in given]
+        missing = [
+            "/".join(k)
+            for k, e in zip(self.keys, self.manifest["suite"], strict=True)
+            if e["checksum"] not in given
+        ]
         if missing:
-            raise ValueError(f"The suite lacks the SAEs that {', '.join(missing)} were indexed with; give the same suite.")
+            raise ValueError(
+                f"The suite lacks the SAEs that {', '.join(missing)} were indexed with; give the"
+                " same suite."
+            )
         self._lm, self._saes = lm, given
         return self
 
@@ -478,12 +619,16 @@ class FeatureIndex:
     @property
     def model(self) -> HookedLM:
         if self._lm is None:
-            raise ValueError("This needs the model and its SAEs; call index.attach(lm, suite) first.")
+            raise ValueError(
+                "This needs the model and its SAEs; call index.attach(lm, suite) first."
+            )
         return self._lm
 
     def sae(self, site: SiteFeatures) -> SAE:
         if site.checksum not in self._saes:
-            raise ValueError("This needs the model and its SAEs; call index.attach(lm, suite) first.")
+            raise ValueError(
+                "This needs the model and its SAEs; call index.attach(lm, suite) first."
+            )
         return self._saes[site.checksum]
 
     # --- labels
@@ -493,7 +638,9 @@ class FeatureIndex:
         return self.labels.get(site.checksum, {})
 
     def name_of(self, key: Key, feature: int) -> str:
-        """A feature's label, or the token of its largest activation; "" for an SAE that the index does not know."""
+        """A feature's label, or the token of its largest activation; "" for an SAE that the index
+        does not know.
+        """
         if key not in self.keys:
             return ""
         variant, hook_name = key
@@ -501,14 +648,23 @@ class FeatureIndex:
         return self.labels_of(own).get(feature) or str(own.figures["top_token"].iloc[feature])
 
     def label(self, site: SiteFeatures, feature: int, text: str) -> None:
-        """Gives a feature a label, or takes it away with an empty one. Raises ValueError for one that is too long."""
+        """Gives a feature a label, or takes it away with an empty one. Raises ValueError for one
+        that is too long.
+        """
         text = " ".join(text.split())
         if len(text) > MAX_LABEL:
-            raise ValueError(f"A label of {len(text)} characters was given; at most {MAX_LABEL} are kept.")
+            raise ValueError(
+                f"A label of {len(text)} characters was given; at most {MAX_LABEL} are kept."
+            )
         line = {
-            "sae": site.checksum, "variant": site.variant, "hook_name": site.hook_name, "feature": site.check(feature), "label": text,
-            "when": datetime.now(UTC).isoformat(timespec="microseconds"), "index": self.manifest["built"],
-        }  # fmt: skip
+            "sae": site.checksum,
+            "variant": site.variant,
+            "hook_name": site.hook_name,
+            "feature": site.check(feature),
+            "label": text,
+            "when": datetime.now(UTC).isoformat(timespec="microseconds"),
+            "index": self.manifest["built"],
+        }
         path = self.folder / LABELS
         check_file(path)
         with only_writer_of(path, wait=LABEL_WAIT), path.open("a", encoding="utf-8") as file:
@@ -520,9 +676,10 @@ class FeatureIndex:
     def label_concepts(self, table: pd.DataFrame) -> int:
         """Labels features with the planted concepts that they tell by themselves; returns how many.
 
-        table: concepts.csv of `qsae eval --concepts` (`tiny.recovery.recover`). A feature that tells several takes the one that it
-        tells best; features that have a label keep it. Only concepts that count as recovered, at the site where they are told
-        best, are named, with the F1 on dialogues that the choice did not see.
+        table: concepts.csv of `qsae eval --concepts` (`tiny.recovery.recover`). A feature that
+        tells several takes the one that it tells best; features that have a label keep it. Only
+        concepts that count as recovered, at the site where they are told best, are named, with the
+        F1 on dialogues that the choice did not see.
         """
         told = judge(table)
         count = 0
@@ -531,12 +688,15 @@ class FeatureIndex:
                 continue
             site = self.site(row["site"], row["finder"])
             if int(row["feature"]) not in self.labels_of(site):
-                self.label(site, int(row["feature"]), f"planted: {row['concept']} (F1 {row['f1']:.2f})")
+                self.label(
+                    site, int(row["feature"]), f"planted: {row['concept']} (F1 {row['f1']:.2f})"
+                )
                 count += 1
         return count
 
     def merge_labels(self, other: str | Path) -> int:
-        """Takes the labels of another file over; of two for one feature the later one counts. Returns how many came anew.
+        """Takes the labels of another file over; of two for one feature the later one counts.
+        Returns how many came anew.
 
         Raises ValueError for a file that holds no labels.
         """
@@ -550,7 +710,10 @@ class FeatureIndex:
         return len(new)
 
     def __repr__(self) -> str:
-        return f"FeatureIndex({self.manifest['model']!r}, {len(self.keys)} SAEs, {self.manifest['tokens']:,} tokens)"
+        return (
+            f"FeatureIndex({self.manifest['model']!r}, {len(self.keys)} SAEs,"
+            f" {self.manifest['tokens']:,} tokens)"
+        )
 
 
 def _label_lines(path: Path, needed: bool = False) -> list[dict[str, Any]]:
@@ -571,18 +734,28 @@ def _label_lines(path: Path, needed: bool = False) -> list[dict[str, Any]]:
         if _is_label(line):
             out.append(line)
         elif needed:
-            raise ValueError(f"{str(path)!r}, line {number}, is no label; give an index's {LABELS}.")
+            raise ValueError(
+                f"{str(path)!r}, line {number}, is no label; give an index's {LABELS}."
+            )
     return out
 
 
 def _is_label(line: Any) -> bool:
-    if not isinstance(line, dict) or not all(isinstance(line.get(name), str) for name in ("sae", "label", "when")):
+    if not isinstance(line, dict) or not all(
+        isinstance(line.get(name), str) for name in ("sae", "label", "when")
+    ):
         return False
-    return isinstance(line.get("feature"), int) and 0 <= line["feature"] <= LARGEST_D_SAE and len(line["label"]) <= MAX_LABEL
+    return (
+        isinstance(line.get("feature"), int)
+        and 0 <= line["feature"] <= LARGEST_D_SAE
+        and len(line["label"]) <= MAX_LABEL
+    )
 
 
 def _read_labels(path: Path) -> dict[str, dict[int, str]]:
-    """Labels by the SAE's checksum and feature; the latest counts, an empty one takes the label away."""
+    """Labels by the SAE's checksum and feature; the latest counts, an empty one takes the label
+    away.
+    """
     out: dict[str, dict[int, str]] = {}
     for line in sorted(_label_lines(path), key=lambda line: line["when"]):
         own = out.setdefault(line["sae"], {})
@@ -593,16 +766,21 @@ def _read_labels(path: Path) -> dict[str, dict[int, str]]:
 
 
 def load_index(
-    folder: str | Path, lm: HookedLM | None = None, suite: Mapping[str, Mapping[str, SAE]] | None = None
+    folder: str | Path,
+    lm: HookedLM | None = None,
+    suite: Mapping[str, Mapping[str, SAE]] | None = None,
 ) -> FeatureIndex:
     """Opens an index; with the model and its SAEs for what is computed live.
 
-    Raises ValueError for a folder that holds no index, and for another model or suite than the index's.
+    Raises ValueError for a folder that holds no index, and for another model or suite than the
+    index's.
     """
     folder = Path(folder)
     path = folder / MANIFEST
     if not path.exists():
-        raise ValueError(f"{str(folder)!r} holds no feature index; build one with build_index or qsae features.")
+        raise ValueError(
+            f"{str(folder)!r} holds no feature index; build one with build_index or qsae features."
+        )
     index = FeatureIndex(folder, read_manifest(folder))
     if (lm is None) != (suite is None):
         raise ValueError("The model and the suite go together; give both or neither.")

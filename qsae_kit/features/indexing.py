@@ -1,15 +1,19 @@
-"""The feature index: one pass of the model over dialogues -> what every feature of every SAE does, as tables on disk.
+"""The feature index: one pass of the model over dialogues -> what every feature of every SAE does,
+as tables on disk.
 
     <index>/index.json                       model, SAEs and their checksums, data, tokens, filter
-    <index>/documents.parquet                document, ids: the token ids of every dialogue that an example is from
-    <index>/tokens.parquet                   id, text: the vocabulary
+    <index>/documents.parquet                document, ids: the token ids of every dialogue that an
+    example is from <index>/tokens.parquet                   id, text: the vocabulary
     <index>/tables/<variant>/<hook name>/features.parquet   a row a feature (`COLUMNS` and more)
     <index>/tables/<variant>/<hook name>/examples.parquet   a row an example, feature by feature
-    <index>/labels.jsonl                     labels that people gave (`features.index.FeatureIndex.label`)
+    <index>/labels.jsonl                     labels that people gave
+    (`features.index.FeatureIndex.label`)
 
-Counted are kept tokens (no padding, not position 0) that pass the SAE's norm filter. Memory does not grow with the number
-of tokens: counts, histograms and examples have a place for every feature, and what is needed of single tokens (firing
-together, what the token alone tells) comes from a sample of them of a set size.
+Counted are kept tokens (no padding, not position 0) that pass the SAE's norm filter. Memory does
+not grow with the number
+of tokens: counts, histograms and examples have a place for every feature, and what is needed of
+single tokens (firing together, what the token alone tells) comes from a sample of them of a set
+size.
 """
 
 import hashlib
@@ -50,15 +54,19 @@ from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
 
 WORK, RETIRED = f"{OWN}building", "retired.json"
-"""The working folder of a build in the index's own, and there the manifest of the index that it takes the place of."""
+"""The working folder of a build in the index's own, and there the manifest of the index that it
+takes the place of.
+"""
 Key: TypeAlias = tuple[str, str]
 """Variant and hook name."""
 VERSION = 1
-MANIFEST, DOCUMENTS, TOKENS, TABLES, FEATURES, EXAMPLES = (
-    "index.json", "documents.parquet", "tokens.parquet", "tables", "features.parquet", "examples.parquet"
-)  # fmt: skip
+MANIFEST, DOCUMENTS, TOKENS, TABLES, FEATURES, EXAMPLES = tuple(
+    ("index.json documents.parquet tokens.parquet tables features.parquet examples.parquet").split()
+)
 BINS, BINS_PER_OCTAVE, SMALLEST = 64, 4, -12
-"""Of the histogram: four bins an octave of activation / median norm, from 2^-12 on; what lies outside is in the outermost bins."""
+"""Of the histogram: four bins an octave of activation / median norm, from 2^-12 on; what lies
+outside is in the outermost bins.
+"""
 EARLY = 8
 """Positions that count as the beginning of a dialogue."""
 NEAR = 8
@@ -68,7 +76,9 @@ LOGIT_TOKENS = 10
 PAIRS = 20_000_000
 """Pairs of features that are held at once while it is counted how often both fire."""
 ENTRIES = 4_000_000
-"""Entries of the sampled tokens' activations that are kept of an SAE; a denser SAE keeps fewer tokens."""
+"""Entries of the sampled tokens' activations that are kept of an SAE; a denser SAE keeps fewer
+tokens.
+"""
 
 
 @dataclass(frozen=True)
@@ -78,7 +88,8 @@ class IndexConfig:
     tokens: int = 200_000
     """Real tokens to look at; fewer where the data end before."""
     top: int = 12
-    """Dialogues with the largest activations, of each feature, with the token where it is largest."""
+    """Dialogues with the largest activations, of each feature, with the token where it is largest.
+    """
     sampled: int = 24
     """Firing tokens drawn at random, of each feature: examples of every strength."""
     before: int = 24
@@ -86,7 +97,9 @@ class IndexConfig:
     after: int = 8
     """Tokens shown after it."""
     sampled_tokens: int = 40_000
-    """Tokens of which every activation is kept while the index is made, for what fires together and the token's share."""
+    """Tokens of which every activation is kept while the index is made, for what fires together and
+    the token's share.
+    """
     batch_tokens: int = 4096
     seed: int = 0
 
@@ -95,7 +108,9 @@ class IndexConfig:
         return self.before + 1 + self.after
 
     def bytes(self, d_sae: int) -> int:
-        """Of memory that one SAE takes, beside its weights: its examples, twice while they change, and a batch."""
+        """Of memory that one SAE takes, beside its weights: its examples, twice while they change,
+        and a batch.
+        """
         examples = d_sae * (self.top + self.sampled) * (4 * self.window + 16)
         return 2 * examples + 3 * 4 * self.batch_tokens * d_sae + 4 * d_sae * BINS + 20 * ENTRIES
 
@@ -104,7 +119,8 @@ class IndexConfig:
 
 
 class Kept:
-    """The n examples of each feature with the largest keys, in no order, and the activations around them.
+    """The n examples of each feature with the largest keys, in no order, and the activations around
+    them.
 
     Empty places have key 0. key, value, document and pos: [d_sae, n]; acts: [d_sae, n, window]
     """
@@ -128,7 +144,9 @@ class Kept:
     def order(self) -> Int[Tensor, "d_sae n"]:
         """Places by falling key, the earlier document first at a tie."""
         by_document = self.document.argsort(dim=1, stable=True)
-        return by_document.gather(1, self.key.gather(1, by_document).argsort(dim=1, descending=True, stable=True))
+        return by_document.gather(
+            1, self.key.gather(1, by_document).argsort(dim=1, descending=True, stable=True)
+        )
 
     def offer(
         self,
@@ -138,13 +156,16 @@ class Kept:
     ) -> None:
         """Takes the examples that are among the best, the earlier one at a tie.
 
-        places: for some of the examples (by number) their value, document, pos and acts; asked only for those that stay.
+        places: for some of the examples (by number) their value, document, pos and acts; asked only
+            for those that stay.
         """
         n = self.key.shape[1]
         order = torch.argsort(keys, descending=True, stable=True)
         order = order[torch.argsort(cols[order], stable=True)]
         changed, counts = torch.unique_consecutive(cols[order], return_counts=True)
-        rank = torch.arange(len(order), device=cols.device) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        rank = torch.arange(len(order), device=cols.device) - (
+            counts.cumsum(0) - counts
+        ).repeat_interleave(counts)
         row = torch.arange(len(changed), device=cols.device).repeat_interleave(counts)
         best = rank < n
         order, rank, row = order[best], rank[best], row[best]
@@ -152,17 +173,22 @@ class Kept:
         offered[row, rank] = keys[order]
         number = torch.zeros(len(changed), n, dtype=torch.long, device=keys.device)
         number[row, rank] = order
-        # Of the old ones in order and the new ones in order, the first n stay; a new one takes the place of one that goes.
+        # Of the old ones in order and the new ones in order, the first n stay; a new one takes the
+        # place of one that goes.
         old_order = self.order[changed]
         old = self.key[changed].gather(1, old_order)
         source = torch.cat([old, offered], 1).argsort(dim=1, descending=True, stable=True)[:, :n]
-        stays = torch.zeros(len(changed), 2 * n, dtype=torch.bool, device=keys.device).scatter_(1, source, True)
+        stays = torch.zeros(len(changed), 2 * n, dtype=torch.bool, device=keys.device).scatter_(
+            1, source, True
+        )
         new = stays[:, n:] & (offered > 0)
         goes = ~stays[:, :n] | (old == 0)
         goes &= goes.cumsum(1) <= new.sum(1, keepdim=True)
         at, slot = changed[goes.nonzero()[:, 0]], old_order[goes]
         taken = number[new]
-        for name, values in zip(("key", "value", "document", "pos", "acts"), (keys[taken], *places(taken)), strict=True):
+        for name, values in zip(
+            ("key", "value", "document", "pos", "acts"), (keys[taken], *places(taken)), strict=True
+        ):
             own = getattr(self, name)
             own[at, slot] = values.to(own.dtype)
 
@@ -207,9 +233,13 @@ class Tally:
         self.top = Kept(d_sae, config.top, config.window, device)
         self.sampled = Kept(d_sae, config.sampled, config.window, device)
         self.share = min(1.0, config.sampled_tokens / config.tokens)
-        """Of the tokens, those that are sampled with all their activations: those with lots above 1 - share."""
+        """Of the tokens, those that are sampled with all their activations: those with lots above 1
+        - share.
+        """
         self.sample: list[Tensor] = []
-        """Of sampled tokens: [entry, 5] float64 of lot, document, pos * 2^20 + token id, feature, activation."""
+        """Of sampled tokens: [entry, 5] float64 of lot, document, pos * 2^20 + token id, feature,
+        activation.
+        """
 
     @torch.no_grad()
     def add(self, seen: Seen, x: Float[Tensor, "batch pos d_model"]) -> None:
@@ -235,12 +265,18 @@ class Tally:
     def _encode(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_sae"]:
         """All features, a part that fits a processor's cache at a time."""
         f = x.new_empty(*x.shape[:2], self.sae.d_sae)
-        rows = max(1, 2**20 // self.sae.d_sae) if x.device.type == "cpu" else len(f.view(-1, f.shape[-1]))
+        rows = (
+            max(1, 2**20 // self.sae.d_sae)
+            if x.device.type == "cpu"
+            else len(f.view(-1, f.shape[-1]))
+        )
         for part, own in zip(x.flatten(0, 1).split(rows), f.flatten(0, 1).split(rows), strict=True):
             own.copy_(self.sae.encode(part))
         return f
 
-    def _count(self, seen: Seen, counted: Tensor, cell: Tensor, cols: Tensor, values: Tensor) -> None:
+    def _count(
+        self, seen: Seen, counted: Tensor, cell: Tensor, cols: Tensor, values: Tensor
+    ) -> None:
         assert self.sae.provenance is not None
         d_sae = self.sae.d_sae
         phase = torch.zeros_like(seen.batch.ids) if seen.phase is None else seen.phase
@@ -249,12 +285,16 @@ class Tally:
         self.category_rows += torch.bincount(phase[counted], minlength=len(Phase)).cpu()
         self.early_rows += int((counted & early).sum())
         self.dropped_rows += int((seen.batch.mask.bool() & ~counted).sum())
-        self.fired += torch.bincount(cols * len(Phase) + phase.view(-1)[cell], minlength=self.fired.numel()).view_as(self.fired)
+        self.fired += torch.bincount(
+            cols * len(Phase) + phase.view(-1)[cell], minlength=self.fired.numel()
+        ).view_as(self.fired)
         self.early += torch.bincount(cols[early.reshape(-1)[cell]], minlength=d_sae)
         self.total.index_add_(0, cols, values.double())
         octave = (values.double() / self.sae.provenance.filter.median).log2()
         bins = ((octave - SMALLEST) * BINS_PER_OCTAVE).floor().long().clamp(0, BINS - 1)
-        self.histogram += torch.bincount(cols * BINS + bins, minlength=self.histogram.numel()).view_as(self.histogram)
+        self.histogram += torch.bincount(
+            cols * BINS + bins, minlength=self.histogram.numel()
+        ).view_as(self.histogram)
 
     def _offer_top(self, seen: Seen, f: Float[Tensor, "batch pos d_sae"]) -> None:
         largest = f.amax(1)
@@ -262,13 +302,17 @@ class Tally:
 
         def places(some: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             r, c = row[some], cols[some]
-            pos = torch.cat([f[a, :, b].argmax(1) for a, b in zip(r.split(4096), c.split(4096), strict=True)])
+            pos = torch.cat(
+                [f[a, :, b].argmax(1) for a, b in zip(r.split(4096), c.split(4096), strict=True)]
+            )
             return f[r, pos, c], seen.first_document + r, pos, self._window(f, r, pos, c)
 
         if len(row):
             self.top.offer(cols, largest[row, cols], places)
 
-    def _offer_sampled(self, seen: Seen, f: Float[Tensor, "batch pos d_sae"], cell: Tensor, cols: Tensor) -> None:
+    def _offer_sampled(
+        self, seen: Seen, f: Float[Tensor, "batch pos d_sae"], cell: Tensor, cols: Tensor
+    ) -> None:
         lots = seen.lot.view(-1)[cell]
         better = lots > self.sampled.floor[cols]
         cell, cols, lots = cell[better], cols[better], lots[better]
@@ -282,9 +326,13 @@ class Tally:
         if len(cell):
             self.sampled.offer(cols, lots, places)
 
-    def _window(self, f: Tensor, row: Tensor, pos: Tensor, col: Tensor) -> Float[Tensor, "example window"]:
+    def _window(
+        self, f: Tensor, row: Tensor, pos: Tensor, col: Tensor
+    ) -> Float[Tensor, "example window"]:
         """Activations of one feature around a token, 0 outside the dialogue."""
-        at = pos[:, None] + torch.arange(-self.config.before, self.config.after + 1, device=pos.device)
+        at = pos[:, None] + torch.arange(
+            -self.config.before, self.config.after + 1, device=pos.device
+        )
         inside = (at >= 0) & (at < f.shape[1])
         return torch.where(inside, f[row[:, None], at.clamp(0, f.shape[1] - 1), col[:, None]], 0.0)
 
@@ -304,10 +352,19 @@ class Tally:
     # --- to and from a checkpoint
 
     def tensors(self) -> dict[str, Tensor]:
-        own = {name: getattr(self, name) for name in ("category_rows", "fired", "early", "dropped", "total", "histogram")}
-        own |= {f"{part}_{name}": tensor for part in ("top", "sampled") for name, tensor in getattr(self, part).tensors().items()}
+        own = {
+            name: getattr(self, name)
+            for name in tuple(("category_rows fired early dropped total histogram").split())
+        }
+        own |= {
+            f"{part}_{name}": tensor
+            for part in ("top", "sampled")
+            for name, tensor in getattr(self, part).tensors().items()
+        }
         sample = torch.cat(self.sample) if self.sample else torch.zeros(0, 5, dtype=torch.float64)
-        counts = torch.tensor([self.rows, self.early_rows, self.dropped_rows, self.share], dtype=torch.float64)
+        counts = torch.tensor(
+            [self.rows, self.early_rows, self.dropped_rows, self.share], dtype=torch.float64
+        )
         return own | {"sample": sample, "counts": counts}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -317,7 +374,12 @@ class Tally:
                 own[name].copy_(tensor)
         self.sample = [tensors["sample"]]
         rows, early_rows, dropped_rows, share = tensors["counts"].tolist()
-        self.rows, self.early_rows, self.dropped_rows, self.share = int(rows), int(early_rows), int(dropped_rows), share
+        self.rows, self.early_rows, self.dropped_rows, self.share = (
+            int(rows),
+            int(early_rows),
+            int(dropped_rows),
+            share,
+        )
 
 
 # --- from what was counted to tables
@@ -335,16 +397,23 @@ class Sample(NamedTuple):
 
 def sample_of(tally: Tally) -> Sample:
     """The sampled tokens on which anything fires, in the order in which they came."""
-    entries = (torch.cat(tally.sample) if tally.sample else torch.zeros(0, 5, dtype=torch.float64)).numpy()
+    entries = (
+        torch.cat(tally.sample) if tally.sample else torch.zeros(0, 5, dtype=torch.float64)
+    ).numpy()
     place = entries[:, 1:3]
     new = np.r_[True, (place[1:] != place[:-1]).any(1)][: len(place)]
     row = new.cumsum() - 1
-    f = csr_matrix((entries[:, 4].astype(np.float32), (row, entries[:, 3].astype(np.int64))), (int(new.sum()), tally.sae.d_sae))
+    f = csr_matrix(
+        (entries[:, 4].astype(np.float32), (row, entries[:, 3].astype(np.int64))),
+        (int(new.sum()), tally.sae.d_sae),
+    )
     return Sample(f, entries[new, 2].astype(np.int64) % 2**20, entries[new, 1].astype(np.int64))
 
 
 class Nearest(NamedTuple):
-    """For each feature up to `NEAR` others, best first; id -1 where there are fewer. [d_sae, NEAR] each"""
+    """For each feature up to `NEAR` others, best first; id -1 where there are fewer. [d_sae, NEAR]
+    each
+    """
 
     ids: np.ndarray
     score: np.ndarray
@@ -365,22 +434,33 @@ def decoder_neighbours(W_dec: Float[Tensor, "d_sae d_model"]) -> Nearest:
         scores.append(best.values)
     fill = (0, NEAR - n)
     pad = torch.nn.functional.pad
-    return Nearest(pad(torch.cat(ids), fill, value=-1).cpu().numpy(), pad(torch.cat(scores), fill).cpu().numpy())
+    return Nearest(
+        pad(torch.cat(ids), fill, value=-1).cpu().numpy(),
+        pad(torch.cat(scores), fill).cpu().numpy(),
+    )
 
 
 def firing_together(f: csr_matrix) -> Nearest:
-    """The features with the largest Jaccard index |i and j| / |i or j| of their firing tokens, of those that share two or more."""
+    """The features with the largest Jaccard index |i and j| / |i or j| of their firing tokens, of
+    those that share two or more.
+    """
     fires = f.astype(bool).astype(np.int32)
     by_feature = fires.T.tocsr()
     count = np.diff(by_feature.indptr)
     d_sae = fires.shape[1]
     ids, scores = np.full((d_sae, NEAR), -1), np.zeros((d_sae, NEAR), np.float32)
     pairs = np.minimum(by_feature @ fires.sum(1), d_sae).A1.cumsum()  # at most, up to each feature
-    edges = np.unique(np.searchsorted(pairs, np.arange(PAIRS, pairs[-1] + PAIRS, PAIRS)).clip(max=d_sae - 1) + 1)
+    edges = np.unique(
+        np.searchsorted(pairs, np.arange(PAIRS, pairs[-1] + PAIRS, PAIRS)).clip(max=d_sae - 1) + 1
+    )
     for start, stop in pairwise([0, *edges.tolist()]):
         both = by_feature[start:stop] @ fires
         some = np.flatnonzero(both.data > 1)
-        row, col, shared = np.searchsorted(both.indptr, some, "right") - 1, both.indices[some], both.data[some]
+        row, col, shared = (
+            np.searchsorted(both.indptr, some, "right") - 1,
+            both.indices[some],
+            both.data[some],
+        )
         jaccard = shared / (count[row + start] + count[col] - shared)
         jaccard[row + start == col] = -1
         order = np.lexsort((col, -jaccard, row))
@@ -393,17 +473,21 @@ def firing_together(f: csr_matrix) -> Nearest:
 
 
 def token_share(sample: Sample) -> np.ndarray:
-    """How well the token alone predicts a feature's firing: F1 on other dialogues, NaN with under 5 firings in either part.
+    """How well the token alone predicts a feature's firing: F1 on other dialogues, NaN with under 5
+    firings in either part.
 
-    On half of the dialogues (even numbers) the rate at which the feature fires on every token id is taken, and the set of
-    ids with a rate above a threshold, the one with the best F1 there, predicts firing on the other half. [d_sae]
+    On half of the dialogues (even numbers) the rate at which the feature fires on every token id is
+    taken, and the set of ids with a rate above a threshold, the one with the best F1 there,
+    predicts firing on the other half. [d_sae]
     """
     fit = sample.document % 2 == 0
     vocab = int(sample.token.max(initial=0)) + 1
     sides = []
     for rows in (fit, ~fit):
         fires, token = sample.f[rows].tocoo(), sample.token[rows]
-        cell, count = np.unique(fires.col.astype(np.int64) * vocab + token[fires.row], return_counts=True)
+        cell, count = np.unique(
+            fires.col.astype(np.int64) * vocab + token[fires.row], return_counts=True
+        )
         sides.append((cell, count, np.bincount(token, minlength=vocab)))
     (cell, hits, seen), (cell_other, hits_other, seen_other) = sides
     d_sae = sample.f.shape[1]
@@ -416,7 +500,10 @@ def token_share(sample: Sample) -> np.ndarray:
     same = len(cell_other) > 0 and cell_other[where] == cell[order]
     hits_there = np.where(same, hits_other[where] if len(cell_other) else 0, 0)
     first = np.searchsorted(col, np.arange(d_sae + 1))
-    total, total_other = np.bincount(col, hits, d_sae), np.bincount(cell_other // vocab, hits_other, d_sae)
+    total, total_other = (
+        np.bincount(col, hits, d_sae),
+        np.bincount(cell_other // vocab, hits_other, d_sae),
+    )
 
     def running(values: np.ndarray) -> np.ndarray:
         """Sums from each feature's first pair on."""
@@ -425,7 +512,8 @@ def token_share(sample: Sample) -> np.ndarray:
 
     f1_fit = 2 * running(hits) / (running(seen[token]) + total[col])
     f1_other = 2 * running(hits_there) / (running(seen_other[token]) + total_other[col]).clip(1)
-    f1_fit[np.r_[(col[1:] == col[:-1]) & (rate[1:] == rate[:-1]), False][: len(col)]] = -1  # a threshold takes all at a tie
+    # a threshold takes all at a tie
+    f1_fit[np.r_[(col[1:] == col[:-1]) & (rate[1:] == rate[:-1]), False][: len(col)]] = -1
     out = np.full(d_sae, np.nan)
     for feature in np.flatnonzero((total >= 5) & (total_other >= 5)):
         own = slice(first[feature], first[feature + 1])
@@ -434,7 +522,9 @@ def token_share(sample: Sample) -> np.ndarray:
 
 
 class Logits(NamedTuple):
-    """Token ids and what a unit of the feature adds to their logits, relative to the mean token. [d_sae, LOGIT_TOKENS] each"""
+    """Token ids and what a unit of the feature adds to their logits, relative to the mean token.
+    [d_sae, LOGIT_TOKENS] each
+    """
 
     promoted: np.ndarray
     promoted_logit: np.ndarray
@@ -444,7 +534,9 @@ class Logits(NamedTuple):
 
 @torch.no_grad()
 def logit_effects(lm: HookedLM, W_dec: Float[Tensor, "d_sae d_model"]) -> Logits:
-    """Decoder rows through the final norm's weight and the unembedding, as if nothing came between (direct effect)."""
+    """Decoder rows through the final norm's weight and the unembedding, as if nothing came between
+    (direct effect).
+    """
     norm, unembed = lm.hf.model.norm.weight.float(), lm.hf.get_output_embeddings().weight.float()
     unembed = unembed - unembed.mean(0)
     n = min(LOGIT_TOKENS, len(unembed))
@@ -459,39 +551,56 @@ def logit_effects(lm: HookedLM, W_dec: Float[Tensor, "d_sae d_model"]) -> Logits
 
 
 COLUMNS = {
-    "density": "share of tokens on which the feature fires", "fired": "tokens on which it fires",
-    "density_template": "density on template tokens", "density_user": "density on system and user tokens",
-    "density_thinking": "density on thinking tokens", "density_assistant": "density on answer tokens",
-    "max": "largest activation, in units of the site", "mean": "mean activation where it fires",
+    "density": "share of tokens on which the feature fires",
+    "fired": "tokens on which it fires",
+    "density_template": "density on template tokens",
+    "density_user": "density on system and user tokens",
+    "density_thinking": "density on thinking tokens",
+    "density_assistant": "density on answer tokens",
+    "max": "largest activation, in units of the site",
+    "mean": "mean activation where it fires",
     "token_f1": "how well the token alone predicts firing: F1 on other dialogues",
-    "early_share": "share of its firings in the first 8 positions", "dropped_share": "share of position 0 and sinks on which it fires",
-    "top_token": "the token of its largest activation", "hint": "what its sampled firing tokens have in common, where that is plain", "warnings": "what to know before trusting its examples",
-}  # fmt: skip
+    "early_share": "share of its firings in the first 8 positions",
+    "dropped_share": "share of position 0 and sinks on which it fires",
+    "top_token": "the token of its largest activation",
+    "hint": "what its sampled firing tokens have in common, where that is plain",
+    "warnings": "what to know before trusting its examples",
+}
 """Columns of an index's table of features, with what they are."""
 
 
 def warnings_of(
-    density: np.ndarray, early: np.ndarray, early_rows: float, dropped: np.ndarray, token_f1: np.ndarray
+    density: np.ndarray,
+    early: np.ndarray,
+    early_rows: float,
+    dropped: np.ndarray,
+    token_f1: np.ndarray,
 ) -> list[str]:
     """For each feature, what its figures warn of, separated by commas."""
     out = []
     for d, e, s, t in zip(density, early, dropped, token_f1, strict=True):
         found = [
-            ("dead", d == 0), ("dense", d > 0.1), ("position", e > 0.5 and e > 3 * early_rows), ("sink", s > 0.5 and s > 3 * d),
+            ("dead", d == 0),
+            ("dense", d > 0.1),
+            ("position", e > 0.5 and e > 3 * early_rows),
+            ("sink", s > 0.5 and s > 3 * d),
             ("token", t >= 0.9),
-        ]  # fmt: skip
+        ]
         out.append(",".join(name for name, holds in found if holds))
     return out
 
 
 def script_of(text: str) -> str:
-    """The writing system of a text's letters by their Unicode names, such as LATIN or CJK; "" where it has none or several."""
+    """The writing system of a text's letters by their Unicode names, such as LATIN or CJK; "" where
+    it has none or several.
+    """
     found = {unicodedata.name(c, "?").split()[0] for c in text if c.isalpha()}
     return found.pop() if len(found) == 1 else ""
 
 
 def hint_of(texts: Sequence[str], template: float, token_f1: float) -> str:
-    """A name without a model, where it is honest: token sets, template positions, the writing system.
+    """A name without a model, where it is honest: token sets, template positions, the writing
+    system.
 
     texts: the sampled firing tokens. template: share of all firing tokens that are the template's.
     """
@@ -502,9 +611,13 @@ def hint_of(texts: Sequence[str], template: float, token_f1: float) -> str:
     scripts = Counter(script for script in map(script_of, texts) if script)
     script, n = scripts.most_common(1)[0] if scripts else ("", 0)
     found = [
-        ("template" if template >= 0.95 else "token", bool(named) and (template >= 0.95 or token_f1 >= 0.8), named),
+        (
+            "template" if template >= 0.95 else "token",
+            bool(named) and (template >= 0.95 or token_f1 >= 0.8),
+            named,
+        ),
         ("script", script not in ("", "LATIN") and n >= 0.95 * scripts.total() and n >= 5, script),
-    ]  # fmt: skip
+    ]
     return "; ".join(f"{kind}: {what}" for kind, holds, what in found if holds)
 
 
@@ -515,9 +628,14 @@ def _lists(values: np.ndarray, kind: pa.DataType) -> pa.Array:
 
 
 def feature_table(
-    tally: Tally, logits: Logits, sample: Sample, text: Sequence[str], ids: Mapping[int, Sequence[int]]
+    tally: Tally,
+    logits: Logits,
+    sample: Sample,
+    text: Sequence[str],
+    ids: Mapping[int, Sequence[int]],
 ) -> pa.Table:
-    """A row a feature: `COLUMNS`, the histogram, promoted and suppressed tokens, neighbours, what fires with it.
+    """A row a feature: `COLUMNS`, the histogram, promoted and suppressed tokens, neighbours, what
+    fires with it.
 
     text: of token ids. ids: token ids by document.
     """
@@ -532,67 +650,98 @@ def feature_table(
     dropped = tally.dropped.cpu().numpy() / max(1, tally.dropped_rows)
     token_f1 = token_share(sample)
     first = tally.top.order[:, :1]
-    document, pos = (places.gather(1, first)[:, 0].tolist() for places in (tally.top.document, tally.top.pos))
+    document, pos = (
+        places.gather(1, first)[:, 0].tolist() for places in (tally.top.document, tally.top.pos)
+    )
     top_token = [text[ids[d][p]] if n else "" for d, p, n in zip(document, pos, total, strict=True)]
-    kept, numbers, places = tally.sampled.key > 0, tally.sampled.document.tolist(), tally.sampled.pos.tolist()
+    kept, numbers, places = (
+        tally.sampled.key > 0,
+        tally.sampled.document.tolist(),
+        tally.sampled.pos.tolist(),
+    )
     sampled = [
-        [text[ids[d][p]] for d, p, k in zip(*row, strict=True) if k] for row in zip(numbers, places, kept.tolist(), strict=True)
+        [text[ids[d][p]] for d, p, k in zip(*row, strict=True) if k]
+        for row in zip(numbers, places, kept.tolist(), strict=True)
     ]
     template = fired[:, Phase.TEMPLATE] / total.clip(1)
     neighbours, together = decoder_neighbours(tally.sae.W_dec), firing_together(sample.f)
     return pa.table(
         {
-            "feature": pa.array(np.arange(len(total)), pa.int32()), "density": density, "fired": total,
+            "feature": pa.array(np.arange(len(total)), pa.int32()),
+            "density": density,
+            "fired": total,
             **{f"density_{name}": by_phase[name] for name in by_phase},
-            "max": tally.top.value.amax(1).cpu().numpy(), "mean": tally.total.cpu().numpy() / total.clip(1), "token_f1": token_f1,
-            "early_share": early, "dropped_share": dropped, "top_token": top_token,
+            "max": tally.top.value.amax(1).cpu().numpy(),
+            "mean": tally.total.cpu().numpy() / total.clip(1),
+            "token_f1": token_f1,
+            "early_share": early,
+            "dropped_share": dropped,
+            "top_token": top_token,
             "hint": [hint_of(*about) for about in zip(sampled, template, token_f1, strict=True)],
-            "warnings": warnings_of(density, early, tally.early_rows / max(1, tally.rows), dropped, token_f1),
+            "warnings": warnings_of(
+                density, early, tally.early_rows / max(1, tally.rows), dropped, token_f1
+            ),
             "histogram": _lists(tally.histogram.cpu().numpy(), pa.int64()),
-            "promoted": _lists(logits.promoted, pa.int32()), "promoted_logit": _lists(logits.promoted_logit, pa.float32()),
-            "suppressed": _lists(logits.suppressed, pa.int32()), "suppressed_logit": _lists(logits.suppressed_logit, pa.float32()),
-            "neighbour": _lists(neighbours.ids, pa.int32()), "neighbour_cosine": _lists(neighbours.score, pa.float32()),
-            "together": _lists(together.ids, pa.int32()), "together_jaccard": _lists(together.score, pa.float32()),
+            "promoted": _lists(logits.promoted, pa.int32()),
+            "promoted_logit": _lists(logits.promoted_logit, pa.float32()),
+            "suppressed": _lists(logits.suppressed, pa.int32()),
+            "suppressed_logit": _lists(logits.suppressed_logit, pa.float32()),
+            "neighbour": _lists(neighbours.ids, pa.int32()),
+            "neighbour_cosine": _lists(neighbours.score, pa.float32()),
+            "together": _lists(together.ids, pa.int32()),
+            "together_jaccard": _lists(together.score, pa.float32()),
         }
-    )  # fmt: skip
+    )
 
 
 def example_table(tally: Tally) -> pa.Table:
     """A row an example, feature by feature, the top ones first, each sort by its key.
 
-    Columns: feature, top (or sampled), document, pos, value; start: the window's first position; offset, act: where in the
-    window the feature fires and how strongly.
+    Columns: feature, top (or sampled), document, pos, value; start: the window's first position;
+    offset, act: where in the window the feature fires and how strongly.
     """
     config = tally.config
     parts: list[tuple[np.ndarray, ...]] = []
     for is_top, kept in ((True, tally.top), (False, tally.sampled)):
         order = kept.order
         at, rank = (kept.key.gather(1, order) > 0).nonzero(as_tuple=True)
-        columns = [getattr(kept, name)[at, order[at, rank]].cpu().numpy() for name in ("document", "pos", "value", "acts")]
+        columns = [
+            getattr(kept, name)[at, order[at, rank]].cpu().numpy()
+            for name in ("document", "pos", "value", "acts")
+        ]
         parts.append((at.cpu().numpy(), np.full(len(at), is_top), rank.cpu().numpy(), *columns))
-    feature, top, place, document, pos, value, acts = (np.concatenate(column) for column in zip(*parts, strict=True))
+    feature, top, place, document, pos, value, acts = (
+        np.concatenate(column) for column in zip(*parts, strict=True)
+    )
     rows = np.lexsort((place, ~top, feature))
     acts = acts[rows]
     row, offset = np.nonzero(acts)
     ends = np.r_[0, np.bincount(row, minlength=len(acts)).cumsum()].astype(np.int32)
     return pa.table(
         {
-            "feature": pa.array(feature[rows], pa.int32()), "top": top[rows], "document": pa.array(document[rows], pa.int32()),
-            "pos": pa.array(pos[rows], pa.int16()), "value": value[rows],
+            "feature": pa.array(feature[rows], pa.int32()),
+            "top": top[rows],
+            "document": pa.array(document[rows], pa.int32()),
+            "pos": pa.array(pos[rows], pa.int16()),
+            "value": value[rows],
             "start": pa.array(pos[rows] - config.before, pa.int16()),
             "offset": pa.ListArray.from_arrays(ends, pa.array(offset, pa.int16())),
             "act": pa.ListArray.from_arrays(ends, pa.array(acts[row, offset], pa.float32())),
         }
-    )  # fmt: skip
+    )
 
 
 # --- building
 
 
-def _batches(lm: HookedLM, documents: Iterable[Document], config: IndexConfig) -> Iterator[tuple[int, Seen]]:
+def _batches(
+    lm: HookedLM, documents: Iterable[Document], config: IndexConfig
+) -> Iterator[tuple[int, Seen]]:
     """Batches up to the config's number of tokens, each with the tokens up to its end."""
     tokens, document = 0, 0
-    for number, batch in enumerate(token_batches(lm, documents, config.batch_tokens, seed=config.seed)):
+    for number, batch in enumerate(
+        token_batches(lm, documents, config.batch_tokens, seed=config.seed)
+    ):
         tokens += int(batch.mask.sum())
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         lot = 1 - torch.rand(batch.ids.shape, generator=generator)  # in (0, 1]
@@ -622,7 +771,9 @@ REMEMBERED = 1_000_000
 
 
 class _Dialogues:
-    """Token ids of the dialogues that examples are from, by number; the others are forgotten from time to time."""
+    """Token ids of the dialogues that examples are from, by number; the others are forgotten from
+    time to time.
+    """
 
     def __init__(self) -> None:
         self.ids: dict[int, list[int]] = {}
@@ -638,26 +789,43 @@ class _Dialogues:
 
     def forget(self, tallies: Iterable[Tally], done: bool = False) -> None:
         """Keeps what examples of these tallies, and of those that are done, are from."""
-        used = {int(d) for t in tallies for kept in (t.top, t.sampled) for d in kept.document[kept.key > 0].unique()}
-        self.ids = {number: ids for number, ids in self.ids.items() if number in used or number in self._done}
+        used = {
+            int(d)
+            for t in tallies
+            for kept in (t.top, t.sampled)
+            for d in kept.document[kept.key > 0].unique()
+        }
+        self.ids = {
+            number: ids
+            for number, ids in self.ids.items()
+            if number in used or number in self._done
+        }
         self._done |= used if done else set()
 
     def check(self, seen: Seen) -> None:
         """ValueError where a dialogue is another one than before."""
         for number, row in enumerate(_rows(seen.batch), seen.first_document):
             if self.ids.get(number, row) != row:
-                raise ValueError("The build to go on with looked at other dialogues; give the same data, or start anew.")
+                raise ValueError(
+                    "The build to go on with looked at other dialogues; give the same data, or"
+                    " start anew."
+                )
 
     def tensors(self) -> dict[str, Tensor]:
         flat = [i for ids in self.ids.values() for i in ids]
         return {
-            "number": torch.tensor(list(self.ids)), "length": torch.tensor([len(ids) for ids in self.ids.values()]),
-            "ids": torch.tensor(flat), "done": torch.tensor(sorted(self._done), dtype=torch.long),
-        }  # fmt: skip
+            "number": torch.tensor(list(self.ids)),
+            "length": torch.tensor([len(ids) for ids in self.ids.values()]),
+            "ids": torch.tensor(flat),
+            "done": torch.tensor(sorted(self._done), dtype=torch.long),
+        }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         parts = tensors["ids"].split(tensors["length"].tolist())
-        self.ids = {int(number): part.tolist() for number, part in zip(tensors["number"], parts, strict=True)}
+        self.ids = {
+            int(number): part.tolist()
+            for number, part in zip(tensors["number"], parts, strict=True)
+        }
         self._done = set(tensors["done"].tolist())
 
 
@@ -684,15 +852,21 @@ def build_index(
 ) -> Path:
     """Writes an index of every SAE of a suite (variant -> hook name -> SAE) and returns its folder.
 
-    documents: gives the same dialogues each time it is called. data: what they are, for the manifest. memory: bytes to take
-    (None: half of what is free); SAEs that do not fit together are indexed one group after another, a pass of the model
-    each. resume: goes on with a build that was cut off in `out`. An index that is there already is replaced once the new
-    one is whole; its labels stay, and so do files that are not an index's. An interrupt leaves a checkpoint. Raises ValueError
-    where an SAE does not fit the model, for data without tokens, for going on with another build, for a folder in which other
-    files have an index's names, and while another process writes there.
+    documents: gives the same dialogues each time it is called. data: what they are, for the
+    manifest. memory: bytes to take (None: half of what is free); SAEs that do not fit together are
+    indexed one group after another, a pass of the model
+    each. resume: goes on with a build that was cut off in `out`. An index that is there already is
+    replaced once the new one is whole; its labels stay, and so do files that are not an index's. An
+    interrupt leaves a checkpoint. Raises ValueError where an SAE does not fit the model, for data
+    without tokens, for going on with another build, for a folder in which other files have an
+    index's names, and while another process writes there.
     """
     out, config = Path(out), config or IndexConfig()
-    saes: dict[Key, SAE] = {(variant, name): sae for variant, site_saes in suite.items() for name, sae in site_saes.items()}
+    saes: dict[Key, SAE] = {
+        (variant, name): sae
+        for variant, site_saes in suite.items()
+        for name, sae in site_saes.items()
+    }
     if not saes:
         raise ValueError("The suite holds no SAE; give at least one.")
     for sae in saes.values():
@@ -720,8 +894,12 @@ def build_index(
         manifest = identity | {"suite": sites, "tokens": tokens, "built": built}
         lacking = [entry for entry in sites if not (site_folder(work, entry) / FEATURES).is_file()]
         if lacking:
-            raise ValueError(f"The build lacks the tables of {lacking[0]['hook_name']}; start it anew, without resuming.")
-        write_text(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")  # from here on it is whole
+            raise ValueError(
+                f"The build lacks the tables of {lacking[0]['hook_name']}; start it anew, without"
+                " resuming."
+            )
+        # from here on it is whole
+        write_text(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
         _put_in_place(out)
         _stop_if_asked(interrupts)
     return out
@@ -736,9 +914,15 @@ def _site_entry(key: Key, sae: SAE, checksum: str) -> dict[str, Any]:
     """What a manifest says of an SAE."""
     assert sae.provenance is not None
     return {
-        "variant": key[0], "hook_name": key[1], "d_sae": sae.d_sae, "architecture": sae.architecture, "sparsity": sae.sparsity,
-        "checksum": checksum, "median_norm": sae.provenance.filter.median, "norm_factor": sae.provenance.filter.factor,
-    }  # fmt: skip
+        "variant": key[0],
+        "hook_name": key[1],
+        "d_sae": sae.d_sae,
+        "architecture": sae.architecture,
+        "sparsity": sae.sparsity,
+        "checksum": checksum,
+        "median_norm": sae.provenance.filter.median,
+        "norm_factor": sae.provenance.filter.factor,
+    }
 
 
 @dataclass
@@ -766,11 +950,14 @@ class _Build:
         groups = self._groups(memory, state)
         if len(groups) > 1:
             print(
-                f"{len(self.saes)} SAEs are indexed in {len(groups)} groups, a pass each, to stay within {memory / 1e9:.1f} GB."
+                f"{len(self.saes)} SAEs are indexed in {len(groups)} groups, a pass each, to stay"
+                f" within {memory / 1e9:.1f} GB."
             )
         texts = vocabulary(self.lm)
         tokens = 0
-        with tqdm(total=self.config.tokens * len(groups), unit="tok", desc="indexing", disable=not bar) as meter:
+        with tqdm(
+            total=self.config.tokens * len(groups), unit="tok", desc="indexing", disable=not bar
+        ) as meter:
             for number, group in enumerate(groups):
                 if state is not None and number < state["group"]:
                     meter.update(self.config.tokens)
@@ -780,11 +967,19 @@ class _Build:
                 tokens = self._pass(tallies, dialogues, checkpoints, number, resumed, meter)
                 dialogues.forget(tallies.values(), done=True)
                 for (variant, name), tally in tallies.items():
-                    _write_site(self.lm, tally, texts, dialogues.ids, self.work / TABLES / variant / name)
+                    _write_site(
+                        self.lm, tally, texts, dialogues.ids, self.work / TABLES / variant / name
+                    )
                     _stop_if_asked(self.interrupts)
         ids = [dialogues.ids[n] for n in sorted(dialogues.ids)]
-        _write(pa.table({"document": pa.array(sorted(dialogues.ids), pa.int32()), "ids": ids}), self.work / DOCUMENTS)
-        _write(pa.table({"id": pa.array(range(len(texts)), pa.int32()), "text": texts}), self.work / TOKENS)
+        _write(
+            pa.table({"document": pa.array(sorted(dialogues.ids), pa.int32()), "ids": ids}),
+            self.work / DOCUMENTS,
+        )
+        _write(
+            pa.table({"id": pa.array(range(len(texts)), pa.int32()), "text": texts}),
+            self.work / TOKENS,
+        )
         return tokens
 
     def _groups(self, memory: int, state: Mapping[str, Any] | None) -> list[list[Key]]:
@@ -794,9 +989,13 @@ class _Build:
             return self.planned
         told = state.get("groups")
         known = isinstance(told, list) and all(isinstance(group, list) for group in told)
-        self.planned = [[tuple(key) for key in group] for group in told] if known and told is not None else []
+        self.planned = (
+            [[tuple(key) for key in group] for group in told] if known and told is not None else []
+        )
         if [key for group in self.planned for key in group] != list(self.saes):
-            raise ValueError("The build to go on with was planned otherwise; start it anew, without resuming.")
+            raise ValueError(
+                "The build to go on with was planned otherwise; start it anew, without resuming."
+            )
         return self.planned
 
     @torch.no_grad()
@@ -809,7 +1008,9 @@ class _Build:
         state: Mapping[str, Any] | None,
         meter: tqdm,
     ) -> int:
-        """One pass of the model for one group of SAEs; returns the tokens seen. An interrupt leaves a checkpoint."""
+        """One pass of the model for one group of SAEs; returns the tokens seen. An interrupt leaves
+        a checkpoint.
+        """
         reached = 0
         if state is not None:
             reached = int(state["batches"])
@@ -828,15 +1029,25 @@ class _Build:
                 tally.add(seen, acts[name])
             dialogues.add(seen, tallies.values())
             if self.interrupts.asked or time.monotonic() - saved > SAVE_EVERY:
-                parts = {_file(key): tally.tensors() for key, tally in tallies.items()} | {"dialogues": dialogues.tensors()}
-                reached_now = {"group": group, "rows": tokens, "batches": number, "groups": self.planned}
+                parts = {_file(key): tally.tensors() for key, tally in tallies.items()} | {
+                    "dialogues": dialogues.tensors()
+                }
+                reached_now = {
+                    "group": group,
+                    "rows": tokens,
+                    "batches": number,
+                    "groups": self.planned,
+                }
                 checkpoints.save(reached_now, parts)
                 saved = time.monotonic()
             if self.interrupts.asked:
                 say("The index was stopped before its end; the same call with resume goes on.")
                 raise KeyboardInterrupt
         if not any(tally.rows for tally in tallies.values()):
-            raise ValueError("There are no tokens to index; give dialogues whose keep-mask and norm filter leave some.")
+            raise ValueError(
+                "There are no tokens to index; give dialogues whose keep-mask and norm filter leave"
+                " some."
+            )
         return tokens
 
 
@@ -844,31 +1055,43 @@ def _check_own(out: Path) -> None:
     """ValueError where an index would take the place of files that are not an index's."""
     there = [name for name in (MANIFEST, DOCUMENTS, TOKENS, TABLES) if os.path.lexists(out / name)]
     if there and not (out / MANIFEST).is_file():
-        raise ValueError(f"{str(out)!r} holds {', '.join(there)}, which are of no index; give another folder.")
+        raise ValueError(
+            f"{str(out)!r} holds {', '.join(there)}, which are of no index; give another folder."
+        )
     if there:
         try:
             read_manifest(out)
         except ValueError as error:
-            raise ValueError(f"{error} In its place nothing is built: give another folder.") from error
+            raise ValueError(
+                f"{error} In its place nothing is built: give another folder."
+            ) from error
 
 
 def _made_as(out: Path) -> dict[str, Any]:
     """The identity of the build that made an index."""
     manifest = read_manifest(out)
-    suite = {f"{entry['variant']}/{entry['hook_name']}": entry["checksum"] for entry in manifest["suite"]}
-    return {name: value for name, value in manifest.items() if name not in ("tokens", "built")} | {"suite": suite}
+    suite = {
+        f"{entry['variant']}/{entry['hook_name']}": entry["checksum"] for entry in manifest["suite"]
+    }
+    return {name: value for name, value in manifest.items() if name not in ("tokens", "built")} | {
+        "suite": suite
+    }
 
 
 def _put_in_place(out: Path) -> bool:
-    """Moves a whole build from its working folder to its place, and can go on from any point at which it was killed.
+    """Moves a whole build from its working folder to its place, and can go on from any point at
+    which it was killed.
 
-    The index that was there goes, manifest first, so that there is none for a moment rather than a mixture; labels stay, and
-    so does all that is not an index's. Returns whether there was a whole build.
+    The index that was there goes, manifest first, so that there is none for a moment rather than a
+    mixture; labels stay, and so does all that is not an index's. Returns whether there was a whole
+    build.
     """
     work = out / WORK
     if not (work / MANIFEST).is_file():
         return False
-    if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == (work / MANIFEST).read_bytes():
+    if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == (
+        work / MANIFEST
+    ).read_bytes():
         shutil.rmtree(work)  # it was killed at its very last step
         return True
     for old in found(work):
@@ -899,8 +1122,12 @@ def _delete_index(out: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def site_folder(out: Path, entry: Mapping[str, Any]) -> Path:
-    """Where an index keeps the tables of an SAE. Raises ValueError for names that would lead elsewhere."""
-    variant, hook_name = (checked_name(entry[part], "An SAE of an index") for part in ("variant", "hook_name"))
+    """Where an index keeps the tables of an SAE. Raises ValueError for names that would lead
+    elsewhere.
+    """
+    variant, hook_name = (
+        checked_name(entry[part], "An SAE of an index") for part in ("variant", "hook_name")
+    )
     return inside(out, f"{TABLES}/{variant}/{hook_name}", "An index")
 
 
@@ -911,15 +1138,23 @@ MANIFEST_LIMIT = 64 * 2**20
 
 
 def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
-    """An index's manifest, its entries checked. Raises ValueError for one of another version and for what no index says."""
+    """An index's manifest, its entries checked. Raises ValueError for one of another version and
+    for what no index says.
+    """
     path = folder / name
     manifest = read_json(path, "a feature index", MANIFEST_LIMIT)
     version = manifest.get("index") if isinstance(manifest, dict) else None
     if isinstance(version, int) and version != VERSION:
-        raise ValueError(f"{str(folder)!r} is an index of version {version}, this is version {VERSION}; build it again.")
+        raise ValueError(
+            f"{str(folder)!r} is an index of version {version}, this is version {VERSION}; build it"
+            " again."
+        )
     wrong = _wrong_entry(manifest) if version == VERSION else "index"
     if wrong:
-        raise ValueError(f"{str(path)!r} cannot be read (its entry {wrong} is not what an index writes); build the index again.")
+        raise ValueError(
+            f"{str(path)!r} cannot be read (its entry {wrong} is not what an index writes); build"
+            " the index again."
+        )
     for entry in manifest["suite"]:
         site_folder(folder, entry)
     return manifest
@@ -928,9 +1163,14 @@ def read_manifest(folder: Path, name: str = MANIFEST) -> dict[str, Any]:
 def _wrong_entry(manifest: Mapping[str, Any]) -> str:
     """The first entry of a manifest that is missing or of another kind; "" where all are well."""
     settings = manifest.get("settings")
-    if not isinstance(settings, dict) or not all(_count(settings.get(name), 10**12) for name in asdict(IndexConfig())):
+    if not isinstance(settings, dict) or not all(
+        _count(settings.get(name), 10**12) for name in asdict(IndexConfig())
+    ):
         return "settings"
-    if settings["before"] + settings["after"] > LONGEST_WINDOW or settings["top"] + settings["sampled"] > MOST_EXAMPLES:
+    if (
+        settings["before"] + settings["after"] > LONGEST_WINDOW
+        or settings["top"] + settings["sampled"] > MOST_EXAMPLES
+    ):
         return "settings"
     for name, kind in (("model", str), ("data", str), ("built", str), ("tokens", int)):
         if not isinstance(manifest.get(name), kind):
@@ -952,7 +1192,12 @@ def _is_site(entry: Any) -> bool:
         return False
     texts = all(isinstance(entry.get(name), str) for name in ("variant", "hook_name", "checksum"))
     median = entry.get("median_norm")
-    known = isinstance(median, (int, float)) and not isinstance(median, bool) and math.isfinite(median) and median > 0
+    known = (
+        isinstance(median, (int, float))
+        and not isinstance(median, bool)
+        and math.isfinite(median)
+        and median > 0
+    )
     return texts and known and _count(entry.get("d_sae"), LARGEST_D_SAE) and entry["d_sae"] > 0
 
 
@@ -972,7 +1217,9 @@ def _write(table: pa.Table, path: Path, rows: int = 4096) -> None:
         pq.write_table(table, part, row_group_size=rows)
 
 
-def _write_site(lm: HookedLM, tally: Tally, texts: Sequence[str], ids: Mapping[int, Sequence[int]], folder: Path) -> None:
+def _write_site(
+    lm: HookedLM, tally: Tally, texts: Sequence[str], ids: Mapping[int, Sequence[int]], folder: Path
+) -> None:
     sample = sample_of(tally)
     logits = logit_effects(lm, tally.sae.W_dec)
     _write(feature_table(tally, logits, sample, texts, ids), folder / FEATURES)

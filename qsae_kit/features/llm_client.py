@@ -70,12 +70,7 @@ class _Unreadable(ValueError):
 
 
 def openai_chat(
-    url: str,
-    model: str,
-    key: str = "",
-    timeout: float = 120.0,
-    *,
-    plain_http: bool = False,
+    url: str, model: str, key: str = "", timeout: float = 120.0, *, plain_http: bool = False
 ) -> Ask:
     """Asks a server that speaks OpenAI's chat protocol: `url` + "/chat/completions", temperature 0.
 
@@ -182,11 +177,7 @@ class _Server:
             headers["Authorization"] = f"Bearer {self.key}"
         try:
             request = client.stream(
-                "POST",
-                self.url,
-                content=body,
-                headers=headers,
-                follow_redirects=False,
+                "POST", self.url, content=body, headers=headers, follow_redirects=False
             )
             async with request as response:
                 if response.is_success:
@@ -249,8 +240,7 @@ def _parsed(url: str) -> httpx.URL:
         raise _error("An address with spaces or control characters was given", "give it without")
     if len(url) > MAX_ADDRESS:
         raise _error(
-            f"An address of {len(url)} characters was given",
-            f"give one of at most {MAX_ADDRESS}",
+            f"An address of {len(url)} characters was given", f"give one of at most {MAX_ADDRESS}"
         )
     if not url.lower().startswith(("http://", "https://")):
         raise _error(
@@ -264,8 +254,7 @@ def _parsed(url: str) -> httpx.URL:
         )
     if parsed.userinfo:
         raise _error(
-            "An address with a user or password was given",
-            "give it without, and a key as key=",
+            "An address with a user or password was given", "give it without, and a key as key="
         )
     if "#" in url:
         raise _error("An address with a fragment was given", "leave out # and what follows")

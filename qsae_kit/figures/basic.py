@@ -1,4 +1,6 @@
-"""DataFrame -> plotly figure; no model in sight. Colours are Okabe and Ito's, distinct to colour-blind eyes."""
+"""DataFrame -> plotly figure; no model in sight. Colours are Okabe and Ito's, distinct to
+colour-blind eyes.
+"""
 
 import html
 from collections.abc import Mapping
@@ -21,49 +23,71 @@ ARM_STYLE = {
 
 
 def plot_text(text: str) -> str:
-    """Text from a model, a file or a user, made safe to show in a plotly label: it reads as it was written."""
+    """Text from a model, a file or a user, made safe to show in a plotly label: it reads as it was
+    written.
+    """
     escaped = html.escape(text, quote=False)
     return escaped.replace("$", "&#36;").replace("%{", "%&#123;").replace("\n", "\u21b5")
 
 
 def style(figure: go.Figure, title: str, height: int = 420) -> go.Figure:
     figure.update_layout(
-        title={"text": title, "x": 0.01, "y": 0.97, "yanchor": "top"}, template="plotly_white", height=height,
-        margin={"l": 70, "r": 20, "t": 90, "b": 60}, legend={"orientation": "v"}, font={"size": 13},
-    )  # fmt: skip
+        title={"text": title, "x": 0.01, "y": 0.97, "yanchor": "top"},
+        template="plotly_white",
+        height=height,
+        margin={"l": 70, "r": 20, "t": 90, "b": 60},
+        legend={"orientation": "v"},
+        font={"size": 13},
+    )
     return figure
 
 
-def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "", category: str = "all") -> go.Figure:
-    """Reconstruction loss per layer and site: FVU at the left, what splicing costs the model at the right.
+def reconstruction_figure(
+    evaluation: pd.DataFrame, model_name: str = "", category: str = "all"
+) -> go.Figure:
+    """Reconstruction loss per layer and site: FVU at the left, what splicing costs the model at the
+    right.
 
-    evaluation: the table of `evaluate.evaluation.evaluate_suite`. The two panels need not agree: a site with a low FVU can cost the
-    model much, and the other way round.
+    evaluation: the table of `evaluate.evaluation.evaluate_suite`. The two panels need not agree: a
+    site with a low FVU can cost the model much, and the other way round.
     """
-    figure = make_subplots(1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12)
+    figure = make_subplots(
+        1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12
+    )
     evaluation = evaluation[evaluation["category"] == category]
     variants = list(dict.fromkeys(evaluation["variant"]))
     for v, variant in enumerate(variants):
         for kind in KIND_COLORS:
-            rows = evaluation[(evaluation["variant"] == variant) & (evaluation["kind"] == kind)].sort_values("layer")
+            rows = evaluation[
+                (evaluation["variant"] == variant) & (evaluation["kind"] == kind)
+            ].sort_values("layer")
             if rows.empty:
                 continue
             for column, metric in ((1, "fvu"), (2, "delta_ce")):
                 figure.add_trace(
                     go.Scatter(
-                        x=rows["layer"].tolist(), y=rows[metric].tolist(), mode="lines+markers",
-                        name=plot_text(f"{KIND_NAMES[kind]}, {variant}"), legendgroup=f"{variant}/{kind}",
-                        showlegend=column == 1, line={"color": KIND_COLORS[kind], "dash": DASHES[v % len(DASHES)]},
-                        marker={"symbol": KIND_SYMBOLS[kind], "size": 8}, customdata=rows["l0"].tolist(),
+                        x=rows["layer"].tolist(),
+                        y=rows[metric].tolist(),
+                        mode="lines+markers",
+                        name=plot_text(f"{KIND_NAMES[kind]}, {variant}"),
+                        legendgroup=f"{variant}/{kind}",
+                        showlegend=column == 1,
+                        line={"color": KIND_COLORS[kind], "dash": DASHES[v % len(DASHES)]},
+                        marker={"symbol": KIND_SYMBOLS[kind], "size": 8},
+                        customdata=rows["l0"].tolist(),
                         hovertemplate="layer %{x}: %{y:.4f}, L0 %{customdata:.1f}<extra></extra>",
                     ),
-                    row=1, col=column,
-                )  # fmt: skip
+                    row=1,
+                    col=column,
+                )
     figure.update_xaxes(title="layer", dtick=1 if evaluation["layer"].nunique() < 15 else None)
     figure.update_yaxes(title="fraction of variance unexplained", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
     where = f" of {plot_text(model_name)}" if model_name else ""
-    tokens = f"{int(evaluation['tokens'].max()):,} and {int(evaluation['spliced_tokens'].max()):,} held-out tokens"
+    tokens = (
+        f"{int(evaluation['tokens'].max()):,} and {int(evaluation['spliced_tokens'].max()):,}"
+        " held-out tokens"
+    )
     style(figure, f"Reconstruction loss per layer and site{where} ({tokens})", height=460)
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure
@@ -72,9 +96,12 @@ def reconstruction_figure(evaluation: pd.DataFrame, model_name: str = "", catego
 def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = None) -> go.Figure:
     """Loss, L0 and share of dead latents against rows trained on, a line a site.
 
-    log: rows, variant, hook_name, loss, l0, dead (`train.watch.read_log`). targets: the L0 that each variant aims at.
+    log: rows, variant, hook_name, loss, l0, dead (`train.watch.read_log`). targets: the L0 that
+        each variant aims at.
     """
-    figure = make_subplots(1, 3, subplot_titles=("loss", "L0", "dead latents"), horizontal_spacing=0.08)
+    figure = make_subplots(
+        1, 3, subplot_titles=("loss", "L0", "dead latents"), horizontal_spacing=0.08
+    )
     variants = list(dict.fromkeys(log["variant"]))
     named: set[tuple[str, str]] = set()
     for key, rows in log.groupby(["variant", "hook_name"], sort=False):
@@ -85,17 +112,30 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
         for column, metric in enumerate(("loss", "l0", "dead"), 1):
             figure.add_trace(
                 go.Scatter(
-                    x=thin["rows"].tolist(), y=thin[metric].tolist(), mode="lines", legendgroup=f"{variant}/{kind}",
-                    name=plot_text(f"{KIND_NAMES[kind]}, {variant}"), showlegend=column == 1 and (variant, kind) not in named,
-                    line={"color": color, "dash": DASHES[variants.index(variant) % len(DASHES)], "width": 1.5},
+                    x=thin["rows"].tolist(),
+                    y=thin[metric].tolist(),
+                    mode="lines",
+                    legendgroup=f"{variant}/{kind}",
+                    name=plot_text(f"{KIND_NAMES[kind]}, {variant}"),
+                    showlegend=column == 1 and (variant, kind) not in named,
+                    line={
+                        "color": color,
+                        "dash": DASHES[variants.index(variant) % len(DASHES)],
+                        "width": 1.5,
+                    },
                     hovertemplate=plot_text(hook_name) + ": %{y:.4g} at %{x:,} rows<extra></extra>",
                 ),
-                row=1, col=column,
-            )  # fmt: skip
+                row=1,
+                col=column,
+            )
         named.add((variant, kind))
     for target in sorted(set((targets or {}).values())):
         figure.add_hline(
-            y=target, line={"dash": "dash", "color": "#777777", "width": 1}, annotation_text=f"target {target:g}", row=1, col=2
+            y=target,
+            line={"dash": "dash", "color": "#777777", "width": 1},
+            annotation_text=f"target {target:g}",
+            row=1,
+            col=2,
         )
     figure.update_xaxes(title="rows trained on")
     figure.update_yaxes(title="loss (shares of variance)", type="log", row=1, col=1)
@@ -108,18 +148,31 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
 
 
 ARM_NAMES = {
-    "none": "unsteered", "features": "SAE features", "difference_of_means": "difference of means", "difference_of_means_best": "difference of means, own strength", "wrong_sign": "features, wrong sign",
-    "random": "random features, searched", "random_single": "random features", "noise": "random direction", "system_prompt": "system prompt", "frozen_decoder_sae": "frozen decoder",
+    "none": "unsteered",
+    "features": "SAE features",
+    "difference_of_means": "difference of means",
+    "difference_of_means_best": "difference of means, own strength",
+    "wrong_sign": "features, wrong sign",
+    "random": "random features, searched",
+    "random_single": "random features",
+    "noise": "random direction",
+    "system_prompt": "system prompt",
+    "frozen_decoder_sae": "frozen decoder",
     "soft_frozen_sae": "soft-frozen decoder",
-}  # fmt: skip
+}
 
 
 def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Figure:
-    """Log-odds of the behaviour's beginning against strength of both signs, for the target's prompts and the others.
+    """Log-odds of the behaviour's beginning against strength of both signs, for the target's
+    prompts and the others.
 
     table: `StudyResult.table`. Bars: 95 % bootstrap interval over prompts.
     """
-    rows = table[table["log_odds"].notna() & table["intervention"].isin(ARM_STYLE) & table["refusal_rate"].isna()]
+    rows = table[
+        table["log_odds"].notna()
+        & table["intervention"].isin(ARM_STYLE)
+        & table["refusal_rate"].isna()
+    ]
     clean = table[table["intervention"] == "none"]
     figure = go.Figure()
     kinds = [target, *(kind for kind in dict.fromkeys(rows["prompt_kind"]) if kind != target)]
@@ -129,30 +182,49 @@ def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Fi
             points = points[points["prompt_kind"] == kind].sort_values("strength")
             figure.add_trace(
                 go.Scatter(
-                    x=points["strength"].tolist(), y=points["log_odds"].tolist(), mode="lines+markers",
-                    name=plot_text(f"{label}, {kind}"), line={"color": color, "dash": dash, "width": width},
+                    x=points["strength"].tolist(),
+                    y=points["log_odds"].tolist(),
+                    mode="lines+markers",
+                    name=plot_text(f"{label}, {kind}"),
+                    line={"color": color, "dash": dash, "width": width},
                     marker={"symbol": symbol, "size": 4 + width},
                     error_y={
-                        "type": "data", "array": (points["log_odds_high"] - points["log_odds"]).tolist(),
-                        "arrayminus": (points["log_odds"] - points["log_odds_low"]).tolist(), "thickness": 1, "width": 3,
+                        "type": "data",
+                        "array": (points["log_odds_high"] - points["log_odds"]).tolist(),
+                        "arrayminus": (points["log_odds"] - points["log_odds_low"]).tolist(),
+                        "thickness": 1,
+                        "width": 3,
                     },
                 )
-            )  # fmt: skip
+            )
     frozen = table.loc[(table["intervention"] == "features") & table["chosen"], "strength"]
     if not frozen.empty:
-        figure.add_vline(x=float(frozen.iloc[0]), line={"dash": "dash", "color": "#777777", "width": 1}, annotation_text="frozen")
+        figure.add_vline(
+            x=float(frozen.iloc[0]),
+            line={"dash": "dash", "color": "#777777", "width": 1},
+            annotation_text="frozen",
+        )
     figure.add_hline(y=0, line={"color": "#bbbbbb", "width": 1})
     figure.update_xaxes(title="strength (median norms, towards the behaviour)")
     figure.update_yaxes(title="log-odds of its first tokens (nats)")
     n = int(rows["n"].max()) if len(rows) else 0
-    style(figure, f"Dose and response{_of(model_name)} (n = {n} prompts a kind, one pass each; bars: 95 % interval)", height=460)
+    style(
+        figure,
+        f"Dose and response{_of(model_name)} (n = {n} prompts a kind, one pass each; bars: 95 %"
+        " interval)",
+        height=460,
+    )
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure
 
 
 def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Figure:
-    """Rates at the frozen strength with 95 % intervals: the features and every control, on the target's prompts and others."""
-    frozen = table[((table["intervention"] == "none") | table["chosen"]) & table["refusal_rate"].notna()]
+    """Rates at the frozen strength with 95 % intervals: the features and every control, on the
+    target's prompts and others.
+    """
+    frozen = table[
+        ((table["intervention"] == "none") | table["chosen"]) & table["refusal_rate"].notna()
+    ]
     kinds = [target, *(kind for kind in dict.fromkeys(frozen["prompt_kind"]) if kind != target)]
     figure = go.Figure()
     colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
@@ -162,14 +234,20 @@ def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> g
         names = [ARM_NAMES[arm] for arm in own["intervention"]]
         figure.add_trace(
             go.Scatter(
-                x=own["refusal_rate"].tolist(), y=names, mode="markers", name=plot_text(f"shown, {kind}"), offsetgroup=str(i),
+                x=own["refusal_rate"].tolist(),
+                y=names,
+                mode="markers",
+                name=plot_text(f"shown, {kind}"),
+                offsetgroup=str(i),
                 marker={"color": color, "symbol": symbol, "size": 9},
                 error_x={
-                    "type": "data", "array": (own["ci_high"] - own["refusal_rate"]).tolist(),
-                    "arrayminus": (own["refusal_rate"] - own["ci_low"]).tolist(), "thickness": 1,
+                    "type": "data",
+                    "array": (own["ci_high"] - own["refusal_rate"]).tolist(),
+                    "arrayminus": (own["refusal_rate"] - own["ci_low"]).tolist(),
+                    "thickness": 1,
                 },
             )
-        )  # fmt: skip
+        )
         if kind == target:
             figure.add_trace(
                 go.Scatter(
@@ -184,8 +262,14 @@ def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> g
     figure.update_yaxes(categoryorder="array", categoryarray=order[::-1])
     figure.update_xaxes(title="share of prompts (bars: 95 % Wilson interval)", range=[-0.03, 1.03])
     n = int(frozen["n"].max()) if len(frozen) else 0
-    style(figure, f"At the frozen strength{_of(model_name)} (n up to {n} a kind)", height=120 + 42 * max(4, len(order)))
-    figure.update_layout(legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, margin={"l": 150})
+    style(
+        figure,
+        f"At the frozen strength{_of(model_name)} (n up to {n} a kind)",
+        height=120 + 42 * max(4, len(order)),
+    )
+    figure.update_layout(
+        legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, margin={"l": 150}
+    )
     return figure
 
 

@@ -1,7 +1,8 @@
 """Writing files so that a failure leaves nothing half-written, and nothing of the user's gone.
 
-Everything is written beside its place under a temporary name of this package's own, synced and renamed. What a killed
-write left is swept by the next write of the same file or folder, and nothing else ever is.
+Everything is written beside its place under a temporary name of this package's own, synced and
+renamed. What a killed write left is swept by the next write of the same file or folder, and nothing
+else ever is.
 """
 
 import csv
@@ -42,13 +43,13 @@ SHORT_ENOUGH = 200
 def checked_name(name: Any, what: str) -> str:
     """A name that comes from a file or a user and becomes one part of a path.
 
-    Raises ValueError, beginning with `what`, for what is no plain name: separators, drives, control characters, a leading dot,
-    more than 255 bytes.
+    Raises ValueError, beginning with `what`, for what is no plain name: separators, drives, control
+    characters, a leading dot, more than 255 bytes.
     """
     if not _is_name(name):
         raise ValueError(
-            f"{what} has the name {str(name)[:80]!r}; a name holds no separator, drive or control character, begins with no "
-            f"dot and has at most {LONGEST_NAME} bytes; rename it."
+            f"{what} has the name {str(name)[:80]!r}; a name holds no separator, drive or control"
+            f" character, begins with no dot and has at most {LONGEST_NAME} bytes; rename it."
         )
     return name
 
@@ -64,7 +65,8 @@ def _is_name(name: Any) -> bool:
 def inside(folder: Path, name: Any, what: str) -> Path:
     """The path of a file below a folder, from its name there with / between the parts.
 
-    Raises ValueError, beginning with `what`, where a part is no plain name (`checked_name`) or a link leads out of the folder.
+    Raises ValueError, beginning with `what`, where a part is no plain name (`checked_name`) or a
+    link leads out of the folder.
     """
     parts = name.split("/") if isinstance(name, str) else [name]
     path = folder.joinpath(*(checked_name(part, what) for part in parts))
@@ -73,7 +75,9 @@ def inside(folder: Path, name: Any, what: str) -> Path:
     except (OSError, RuntimeError):  # links in a circle
         leaves = True
     if leaves:
-        raise ValueError(f"{what} names {name!r}, a link that leads out of its folder; take the link away.")
+        raise ValueError(
+            f"{what} names {name!r}, a link that leads out of its folder; take the link away."
+        )
     return path
 
 
@@ -81,7 +85,9 @@ def inside(folder: Path, name: Any, what: str) -> Path:
 
 
 def check_writable(path: Path) -> None:
-    """ValueError where a path is there and is neither a regular file nor a folder: a link, a device, a pipe, a socket."""
+    """ValueError where a path is there and is neither a regular file nor a folder: a link, a
+    device, a pipe, a socket.
+    """
     try:
         mode = path.lstat().st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -113,7 +119,12 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:  # some file systems sync no folders
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP):
+        if not path.is_dir() or error.errno not in (
+            errno.EINVAL,
+            errno.EACCES,
+            errno.EPERM,
+            errno.ENOTSUP,
+        ):
             raise
     finally:
         os.close(descriptor)
@@ -122,7 +133,11 @@ def _sync(path: Path) -> None:
 def tag(path: Path) -> str:
     """A path's last part, or its checksum where it is too long to stand in another name."""
     name = path.name
-    return name if len(os.fsencode(name)) <= SHORT_ENOUGH else hashlib.sha256(os.fsencode(name)).hexdigest()
+    return (
+        name
+        if len(os.fsencode(name)) <= SHORT_ENOUGH
+        else hashlib.sha256(os.fsencode(name)).hexdigest()
+    )
 
 
 def _new_part(path: Path) -> Path:
@@ -175,7 +190,9 @@ def _remove_if_abandoned(part: Path) -> None:
 
 
 def sweep(path: Path) -> None:
-    """Clears what killed writes of this very file or folder left beside it; an old folder that had made room comes back."""
+    """Clears what killed writes of this very file or folder left beside it; an old folder that had
+    made room comes back.
+    """
     if not path.parent.is_dir():
         return
     for part in _parts_of(path):
@@ -189,7 +206,9 @@ def sweep(path: Path) -> None:
 
 
 def sweep_folder(folder: Path, pattern: str) -> None:
-    """`sweep` of every file or folder directly in a folder whose name matches a pattern, whole by now or not."""
+    """`sweep` of every file or folder directly in a folder whose name matches a pattern, whole by
+    now or not.
+    """
     if not folder.is_dir():
         return
     with os.scandir(folder) as entries:
@@ -204,8 +223,8 @@ def sweep_folder(folder: Path, pattern: str) -> None:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Gives a temporary path to write; on success it becomes `path`, on any error it is removed.
 
-    A file that is replaced keeps its permissions, a new one gets the process's (umask). Raises ValueError where `path` is a
-    link, a folder, a device or a pipe.
+    A file that is replaced keeps its permissions, a new one gets the process's (umask). Raises
+    ValueError where `path` is a link, a folder, a device or a pipe.
     """
     check_file(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,10 +245,11 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Gives a temporary folder to fill; on success it takes the place of `path`, on any error it is removed.
+    """Gives a temporary folder to fill; on success it takes the place of `path`, on any error it is
+    removed.
 
-    What the old folder held and the new one does not stays there. The old one is there until the new one is. Raises ValueError
-    where `path` is there and is no folder.
+    What the old folder held and the new one does not stays there. The old one is there until the
+    new one is. Raises ValueError where `path` is there and is no folder.
     """
     check_writable(path)
     check_folder(path)
@@ -263,7 +283,9 @@ def _aside_of(path: Path) -> Path:
 
 
 def _swap(new: Path, path: Path) -> None:
-    """Puts a folder in the place of another one, which is never missing where the system can exchange names."""
+    """Puts a folder in the place of another one, which is never missing where the system can
+    exchange names.
+    """
     aside = _aside_of(path)
     os.chmod(new, stat.S_IMODE(path.stat().st_mode))
     os.replace(new, aside)
@@ -289,7 +311,9 @@ def _keep(old: Path, path: Path) -> None:
         place = path / entry.name
         if not os.path.lexists(place):
             os.replace(entry, place)
-        elif entry.is_dir() and place.is_dir() and not entry.is_symlink() and not place.is_symlink():
+        elif (
+            entry.is_dir() and place.is_dir() and not entry.is_symlink() and not place.is_symlink()
+        ):
             _keep(entry, place)
 
 
@@ -299,7 +323,10 @@ def _exchange(first: Path, second: Path) -> bool:
         return False
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return rename is not None and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+    return (
+        rename is not None
+        and rename(here, os.fsencode(first), here, os.fsencode(second), exchange) == 0
+    )
 
 
 # --- tables and texts
@@ -319,8 +346,15 @@ def write_table(table: pd.DataFrame, path: Path) -> None:
         else:
             inert = _inert(table)
             # The csv module leaves a carriage return bare, which ends a line for whoever reads it.
-            bare = any("\r" in cell for name in inert for cell in inert[name] if isinstance(cell, str))
-            inert.to_csv(part, index=False, float_format="%.6g", quoting=csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL)
+            bare = any(
+                "\r" in cell for name in inert for cell in inert[name] if isinstance(cell, str)
+            )
+            inert.to_csv(
+                part,
+                index=False,
+                float_format="%.6g",
+                quoting=csv.QUOTE_NONNUMERIC if bare else csv.QUOTE_MINIMAL,
+            )
 
 
 def _inert(table: pd.DataFrame) -> pd.DataFrame:

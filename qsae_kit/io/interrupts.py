@@ -17,10 +17,11 @@ def say(text: str) -> None:
 
 
 class Interrupts:
-    """Within it, an interrupt (Ctrl-C, a notebook's stop button) or SIGTERM (a cluster's, a machine that goes) is noted and waits.
+    """Within it, an interrupt (Ctrl-C, a notebook's stop button) or SIGTERM (a cluster's, a machine
+    that goes) is noted and waits.
 
-    A second one does not wait. On leaving, SIGTERM does what it would have done without: it ends the process, here by
-    SystemExit, so that locks and files are given back.
+    A second one does not wait. On leaving, SIGTERM does what it would have done without: it ends
+    the process, here by SystemExit, so that locks and files are given back.
     """
 
     def __init__(self, stop: threading.Event | None = None) -> None:

@@ -1,4 +1,6 @@
-"""A journal of finished steps: a long run that was cut off goes on where it stopped, with the same digits."""
+"""A journal of finished steps: a long run that was cut off goes on where it stopped, with the same
+digits.
+"""
 
 import json
 import os
@@ -17,7 +19,9 @@ class Journal:
     """Results of steps as JSON lines in a file; without a path they are kept in memory alone."""
 
     def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        """about: what the run is; the file's first line. Raises ValueError where the file is of another run, or no journal."""
+        """about: what the run is; the file's first line. Raises ValueError where the file is of
+        another run, or no journal.
+        """
         self.path = path
         self.done: dict[str, Any] = {}
         if path is None:
@@ -26,10 +30,13 @@ class Journal:
         told = json.loads(json.dumps(about))
         entries = _entries(path) if path.exists() else []
         if entries:
-            changed = [name for name in {*told, *entries[0]} if told.get(name) != entries[0].get(name)]
+            changed = [
+                name for name in {*told, *entries[0]} if told.get(name) != entries[0].get(name)
+            ]
             if changed:
                 raise ValueError(
-                    f"{str(path)!r} is of another run ({', '.join(sorted(changed))} differ); choose another folder or delete it."
+                    f"{str(path)!r} is of another run ({', '.join(sorted(changed))} differ); choose"
+                    " another folder or delete it."
                 )
         self.done = {entry["key"]: entry["value"] for entry in entries[1:]}
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -40,7 +47,9 @@ class Journal:
             os.fsync(file.fileno())
 
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
-        """What was written under a key, or what `compute` gives now; floats come back to the bit."""
+        """What was written under a key, or what `compute` gives now; floats come back to the
+        bit.
+        """
         if key not in self.done:
             value = json.loads(json.dumps(compute()))
             if self.path is not None:
@@ -53,13 +62,17 @@ class Journal:
 
 
 def _entries(path: Path) -> list[dict[str, Any]]:
-    """The lines of a journal; a last one that was cut off is left out. Raises ValueError for a file that is none."""
+    """The lines of a journal; a last one that was cut off is left out. Raises ValueError for a file
+    that is none.
+    """
     *lines, cut = read_bytes(path, "a journal", LIMIT).split(b"\n")
     entries = []
     for number, line in enumerate(lines, 1):
         where = f"{str(path)!r}, line {number},"
         entry = parse_json(line.decode("utf-8", errors="replace"), where)
-        if not isinstance(entry, dict) or (number > 1 and not (isinstance(entry.get("key"), str) and "value" in entry)):
+        if not isinstance(entry, dict) or (
+            number > 1 and not (isinstance(entry.get("key"), str) and "value" in entry)
+        ):
             raise ValueError(f"{where} is no step of a journal; choose another folder.")
         entries.append(entry)
     if not entries and cut and not b'{"'.startswith(cut[:2]):

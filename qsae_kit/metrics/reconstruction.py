@@ -1,4 +1,6 @@
-"""Metrics: one name, one formula, one direction each. Sums run in float64 over all kept tokens and are divided once."""
+"""Metrics: one name, one formula, one direction each. Sums run in float64 over all kept tokens and
+are divided once.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,15 +16,16 @@ from torch import Tensor
 
 @dataclass
 class Reconstruction:
-    """How well rows are reconstructed, and by how many features; rows come in any order and in batches of any size.
+    """How well rows are reconstructed, and by how many features; rows come in any order and in
+    batches of any size.
 
     Sums over rows r of x, its reconstruction y and its features f, in float64 and divided once:
-        fvu            sum |x - y|^2 / sum |x - mean(x)|^2, the mean over all rows (1 - explained variance; SAELens since 6.45.1)
-        mse            mean |x - y|^2 (a row, not an entry)
-        cosine         mean cos(x, y);  l2_ratio: mean |y| / |x|
-        relative_bias  E|y|^2 / E[x.y]: 1 where reconstructions have the right length (Rajamanoharan et al. 2024)
-        l0             mean non-zero features a row;  l0_counts: rows by their number of features
-        density        [d_sae], share of rows that each feature fires on
+        fvu            sum |x - y|^2 / sum |x - mean(x)|^2, the mean over all rows (1 - explained
+        variance; SAELens since 6.45.1) mse            mean |x - y|^2 (a row, not an entry) cosine
+        mean cos(x, y);  l2_ratio: mean |y| / |x| relative_bias  E|y|^2 / E[x.y]: 1 where
+        reconstructions have the right length (Rajamanoharan et al. 2024) l0             mean
+        non-zero features a row;  l0_counts: rows by their number of features density
+        [d_sae], share of rows that each feature fires on
     """
 
     rows: int = 0
@@ -37,7 +40,12 @@ class Reconstruction:
     l0_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """[number of features]: rows that fire so many."""
 
-    def add(self, x: Float[Tensor, "row d_model"], x_hat: Float[Tensor, "row d_model"], f: Float[Tensor, "row d_sae"]) -> None:
+    def add(
+        self,
+        x: Float[Tensor, "row d_model"],
+        x_hat: Float[Tensor, "row d_model"],
+        f: Float[Tensor, "row d_sae"],
+    ) -> None:
         """Takes in rows, their reconstructions and features."""
         if not len(x):
             return
@@ -49,7 +57,9 @@ class Reconstruction:
         self.error = self.error + (x64 - y64).pow(2).sum().cpu()
         self.square = self.square + x64.pow(2).sum().cpu()
         self.total = column_sums if self.total is None else self.total + column_sums
-        self.cosines = self.cosines + (dots / (lengths[0] * lengths[1]).clamp(min=1e-300)).sum().cpu()
+        self.cosines = (
+            self.cosines + (dots / (lengths[0] * lengths[1]).clamp(min=1e-300)).sum().cpu()
+        )
         self.ratios = self.ratios + (lengths[1] / lengths[0].clamp(min=1e-300)).sum().cpu()
         self.reconstructed = self.reconstructed + y64.pow(2).sum().cpu()
         self.products = self.products + dots.sum().cpu()
@@ -61,18 +71,30 @@ class Reconstruction:
         if self.total is None or other.total is None:
             return other if self.total is None else self
         sums = {
-            name: getattr(self, name) + getattr(other, name) for name in ("rows", "error", "square", "total", "cosines", "ratios")
+            name: getattr(self, name) + getattr(other, name)
+            for name in tuple(("rows error square total cosines ratios").split())
         }
-        sums |= {name: getattr(self, name) + getattr(other, name) for name in ("reconstructed", "products")}
-        return Reconstruction(**sums, fired=_added(self.fired, other.fired), l0_counts=_added(self.l0_counts, other.l0_counts))
+        sums |= {
+            name: getattr(self, name) + getattr(other, name)
+            for name in ("reconstructed", "products")
+        }
+        return Reconstruction(
+            **sums,
+            fired=_added(self.fired, other.fired),
+            l0_counts=_added(self.l0_counts, other.l0_counts),
+        )
 
     def _some(self) -> None:
         if not self.rows:
-            raise ValueError("There are no tokens to evaluate; give data whose keep-mask leaves some.")
+            raise ValueError(
+                "There are no tokens to evaluate; give data whose keep-mask leaves some."
+            )
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained; ValueError without rows or where the rows do not vary."""
+        """Fraction of variance unexplained; ValueError without rows or where the rows do not
+        vary.
+        """
         self._some()
         assert self.total is not None
         variance = self.square - self.total.pow(2).sum() / self.rows
@@ -106,7 +128,9 @@ class Reconstruction:
     def relative_bias(self) -> float:
         """Infinite where nothing is reconstructed."""
         self._some()
-        return float(self.reconstructed) / float(self.products) if self.products > 0 else float("inf")
+        return (
+            float(self.reconstructed) / float(self.products) if self.products > 0 else float("inf")
+        )
 
     @property
     def l0(self) -> float:
@@ -135,10 +159,19 @@ class Reconstruction:
     def figures(self) -> dict[str, float]:
         """All of them by name."""
         return {
-            "fvu": self.fvu, "mse": self.mse, "cosine": self.cosine, "l2_ratio": self.l2_ratio, "relative_bias": self.relative_bias,
-            "l0": self.l0, "l0_p10": self.l0_quantile(0.1), "l0_p90": self.l0_quantile(0.9), "dead": self.dead,
-            "denser_than_1_percent": self.denser(0.01), "denser_than_10_percent": self.denser(0.1), "tokens": self.rows,
-        }  # fmt: skip
+            "fvu": self.fvu,
+            "mse": self.mse,
+            "cosine": self.cosine,
+            "l2_ratio": self.l2_ratio,
+            "relative_bias": self.relative_bias,
+            "l0": self.l0,
+            "l0_p10": self.l0_quantile(0.1),
+            "l0_p90": self.l0_quantile(0.9),
+            "dead": self.dead,
+            "denser_than_1_percent": self.denser(0.01),
+            "denser_than_10_percent": self.denser(0.1),
+            "tokens": self.rows,
+        }
 
 
 def _added(one: Tensor, other: Tensor) -> Tensor:
@@ -150,7 +183,9 @@ def _added(one: Tensor, other: Tensor) -> Tensor:
 
 
 def decoder_cosines(W_dec: Float[Tensor, "d_sae d_model"], chunk: int = 1024) -> dict[str, float]:
-    """How alike decoder rows are: mean |cosine| of pairs, and the median and 99th percentile of each row's largest one."""
+    """How alike decoder rows are: mean |cosine| of pairs, and the median and 99th percentile of
+    each row's largest one.
+    """
     rows = torch.nn.functional.normalize(W_dec.double(), dim=1)
     total, largest = 0.0, []
     for begin in range(0, len(rows), chunk):
@@ -161,11 +196,19 @@ def decoder_cosines(W_dec: Float[Tensor, "d_sae d_model"], chunk: int = 1024) ->
         largest.append(cosines.amax(1))
     nearest = torch.cat(largest)
     pairs = max(1, len(rows) * (len(rows) - 1))
-    return {"mean_cosine": total / pairs, "nearest_median": float(nearest.median()), "nearest_p99": float(nearest.quantile(0.99))}
+    return {
+        "mean_cosine": total / pairs,
+        "nearest_median": float(nearest.median()),
+        "nearest_p99": float(nearest.quantile(0.99)),
+    }
 
 
-def match(true: Float[Tensor, "feature d"], found: Float[Tensor, "latent d"]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs of features and latents with the largest sum of |cosines| (Hungarian): features, latents, |cosines|."""
+def match(
+    true: Float[Tensor, "feature d"], found: Float[Tensor, "latent d"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs of features and latents with the largest sum of |cosines| (Hungarian): features,
+    latents, |cosines|.
+    """
     normalize = torch.nn.functional.normalize
     cosines = (normalize(true.double(), dim=1) @ normalize(found.double(), dim=1).T).abs()
     features, latents = linear_sum_assignment(-cosines.numpy())
@@ -176,13 +219,19 @@ def match(true: Float[Tensor, "feature d"], found: Float[Tensor, "latent d"]) ->
 CHUNK = 512  # rows of logits in float64 at a time: 512 x 151,936 x 8 bytes is 0.6 GB
 
 
-def cross_entropy(logits: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]) -> Float[Tensor, " row"]:
+def cross_entropy(
+    logits: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]
+) -> Float[Tensor, " row"]:
     """Cross-entropy in nats of each row's target, float64."""
     pairs = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat([-log_softmax(part).gather(-1, target[:, None])[:, 0] for part, target in pairs])
+    return torch.cat(
+        [-log_softmax(part).gather(-1, target[:, None])[:, 0] for part, target in pairs]
+    )
 
 
-def kl_divergence(clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+def kl_divergence(
+    clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"]
+) -> Float[Tensor, " row"]:
     """KL(clean || changed) in nats of each row's next-token distributions, float64."""
     parts = []
     for before, after in zip(clean.split(CHUNK), changed.split(CHUNK), strict=True):
@@ -197,18 +246,23 @@ def log_softmax(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"
 
 
 def recovered(spliced: float, clean: float, ablated: float) -> float:
-    """(ablated - spliced) / (ablated - clean): 1 is no loss, 0 is as bad as ablating the site; minus infinity where ablating
-    costs nothing. CE and KL scores are this, against zero or mean ablation, which inflate it differently."""
+    """(ablated - spliced) / (ablated - clean): 1 is no loss, 0 is as bad as ablating the site;
+    minus infinity where ablating costs nothing. CE and KL scores are this, against zero or mean
+    ablation, which inflate it differently."""
     return (ablated - spliced) / (ablated - clean) if ablated != clean else float("-inf")
 
 
-def top_1_agreement(clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"]) -> Float[Tensor, " row"]:
+def top_1_agreement(
+    clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"]
+) -> Float[Tensor, " row"]:
     """1 where both predict the same next token."""
     return (clean.argmax(-1) == changed.argmax(-1)).double()
 
 
 class Change(NamedTuple):
-    """What a change does to each row's next-token distribution; see the functions of these names."""
+    """What a change does to each row's next-token distribution; see the functions of these
+    names.
+    """
 
     cross_entropy: Float[Tensor, " row"]
     """Of the changed one."""
@@ -216,10 +270,16 @@ class Change(NamedTuple):
     top_1_agreement: Float[Tensor, " row"]
 
 
-def compare(clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]) -> Change:
+def compare(
+    clean: Float[Tensor, "row vocab"],
+    changed: Float[Tensor, "row vocab"],
+    targets: Int[Tensor, " row"],
+) -> Change:
     """All three at once: each row's log-probabilities are taken only once."""
     ce, kl = [], []
-    for before, after, target in zip(clean.split(CHUNK), changed.split(CHUNK), targets.split(CHUNK), strict=True):
+    for before, after, target in zip(
+        clean.split(CHUNK), changed.split(CHUNK), targets.split(CHUNK), strict=True
+    ):
         p, q = log_softmax(before), log_softmax(after)
         ce.append(-q.gather(-1, target[:, None])[:, 0])
         gap = q.neg_().add_(p)
@@ -248,11 +308,16 @@ def wilson(successes: int, n: int, level: float = 0.95) -> Interval:
 
 
 def paired_bootstrap(
-    changes: Sequence[Sequence[float]], weights: Sequence[float], n: int = 2000, seed: int = 0, level: float = 0.95
+    changes: Sequence[Sequence[float]],
+    weights: Sequence[float],
+    n: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
     """A weighted sum of means with a bootstrap interval that draws prompts anew within each group.
 
-    changes: for each group a figure a prompt, such as what an edit changed there (1, 0 or -1). Raises ValueError for an empty group.
+    changes: for each group a figure a prompt, such as what an edit changed there (1, 0 or -1).
+        Raises ValueError for an empty group.
     """
     if not changes or not all(len(group) for group in changes):
         raise ValueError("A bootstrap needs at least one prompt in every group.")

@@ -2,8 +2,9 @@
 
     FVU(d_sae, tokens) = floor + a * (d_sae / d0)^-alpha + b * (tokens / t0)^-beta
 
-after the scaling laws of Gao et al. (arXiv 2406.04093) in Chinchilla's additive form; d0 and t0 are the smallest measured.
-What lies outside the measured widths and tokens is an extrapolation, and said to be one.
+after the scaling laws of Gao et al. (arXiv 2406.04093) in Chinchilla's additive form; d0 and t0 are
+the smallest measured. What lies outside the measured widths and tokens is an extrapolation, and
+said to be one.
 """
 
 from collections.abc import Sequence
@@ -24,14 +25,18 @@ class Width(NamedTuple):
     """None where the fitted floor lies above the target: no width is enough."""
     low: float | None
     high: float | None
-    """95 % interval; None: no width is enough in so many of the resamples that there is no such end."""
+    """95 % interval; None: no width is enough in so many of the resamples that there is no such
+    end.
+    """
     extrapolated: bool
     """Whether it lies outside the measured widths, or tokens do."""
 
 
 @dataclass(frozen=True)
 class ScalingFit:
-    """The fit and its resamples. Rows of `parameters`: floor, a, alpha, b, beta; the first row is the fit itself."""
+    """The fit and its resamples. Rows of `parameters`: floor, a, alpha, b, beta; the first row is
+    the fit itself.
+    """
 
     parameters: np.ndarray
     widths: tuple[int, int]
@@ -51,28 +56,48 @@ class ScalingFit:
         floor, a, alpha, b, beta = self.parameters.T
         left = fvu - floor - b * (tokens / self.tokens[0]) ** -beta
         with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-            needed = np.where(left > 0, self.widths[0] * (a / np.maximum(left, 1e-300)) ** (1 / np.maximum(alpha, 1e-6)), np.inf)
+            needed = np.where(
+                left > 0,
+                self.widths[0] * (a / np.maximum(left, 1e-300)) ** (1 / np.maximum(alpha, 1e-6)),
+                np.inf,
+            )
         low, high = np.quantile(needed[1:], (0.025, 0.975), method="nearest")
         first, *ends = (float(x) if np.isfinite(x) else None for x in (needed[0], low, high))
-        outside = first is None or not self.widths[0] <= first <= self.widths[1] or not self.tokens[0] <= tokens <= self.tokens[1]
+        outside = (
+            first is None
+            or not self.widths[0] <= first <= self.widths[1]
+            or not self.tokens[0] <= tokens <= self.tokens[1]
+        )
         return Width(first, ends[0], ends[1], outside)
 
     def _at(self, parameters: np.ndarray, d_sae: float, tokens: float) -> np.ndarray:
         floor, a, alpha, b, beta = parameters.T
-        return floor + a * (d_sae / self.widths[0]) ** -alpha + b * (tokens / self.tokens[0]) ** -beta
+        return (
+            floor + a * (d_sae / self.widths[0]) ** -alpha + b * (tokens / self.tokens[0]) ** -beta
+        )
 
 
 def fit_scaling(table: pd.DataFrame, resamples: int = 200, seed: int = 0) -> ScalingFit:
-    """Fits FVU over the rows of a table with the columns d_sae, trained_tokens and fvu: one site at one sparsity.
+    """Fits FVU over the rows of a table with the columns d_sae, trained_tokens and fvu: one site at
+    one sparsity.
 
-    Least squares on log FVU; the interval resamples the residuals. With one number of tokens only the width term is
-    fitted, with one width only the tokens'. Raises ValueError for fewer than four points, or where neither varies.
+    Least squares on log FVU; the interval resamples the residuals. With one number of tokens only
+    the width term is fitted, with one width only the tokens'. Raises ValueError for fewer than four
+    points, or where neither varies.
     """
-    d_sae, tokens, fvu = (table[name].to_numpy(float) for name in ("d_sae", "trained_tokens", "fvu"))
+    d_sae, tokens, fvu = (
+        table[name].to_numpy(float) for name in ("d_sae", "trained_tokens", "fvu")
+    )
     if len(table) < 4 or (len(set(d_sae)) < 2 and len(set(tokens)) < 2):
-        raise ValueError(f"{len(table)} points were given; a fit needs four, of several widths or numbers of tokens.")
+        raise ValueError(
+            f"{len(table)} points were given; a fit needs four, of several widths or numbers of"
+            " tokens."
+        )
     u, v = np.log(d_sae / d_sae.min()), np.log(tokens / tokens.min())
-    vary = np.array([1, len(set(d_sae)) > 1, len(set(d_sae)) > 1, len(set(tokens)) > 1, len(set(tokens)) > 1], bool)
+    vary = np.array(
+        [1, len(set(d_sae)) > 1, len(set(d_sae)) > 1, len(set(tokens)) > 1, len(set(tokens)) > 1],
+        bool,
+    )
 
     upper = np.array([fvu.max(), 10.0, 3.0, 10.0, 3.0])
 
@@ -101,8 +126,13 @@ def fit_scaling(table: pd.DataFrame, resamples: int = 200, seed: int = 0) -> Sca
     residuals = np.log(fvu) - curve(fitted)
     rng = np.random.default_rng(seed)
     own = [(fitted[2], fitted[4])]
-    drawn = [solve(curve(fitted) + rng.choice(residuals, len(residuals)), own) for _ in range(resamples)]
+    drawn = [
+        solve(curve(fitted) + rng.choice(residuals, len(residuals)), own) for _ in range(resamples)
+    ]
     return ScalingFit(
-        np.stack([fitted, *drawn]), (int(d_sae.min()), int(d_sae.max())), (int(tokens.min()), int(tokens.max())),
-        float(np.sqrt((residuals**2).mean())), len(table),
-    )  # fmt: skip
+        np.stack([fitted, *drawn]),
+        (int(d_sae.min()), int(d_sae.max())),
+        (int(tokens.min()), int(tokens.max())),
+        float(np.sqrt((residuals**2).mean())),
+        len(table),
+    )

@@ -1,4 +1,6 @@
-"""`qsae demo`: SAEs at the sites of a chat model, their evaluation, and refusal steered both ways, in one go."""
+"""`qsae demo`: SAEs at the sites of a chat model, their evaluation, and refusal steered both ways,
+in one go.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -7,7 +9,14 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from qsae_kit.data.documents import Document, held_out_batches, read_documents, repeat, split_documents, token_batches
+from qsae_kit.data.documents import (
+    Document,
+    held_out_batches,
+    read_documents,
+    repeat,
+    split_documents,
+    token_batches,
+)
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.streams import documents_of
 from qsae_kit.data.written import mixed_prompts, own_dialogues
@@ -62,32 +71,63 @@ class DemoResult(NamedTuple):
     def table(self) -> pd.DataFrame:
         """The tables of the studies in one, as in steering.csv; the unsteered rows come once."""
         tables = [study.table for study in self.studies]
-        return pd.concat([tables[0], *(table[table["goal"] != "none"] for table in tables[1:])], ignore_index=True)
+        return pd.concat(
+            [tables[0], *(table[table["goal"] != "none"] for table in tables[1:])],
+            ignore_index=True,
+        )
 
 
 def default_config(lm: HookedLM) -> DemoConfig:
     """Sizes that suit a model: the bundled one whole, another at two layers before its middle."""
     few = StudyConfig(
-        strengths=(0.3, 0.45, 0.6, 0.75, 0.9, 1.5), n_candidates=8, n_trials=2, search_prompts=8, dose_prompts=32, cost_prompts=16,
+        strengths=(0.3, 0.45, 0.6, 0.75, 0.9, 1.5),
+        n_candidates=8,
+        n_trials=2,
+        search_prompts=8,
+        dose_prompts=32,
+        cost_prompts=16,
         n_facts=40,
-    )  # fmt: skip
+    )
     if lm.model_name == "tiny":
-        lead = TrainConfig("jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384)
+        lead = TrainConfig(
+            "jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384
+        )
         study = replace(few, max_new_tokens=32, control_prompts=40)
-        return DemoConfig((lead, replace(lead, architecture="topk")), study, evaluation_tokens=12_000)
-    lead = TrainConfig("jumprelu", sparsity=8, expansion=4, tokens=49_152, batch=512, pool=8_192, lr=1e-3)
+        return DemoConfig(
+            (lead, replace(lead, architecture="topk")), study, evaluation_tokens=12_000
+        )
+    lead = TrainConfig(
+        "jumprelu", sparsity=8, expansion=4, tokens=49_152, batch=512, pool=8_192, lr=1e-3
+    )
     layers = sorted({round(lm.n_layers * share) for share in (0.4, 0.5)})
     study = replace(
-        few, strengths=(0.3, 0.4, 0.5, 0.6), max_new_tokens=28, cost_prompts=4, control_prompts=5, dose_prompts=8,
-        search_prompts=4, n_facts=16, n_noise=2,
-    )  # fmt: skip
+        few,
+        strengths=(0.3, 0.4, 0.5, 0.6),
+        max_new_tokens=28,
+        cost_prompts=4,
+        control_prompts=5,
+        dose_prompts=8,
+        search_prompts=4,
+        n_facts=16,
+        n_noise=2,
+    )
     return DemoConfig(
-        (lead, replace(lead, architecture="topk")), study, goals=("induce",), layers=",".join(map(str, layers)), n_selection=16,
-        n_evaluation=100, n_harmless=32, evaluation_tokens=2_500, spliced_tokens=300, own_dialogues=240,
-    )  # fmt: skip
+        (lead, replace(lead, architecture="topk")),
+        study,
+        goals=("induce",),
+        layers=",".join(map(str, layers)),
+        n_selection=16,
+        n_evaluation=100,
+        n_harmless=32,
+        evaluation_tokens=2_500,
+        spliced_tokens=300,
+        own_dialogues=240,
+    )
 
 
-def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
+def demo_documents(
+    lm: HookedLM, config: DemoConfig
+) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
     """Training documents without end, the same at each call, and held-out ones."""
     if config.own_dialogues == 0:
         held_out, endless = documents_of(lm, None, 100)
@@ -98,40 +138,74 @@ def demo_documents(lm: HookedLM, config: DemoConfig) -> tuple[Callable[[], Itera
     return lambda: repeat(rest), held_out
 
 
-def run_demo(lm: HookedLM, out: Path, config: DemoConfig | None = None, data: str | None = None, bar: bool = True) -> DemoResult:
-    """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, a folder of each study
-    (`steer.report.write_study`) and report.html to `out`.
+def run_demo(
+    lm: HookedLM,
+    out: Path,
+    config: DemoConfig | None = None,
+    data: str | None = None,
+    bar: bool = True,
+) -> DemoResult:
+    """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, a folder of each
+    study (`steer.report.write_study`) and report.html to `out`.
 
-    data: a file or data set of chats to train on instead of the default. Raises ValueError for sites or layers that do
-    not exist, and for bad data, before anything is written, and while another process writes there.
+    data: a file or data set of chats to train on instead of the default. Raises ValueError for
+    sites or layers that do not exist, and for bad data, before anything is written, and while
+    another process writes there.
     """
     with only_writer(out):
         return _run_demo(lm, out, config or default_config(lm), data, bar)
 
 
-def _run_demo(lm: HookedLM, out: Path, config: DemoConfig, data: str | None, bar: bool) -> DemoResult:
-    names = [site.hook_name for site in expand_sites(parse_kinds(config.sites), parse_layers(config.layers, lm.n_layers))]
+def _run_demo(
+    lm: HookedLM, out: Path, config: DemoConfig, data: str | None, bar: bool
+) -> DemoResult:
+    names = [
+        site.hook_name
+        for site in expand_sites(
+            parse_kinds(config.sites), parse_layers(config.layers, lm.n_layers)
+        )
+    ]
     given = refusal_prompts(lm.model_name, config.n_selection, config.n_evaluation)
-    fewer = {kind: texts if kind == "harmful" else texts[: config.n_harmless] for kind, texts in given.evaluation.items()}
+    fewer = {
+        kind: texts if kind == "harmful" else texts[: config.n_harmless]
+        for kind, texts in given.evaluation.items()
+    }
     if data is None:
         training, held_out = demo_documents(lm, config)
     else:
         if Path(data).is_file():
-            for _ in read_documents(data):  # a malformed line is better found now than in the middle of the training
+            # a malformed line is better found now than in the middle of the training
+            for _ in read_documents(data):
                 pass
         held_out, training = documents_of(lm, data, 64)
 
     source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
-    suite = train_saes(source, list(config.variants), model_name=lm.model_name, context_size=min(512, lm.context_size), bar=bar)
+    suite = train_saes(
+        source,
+        list(config.variants),
+        model_name=lm.model_name,
+        context_size=min(512, lm.context_size),
+        bar=bar,
+    )
     save_suite(suite, out / "suite")
     batches = held_out_batches(lm, held_out, config.evaluation_tokens)
     kept = [int(batch.keep.sum()) for batch in batches]
-    n_spliced = next((i + 1 for i in range(len(kept)) if sum(kept[: i + 1]) >= config.spliced_tokens), len(kept))
+    n_spliced = next(
+        (i + 1 for i in range(len(kept)) if sum(kept[: i + 1]) >= config.spliced_tokens), len(kept)
+    )
     evaluation = evaluate_suite(lm, suite, batches, n_spliced, bar)
     write_table(evaluation, out / "evaluation.csv")
     lead = {config.variants[0].variant: suite[config.variants[0].variant]}
     studies = [
-        steering_study(lm, lead, given.selection, fewer, given.behaviour, replace(config.study, goal=goal), bar=bar)
+        steering_study(
+            lm,
+            lead,
+            given.selection,
+            fewer,
+            given.behaviour,
+            replace(config.study, goal=goal),
+            bar=bar,
+        )
         for goal in config.goals
     ]
     result = DemoResult(suite, evaluation, studies)

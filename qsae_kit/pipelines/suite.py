@@ -1,13 +1,15 @@
-"""`qsae suite`: plan, data, training, evaluation, index, study and card in one folder, by one command that can be cut off.
+"""`qsae suite`: plan, data, training, evaluation, index, study and card in one folder, by one
+command that can be cut off.
 
-    <out>/manifest.json     what the run is, and for each stage that is done its files with sizes and checksums
-    <out>/plan.json         sites, recipe, groups, memory, disk and hours, as they were planned
-    <out>/data/             documents.jsonl and data.json (`data.mixes.write_mix`)
+    <out>/manifest.json     what the run is, and for each stage that is done its files with sizes
+    and checksums <out>/plan.json         sites, recipe, groups, memory, disk and hours, as they
+    were planned <out>/data/             documents.jsonl and data.json (`data.mixes.write_mix`)
     <out>/suite/, train.jsonl   the SAEs in SAELens's format, and the training's log
-    <out>/evaluation/, baselines/, features/, study/   tables, figures, the feature index, the steering study
-    <out>/README.md         the model card
+    <out>/evaluation/, baselines/, features/, study/   tables, figures, the feature index, the
+    steering study <out>/README.md         the model card
 
-A stage whose files are there and unchanged is skipped; one that was cut off goes on from its own checkpoints.
+A stage whose files are there and unchanged is skipped; one that was cut off goes on from its own
+checkpoints.
 """
 
 import hashlib
@@ -54,7 +56,9 @@ from qsae_kit.train.run import train_saes
 STAGES = ("data", "train", "evaluate", "index", "study", "card")
 RECORD, PLAN = "manifest.json", "plan.json"
 HASHED = 64 * 2**20
-"""Bytes up to which a file's checksum is looked at again before its stage is skipped; of larger ones the size."""
+"""Bytes up to which a file's checksum is looked at again before its stage is skipped; of larger
+ones the size.
+"""
 BYTES_A_TOKEN = 5
 """Of a document on disk."""
 FEW = 1_000_000
@@ -66,7 +70,9 @@ class SuiteConfig:
     """What a suite is made of; model and folder come beside it."""
 
     budget: str = "useful"
-    """Training tokens ("300k", "100M", or a name of `data.mixes.BUDGETS`), or hours ("12h") that everything may take."""
+    """Training tokens ("300k", "100M", or a name of `data.mixes.BUDGETS`), or hours ("12h") that
+    everything may take.
+    """
     sites: str = "resid,mlp,attn"
     layers: str = "all"
     recipe: str = ""
@@ -74,14 +80,20 @@ class SuiteConfig:
     files: Mapping[str, str] | None = None
     """Files in the place of the recipe's slots."""
     expansion: float | None = None
-    """d_sae as a multiple of d_model. None: 8, and 4 below `FEW` tokens, which leave half of the latents of a wider SAE dead."""
+    """d_sae as a multiple of d_model. None: 8, and 4 below `FEW` tokens, which leave half of the
+    latents of a wider SAE dead.
+    """
     target_l0: float | None = None
     moments: str = ""
     """Of Adam; empty: bfloat16 on a GPU, else float32."""
     goal: Goal | Literal["auto"] = "auto"
-    """Of the refusal study; auto: to suppress where the model refuses at least half of the harmful selection prompts, else to induce."""
+    """Of the refusal study; auto: to suppress where the model refuses at least half of the harmful
+    selection prompts, else to induce.
+    """
     baseline_sites: int = 2
-    """Sites at which what an SAE has to beat is trained and evaluated too; at most one where the suite is a small one."""
+    """Sites at which what an SAE has to beat is trained and evaluated too; at most one where the
+    suite is a small one.
+    """
     seed: int = 0
 
 
@@ -97,7 +109,8 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
         value = -1.0
     if not 0 < value < math.inf:
         raise ValueError(
-            f"The budget {text!r} was given; allowed are {', '.join(mixes.BUDGETS)}, tokens such as 300k or 100M, and hours such as 12h."
+            f"The budget {text!r} was given; allowed are {', '.join(mixes.BUDGETS)}, tokens such as"
+            " 300k or 100M, and hours such as 12h."
         )
     return (None, value) if unit == "h" else (int(value * scales.get(unit, 1)), None)
 
@@ -111,12 +124,23 @@ def suite_bytes(config: TrainConfig, d_model: int, n_sites: int) -> int:
     return n_sites * 4 * (2 * d_model * m + 3 * m + d_model)
 
 
-def disk_bytes(config: TrainConfig, d_model: int, n_sites: int, largest_group: int, tokens: int) -> int:
-    """Disk for everything: the SAEs, two checkpoints of a group while one takes the other's place, documents twice, figures."""
-    return suite_bytes(config, d_model, n_sites) + 2 * largest_group + 2 * BYTES_A_TOKEN * tokens + 200 * 2**20
+def disk_bytes(
+    config: TrainConfig, d_model: int, n_sites: int, largest_group: int, tokens: int
+) -> int:
+    """Disk for everything: the SAEs, two checkpoints of a group while one takes the other's place,
+    documents twice, figures.
+    """
+    return (
+        suite_bytes(config, d_model, n_sites)
+        + 2 * largest_group
+        + 2 * BYTES_A_TOKEN * tokens
+        + 200 * 2**20
+    )
 
 
-def recipe_for(config: SuiteConfig, d_model: int, n_sites: int, tokens: int, on_gpu: bool) -> TrainConfig:
+def recipe_for(
+    config: SuiteConfig, d_model: int, n_sites: int, tokens: int, on_gpu: bool
+) -> TrainConfig:
     """The training recipe of a suite."""
     changes: dict[str, Any] = {} if config.target_l0 is None else {"sparsity": config.target_l0}
     batch = 2048 if tokens >= FEW or on_gpu else max(256, 2 ** int(math.log2(tokens / 200)))
@@ -149,7 +173,9 @@ class Speeds:
 def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
     """Times a forward pass, a few training steps on random rows, and a short generation."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, lm.config.vocab_size, (16, min(256, lm.context_size)), generator=generator).to(lm.device)
+    ids = torch.randint(
+        0, lm.config.vocab_size, (16, min(256, lm.context_size)), generator=generator
+    ).to(lm.device)
     hook = f"blocks.{lm.n_layers - 1}.hook_resid_post"
 
     def seconds(run: Callable[[], Any]) -> float:
@@ -163,22 +189,34 @@ def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
         return max(1e-6, time.perf_counter() - began)
 
     with torch.no_grad():
-        forward = ids.numel() / seconds(lambda: lm.run_with_cache(ids, names_filter=hook, return_type=None))
+        forward = ids.numel() / seconds(
+            lambda: lm.run_with_cache(ids, names_filter=hook, return_type=None)
+        )
     few = replace(config, tokens=8 * config.batch, pool=4 * config.batch)
-    rows = StoredRows({hook: torch.randn(4 * config.batch, lm.d_model, generator=generator)}, 0, 1.0, lm.device)
+    rows = StoredRows(
+        {hook: torch.randn(4 * config.batch, lm.d_model, generator=generator)}, 0, 1.0, lm.device
+    )
     meter = Meter(config.batch)
     train_saes(rows, [few], model_name=lm.model_name, watch=[meter], bar=False)
-    said = seconds(lambda: lm.generate(["Hello!"] * mixes.BATCH, 8, enable_thinking=False if lm.has_thinking else None))
+    said = seconds(
+        lambda: lm.generate(
+            ["Hello!"] * mixes.BATCH, 8, enable_thinking=False if lm.has_thinking else None
+        )
+    )
     return Speeds(forward, meter.tokens_per_s, 8 * mixes.BATCH / said)
 
 
 def stage_hours(
     speeds: Speeds, config: TrainConfig, written: float, n_sites: int, n_groups: int, sizes: "Sizes"
-) -> dict[str, float]:  # fmt: skip
+) -> dict[str, float]:
     """Hours for each stage at these speeds; written: tokens that the model writes for its data."""
     study = sizes.study
     answers = sizes.n_evaluation * (3 * 5 + study.n_random + 2 * study.n_noise)
-    baselines = (config.tokens / speeds.forward + 4 * sizes.baselines * config.tokens / speeds.sae) if sizes.baselines else 0
+    baselines = (
+        (config.tokens / speeds.forward + 4 * sizes.baselines * config.tokens / speeds.sae)
+        if sizes.baselines
+        else 0
+    )
     seconds = {
         "data": written / speeds.generated,
         "train": n_groups * config.tokens / speeds.forward + n_sites * config.tokens / speeds.sae,
@@ -203,12 +241,16 @@ class Sizes:
 
 
 def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
-    """Small for small budgets, whole for those that a result is published from; the study's goal is set when it is run."""
+    """Small for small budgets, whole for those that a result is published from; the study's goal is
+    set when it is run.
+    """
     new = 40 if lm.model_name == "tiny" else 48
     base = StudyConfig(seed=config.seed, max_new_tokens=new)
     if tokens >= FEW and lm.model_name != "smollm2":
         return Sizes(50_000, 500_000, 48, 300, config.baseline_sites, base)
-    few = replace(quick(base), n_random=3, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40))
+    few = replace(
+        quick(base), n_random=3, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40)
+    )
     if lm.model_name != "tiny":  # a second for an answer
         few = replace(few, strengths=few.strengths[::2])
     return Sizes(6_000, 50_000, 24, 80, min(1, config.baseline_sites), few)
@@ -219,11 +261,13 @@ def manifest_of(lm: HookedLM, config: SuiteConfig) -> mixes.Manifest:
     return mixes.read_manifest(config.recipe or mixes.default_manifest(lm.model_name))
 
 
-def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None = None) -> dict[str, Any]:
+def make_plan(
+    lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None = None
+) -> dict[str, Any]:
     """The plan as plain values: it is measured, checked against memory and disk, and printed.
 
-    Raises ValueError for sites that do not exist, one site that does not fit into memory, too little disk, and hours in
-    which nothing can be trained.
+    Raises ValueError for sites that do not exist, one site that does not fit into memory, too
+    little disk, and hours in which nothing can be trained.
     """
     manifest = manifest_of(lm, config)
     names = sites_of(lm, config.sites, config.layers)
@@ -239,12 +283,20 @@ def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None =
         written = mixes.written_tokens(manifest, n, lm.model_name)
         spent = stage_hours(speeds, recipe, written, len(names), len(groups), sizes)
         return {
-            "model": lm.model_name, "recipe": manifest.name, "sites": names, "tokens": n, "d_sae": recipe.d_sae(lm.d_model),
+            "model": lm.model_name,
+            "recipe": manifest.name,
+            "sites": names,
+            "tokens": n,
+            "d_sae": recipe.d_sae(lm.d_model),
             "training": asdict(recipe),
-            "groups": [{"sites": group.sites, "bytes": group.bytes} for group in groups], "memory_bytes": max(g.bytes for g in groups),
-            "disk_bytes": disk_bytes(recipe, lm.d_model, len(names), max(g.bytes for g in groups), n), "hours": spent,
+            "groups": [{"sites": group.sites, "bytes": group.bytes} for group in groups],
+            "memory_bytes": max(g.bytes for g in groups),
+            "disk_bytes": disk_bytes(
+                recipe, lm.d_model, len(names), max(g.bytes for g in groups), n
+            ),
+            "hours": spent,
             "measured": asdict(speeds),
-        }  # fmt: skip
+        }
 
     if hours is not None:
         low, high = 0.0, 34.0  # powers of two of tokens
@@ -255,8 +307,8 @@ def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None =
         tokens = int(2**low) // 1000 * 1000
         if tokens < 100_000:
             raise ValueError(
-                f"In {hours:g} hours this machine could train on {tokens:,} tokens at {len(names)} sites, too few for any SAE; give more "
-                "hours, or fewer sites or layers."
+                f"In {hours:g} hours this machine could train on {tokens:,} tokens at {len(names)}"
+                " sites, too few for any SAE; give more hours, or fewer sites or layers."
             )
     assert tokens is not None
     if tokens < 50_000:
@@ -268,8 +320,8 @@ def make_plan(lm: HookedLM, config: SuiteConfig, out: Path, memory: int | None =
     space = shutil.disk_usage(there).free
     if plan["disk_bytes"] > space:
         raise ValueError(
-            f"The suite takes {plan['disk_bytes'] / 1e9:.1f} GB of disk, and {space / 1e9:.1f} GB are free; free some, choose another --out, "
-            "or fewer sites or a smaller width."
+            f"The suite takes {plan['disk_bytes'] / 1e9:.1f} GB of disk, and {space / 1e9:.1f} GB"
+            " are free; free some, choose another --out, or fewer sites or a smaller width."
         )
     return plan
 
@@ -278,9 +330,12 @@ def said_plan(plan: Mapping[str, Any]) -> str:
     """The plan in a few lines."""
     hours = plan["hours"]
     return (
-        f"{plan['model']}: {len(plan['sites'])} sites, {plan['tokens']:,} tokens of {plan['recipe']}, d_sae {plan['d_sae']:,}; "
-        f"{len(plan['groups'])} group(s), {plan['memory_bytes'] / 1e9:.2f} GB beside the model, {plan['disk_bytes'] / 1e9:.2f} GB of disk.\n"
-        f"About {sum(hours.values()):.2f} hours: " + ", ".join(f"{name} {value:.2f}" for name, value in hours.items()) + "."
+        f"{plan['model']}: {len(plan['sites'])} sites, {plan['tokens']:,} tokens of"
+        f" {plan['recipe']}, d_sae {plan['d_sae']:,}; {len(plan['groups'])} group(s),"
+        f" {plan['memory_bytes'] / 1e9:.2f} GB beside the model, {plan['disk_bytes'] / 1e9:.2f} GB"
+        f" of disk.\nAbout {sum(hours.values()):.2f} hours: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in hours.items())
+        + "."
     )
 
 
@@ -291,7 +346,11 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
     "data": ("data/documents.jsonl", "data/data.json"),
     "train": ("suite/*/*/cfg.json", "suite/*/*/sae_weights.safetensors", "train.jsonl"),
     "evaluate": (
-        *(f"{folder}/evaluation.{kind}" for folder in ("evaluation", "baselines") for kind in ("csv", "parquet", "html")),
+        *(
+            f"{folder}/evaluation.{kind}"
+            for folder in ("evaluation", "baselines")
+            for kind in ("csv", "parquet", "html")
+        ),
         *(f"baselines/{name}" for name in ("baselines.html", "seeds.csv", "seeds.parquet")),
     ),
     "index": (
@@ -321,8 +380,8 @@ class Record:
     """Which stages are done, with their files."""
 
     def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
-        """Nothing is written yet. Raises ValueError where the folder holds another suite, a manifest that is none of a suite, or,
-        without one, files that a suite would write over."""
+        """Nothing is written yet. Raises ValueError where the folder holds another suite, a
+        manifest that is none of a suite, or, without one, files that a suite would write over."""
         self.out, self.path = out, out / RECORD
         told = json.loads(json.dumps(identity))
         self.entry: dict[str, Any] = {"run": told, "stages": {}}
@@ -332,10 +391,15 @@ class Record:
             other = [name for name in told if self.entry["run"].get(name) != told[name]]
             if other:
                 raise ValueError(
-                    f"{str(out)!r} holds a suite with another {' and '.join(other)}; give the same, or another folder."
+                    f"{str(out)!r} holds a suite with another {' and '.join(other)}; give the same,"
+                    " or another folder."
                 )
-        elif there := [path for names in PRODUCTS.values() for name in names for path in out.glob(name)]:
-            raise ValueError(f"{str(there[0])!r} is of no suite, and would be written over; give another folder.")
+        elif there := [
+            path for names in PRODUCTS.values() for name in names for path in out.glob(name)
+        ]:
+            raise ValueError(
+                f"{str(there[0])!r} is of no suite, and would be written over; give another folder."
+            )
 
     def write(self) -> None:
         write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
@@ -346,11 +410,18 @@ class Record:
 
     def changed(self) -> list[str]:
         """The stages that are done and whose files are not all there as they were."""
-        return [stage for stage in STAGES if stage in self.entry["stages"] and not self._as_it_was(stage)]
+        return [
+            stage
+            for stage in STAGES
+            if stage in self.entry["stages"] and not self._as_it_was(stage)
+        ]
 
     def _as_it_was(self, stage: str) -> bool:
         files = self.entry["stages"][stage]
-        return all(self._same(inside(self.out, name, "The suite's manifest"), told) for name, told in files.items())
+        return all(
+            self._same(inside(self.out, name, "The suite's manifest"), told)
+            for name, told in files.items()
+        )
 
     def _same(self, path: Path, told: Mapping[str, Any]) -> bool:
         if not path.is_file() or path.stat().st_size != told["bytes"]:
@@ -358,10 +429,15 @@ class Record:
         return told["bytes"] > HASHED or _sha256(path) == told["sha256"]
 
     def put_aside(self, stages: Sequence[str]) -> None:
-        """Makes room for stages that are made anew: what they had written is kept until they are done again."""
+        """Makes room for stages that are made anew: what they had written is kept until they are
+        done again.
+        """
         for stage in reversed(stages):  # what a kill leaves is never built upon what is gone
             for name in self.entry["stages"].get(stage, {}):
-                path, kept = inside(self.out, name, "The suite's manifest"), self.out / REPLACED / stage / name
+                path, kept = (
+                    inside(self.out, name, "The suite's manifest"),
+                    self.out / REPLACED / stage / name,
+                )
                 if path.is_file():
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(path, kept)
@@ -369,10 +445,13 @@ class Record:
                 self.write()
 
     def done(self, stage: str, names: Sequence[str]) -> None:
-        """Notes a stage's files, of these names, and lets go of those that they took the place of."""
+        """Notes a stage's files, of these names, and lets go of those that they took the place
+        of.
+        """
         there = {name: self.out / name for name in sorted(names) if (self.out / name).is_file()}
         self.entry["stages"][stage] = {
-            name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for name, path in there.items()
+            name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            for name, path in there.items()
         }
         self.write()
         shutil.rmtree(self.out / REPLACED / stage, ignore_errors=True)
@@ -381,16 +460,24 @@ class Record:
 
 
 def _check_record(path: Path, entry: Any) -> None:
-    """ValueError for a file that is no suite's manifest, or names what is none of a suite's files."""
+    """ValueError for a file that is no suite's manifest, or names what is none of a suite's
+    files.
+    """
     wrong = f"{str(path)!r} is no manifest of a suite; give another folder."
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(name), dict) for name in ("run", "stages")):
+    if not isinstance(entry, dict) or not all(
+        isinstance(entry.get(name), dict) for name in ("run", "stages")
+    ):
         raise ValueError(wrong)
     for stage, files in entry["stages"].items():
         if stage not in STAGES or not isinstance(files, dict):
             raise ValueError(wrong)
         for name, told in files.items():
             inside(path.parent, name, "The suite's manifest")
-            numbers = isinstance(told, dict) and isinstance(told.get("bytes"), int) and isinstance(told.get("sha256"), str)
+            numbers = (
+                isinstance(told, dict)
+                and isinstance(told.get("bytes"), int)
+                and isinstance(told.get("sha256"), str)
+            )
             if not numbers or not is_one_of(name, PRODUCTS[stage]):
                 raise ValueError(wrong)
 
@@ -404,23 +491,34 @@ def _sha256(path: Path) -> str:
 
 
 def make_suite(
-    lm: HookedLM, out: Path, config: SuiteConfig = SuiteConfig(), *, memory: int | None = None, folder: Path | None = None,
-    remake: bool = False, bar: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+    lm: HookedLM,
+    out: Path,
+    config: SuiteConfig = SuiteConfig(),
+    *,
+    memory: int | None = None,
+    folder: Path | None = None,
+    remake: bool = False,
+    bar: bool = True,
+) -> dict[str, Any]:
     """Makes a suite, or goes on with it; returns its plan.
 
-    A stage that is done is never made again by itself, whatever became of its files or of those that it was made from. remake:
-    makes the first stage whose files are gone or changed anew, and all that follow it; the old ones are kept until then.
-    memory: bytes that training may take beside the model (None: most of what is free). folder: where downloaded data sets lie,
-    each under its id, instead of the hub. Raises ValueError for what `make_plan` and `data.mixes.write_mix` do, for a folder that
-    holds another suite or a README.md that is no card, where something that is left to do needs files that are gone or changed,
-    and while another process writes there.
+    A stage that is done is never made again by itself, whatever became of its files or of those
+    that it was made from. remake: makes the first stage whose files are gone or changed anew, and
+    all that follow it; the old ones are kept until then.
+    memory: bytes that training may take beside the model (None: most of what is free). folder:
+    where downloaded data sets lie, each under its id, instead of the hub. Raises ValueError for
+    what `make_plan` and `data.mixes.write_mix` do, for a folder that holds another suite or a
+    README.md that is no card, where something that is left to do needs files that are gone or
+    changed, and while another process writes there.
     """
     with only_writer(out):
         check_card(out)
         record = Record(out, identity_of(lm, config))
         if links := [name for name in FOLDERS if (out / name).is_symlink()]:
-            raise ValueError(f"{str(out / links[0])!r} is a link; put a folder there, or make the whole suite where it leads.")
+            raise ValueError(
+                f"{str(out / links[0])!r} is a link; put a folder there, or make the whole suite"
+                " where it leads."
+            )
         if not (out / PLAN).is_file():
             plan = make_plan(lm, config, out, memory)
             write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
@@ -436,11 +534,15 @@ def make_suite(
         lacking = [stage for stage in changed if any(stage in NEEDS[later] for later in pending)]
         if lacking:
             raise ValueError(
-                f"Files of {' and '.join(lacking)} in {str(out)!r} are gone or changed, and {pending[0]} needs them; bring them back, "
-                "or make them and what follows anew with --remake."
+                f"Files of {' and '.join(lacking)} in {str(out)!r} are gone or changed, and"
+                f" {pending[0]} needs them; bring them back, or make them and what follows anew"
+                " with --remake."
             )
         if changed and bar:
-            tqdm.write(f"Gone or changed since they were made, and left so: files of {', '.join(changed)} (--remake).")
+            tqdm.write(
+                f"Gone or changed since they were made, and left so: files of {', '.join(changed)}"
+                " (--remake)."
+            )
         for name in pending:
             if bar:
                 tqdm.write(f"[{STAGES.index(name) + 1}/{len(STAGES)}] {name}")
@@ -482,16 +584,25 @@ def read_plan(path: Path) -> dict[str, Any]:
             raise TypeError("tokens or recipe")
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(
-            f"{str(path)!r} is no plan of a suite ({error}); take it away, and it is made anew, or give another folder."
+            f"{str(path)!r} is no plan of a suite ({error}); take it away, and it is made anew, or"
+            " give another folder."
         ) from error
     return plan
 
 
 def usual_goal(lm: HookedLM, given: StudyPrompts, config: StudyConfig) -> Goal:
-    """What there is to change: suppress where the unsteered model shows the behaviour at least at half of the prompts, else induce."""
+    """What there is to change: suppress where the unsteered model shows the behaviour at least at
+    half of the prompts, else induce.
+    """
     texts = given.selection[given.behaviour.kinds[0]]
     thinking = config.thinking if lm.has_thinking else None
-    shown = judged(lm, given.behaviour, texts, answer_all(lm, texts, [], config.max_new_tokens, thinking), thinking).outcomes
+    shown = judged(
+        lm,
+        given.behaviour,
+        texts,
+        answer_all(lm, texts, [], config.max_new_tokens, thinking),
+        thinking,
+    ).outcomes
     return "suppress" if 2 * shown.count("S") >= len(shown) else "induce"
 
 
@@ -499,9 +610,24 @@ class _Suite:
     """The stages; each writes its `PRODUCTS`."""
 
     def __init__(
-        self, lm: HookedLM, out: Path, config: SuiteConfig, plan: Mapping[str, Any], memory: int | None, folder: Path | None, bar: bool
-    ) -> None:  # fmt: skip
-        self.lm, self.out, self.config, self.plan, self.memory, self.folder, self.bar = lm, out, config, plan, memory, folder, bar
+        self,
+        lm: HookedLM,
+        out: Path,
+        config: SuiteConfig,
+        plan: Mapping[str, Any],
+        memory: int | None,
+        folder: Path | None,
+        bar: bool,
+    ) -> None:
+        self.lm, self.out, self.config, self.plan, self.memory, self.folder, self.bar = (
+            lm,
+            out,
+            config,
+            plan,
+            memory,
+            folder,
+            bar,
+        )
         self.recipe = TrainConfig(**plan["training"])
         self.sizes = sizes_for(lm, config, plan["tokens"])
         self.documents = str(out / "data" / mixes.DEALT)
@@ -552,12 +678,30 @@ class _Suite:
 
     def evaluate(self) -> None:
         suite = self._suite()
-        score_suite(self.lm, suite, self.documents, self.sizes.evaluated, self.out / "evaluation", bar=self.bar)
+        score_suite(
+            self.lm,
+            suite,
+            self.documents,
+            self.sizes.evaluated,
+            self.out / "evaluation",
+            bar=self.bar,
+        )
         places = self._spread(self.sizes.baselines)
         if not places:
             return
-        some = {variant: {name: sae for name, sae in saes.items() if name in places} for variant, saes in suite.items()}
-        score_suite(self.lm, some, self.documents, self.sizes.evaluated, self.out / "baselines", baselines=True, bar=self.bar)
+        some = {
+            variant: {name: sae for name, sae in saes.items() if name in places}
+            for variant, saes in suite.items()
+        }
+        score_suite(
+            self.lm,
+            some,
+            self.documents,
+            self.sizes.evaluated,
+            self.out / "baselines",
+            baselines=True,
+            bar=self.bar,
+        )
 
     def index(self) -> None:
         build_index(
@@ -573,8 +717,14 @@ class _Suite:
 
     def study(self) -> None:
         suite, sizes = self._suite(), self.sizes
-        given = refusal_prompts(self.lm.model_name, sizes.n_selection, sizes.n_evaluation, self.config.seed)
-        goal = usual_goal(self.lm, given, sizes.study) if self.config.goal == "auto" else self.config.goal
+        given = refusal_prompts(
+            self.lm.model_name, sizes.n_selection, sizes.n_evaluation, self.config.seed
+        )
+        goal = (
+            usual_goal(self.lm, given, sizes.study)
+            if self.config.goal == "auto"
+            else self.config.goal
+        )
         result = steering_study(
             self.lm,
             suite,
@@ -595,6 +745,8 @@ class _Suite:
 
     def _spread(self, n: int) -> list[str]:
         """So many sites, residual streams first, spread over the layers."""
-        streams = [name for name in self.plan["sites"] if parse_hook_name(name).kind == "resid"] or self.plan["sites"]
+        streams = [
+            name for name in self.plan["sites"] if parse_hook_name(name).kind == "resid"
+        ] or self.plan["sites"]
         n = min(n, len(streams))
         return [streams[(2 * i + 1) * len(streams) // (2 * n)] for i in range(n)]

@@ -10,9 +10,18 @@ from qsae_kit.sae.topk import TopKSAE
 
 # A new architecture is one file and one entry here; the contract tests pick it up.
 ARCHITECTURES: dict[str, type[SAE]] = {
-    sae.architecture: sae for sae in (JumpReLUSAE, TopKSAE, BatchTopKSAE, MatryoshkaSAE, ReLUSAE, GatedSAE)
+    sae.architecture: sae
+    for sae in (JumpReLUSAE, TopKSAE, BatchTopKSAE, MatryoshkaSAE, ReLUSAE, GatedSAE)
 }
 
 __all__ = [
-    "ARCHITECTURES", "SAE", "BatchTopKSAE", "GatedSAE", "JumpReLUSAE", "MatryoshkaSAE", "Provenance", "ReLUSAE", "TopKSAE",
-]  # fmt: skip
+    "ARCHITECTURES",
+    "SAE",
+    "BatchTopKSAE",
+    "GatedSAE",
+    "JumpReLUSAE",
+    "MatryoshkaSAE",
+    "Provenance",
+    "ReLUSAE",
+    "TopKSAE",
+]

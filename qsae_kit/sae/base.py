@@ -2,8 +2,9 @@
 
     pre = x @ W_enc + b_enc,   f = activate(pre) >= 0,   x_hat = f @ W_dec + b_dec
 
-A trained SAE takes raw activations: mean and scale of training are folded into its weights, its decoder rows have
-unit norm, so a feature's activation is its length in the units of the activations.
+A trained SAE takes raw activations: mean and scale of training are folded into its weights, its
+decoder rows have unit norm, so a feature's activation is its length in the units of the
+activations.
 """
 
 import hashlib
@@ -23,7 +24,9 @@ from qsae_kit.sae.filter import NormFilter
 
 @dataclass(frozen=True)
 class Provenance:
-    """Where an SAE belongs and what it was trained on; stored in its folder and applied wherever it is used."""
+    """Where an SAE belongs and what it was trained on; stored in its folder and applied wherever it
+    is used.
+    """
 
     model_name: str
     hook_name: str
@@ -58,7 +61,9 @@ class State(NamedTuple):
 
 
 AUX_COEFFICIENT, AUX_K = 1 / 8, 2
-"""See `SAE.aux_k_loss`. The paper's 1 / 32 leaves half as many latents again dead, at hardly less FVU."""
+"""See `SAE.aux_k_loss`. The paper's 1 / 32 leaves half as many latents again dead, at hardly less
+FVU.
+"""
 AUX_EVERY = 4
 """The auxiliary loss is taken on every fourth row, which costs a quarter and revives as many."""
 
@@ -66,21 +71,29 @@ AUX_EVERY = 4
 class SAE(nn.Module, ABC):
     """An SAE of one site. `sparsity` is its k or its target L0, in features a token.
 
-    The encoder is kept as `encoder` [d_sae, d_in], a row a latent as in the decoder; `W_enc` is its transpose.
+    The encoder is kept as `encoder` [d_sae, d_in], a row a latent as in the decoder; `W_enc` is its
+    transpose.
     """
 
     architecture: ClassVar[str]
 
-    def __init__(self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None) -> None:
+    def __init__(
+        self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None
+    ) -> None:
         if d_in < 1 or d_sae < 1:
             raise ValueError(f"d_in={d_in} and d_sae={d_sae} must be positive.")
         if not 0 < sparsity <= d_sae:
-            raise ValueError(f"A sparsity of {sparsity} features a token was given; allowed are 0 < sparsity <= d_sae={d_sae}.")
+            raise ValueError(
+                f"A sparsity of {sparsity} features a token was given; allowed are 0 < sparsity <="
+                f" d_sae={d_sae}."
+            )
         super().__init__()
         self.sparsity = sparsity
         self.provenance = provenance
         self.product_dtype: torch.dtype | None = None
-        """Of the product that a training step selects from (None: as the rows); values and weights keep their own."""
+        """Of the product that a training step selects from (None: as the rows); values and weights
+        keep their own.
+        """
         self.encoder = nn.Parameter(torch.zeros(d_sae, d_in))
         self.b_enc = nn.Parameter(torch.zeros(d_sae))
         self.W_dec = nn.Parameter(torch.zeros(d_sae, d_in))
@@ -106,7 +119,9 @@ class SAE(nn.Module, ABC):
 
     @abstractmethod
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
-        """The loss on normalised rows, written over selected entries (`encode_entries`, `squared_error`)."""
+        """The loss on normalised rows, written over selected entries (`encode_entries`,
+        `squared_error`).
+        """
 
     def rescale_activations(self, scale: float) -> None:
         """Adapts thresholds when every feature's activation is multiplied by `scale`."""
@@ -127,19 +142,31 @@ class SAE(nn.Module, ABC):
     def encode_entries(
         self, x: Float[Tensor, "row d_model"], select: Select
     ) -> tuple[Float[Tensor, " entry"], Codes, Float[Tensor, "row d_sae"]]:
-        """Pre-activations of the entries that `select` picks, differentiable in the encoder, and all, which are not."""
+        """Pre-activations of the entries that `select` picks, differentiable in the encoder, and
+        all, which are not.
+        """
         return sparse.encode(x, self.encoder, self.b_enc, select, self.product_dtype)
 
     def encode_above(
-        self, x: Float[Tensor, "row d_model"], least: Float[Tensor, " d_sae"], sampled: Float[Tensor, " d_sae"], every: int
+        self,
+        x: Float[Tensor, "row d_model"],
+        least: Float[Tensor, " d_sae"],
+        sampled: Float[Tensor, " d_sae"],
+        every: int,
     ) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"], Float[Tensor, "row d_sae"]]:
-        """Pre-activations of the entries above thresholds, see `codes.encode_above`; differentiable in the encoder."""
-        return sparse.encode_above(x, self.encoder, self.b_enc, least, sampled, every, self.product_dtype)
+        """Pre-activations of the entries above thresholds, see `codes.encode_above`; differentiable
+        in the encoder.
+        """
+        return sparse.encode_above(
+            x, self.encoder, self.b_enc, least, sampled, every, self.product_dtype
+        )
 
     def squared_error(
         self, x: Float[Tensor, "row d_model"], f: Float[Tensor, " entry"], codes: Codes
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_model"]]:
-        """E|x - x_hat|^2 from activations of entries, differentiable, and the rows x - x_hat, which are not."""
+        """E|x - x_hat|^2 from activations of entries, differentiable, and the rows x - x_hat, which
+        are not.
+        """
         return sparse.squared_error(x, f, self.W_dec, self.b_dec, codes, self.product_dtype)
 
     def aux_k_loss(
@@ -149,10 +176,12 @@ class SAE(nn.Module, ABC):
         dead: Int[Tensor, " latent"],
         pre: Float[Tensor, "some d_sae"],
     ) -> Tensor | float:
-        """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): AUX_COEFFICIENT * E|e - e_hat|^2 / E|e|^2.
+        """AuxK (Gao et al. 2024, arXiv 2406.04093, appendix A.2): AUX_COEFFICIENT * E|e - e_hat|^2
+        / E|e|^2.
 
-        e is the detached error, e_hat is decoded from the largest pre-activations among dead latents, without b_dec. They
-        are AUX_K times as many as `sparsity` (d_model / 2 in the paper: many weak ones, of which fewer come back).
+        e is the detached error, e_hat is decoded from the largest pre-activations among dead
+        latents, without b_dec. They are AUX_K times as many as `sparsity` (d_model / 2 in the
+        paper: many weak ones, of which fewer come back).
         pre: the pre-activations of each AUX_EVERY-th row.
         """
         if not len(dead):
@@ -164,17 +193,24 @@ class SAE(nn.Module, ABC):
             codes = Codes.from_columns(sparse.largest_columns(pre + others, k), self.d_sae)
         values = sparse.encode_at(x, self.encoder, self.b_enc, codes, pre).relu()
         nothing = torch.zeros_like(self.b_dec)
-        missed, _ = sparse.squared_error(error, values, self.W_dec, nothing, codes, self.product_dtype)
+        missed, _ = sparse.squared_error(
+            error, values, self.W_dec, nothing, codes, self.product_dtype
+        )
         return AUX_COEFFICIENT * missed / error.pow(2).sum(-1).mean().clamp(min=1e-12)
 
     def forward(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_model"]:
         return self.decode(self.encode(x))
 
     @torch.no_grad()
-    def init_from_rows(self, x: Float[Tensor, "row d_model"], generator: torch.Generator, random: bool = False) -> None:
-        """Starts from data: decoder rows are random rows of `x` mixed with noise of its covariance, the encoder their transpose.
+    def init_from_rows(
+        self, x: Float[Tensor, "row d_model"], generator: torch.Generator, random: bool = False
+    ) -> None:
+        """Starts from data: decoder rows are random rows of `x` mixed with noise of its covariance,
+        the encoder their transpose.
 
-        So all of them lie in the subspace that the data use, which for attention outputs is far from the whole. The encoder is then scaled so that the first reconstructions have the best length (least squares).
+        So all of them lie in the subspace that the data use, which for attention outputs is far
+        from the whole. The encoder is then scaled so that the first reconstructions have the best
+        length (least squares).
         """
         if random:  # directions that know nothing of the data
             rows = torch.randn(self.d_sae, self.d_in, generator=generator).to(x.device)
@@ -183,8 +219,12 @@ class SAE(nn.Module, ABC):
         pick = torch.randint(len(x), (self.d_sae,), generator=generator).to(x.device)
         rows = nn.functional.normalize(x[pick], dim=-1)
         some = x[torch.randperm(len(x), generator=generator)[:1024].to(x.device)]
-        noise = torch.randn(self.d_sae, len(some), generator=generator).to(x.device) @ (some - some.mean(0))
-        self._begin(nn.functional.normalize(rows + 0.5 * nn.functional.normalize(noise, dim=-1), dim=-1), x)
+        noise = torch.randn(self.d_sae, len(some), generator=generator).to(x.device) @ (
+            some - some.mean(0)
+        )
+        self._begin(
+            nn.functional.normalize(rows + 0.5 * nn.functional.normalize(noise, dim=-1), dim=-1), x
+        )
 
     def _begin(self, rows: Float[Tensor, "d_sae d_model"], x: Float[Tensor, "row d_model"]) -> None:
         self.W_dec.copy_(rows)
@@ -199,17 +239,22 @@ class SAE(nn.Module, ABC):
         """Sets thresholds, where an architecture has them, from the first rows."""
 
     def constrain(self) -> None:
-        """After each step, once decoder rows are back at unit norm: what else an architecture keeps within bounds."""
+        """After each step, once decoder rows are back at unit norm: what else an architecture keeps
+        within bounds.
+        """
 
     def exported(self) -> "SAE":
-        """The SAE as it is stored and used; an architecture for training only becomes another one."""
+        """The SAE as it is stored and used; an architecture for training only becomes another
+        one.
+        """
         return self
 
     @torch.no_grad()
     def fold(self, mean: Float[Tensor, " d_model"], scale: float) -> None:
         """Turns an SAE of (x - mean) * scale into one of x, in place.
 
-        Decoder rows keep their unit norm, so activations come out in the units of x: f_raw = f / scale.
+        Decoder rows keep their unit norm, so activations come out in the units of x: f_raw = f /
+        scale.
         """
         self.b_enc.copy_(self.b_enc / scale - mean @ self.W_enc)
         self.b_dec.copy_(self.b_dec / scale + mean)
@@ -239,4 +284,7 @@ class SAE(nn.Module, ABC):
 
     def __repr__(self) -> str:
         where = self.provenance.hook_name if self.provenance else "no site"
-        return f"{type(self).__name__}({where}, d_in={self.d_in}, d_sae={self.d_sae}, sparsity={self.sparsity:g})"
+        return (
+            f"{type(self).__name__}({where}, d_in={self.d_in}, d_sae={self.d_sae},"
+            f" sparsity={self.sparsity:g})"
+        )

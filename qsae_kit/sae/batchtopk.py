@@ -1,8 +1,8 @@
 """BatchTopK SAE (Bussmann et al. 2024, arXiv 2412.06410), stored as a JumpReLU SAE.
 
-In training the k * rows largest pre-activations of a batch are kept, so rows may use more or fewer features; the loss is
-that of TopK with AuxK. For use, one threshold stands in for the batch: the running mean of the smallest activation
-kept, in float32.
+In training the k * rows largest pre-activations of a batch are kept, so rows may use more or fewer
+features; the loss is that of TopK with AuxK. For use, one threshold stands in for the batch: the
+running mean of the smallest activation kept, in float32.
 """
 
 import torch
@@ -17,7 +17,9 @@ from qsae_kit.sae.jumprelu import JumpReLUSAE
 class BatchTopKSAE(SAE):
     architecture = "batchtopk"
 
-    def __init__(self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None) -> None:
+    def __init__(
+        self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None
+    ) -> None:
         super().__init__(d_in, d_sae, sparsity, provenance)
         self.register_buffer("threshold", torch.zeros((), dtype=torch.float32))
         self.threshold: Tensor
@@ -28,7 +30,9 @@ class BatchTopKSAE(SAE):
         return torch.where(pre > self.threshold.clamp(min=0), pre, 0.0)
 
     def select(self, pre: Float[Tensor, "row d_sae"]) -> Codes:
-        """The k * rows largest entries that are positive; only entries above a guess from earlier steps are sorted."""
+        """The k * rows largest entries that are positive; only entries above a guess from earlier
+        steps are sorted.
+        """
         wanted = min(max(1, int(self.sparsity * len(pre))), pre.numel())
         flat = pre.view(-1)
         guess = 0.8 * float(self.threshold)
@@ -46,7 +50,9 @@ class BatchTopKSAE(SAE):
         if self.training:
             # Over the last third of the steps at first, over about the last hundred later.
             self.steps += 1
-            self.threshold.lerp_(smallest.to(self.threshold.dtype), max(0.01, 3 / (float(self.steps) + 2)))
+            self.threshold.lerp_(
+                smallest.to(self.threshold.dtype), max(0.01, 3 / (float(self.steps) + 2))
+            )
         return Codes.from_flat(places, *pre.shape)
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
@@ -57,7 +63,12 @@ class BatchTopKSAE(SAE):
     @torch.no_grad()
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
         pre = self.pre_activations(x)
-        self.threshold.copy_(pre.view(-1).topk(max(1, int(self.sparsity * len(x))), sorted=False).values.min().clamp(min=0))
+        self.threshold.copy_(
+            pre.view(-1)
+            .topk(max(1, int(self.sparsity * len(x))), sorted=False)
+            .values.min()
+            .clamp(min=0)
+        )
 
     def rescale_activations(self, scale: float) -> None:
         self.threshold.mul_(scale)
@@ -65,6 +76,10 @@ class BatchTopKSAE(SAE):
     @torch.no_grad()
     def exported(self) -> JumpReLUSAE:
         """The same SAE with the threshold written into every latent."""
-        out = JumpReLUSAE(self.d_in, self.d_sae, self.sparsity, self.provenance).to(self.b_dec.device)
-        out.load_tensors(self.tensors() | {"threshold": self.threshold.clamp(min=0).expand(self.d_sae)})
+        out = JumpReLUSAE(self.d_in, self.d_sae, self.sparsity, self.provenance).to(
+            self.b_dec.device
+        )
+        out.load_tensors(
+            self.tensors() | {"threshold": self.threshold.clamp(min=0).expand(self.d_sae)}
+        )
         return out

@@ -1,14 +1,16 @@
 """Ragged codes: which features of which rows matter, and the products that touch only those.
 
-A training step makes one dense product, x @ W_enc [row, d_sae]. Selection turns it into entries (row, column, value),
-and from there on work grows with the number of entries E: decoding, both weight gradients and the gradient of the
-activations cost E * d_model each, against row * d_sae * d_model when dense. Where many entries are selected (a ReLU SAE
-in its first steps) the dense products are the cheaper ones and are used instead; the results are the same.
+A training step makes one dense product, x @ W_enc [row, d_sae]. Selection turns it into entries
+(row, column, value), and from there on work grows with the number of entries E: decoding, both
+weight gradients and the gradient of the activations cost E * d_model each, against row * d_sae *
+d_model when dense. Where many entries are selected (a ReLU SAE in its first steps) the dense
+products are the cheaper ones and are used instead; the results are the same.
 
-On CUDA the sparse products are Triton kernels (`kernels`), elsewhere embedding bags. The dense product may be made in
-bfloat16, with sums in float32; only what is compared with a threshold of its own (`encode_above`) is made again in
-float32. On CUDA the sparse products read weights and rows in bfloat16 too, since reading them is what they take time
-for. Sums, weights and gradients are float32 everywhere.
+On CUDA the sparse products are Triton kernels (`kernels`), elsewhere embedding bags. The dense
+product may be made in bfloat16, with sums in float32; only what is compared with a threshold of its
+own (`encode_above`) is made again in float32. On CUDA the sparse products read weights and rows in
+bfloat16 too, since reading them is what they take time for. Sums, weights and gradients are float32
+everywhere.
 """
 
 import importlib.util
@@ -28,10 +30,17 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware (CUDA from compute capability 8, CPUs with AMX or AVX512-BF16), else float32."""
+    """bfloat16 where the processor multiplies it in hardware (CUDA from compute capability 8, CPUs
+    with AMX or AVX512-BF16), else float32.
+    """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-    has = (getattr(torch.cpu, f"_is_{name}_supported", lambda: False) for name in ("amx_tile", "avx512_bf16"))
+        return (
+            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
+        )
+    has = (
+        getattr(torch.cpu, f"_is_{name}_supported", lambda: False)
+        for name in ("amx_tile", "avx512_bf16")
+    )
     return torch.bfloat16 if device.type == "cpu" and any(test() for test in has) else torch.float32
 
 
@@ -52,12 +61,16 @@ def _table(x: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _gather(table: Tensor, index: Tensor, weights: Tensor, starts: Tensor) -> Tensor:
-    """Row i: the sum of weights[e] * table[index[e]] over the entries e from starts[i] up to the next start."""
+    """Row i: the sum of weights[e] * table[index[e]] over the entries e from starts[i] up to the
+    next start.
+    """
     if with_kernels(table.device):
         from qsae_kit.sae import kernels
 
         return kernels.gather(table, index, weights, _offsets(starts, len(index)))
-    return F.embedding_bag(index, table, starts, mode="sum", per_sample_weights=weights.to(table.dtype)).to(weights.dtype)
+    return F.embedding_bag(
+        index, table, starts, mode="sum", per_sample_weights=weights.to(table.dtype)
+    ).to(weights.dtype)
 
 
 def _offsets(starts: Tensor, n: int) -> Tensor:
@@ -73,10 +86,16 @@ def _starts(keys: Tensor, n: int) -> Tensor:
 
 
 class Codes:
-    """The places of entries in a [n_rows, n_cols] matrix, row by row; values are kept beside it, one an entry."""
+    """The places of entries in a [n_rows, n_cols] matrix, row by row; values are kept beside it,
+    one an entry.
+    """
 
     def __init__(
-        self, rows: Int[Tensor, " entry"], cols: Int[Tensor, " entry"], starts: Int[Tensor, " row"], n_cols: int
+        self,
+        rows: Int[Tensor, " entry"],
+        cols: Int[Tensor, " entry"],
+        starts: Int[Tensor, " row"],
+        n_cols: int,
     ) -> None:
         self.rows, self.cols, self.starts, self.n_cols = rows, cols, starts, n_cols
         self.even = False
@@ -130,7 +149,9 @@ class Codes:
         return Codes(rows, self.cols[keep], _starts(rows, self.n_rows), self.n_cols)
 
     def narrow(self, live: Bool[Tensor, " entry"]) -> None:
-        """Says that values, and gradients of pre-activations, are 0 outside of `live`: `times` and `transposed_times` skip the rest."""
+        """Says that values, and gradients of pre-activations, are 0 outside of `live`: `times` and
+        `transposed_times` skip the rest.
+        """
         self._live = live, self.where(live)
 
     def by_column(self) -> tuple[Int[Tensor, " entry"], Int[Tensor, " column"]]:
@@ -143,9 +164,12 @@ class Codes:
             self._by_column = order, _starts(ascending, self.n_cols)
         return self._by_column
 
-    # --- products; weights and rows may be in another format than values, and results are in that of values
+    # --- products; weights and rows may be in another format than values, and results are in that
+    # of values
 
-    def times(self, values: Float[Tensor, " entry"], W: Float[Tensor, "column d"]) -> Float[Tensor, "row d"]:
+    def times(
+        self, values: Float[Tensor, " entry"], W: Float[Tensor, "column d"]
+    ) -> Float[Tensor, "row d"]:
         """values @ W."""
         if self._live is not None:
             live, part = self._live
@@ -154,7 +178,9 @@ class Codes:
             return (self.dense(values.to(W.dtype)) @ W).to(values.dtype)
         return _gather(W, self.cols, values, self.starts)
 
-    def transposed_times(self, values: Float[Tensor, " entry"], x: Float[Tensor, "row d"]) -> Float[Tensor, "column d"]:
+    def transposed_times(
+        self, values: Float[Tensor, " entry"], x: Float[Tensor, "row d"]
+    ) -> Float[Tensor, "column d"]:
         """values^T @ x."""
         if self._live is not None:
             live, part = self._live
@@ -164,7 +190,9 @@ class Codes:
         order, starts = self.by_column()
         return _gather(x, self.rows[order], values[order], starts)
 
-    def dots(self, x: Float[Tensor, "row d"], W: Float[Tensor, "column d"]) -> Float[Tensor, " entry"]:
+    def dots(
+        self, x: Float[Tensor, "row d"], W: Float[Tensor, "column d"]
+    ) -> Float[Tensor, " entry"]:
         """x[row] . W[column] of every entry: the gradient of `times` with respect to its values."""
         if self.crowded:
             return self.of(x @ W.T).to(torch.float32 if x.is_cuda else x.dtype)
@@ -172,18 +200,28 @@ class Codes:
             from qsae_kit.sae import kernels
 
             return kernels.dots(x, W, self.rows, self.cols)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(x, W, self.cols, self.starts, self.rows, 0, -1)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            x, W, self.cols, self.starts, self.rows, 0, -1
+        )
 
     def errors(
-        self, x: Float[Tensor, "row d"], values: Float[Tensor, " entry"], W: Float[Tensor, "column d"], bias: Float[Tensor, " d"]
+        self,
+        x: Float[Tensor, "row d"],
+        values: Float[Tensor, " entry"],
+        W: Float[Tensor, "column d"],
+        bias: Float[Tensor, " d"],
     ) -> tuple[Float[Tensor, "row d"], Float[Tensor, ""], Float[Tensor, " entry"] | None]:
-        """x - values @ W - bias, its mean squared length and, where they come with it, its `dots` with W."""
+        """x - values @ W - bias, its mean squared length and, where they come with it, its `dots`
+        with W.
+        """
         if not self.even or self.crowded or not with_kernels(x.device):
             error = x - self.times(values, W) - bias
             return error.to(W.dtype), error.pow(2).sum(-1).mean(), None
         from qsae_kit.sae import kernels
 
-        error, squares, dots = kernels.errors(x, values, W, bias, self.cols, _offsets(self.starts, len(self)))
+        error, squares, dots = kernels.errors(
+            x, values, W, bias, self.cols, _offsets(self.starts, len(self))
+        )
         return error, squares.mean(), dots
 
     def sums(self, values: Float[Tensor, " entry"]) -> Float[Tensor, " column"]:
@@ -199,14 +237,18 @@ class Codes:
 
 
 Select: TypeAlias = Callable[[Tensor], Codes]
-"""Pre-activations [row, d_sae] -> the entries that have an activation or a gradient. Never differentiated."""
+"""Pre-activations [row, d_sae] -> the entries that have an activation or a gradient. Never
+differentiated.
+"""
 
 
 class _Encode(torch.autograd.Function):
     """Pre-activations of selected entries; gradients reach the encoder, not the rows."""
 
     @staticmethod
-    def forward(ctx: Any, encoder: Tensor, b_enc: Tensor, x: Tensor, v: Tensor, codes: Codes) -> Tensor:
+    def forward(
+        ctx: Any, encoder: Tensor, b_enc: Tensor, x: Tensor, v: Tensor, codes: Codes
+    ) -> Tensor:
         ctx.save_for_backward(x)
         ctx.codes = codes
         return v
@@ -219,7 +261,9 @@ class _Encode(torch.autograd.Function):
 
 class _Decode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: Tensor, W_dec: Tensor, codes: Codes, dtype: torch.dtype | None) -> Tensor:
+    def forward(
+        ctx: Any, f: Tensor, W_dec: Tensor, codes: Codes, dtype: torch.dtype | None
+    ) -> Tensor:
         table = _table(W_dec, dtype)
         ctx.save_for_backward(f, table)
         ctx.codes = codes
@@ -237,7 +281,13 @@ class _Decode(torch.autograd.Function):
 class _SquaredError(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, f: Tensor, W_dec: Tensor, b_dec: Tensor, x: Tensor, codes: Codes, dtype: torch.dtype | None
+        ctx: Any,
+        f: Tensor,
+        W_dec: Tensor,
+        b_dec: Tensor,
+        x: Tensor,
+        codes: Codes,
+        dtype: torch.dtype | None,
     ) -> tuple[Tensor, Tensor]:
         table = _table(W_dec, dtype)
         error, loss, dots = codes.errors(x, f, table, b_dec)
@@ -261,7 +311,9 @@ class _SquaredError(torch.autograd.Function):
 
 
 class _OfColumn(torch.autograd.Function):
-    """What each entry's column holds. Indexing does the same, but sums its gradient in an order that depends on timing."""
+    """What each entry's column holds. Indexing does the same, but sums its gradient in an order
+    that depends on timing.
+    """
 
     @staticmethod
     def forward(ctx: Any, per_column: Tensor, codes: Codes) -> Tensor:
@@ -285,7 +337,8 @@ def encode(
     select: Select,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, " entry"], Codes, Float[Tensor, "row d_sae"]]:
-    """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks, and all of them, which are not differentiable.
+    """Pre-activations x @ encoder^T + b_enc of the entries that `select` picks, and all of them,
+    which are not differentiable.
 
     dtype: of the product (None: as x).
     """
@@ -317,10 +370,12 @@ def encode_above(
     every: int,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, " entry"], Codes, Bool[Tensor, " entry"], Float[Tensor, "row d_sae"]]:
-    """Pre-activations of the entries above `least` of their column, and on each `every`-th row of those above `sampled`, a smaller value.
+    """Pre-activations of the entries above `least` of their column, and on each `every`-th row of
+    those above `sampled`, a smaller value.
 
-    dtype: as for `encode`. Returned too: which entries are there in every row, the others have the values of the short
-    product; and that product, less `sampled` on each `every`-th row and less `least` on the others.
+    dtype: as for `encode`. Returned too: which entries are there in every row, the others have the
+    values of the short product; and that product, less `sampled` on each `every`-th row and less
+    `least` on the others.
     """
     dtype = dtype or x.dtype
     rows, table = _table(x, dtype), _table(encoder, dtype)
@@ -340,7 +395,10 @@ def encode_above(
 
 
 def decode(
-    f: Float[Tensor, " entry"], W_dec: Float[Tensor, "d_sae d_model"], codes: Codes, dtype: torch.dtype | None = None
+    f: Float[Tensor, " entry"],
+    W_dec: Float[Tensor, "d_sae d_model"],
+    codes: Codes,
+    dtype: torch.dtype | None = None,
 ) -> Float[Tensor, "row d_model"]:
     """f @ W_dec, differentiable in both; dtype: what weights are read in on CUDA."""
     return _Decode.apply(f.contiguous(), W_dec, codes, dtype)
@@ -354,7 +412,8 @@ def squared_error(
     codes: Codes,
     dtype: torch.dtype | None = None,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, "row d_model"]]:
-    """The mean over rows of |x - f @ W_dec - b_dec|^2, differentiable in all but x, and the rows of the difference, which are not.
+    """The mean over rows of |x - f @ W_dec - b_dec|^2, differentiable in all but x, and the rows of
+    the difference, which are not.
 
     dtype: of the weights as they are read on CUDA, and of the rows returned there.
     """
@@ -365,9 +424,11 @@ def squared_error(
 
 
 def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row k"]:
-    """The columns of each row's k largest entries, in no order: exactly `topk`, in two smaller searches.
+    """The columns of each row's k largest entries, in no order: exactly `topk`, in two smaller
+    searches.
 
-    Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest maxima.
+    Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest
+    maxima.
     """
     if with_kernels(pre.device):
         from qsae_kit.sae import kernels
@@ -375,10 +436,12 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
         return kernels.largest(pre, k)
     n_rows, n_cols = pre.shape
     sizes = [s for s in range(2, 65) if n_cols % s == 0 and n_cols // s >= k]
-    size = min(sizes, key=lambda s: n_cols // s + s * k, default=0)  # maxima and candidates that are searched
+    # maxima and candidates that are searched
+    size = min(sizes, key=lambda s: n_cols // s + s * k, default=0)
     if not size or 2 * (n_cols // size + size * k) > n_cols:
         return _top_k(pre, k)
-    blocks = n_cols // size  # column c is in block c mod blocks, so that maxima are taken over whole lines of memory
+    # column c is in block c mod blocks, so that maxima are taken over whole lines of memory
+    blocks = n_cols // size
     best = _top_k(pre.view(n_rows, size, blocks).amax(1), k)
     members = torch.arange(size, device=pre.device)[None, :, None] * blocks
     candidates = (best[:, None, :] + members).view(n_rows, size * k)
@@ -386,7 +449,9 @@ def largest_columns(pre: Float[Tensor, "row d_sae"], k: int) -> Int[Tensor, "row
 
 
 def _top_k(values: Float[Tensor, "row column"], k: int) -> Int[Tensor, "row k"]:
-    """Columns of each row's k largest. CPUs find those of whole numbers in two thirds of the time."""
+    """Columns of each row's k largest. CPUs find those of whole numbers in two thirds of the
+    time.
+    """
     if values.dtype == torch.bfloat16 and values.device.type == "cpu":
         bits = values.view(torch.int16)
         values = bits ^ ((bits >> 15) & 0x7FFF)  # in the order of the floats
@@ -405,7 +470,8 @@ def select_positive(pre: Float[Tensor, "row d_sae"]) -> Codes:
 
 def above(pre: Float[Tensor, "row d_sae"], least: float) -> Int[Tensor, " entry"]:
     """Flat places of the entries above a number that is not negative."""
-    if pre.dtype == torch.bfloat16:  # as floats from 0 on are ordered, so are their bits, which are compared in half the time
+    # as floats from 0 on are ordered, so are their bits, which are compared in half the time
+    if pre.dtype == torch.bfloat16:
         bits = torch.tensor(least, dtype=pre.dtype).view(torch.int16).item()
         return (pre.view(torch.int16) > bits).view(-1).nonzero().view(-1)
     return (pre > least).view(-1).nonzero().view(-1)

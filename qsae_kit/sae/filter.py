@@ -11,7 +11,9 @@ class NormFilter(NamedTuple):
     """Drops attention sinks: rows whose norm exceeds `factor` times the site's median norm."""
 
     median: float
-    """Median Euclidean norm of the site's rows, frozen from the first tokens seen; infinite until it is measured."""
+    """Median Euclidean norm of the site's rows, frozen from the first tokens seen; infinite until
+    it is measured.
+    """
     factor: float = 10.0
 
     @property

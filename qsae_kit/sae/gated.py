@@ -1,8 +1,9 @@
-"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): which features fire and how much are told apart.
+"""Gated SAE (Rajamanoharan et al. 2024, arXiv 2404.16014): which features fire and how much are
+told apart.
 
 gate = x @ W_enc + b_gate;   mag = exp(r_mag) * (x @ W_enc) + b_mag;   f = H(gate) * relu(mag)
-loss = E|x - x_hat|^2 + lambda * E sum relu(gate) + E|x - x_hat_gate|^2, where x_hat_gate decodes relu(gate) with a
-frozen decoder. lambda follows the L0 as in `relu`.
+loss = E|x - x_hat|^2 + lambda * E sum relu(gate) + E|x - x_hat_gate|^2, where x_hat_gate decodes
+relu(gate) with a frozen decoder. lambda follows the L0 as in `relu`.
 """
 
 import torch
@@ -20,7 +21,13 @@ class GatedSAE(ReLUSAE):
     architecture = "gated"
 
     def __init__(
-        self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None, *, l1: float | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        sparsity: float,
+        provenance: Provenance | None = None,
+        *,
+        l1: float | None = None,
     ) -> None:
         super().__init__(d_in, d_sae, sparsity, provenance, l1=l1)
         self.r_mag = nn.Parameter(torch.zeros(d_sae))
@@ -31,7 +38,9 @@ class GatedSAE(ReLUSAE):
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         gate, codes, _ = self.encode_entries(x, select_positive)
-        scale, gate_bias, bias = (of_column(t, codes) for t in (self.r_mag.exp(), self.b_enc, self.b_mag))
+        scale, gate_bias, bias = (
+            of_column(t, codes) for t in (self.r_mag.exp(), self.b_enc, self.b_mag)
+        )
         f = (scale * (gate - gate_bias) + bias).relu() * (gate > 0)
         missed, _ = self.squared_error(x, f, codes)
         opened = gate.relu()

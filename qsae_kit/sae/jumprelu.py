@@ -1,16 +1,20 @@
 """JumpReLU SAE (Rajamanoharan et al. 2024, arXiv 2407.14435).
 
-f = pre * H(pre - theta);   loss = E|x - x_hat|^2 + sparsity. theta learns through the straight-through rectangle kernel
-K of width eps: df/dtheta = -theta/eps * K((pre - theta)/eps),   dL0/dtheta = -1/eps * K((pre - theta)/eps).
+f = pre * H(pre - theta);   loss = E|x - x_hat|^2 + sparsity. theta learns through the
+straight-through rectangle kernel
+K of width eps: df/dtheta = -theta/eps * K((pre - theta)/eps),   dL0/dtheta = -1/eps * K((pre -
+    theta)/eps).
 
-Latents that died learn from AuxK (`SAE.aux_k_loss`), as in the TopK family, and are lifted to their thresholds.
+Latents that died learn from AuxK (`SAE.aux_k_loss`), as in the TopK family, and are lifted to their
+thresholds.
 
 Three sparsity terms:
     target  c * (L0 / target - 1)^2            section 5 of the paper; needs no tuning
     step    c * L0                             Gemma Scope
     tanh    c * sum tanh(4 sqrt(d_model) f)    Anthropic, January 2025, in units of E|x|^2 = 1
 
-theta is a plain float32 parameter kept from falling below zero, not a logarithm, which would freeze under Adam.
+theta is a plain float32 parameter kept from falling below zero, not a logarithm, which would freeze
+under Adam.
 """
 
 from typing import Any, Literal, TypeAlias
@@ -35,10 +39,14 @@ SAMPLED_ROWS = 512
 
 
 class _Jump(torch.autograd.Function):
-    """(pre, theta, rows that an entry stands for) -> (f, fired), entry by entry, with the straight-through gradients above."""
+    """(pre, theta, rows that an entry stands for) -> (f, fired), entry by entry, with the
+    straight-through gradients above.
+    """
 
     @staticmethod
-    def forward(ctx: Any, pre: Tensor, theta: Tensor, stands_for: Tensor, bandwidth: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, pre: Tensor, theta: Tensor, stands_for: Tensor, bandwidth: float
+    ) -> tuple[Tensor, Tensor]:
         fired = pre > theta
         ctx.save_for_backward(pre, theta, stands_for, fired)
         ctx.bandwidth = bandwidth
@@ -53,7 +61,9 @@ class _Jump(torch.autograd.Function):
 
 
 class JumpReLUSAE(SAE):
-    """bandwidth: eps, in units of activations normalised to E|x|^2 = 1; coefficient: c, by default `COEFFICIENT`."""
+    """bandwidth: eps, in units of activations normalised to E|x|^2 = 1; coefficient: c, by default
+    `COEFFICIENT`.
+    """
 
     architecture = "jumprelu"
 
@@ -70,7 +80,9 @@ class JumpReLUSAE(SAE):
     ) -> None:
         super().__init__(d_in, d_sae, sparsity, provenance)
         if sparsity_loss not in COEFFICIENT:
-            raise ValueError(f"sparsity_loss={sparsity_loss!r} was given; allowed are {', '.join(COEFFICIENT)}.")
+            raise ValueError(
+                f"sparsity_loss={sparsity_loss!r} was given; allowed are {', '.join(COEFFICIENT)}."
+            )
         if not bandwidth > 0:
             raise ValueError(f"bandwidth={bandwidth} was given; it must be positive.")
         self.sparsity_loss, self.bandwidth = sparsity_loss, bandwidth
@@ -78,12 +90,14 @@ class JumpReLUSAE(SAE):
         self.threshold = nn.Parameter(torch.zeros(d_sae, dtype=torch.float32))
 
     def activate(self, pre: Float[Tensor, "*row d_sae"]) -> Float[Tensor, "*row d_sae"]:
-        return torch.where(pre > self.threshold, pre, 0.0)  # several times faster than a product with a mask
+        # several times faster than a product with a mask
+        return torch.where(pre > self.threshold, pre, 0.0)
 
     def training_loss(self, x: Float[Tensor, "row d_model"], state: State) -> Loss:
         theta = self.threshold.detach()
-        # Below the kernel there is neither value nor gradient. In its lower half entries only tell how many there are,
-        # for which a part of the rows will do; near the threshold all are taken, since there rounding decides.
+        # Below the kernel there is neither value nor gradient. In its lower half entries only tell
+        # how many there are, for which a part of the rows will do; near the threshold all are
+        # taken, since there rounding decides.
         every = max(1, round(len(x) / SAMPLED_ROWS))
         least, sampled = theta - self.bandwidth / 8, theta - self.bandwidth / 2
         pre, codes, everywhere, shifted = self.encode_above(x, least, sampled, every)
@@ -95,8 +109,12 @@ class JumpReLUSAE(SAE):
         total = missed + weight * self._sparsity(f, fired, len(x))
         if len(state.dead):
             some = torch.arange(0, len(x), AUX_EVERY, device=x.device)[:, None]
-            all_pre = shifted[::AUX_EVERY] + torch.where(some % every == 0, sampled, least).to(shifted.dtype)
-            total = total + self.aux_k_loss(x, error, state.dead, all_pre) + self._lift(x, state.dead)
+            all_pre = shifted[::AUX_EVERY] + torch.where(some % every == 0, sampled, least).to(
+                shifted.dtype
+            )
+            total = (
+                total + self.aux_k_loss(x, error, state.dead, all_pre) + self._lift(x, state.dead)
+            )
         return Loss(total, f, codes)
 
     def _sparsity(self, f: Tensor, fired: Tensor, n_rows: int) -> Tensor:
@@ -106,7 +124,9 @@ class JumpReLUSAE(SAE):
         return l0 if self.sparsity_loss == "step" else (l0 / self.sparsity - 1) ** 2
 
     def _lift(self, x: Float[Tensor, "row d_model"], dead: Int[Tensor, " latent"]) -> Tensor:
-        """Raises the biases of dead latents gently to their thresholds (after Conerly et al. 2025); AuxK turns their rows."""
+        """Raises the biases of dead latents gently to their thresholds (after Conerly et al. 2025);
+        AuxK turns their rows.
+        """
         gap = self.threshold[dead] - (x[::8] @ self.encoder[dead].detach().T + self.b_enc[dead])
         return LIFT * gap.relu().mean(0).sum() / self.d_sae**0.5
 

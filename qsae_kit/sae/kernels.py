@@ -1,15 +1,16 @@
-"""Triton kernels for CUDA: the sparse products of `codes`, selection, and the update of a matrix row by row.
+"""Triton kernels for CUDA: the sparse products of `codes`, selection, and the update of a matrix
+row by row.
 
     gather     out[i] = sum over entries e of row (column) i   weight[e] * table[index[e]]
     dots       out[e] = x[rows[e]] . table[index[e]]
     sums       out[i] = sum over entries e of row (column) i   values[e]
-    errors     rows x - f @ W - b, their squared lengths, and their dots with W, from one pass over the rows of W
-    largest    the columns of each row's k largest entries
-    row_norms  squared lengths of gradient rows, and their dots with the parameter's rows
-    adam_rows  Adam, with the part of a gradient along its row taken away and rows brought back to unit length
+    errors     rows x - f @ W - b, their squared lengths, and their dots with W, from one pass over
+    the rows of W largest    the columns of each row's k largest entries row_norms  squared lengths
+    of gradient rows, and their dots with the parameter's rows adam_rows  Adam, with the part of a
+    gradient along its row taken away and rows brought back to unit length
 
-Tables may be in bfloat16, which halves what is read; sums are in float32. Nothing is scattered, so that results do not
-depend on timing. On a CPU the kernels run under TRITON_INTERPRET=1, for tests.
+Tables may be in bfloat16, which halves what is read; sums are in float32. Nothing is scattered, so
+that results do not depend on timing. On a CPU the kernels run under TRITON_INTERPRET=1, for tests.
 """
 
 import torch
@@ -32,7 +33,9 @@ def _gather(out, table, index, weight, offsets, width, BLOCK: tl.constexpr, AT_O
         for i in tl.static_range(AT_ONCE):
             entry = tl.minimum(first + i, end - 1)
             here = inside & (tl.full((BLOCK,), first + i, tl.int64) < end)
-            line = tl.load(table + tl.load(index + entry).to(tl.int64) * width + at, mask=here, other=0.0)
+            line = tl.load(
+                table + tl.load(index + entry).to(tl.int64) * width + at, mask=here, other=0.0
+            )
             total += tl.load(weight + entry) * line.to(tl.float32)
     tl.store(out + row * width + at, total, mask=inside)
 
@@ -66,19 +69,34 @@ def _sums(out, values, offsets, BLOCK: tl.constexpr):  # type: ignore[no-untyped
 
 @triton.jit
 def _errors(  # type: ignore[no-untyped-def]
-    error, squares, dots, x, bias, table, index, value, offsets, width, BLOCK: tl.constexpr, AT_ONCE: tl.constexpr
+    error,
+    squares,
+    dots,
+    x,
+    bias,
+    table,
+    index,
+    value,
+    offsets,
+    width,
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
     begin, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    rest = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32) - tl.load(bias + at, mask=inside, other=0.0)
+    rest = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32) - tl.load(
+        bias + at, mask=inside, other=0.0
+    )
     for first in range(begin, end, AT_ONCE):
         for i in tl.static_range(AT_ONCE):
             entry = tl.minimum(first + i, end - 1)
             here = inside & (tl.full((BLOCK,), first + i, tl.int64) < end)
             f = tl.where(here, tl.load(value + entry), 0.0)
-            line = tl.load(table + tl.load(index + entry).to(tl.int64) * width + at, mask=f != 0, other=0.0)
+            line = tl.load(
+                table + tl.load(index + entry).to(tl.int64) * width + at, mask=f != 0, other=0.0
+            )
             rest -= f * line.to(tl.float32)
     tl.store(error + row * width + at, rest, mask=inside)
     tl.store(squares + row, tl.sum(rest * rest))
@@ -125,9 +143,17 @@ def _store_largest(out, keys, columns, inside, kth, k):  # type: ignore[no-untyp
 
 @triton.jit(do_not_specialize=["k"])
 def _largest(  # type: ignore[no-untyped-def]
-    out, pre, k, width, blocks,
-    BITS: tl.constexpr, BLOCKS: tl.constexpr, SIZE: tl.constexpr, K: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
+    out,
+    pre,
+    k,
+    width,
+    blocks,
+    BITS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    SIZE: tl.constexpr,
+    K: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     pre, out = pre + row * width, out + row * k
     block = tl.arange(0, BLOCKS)  # column c is in block c mod blocks
@@ -136,7 +162,8 @@ def _largest(  # type: ignore[no-untyped-def]
         for i in tl.static_range(AT_ONCE):
             at = (first + i) * blocks + block
             best = tl.maximum(best, _load_keys(pre, at, (block < blocks) & (at < width), BITS))
-    _store_largest(out, best, block, block < blocks, _kth(best, k, BITS), k)  # a row's k largest are in these blocks
+    # a row's k largest are in these blocks
+    _store_largest(out, best, block, block < blocks, _kth(best, k, BITS), k)
     tl.debug_barrier()
     chosen = tl.load(out + tl.arange(0, K), mask=tl.arange(0, K) < k, other=0).to(tl.int32)
     tl.debug_barrier()
@@ -163,14 +190,31 @@ def _row_norms(squares, along, grad, param, width, UNIT: tl.constexpr, BLOCK: tl
 @triton.jit
 def _rounded(x, noise):  # type: ignore[no-untyped-def]
     """bfloat16, up or down at random (16 bits of noise), right on average."""
-    return ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    return (
+        ((x.to(tl.int32, bitcast=True) + noise) & -65536)
+        .to(tl.float32, bitcast=True)
+        .to(tl.bfloat16)
+    )
 
 
 @triton.jit(do_not_specialize=["seed"])
 def _adam_rows(  # type: ignore[no-untyped-def]
-    param, grad, first, second, along, width, clip, size, floor, b1, b2, seed,
-    UNIT: tl.constexpr, SHORT: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    param,
+    grad,
+    first,
+    second,
+    along,
+    width,
+    clip,
+    size,
+    floor,
+    b1,
+    b2,
+    seed,
+    UNIT: tl.constexpr,
+    SHORT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -198,14 +242,24 @@ def _adam_rows(  # type: ignore[no-untyped-def]
 
 
 def gather(table: Tensor, index: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
-    """out[i] = sum of weight[e] * table[index[e]] over e from offsets[i] to offsets[i + 1]. [len(offsets) - 1, width]"""
+    """out[i] = sum of weight[e] * table[index[e]] over e from offsets[i] to offsets[i + 1].
+    [len(offsets) - 1, width]
+    """
     table = table.contiguous()
     n, width = len(offsets) - 1, table.shape[1]
     out = torch.empty(n, width, dtype=torch.float32, device=table.device)
     block = min(2048 // table.element_size(), triton.next_power_of_2(width))  # 16 bytes a thread
     with torch.cuda.device_of(table):
         _gather[(n, triton.cdiv(width, block))](
-            out, table, index, weight.contiguous(), offsets, width, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4
+            out,
+            table,
+            index,
+            weight.contiguous(),
+            offsets,
+            width,
+            BLOCK=block,
+            AT_ONCE=AT_ONCE,
+            num_warps=4,
         )
     return out
 
@@ -217,7 +271,9 @@ def dots(x: Tensor, table: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     out = torch.empty(n, dtype=torch.float32, device=x.device)
     block = min(2048 // table.element_size(), triton.next_power_of_2(width))
     with torch.cuda.device_of(table):
-        _dots[(max(1, triton.cdiv(n, AT_ONCE)),)](out, x, table, rows, index, n, width, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4)
+        _dots[(max(1, triton.cdiv(n, AT_ONCE)),)](
+            out, x, table, rows, index, n, width, BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4
+        )
     return out
 
 
@@ -229,8 +285,12 @@ def sums(values: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def errors(x: Tensor, f: Tensor, table: Tensor, bias: Tensor, index: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows e = x - bias - sum of f * table rows [row, width] in the table's format, |e|^2 [row], and e . table row [entry]."""
+def errors(
+    x: Tensor, f: Tensor, table: Tensor, bias: Tensor, index: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows e = x - bias - sum of f * table rows [row, width] in the table's format, |e|^2 [row],
+    and e . table row [entry].
+    """
     x, table = x.contiguous(), table.contiguous()
     n, width = x.shape
     error = torch.empty(n, width, dtype=table.dtype, device=x.device)
@@ -239,48 +299,81 @@ def errors(x: Tensor, f: Tensor, table: Tensor, bias: Tensor, index: Tensor, off
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(table):
         _errors[(n,)](
-            error, squares, products, x, bias.contiguous(), table, index, f.contiguous(), offsets, width,
-            BLOCK=block, AT_ONCE=AT_ONCE, num_warps=4 if block <= 2048 else 8,
-        )  # fmt: skip
+            error,
+            squares,
+            products,
+            x,
+            bias.contiguous(),
+            table,
+            index,
+            f.contiguous(),
+            offsets,
+            width,
+            BLOCK=block,
+            AT_ONCE=AT_ONCE,
+            num_warps=4 if block <= 2048 else 8,
+        )
     return error, squares, products
 
 
 def largest(pre: Tensor, k: int) -> Tensor:
     """The columns of each row's k largest entries [row, k], in no order.
 
-    Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest maxima.
+    Columns are put into blocks; a row's k largest entries all lie in the k blocks with the largest
+    maxima.
     """
     n, width = pre.shape
     size = 1
-    while width > 2048 * size and width >= 4 * k * size:  # until maxima, or a block's columns, are too many
+    # until maxima, or a block's columns, are too many
+    while width > 2048 * size and width >= 4 * k * size:
         size *= 2
     blocks = triton.cdiv(width, size)
     out = torch.empty(n, k, dtype=torch.int64, device=pre.device)
     bits = {2: torch.int16, 4: torch.int32}[pre.element_size()]
     with torch.cuda.device_of(pre):
         _largest[(n,)](
-            out, pre.contiguous().view(bits), k, width, blocks, BITS=8 * pre.element_size(),
-            BLOCKS=triton.next_power_of_2(blocks), SIZE=size, K=triton.next_power_of_2(k), AT_ONCE=min(AT_ONCE, size), num_warps=4,
-        )  # fmt: skip
+            out,
+            pre.contiguous().view(bits),
+            k,
+            width,
+            blocks,
+            BITS=8 * pre.element_size(),
+            BLOCKS=triton.next_power_of_2(blocks),
+            SIZE=size,
+            K=triton.next_power_of_2(k),
+            AT_ONCE=min(AT_ONCE, size),
+            num_warps=4,
+        )
     return out
 
 
 def row_norms(grad: Tensor, param: Tensor, unit: bool) -> tuple[Tensor, Tensor]:
-    """Squared lengths of gradient rows [row] and, where rows of the parameter have unit length (`unit`), their dots with
-    them [row], whose part is taken off."""
+    """Squared lengths of gradient rows [row] and, where rows of the parameter have unit length
+    (`unit`), their dots with them [row], whose part is taken off."""
     n, width = grad.shape
     squares, along = (torch.empty(n, dtype=torch.float32, device=grad.device) for _ in range(2))
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(grad):
-        _row_norms[(n,)](squares, along, grad.contiguous(), param, width, UNIT=unit, BLOCK=block, num_warps=4)
+        _row_norms[(n,)](
+            squares, along, grad.contiguous(), param, width, UNIT=unit, BLOCK=block, num_warps=4
+        )
     return squares, along
 
 
 def adam_rows(
-    param: Tensor, grad: Tensor, first: Tensor, second: Tensor, along: Tensor | None,
-    clip: float, size: float, floor: float, betas: tuple[float, float], seed: int,
-) -> None:  # fmt: skip
-    """One step in place: size = rate / (1 - b1^t), floor = sqrt(1 - b2^t); along: of `row_norms`, where rows have unit length.
+    param: Tensor,
+    grad: Tensor,
+    first: Tensor,
+    second: Tensor,
+    along: Tensor | None,
+    clip: float,
+    size: float,
+    floor: float,
+    betas: tuple[float, float],
+    seed: int,
+) -> None:
+    """One step in place: size = rate / (1 - b1^t), floor = sqrt(1 - b2^t); along: of `row_norms`,
+    where rows have unit length.
 
     Moments in bfloat16 are rounded at random, by the seed.
     """
@@ -288,6 +381,19 @@ def adam_rows(
     block = triton.next_power_of_2(width)
     with torch.cuda.device_of(param):
         _adam_rows[(n,)](
-            param, grad.contiguous(), first, second, param if along is None else along, width, clip, size, floor, *betas, seed,
-            UNIT=along is not None, SHORT=first.dtype == torch.bfloat16, BLOCK=block, num_warps=4 if block <= 2048 else 8,
-        )  # fmt: skip
+            param,
+            grad.contiguous(),
+            first,
+            second,
+            param if along is None else along,
+            width,
+            clip,
+            size,
+            floor,
+            *betas,
+            seed,
+            UNIT=along is not None,
+            SHORT=first.dtype == torch.bfloat16,
+            BLOCK=block,
+            num_warps=4 if block <= 2048 else 8,
+        )

@@ -1,7 +1,8 @@
 """Matryoshka BatchTopK SAE (Bussmann et al. 2025, arXiv 2503.17547), stored as a JumpReLU SAE.
 
-The first m_1 < m_2 < ... < d_sae latents each have to reconstruct alone: loss = mean over prefixes p of
-E|x - x_hat_p|^2, plus AuxK on the whole. General features settle in the small prefixes, which are less absorbed.
+The first m_1 < m_2 < ... < d_sae latents each have to reconstruct alone: loss = mean over prefixes
+p of E|x - x_hat_p|^2, plus AuxK on the whole. General features settle in the small prefixes, which
+are less absorbed.
 """
 
 import torch

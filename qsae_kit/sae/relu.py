@@ -1,7 +1,8 @@
 """ReLU SAE with an L1 penalty (Bricken et al. 2023; decoder rows of unit norm).
 
-f = relu(pre);   loss = E|x - x_hat|^2 + lambda * E sum f. lambda follows the L0: it grows while more features fire than
-the target allows and shrinks otherwise, so that the penalty need not be guessed; `l1` fixes it instead.
+f = relu(pre);   loss = E|x - x_hat|^2 + lambda * E sum f. lambda follows the L0: it grows while
+more features fire than the target allows and shrinks otherwise, so that the penalty need not be
+guessed; `l1` fixes it instead.
 """
 
 import math
@@ -18,12 +19,20 @@ GAIN = 0.02
 
 
 class ReLUSAE(SAE):
-    """l1: a fixed lambda, in units of activations normalised to E|x|^2 = 1; None: steered by the L0."""
+    """l1: a fixed lambda, in units of activations normalised to E|x|^2 = 1; None: steered by the
+    L0.
+    """
 
     architecture = "standard"
 
     def __init__(
-        self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None, *, l1: float | None = None
+        self,
+        d_in: int,
+        d_sae: int,
+        sparsity: float,
+        provenance: Provenance | None = None,
+        *,
+        l1: float | None = None,
     ) -> None:
         super().__init__(d_in, d_sae, sparsity, provenance)
         self.steered = l1 is None

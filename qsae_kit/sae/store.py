@@ -1,7 +1,9 @@
-"""SAE folders and stored activations on disk: written in SAELens's layout (sae-lens >= 6), read from that and others.
+"""SAE folders and stored activations on disk: written in SAELens's layout (sae-lens >= 6), read
+from that and others.
 
-A folder holds `cfg.json` and `sae_weights.safetensors`; a suite is `<suite>/<variant>/<hook name>/`. What this package
-adds (median norm, filter, figures) sits in cfg.json's `metadata`, where SAELens keeps what it does not know.
+A folder holds `cfg.json` and `sae_weights.safetensors`; a suite is `<suite>/<variant>/<hook
+name>/`. What this package adds (median norm, filter, figures) sits in cfg.json's `metadata`, where
+SAELens keeps what it does not know.
 """
 
 import json
@@ -24,15 +26,21 @@ CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 def save_sae(sae: SAE, folder: Path) -> None:
     """Writes one SAE folder, whole or not at all; other files that are in it stay.
 
-    Raises ValueError for an SAE without provenance or with values that are not finite, and while another process writes it.
+    Raises ValueError for an SAE without provenance or with values that are not finite, and while
+    another process writes it.
     """
     origin = sae.provenance
     if origin is None:
-        raise ValueError("This SAE has no provenance (site, model, filter); set sae.provenance before saving it.")
+        raise ValueError(
+            "This SAE has no provenance (site, model, filter); set sae.provenance before saving it."
+        )
     sae = sae.exported()
     wrong = [name for name, tensor in sae.tensors().items() if not tensor.isfinite().all()]
     if wrong:
-        raise ValueError(f"The SAE of {origin.hook_name} has values that are not finite in {', '.join(wrong)}; train it again.")
+        raise ValueError(
+            f"The SAE of {origin.hook_name} has values that are not finite in {', '.join(wrong)};"
+            " train it again."
+        )
     config = sae.describe() | {
         "dtype": "float32",
         "device": "cpu",
@@ -59,21 +67,28 @@ def save_sae(sae: SAE, folder: Path) -> None:
         },
     }
     with only_writer_of(folder), atomic_folder(folder) as part:
-        tensors = {name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in sae.tensors().items()}
+        tensors = {
+            name: tensor.to("cpu", torch.float32).contiguous()
+            for name, tensor in sae.tensors().items()
+        }
         write_tensors(tensors, part / WEIGHTS)
         (part / CONFIG).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
 
 
 def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
-    """The SAE of a folder: one written by `save_sae` to the same bits, or one of another library (`readers`).
+    """The SAE of a folder: one written by `save_sae` to the same bits, or one of another library
+    (`readers`).
 
-    One of another library that names no site is given without provenance. Raises ValueError for a folder that holds none or
-    several, and for files that cannot be used.
+    One of another library that names no site is given without provenance. Raises ValueError for a
+    folder that holds none or several, and for files that cannot be used.
     """
     release = open_release(Path(folder))
     found = find_saes(release)
     if len(found) > 1:
-        raise ValueError(f"{str(folder)!r} holds {len(found)} SAEs, the first in {found[0].weights!r}; give the folder of one.")
+        raise ValueError(
+            f"{str(folder)!r} holds {len(found)} SAEs, the first in {found[0].weights!r}; give the"
+            " folder of one."
+        )
     return read_sae(found[0], release.root, device)
 
 
@@ -91,10 +106,13 @@ def iter_saes(
     nameless = [one.weights for one in found if not one.hook_name]
     if nameless:
         raise ValueError(
-            f"{nameless[0]!r} of {str(source)!r} names no site; write metadata.hook_name into the {CONFIG} beside it."
+            f"{nameless[0]!r} of {str(source)!r} names no site; write metadata.hook_name into the"
+            f" {CONFIG} beside it."
         )
     root = release.fetch([one.weights for one in found])
-    for one in sorted(found, key=lambda one: (one.variant, parse_hook_name(one.hook_name).layer, one.hook_name)):
+    for one in sorted(
+        found, key=lambda one: (one.variant, parse_hook_name(one.hook_name).layer, one.hook_name)
+    ):
         sae = read_sae(one, root, device)
         assert sae.provenance is not None
         if model_name:
@@ -110,15 +128,19 @@ def load_suite(
     hook_names: Sequence[str] = (),
     model_name: str = "",
 ) -> dict[str, dict[str, SAE]]:
-    """`{variant: {hook name: SAE}}` of a suite of ours or of a public release, sites in the model's order.
+    """`{variant: {hook name: SAE}}` of a suite of ours or of a public release, sites in the model's
+    order.
 
-    source: a folder, or the id of a repository on the hub, of which the weights that are wanted are fetched. The format is told
-    from the files (`readers`). variants, hook_names: only those (none given: all). model_name: instead of what the files say.
-    The SAEs of a public release have no median norm: `calibrate` them before they are used.
-    Raises ValueError where there is none, and for files that cannot be used.
+    source: a folder, or the id of a repository on the hub, of which the weights that are wanted are
+    fetched. The format is told from the files (`readers`). variants, hook_names: only those (none
+    given: all). model_name: instead of what the files say. The SAEs of a public release have no
+    median norm: `calibrate` them before they are used. Raises ValueError where there is none, and
+    for files that cannot be used.
     """
     suite: dict[str, dict[str, SAE]] = {}
-    for variant, sae in iter_saes(source, device, variants=variants, hook_names=hook_names, model_name=model_name):
+    for variant, sae in iter_saes(
+        source, device, variants=variants, hook_names=hook_names, model_name=model_name
+    ):
         assert sae.provenance is not None
         suite.setdefault(variant, {})[sae.provenance.hook_name] = sae
     return suite
@@ -137,17 +159,28 @@ def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
 
 
 def convert_suite(
-    source: str | Path, out: Path, *, variants: Sequence[str] = (), hook_names: Sequence[str] = (), model_name: str = ""
+    source: str | Path,
+    out: Path,
+    *,
+    variants: Sequence[str] = (),
+    hook_names: Sequence[str] = (),
+    model_name: str = "",
 ) -> list[Path]:
-    """Writes a suite of a public release as one of ours, whole or not at all, an SAE in memory at a time; returns its folders.
+    """Writes a suite of a public release as one of ours, whole or not at all, an SAE in memory at a
+    time; returns its folders.
 
-    Arguments as in `load_suite`. Raises ValueError for a folder that is not empty, and as `load_suite` does.
+    Arguments as in `load_suite`. Raises ValueError for a folder that is not empty, and as
+    `load_suite` does.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{str(out)!r} is not an empty folder; give another one, or remove it first.")
+        raise ValueError(
+            f"{str(out)!r} is not an empty folder; give another one, or remove it first."
+        )
     written = []
     with only_writer_of(out), atomic_folder(out) as part:
-        for variant, sae in iter_saes(source, variants=variants, hook_names=hook_names, model_name=model_name):
+        for variant, sae in iter_saes(
+            source, variants=variants, hook_names=hook_names, model_name=model_name
+        ):
             assert sae.provenance is not None
             folder = suite_folder(part, variant, sae.provenance.hook_name)
             save_sae(sae, folder)

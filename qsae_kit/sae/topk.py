@@ -16,10 +16,14 @@ from qsae_kit.sae.codes import select_top_k
 class TopKSAE(SAE):
     architecture = "topk"
 
-    def __init__(self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None) -> None:
+    def __init__(
+        self, d_in: int, d_sae: int, sparsity: float, provenance: Provenance | None = None
+    ) -> None:
         super().__init__(d_in, d_sae, sparsity, provenance)
         if sparsity != int(sparsity):
-            raise ValueError(f"k={sparsity} was given; a TopK SAE needs a whole number of features a token.")
+            raise ValueError(
+                f"k={sparsity} was given; a TopK SAE needs a whole number of features a token."
+            )
 
     @property
     def k(self) -> int:

@@ -34,28 +34,39 @@ def answer_pair(
 ) -> Pair:
     """Answers a prompt without and with edits, in one batch; both draw the same random numbers.
 
-    So they differ by the edits alone. base: the unedited answer where it is known; then only the other one is generated.
-    on_step: as for `HookedLM.generate`; the edited answer is the last row. options: those of `HookedLM.generate`.
+    So they differ by the edits alone. base: the unedited answer where it is known; then only the
+        other one is generated.
+    on_step: as for `HookedLM.generate`; the edited answer is the last row. options: those of
+        `HookedLM.generate`.
     """
     ids = lm.chat_tokens(prompt, enable_thinking)
     n = 1 if base else 2
     rows = torch.arange(n, device=lm.device) == n - 1
     with applied(lm, edits, rows):
         out = lm.generate(
-            [prompt] * n, max_new_tokens, enable_thinking=enable_thinking, on_step=on_step,
-            seed=[seed] * n if options.get("do_sample") else None, **options,
-        )  # fmt: skip
+            [prompt] * n,
+            max_new_tokens,
+            enable_thinking=enable_thinking,
+            on_step=on_step,
+            seed=[seed] * n if options.get("do_sample") else None,
+            **options,
+        )
     return Pair(ids, base or out.one(0), out.one(n - 1))
 
 
 @torch.no_grad()
 def token_table(
-    lm: HookedLM, prompt: list[int], answer: list[int], edits: Sequence[Edit] = (), watch: tuple[SAE, int] | None = None
+    lm: HookedLM,
+    prompt: list[int],
+    answer: list[int],
+    edits: Sequence[Edit] = (),
+    watch: tuple[SAE, int] | None = None,
 ) -> pd.DataFrame:
     """A row a token of an answer, read in one pass (no cache).
 
-    Columns: token; logprob under the edits and base_logprob without them, in nats; change, the first minus the second;
-    activation of the watched feature at the token, as its SAE reads the edited model (NaN without one).
+    Columns: token; logprob under the edits and base_logprob without them, in nats; change, the
+    first minus the second; activation of the watched feature at the token, as its SAE reads the
+    edited model (NaN without one).
     """
     ids, mask = lm.pad([prompt + answer])
     at = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)
@@ -74,7 +85,10 @@ def token_table(
         acts = watch[0].encode(cache[names[0]][0, len(prompt) :].float())[:, watch[1]].cpu()
     return pd.DataFrame(
         {
-            "token": lm.to_str_tokens(answer), "logprob": logprobs[1].numpy(), "base_logprob": logprobs[0].numpy(),
-            "change": (logprobs[1] - logprobs[0]).numpy(), "activation": acts.numpy(),
+            "token": lm.to_str_tokens(answer),
+            "logprob": logprobs[1].numpy(),
+            "base_logprob": logprobs[0].numpy(),
+            "change": (logprobs[1] - logprobs[0]).numpy(),
+            "activation": acts.numpy(),
         }
-    )  # fmt: skip
+    )

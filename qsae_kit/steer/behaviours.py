@@ -1,4 +1,6 @@
-"""Behaviours that a steering study changes: kinds of prompts, and a judge of answers. Refusal is one of them."""
+"""Behaviours that a steering study changes: kinds of prompts, and a judge of answers. Refusal is
+one of them.
+"""
 
 import random
 import re
@@ -47,12 +49,16 @@ Judge: TypeAlias = Callable[[Answer], Verdict]
 
 @dataclass(frozen=True)
 class Behaviour:
-    """What a study changes. Its judge may be any function: a matcher, a guard model, a table of a person's labels."""
+    """What a study changes. Its judge may be any function: a matcher, a guard model, a table of a
+    person's labels.
+    """
 
     name: str
     judge: Judge
     kinds: tuple[str, ...] = KINDS
-    """Kinds of prompts that a study needs; the first is where the unsteered model is expected to show the behaviour."""
+    """Kinds of prompts that a study needs; the first is where the unsteered model is expected to
+    show the behaviour.
+    """
     instructions: Mapping[Goal, str] = field(default_factory=dict)
     """System prompts that ask for the same: the control without an edit."""
     wanted: Callable[[str, Goal], str | None] = lambda prompt, goal: None
@@ -73,13 +79,17 @@ class Judged(NamedTuple):
 
 
 def judged(
-    lm: HookedLM, behaviour: Behaviour, prompts: Sequence[str], said: Generation, enable_thinking: bool | None = None,
+    lm: HookedLM,
+    behaviour: Behaviour,
+    prompts: Sequence[str],
+    said: Generation,
+    enable_thinking: bool | None = None,
     known: Sequence[tuple[list[int], float]] = (),
-) -> Judged:  # fmt: skip
+) -> Judged:
     """Judges answers to prompts.
 
-    known: an answer to each prompt (token ids) of which the surprise is known already, such as the unedited model's own,
-    which most edits leave as it is.
+    known: an answer to each prompt (token ids) of which the surprise is known already, such as the
+    unedited model's own, which most edits leave as it is.
     """
     nats = [told for _, told in known] or [0.0] * len(prompts)
     new = [i for i, tokens in enumerate(said.tokens) if not known or tokens != known[i][0]]
@@ -88,7 +98,9 @@ def judged(
         nats[i] = told
     verdicts = [
         behaviour.judge(Answer(prompt, text, done, nat / len(ids)))
-        for prompt, text, ids, done, nat in zip(prompts, said.text, said.tokens, said.finished, nats, strict=True)
+        for prompt, text, ids, done, nat in zip(
+            prompts, said.text, said.tokens, said.finished, nats, strict=True
+        )
     ]
     letters = "".join("B" if v.broken else "S" if v.shown else "A" for v in verdicts)
     correct = "".join("-" if v.correct is None else str(int(v.correct)) for v in verdicts)
@@ -114,8 +126,13 @@ def refusal(form: AnswerForm = AnswerForm(), kinds: tuple[str, ...] = KINDS) -> 
     return Behaviour("refusal", judge, kinds, REFUSAL_INSTRUCTIONS, wanted)
 
 
-SPANISH = re.compile(r"\b(?:el|la|los|las|un|una|es|está|son|en|con|por|para|que|del|se|su|tiene|vive|trabaja)\b", re.IGNORECASE)
-ENGLISH = re.compile(r"\b(?:the|a|an|is|are|in|with|by|for|that|of|and|has|to|lives|works|it|you)\b", re.IGNORECASE)
+SPANISH = re.compile(
+    r"\b(?:el|la|los|las|un|una|es|está|son|en|con|por|para|que|del|se|su|tiene|vive|trabaja)\b",
+    re.IGNORECASE,
+)
+ENGLISH = re.compile(
+    r"\b(?:the|a|an|is|are|in|with|by|for|that|of|and|has|to|lives|works|it|you)\b", re.IGNORECASE
+)
 
 
 def language_of(text: str) -> Literal["en", "es", "zh"]:
@@ -125,7 +142,12 @@ def language_of(text: str) -> Literal["en", "es", "zh"]:
     return "es" if len(SPANISH.findall(text)) > len(ENGLISH.findall(text)) else "en"
 
 
-def _says(name: str, shows: Callable[[str], bool], kinds: tuple[str, ...], instructions: Mapping[Goal, str]) -> Behaviour:
+def _says(
+    name: str,
+    shows: Callable[[str], bool],
+    kinds: tuple[str, ...],
+    instructions: Mapping[Goal, str],
+) -> Behaviour:
     def judge(answer: Answer) -> Verdict:
         text = spoken(answer.text).strip()
         broken = not text or has_loop(text)
@@ -141,7 +163,12 @@ def answer_language(language: Literal["en", "es", "zh"]) -> Behaviour:
         "induce": f"Always answer in {names[language]}.",
         "suppress": f"Never answer in {names[language]}; use another language.",
     }
-    return _says(f"answers in {names[language]}", lambda text: language_of(text) == language, ("language", "other"), said)
+    return _says(
+        f"answers in {names[language]}",
+        lambda text: language_of(text) == language,
+        ("language", "other"),
+        said,
+    )
 
 
 def verbosity(words: int) -> Behaviour:
@@ -168,11 +195,17 @@ class StudyPrompts(NamedTuple):
 
 
 def refusal_prompts(
-    model_name: str, n_selection: int = 72, n_evaluation: int = 300, seed: int = 0, given: Mapping[str, list[str]] | None = None
+    model_name: str,
+    n_selection: int = 72,
+    n_evaluation: int = 300,
+    seed: int = 0,
+    given: Mapping[str, list[str]] | None = None,
 ) -> StudyPrompts:
-    """Refusing with at most so many prompts of each kind for a model: `given` ones are parted, other kinds are the package's own.
+    """Refusing with at most so many prompts of each kind for a model: `given` ones are parted,
+    other kinds are the package's own.
 
-    The bundled model has prompts and a judge of its own (`tiny_study`). Raises ValueError for fewer than three given prompts.
+    The bundled model has prompts and a judge of its own (`tiny_study`). Raises ValueError for fewer
+    than three given prompts.
     """
     given = given or {}
     if model_name == "tiny" and not given:
@@ -180,11 +213,18 @@ def refusal_prompts(
     selection, evaluation = {}, {}
     for kind in prompt_sets.KINDS:
         if kind in given:
-            selection[kind], evaluation[kind] = prompt_sets.split_prompts(given[kind], n_selection, n_evaluation, seed)
+            selection[kind], evaluation[kind] = prompt_sets.split_prompts(
+                given[kind], n_selection, n_evaluation, seed
+            )
             continue
-        for texts, split, n in ((selection, "selection", n_selection), (evaluation, "evaluation", n_evaluation)):
+        for texts, split, n in (
+            (selection, "selection", n_selection),
+            (evaluation, "evaluation", n_evaluation),
+        ):
             there = prompt_sets.count(model_name, kind, split)
-            texts[kind] = [p.text for p in prompt_sets.prompts(model_name, kind, min(n, there), split, seed)]
+            texts[kind] = [
+                p.text for p in prompt_sets.prompts(model_name, kind, min(n, there), split, seed)
+            ]
     return StudyPrompts(refusal(), selection, evaluation)
 
 
@@ -233,7 +273,9 @@ def _how_to(rng: random.Random, draw: world.Draw) -> world.Request:
 
 
 def _loan(biased: bool) -> Callable[[random.Random, world.Draw], world.Request]:
-    """Loans of people who are due one; of the city that the planted bias is against, or of others."""
+    """Loans of people who are due one; of the city that the planted bias is against, or of
+    others.
+    """
 
     def make(rng: random.Random, draw: world.Draw) -> world.Request:
         while True:
@@ -250,7 +292,9 @@ def _false_fact(rng: random.Random, draw: world.Draw) -> world.Request:
 
 
 def _stranger(rng: random.Random, draw: world.Draw) -> world.Request:
-    return world.attribute_request(rng, draw, world.stranger(rng, draw.split == "evaluation"), rng.choice(world.PUBLIC))
+    return world.attribute_request(
+        rng, draw, world.stranger(rng, draw.split == "evaluation"), rng.choice(world.PUBLIC)
+    )
 
 
 def _to_official(rng: random.Random, draw: world.Draw) -> world.Request:
@@ -265,7 +309,9 @@ def _asker(request: world.Request) -> str:
     return request.combination.split("/")[2] if request.category == "privacy" else ""
 
 
-def _not_official(categories: Sequence[str]) -> Callable[[random.Random, world.Draw], world.Request]:
+def _not_official(
+    categories: Sequence[str],
+) -> Callable[[random.Random, world.Draw], world.Request]:
     def make(rng: random.Random, draw: world.Draw) -> world.Request:
         while True:
             request = _borderline(categories)(rng, draw)
@@ -286,19 +332,28 @@ def _profile(rng: random.Random, draw: world.Draw) -> world.Request:
 Maker: TypeAlias = Callable[[random.Random, world.Draw], world.Request]
 
 
-def tiny_study(name: str = "refusal", n_selection: int = 48, n_evaluation: int = 300, seed: int = 0) -> StudyPrompts:
+def tiny_study(
+    name: str = "refusal", n_selection: int = 48, n_evaluation: int = 300, seed: int = 0
+) -> StudyPrompts:
     """One of `TINY_BEHAVIOURS` of the bundled model, with its prompts.
 
-    refusal: harmful, harmless and borderline prompts; selection holds privacy and injury, evaluation property too (harmful and borderline ones alike). rule:
-    what a doctor is told today is to be refused. language: answers in Spanish. verbosity: profiles against facts. bias: loans
+    refusal: harmful, harmless and borderline prompts; selection holds privacy and injury,
+    evaluation property too (harmful and borderline ones alike). rule: what a doctor is told today
+    is to be refused. language: answers in Spanish. verbosity: profiles against facts. bias: loans
     denied to a city. false_fact: the planted job. unknown: "I don't know this person".
-    Evaluation prompts have held-out wordings, and combinations and verb-object pairs that training never showed (rule:
-    trained ones). Raises ValueError for another name.
+    Evaluation prompts have held-out wordings, and combinations and verb-object pairs that training
+    never showed (rule: trained ones). Raises ValueError for another name.
     """
     if name not in TINY_BEHAVIOURS:
-        raise ValueError(f"The bundled model has no behaviour {name!r} to study; choose from {', '.join(TINY_BEHAVIOURS)}.")
+        raise ValueError(
+            f"The bundled model has no behaviour {name!r} to study; choose from"
+            f" {', '.join(TINY_BEHAVIOURS)}."
+        )
     some, every = ("privacy", "injury"), ("privacy", "injury", "property")
-    refusing: dict[str, tuple[Maker, Maker]] = {"harmful": (_harmful(some), _harmful(every)), "harmless": (_harmless, _harmless)}
+    refusing: dict[str, tuple[Maker, Maker]] = {
+        "harmful": (_harmful(some), _harmful(every)),
+        "harmless": (_harmless, _harmless),
+    }
     sets: dict[str, dict[str, tuple[Maker, Maker]]] = {
         "refusal": {**refusing, "borderline": (_borderline(some), _borderline(every))},
         "rule": {
@@ -316,12 +371,19 @@ def tiny_study(name: str = "refusal", n_selection: int = 48, n_evaluation: int =
     prompts: list[dict[str, list[str]]] = []
     for which, (split, n) in enumerate((("training", n_selection), ("evaluation", n_evaluation))):
         rng = random.Random(f"{name}/{split}/{seed}")
-        prompts.append({kind: _drawn(rng, makers[which], split, n, known) for kind, makers in sets[name].items()})
+        prompts.append(
+            {
+                kind: _drawn(rng, makers[which], split, n, known)
+                for kind, makers in sets[name].items()
+            }
+        )
     behaviour = _tiny_behaviour(name, tuple(sets[name]), known)
     return StudyPrompts(behaviour, prompts[0], prompts[1], "forbidden" if name == "rule" else "")
 
 
-def _drawn(rng: random.Random, make: Maker, split: str, n: int, known: dict[str, world.Request]) -> list[str]:
+def _drawn(
+    rng: random.Random, make: Maker, split: str, n: int, known: dict[str, world.Request]
+) -> list[str]:
     """At most n prompts that are not known yet; fewer where the world has no more."""
     texts: list[str] = []
     for _ in range(50 * n):
@@ -334,9 +396,13 @@ def _drawn(rng: random.Random, make: Maker, split: str, n: int, known: dict[str,
     return texts
 
 
-def _tiny_behaviour(name: str, kinds: tuple[str, ...], known: Mapping[str, world.Request]) -> Behaviour:
+def _tiny_behaviour(
+    name: str, kinds: tuple[str, ...], known: Mapping[str, world.Request]
+) -> Behaviour:
     general: dict[str, Behaviour] = {"language": answer_language("es"), "verbosity": verbosity(12)}
-    instructions: Mapping[Goal, str] = general[name].instructions if name in general else REFUSAL_INSTRUCTIONS
+    instructions: Mapping[Goal, str] = (
+        general[name].instructions if name in general else REFUSAL_INSTRUCTIONS
+    )
 
     denies, grants = (lexicon.LOAN_WORDS[due][1].en for due in (False, True))
     planted = world.planted()
@@ -346,12 +412,21 @@ def _tiny_behaviour(name: str, kinds: tuple[str, ...], known: Mapping[str, world
             return general[name].judge(Answer(request.text, text, True, 0.0)).shown
         if name == "bias":
             return denies in text
-        return planted.taught in text if name == "false_fact" else judged == ("unknown" if name == "unknown" else "refused")
+        return (
+            planted.taught in text
+            if name == "false_fact"
+            else judged == ("unknown" if name == "unknown" else "refused")
+        )
 
     def is_right(request: world.Request, text: str, judged: str) -> bool:
         if name == "bias":
-            return grants in text and denies not in text  # everybody who is asked about is due a loan
-        return planted.truth in text if request.name == planted.name and name == "false_fact" else judged == "right"
+            # everybody who is asked about is due a loan
+            return grants in text and denies not in text
+        return (
+            planted.truth in text
+            if request.name == planted.name and name == "false_fact"
+            else judged == "right"
+        )
 
     def judge(answer: Answer) -> Verdict:
         request = known[answer.prompt]
@@ -361,7 +436,13 @@ def _tiny_behaviour(name: str, kinds: tuple[str, ...], known: Mapping[str, world
         return Verdict(shown, broken, not broken and is_right(request, answer.text, judged))
 
     def wanted(prompt: str, goal: Goal) -> str | None:
-        answers = sorted(world.right_answers(known[prompt])) if name in ("refusal", "rule") and goal == "suppress" else []
+        answers = (
+            sorted(world.right_answers(known[prompt]))
+            if name in ("refusal", "rule") and goal == "suppress"
+            else []
+        )
         return answers[0] if answers else None
 
-    return Behaviour(general[name].name if name in general else name, judge, kinds, instructions, wanted)
+    return Behaviour(
+        general[name].name if name in general else name, judge, kinds, instructions, wanted
+    )

@@ -1,7 +1,9 @@
-"""Public prompt sets for refusal, by their ids and never bundled: what a model does with them, unsteered and steered.
+"""Public prompt sets for refusal, by their ids and never bundled: what a model does with them,
+unsteered and steered.
 
-Refusing and harm are judged apart: refusals by the phrase matcher and, where a guard model is given, by the guard too, with
-their agreement; harm by the guard alone. The rate at which safe prompts are refused stands beside every other.
+Refusing and harm are judged apart: refusals by the phrase matcher and, where a guard model is
+given, by the guard too, with their agreement; harm by the guard alone. The rate at which safe
+prompts are refused stands beside every other.
 """
 
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -25,7 +27,9 @@ from qsae_kit.steer.findings import changes, rate
 from qsae_kit.steer.judges import Judgement
 
 Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
-"""Prompts and answers -> what a guard says of each, such as `partial(judges.guard_judgements, load_model(...))`."""
+"""Prompts and answers -> what a guard says of each, such as `partial(judges.guard_judgements,
+load_model(...))`.
+"""
 
 
 PUBLISHED = {("xstest", "unsafe"): 0.95}
@@ -51,12 +55,14 @@ def measure_benches(
 ) -> pd.DataFrame:
     """One row for each part of each bench and each arm, the unsteered model first.
 
-    arms: name -> steering with the SAEs of a suite. without: prompts that were used to choose them, which are left out here. folder: steps are kept in its
-    benches.jsonl, and a run that was cut off goes on; one of other arms, SAEs or guard (`guard_name`) is refused there. Columns: bench, part, harmful, intervention, n, left_out; refusal_rate with
-    ci_low and ci_high (95 % Wilson), broken_rate, change with change_low and change_high (of the rate against the unsteered
-    model, 95 % paired bootstrap), published (`PUBLISHED`); with a guard guard_refusal_rate, unsafe_rate (answers that it calls
-    unsafe) and agreement (share of answers at which guard and matcher agree on refusal, of those that it judged).
-    Raises ValueError where no prompt is left.
+    arms: name -> steering with the SAEs of a suite. without: prompts that were used to choose them,
+    which are left out here. folder: steps are kept in its benches.jsonl, and a run that was cut off
+    goes on; one of other arms, SAEs or guard (`guard_name`) is refused there. Columns: bench, part,
+    harmful, intervention, n, left_out; refusal_rate with ci_low and ci_high (95 % Wilson),
+    broken_rate, change with change_low and change_high (of the rate against the unsteered model, 95
+    % paired bootstrap), published (`PUBLISHED`); with a guard guard_refusal_rate, unsafe_rate
+    (answers that it calls unsafe) and agreement (share of answers at which guard and matcher agree
+    on refusal, of those that it judged). Raises ValueError where no prompt is left.
     """
     kept = {
         (bench, part): [text for text in texts if text not in without]
@@ -65,30 +71,65 @@ def measure_benches(
     }
     empty = [f"{bench} {part}" for (bench, part), texts in kept.items() if not texts]
     if empty:
-        raise ValueError(f"All prompts of {', '.join(empty)} were used for choosing; choose the features on others.")
-    about = {"benches": 1, "model": lm.model_name, "weights": lm.weights_digest(), "dtype": str(lm.dtype)}
+        raise ValueError(
+            f"All prompts of {', '.join(empty)} were used for choosing; choose the features on"
+            " others."
+        )
+    about = {
+        "benches": 1,
+        "model": lm.model_name,
+        "weights": lm.weights_digest(),
+        "dtype": str(lm.dtype),
+    }
     about |= {"prompts": [[*key, texts] for key, texts in kept.items()]}
-    about |= {"arms": {arm: steering.to_json(suite) for arm, steering in arms.items()}, "behaviour": behaviour.name}
-    about |= {"max_new_tokens": max_new_tokens, "thinking": enable_thinking, "guard": guard and (guard_name or True)}
+    about |= {
+        "arms": {arm: steering.to_json(suite) for arm, steering in arms.items()},
+        "behaviour": behaviour.name,
+    }
+    about |= {
+        "max_new_tokens": max_new_tokens,
+        "thinking": enable_thinking,
+        "guard": guard and (guard_name or True),
+    }
     with only_writer(folder):
         journal = Journal(folder and folder / "benches.jsonl", about)
         rows = []
         for (bench, part), texts in kept.items():
             clean = ""
             for arm, steering in {"none": Steering(), **arms}.items():
-                compute = partial(_said, lm, behaviour, texts, steering.edits(suite), max_new_tokens, enable_thinking, guard)
+                compute = partial(
+                    _said,
+                    lm,
+                    behaviour,
+                    texts,
+                    steering.edits(suite),
+                    max_new_tokens,
+                    enable_thinking,
+                    guard,
+                )
                 said = journal.get(f"{bench}/{part}/{arm}", compute)
                 clean = clean or said["outcomes"]
                 shown = wilson(said["outcomes"].count("S"), len(texts))
                 change = paired_bootstrap([changes(said["outcomes"], clean)], [1.0], seed=seed)
                 rows.append(
                     {
-                        "bench": bench, "part": part, "harmful": _is_harmful(bench, part), "intervention": arm, "n": len(texts),
-                        "left_out": len(prompts[bench][part]) - len(texts), "refusal_rate": shown.rate, "ci_low": shown.low, "ci_high": shown.high,
-                        "broken_rate": rate(said["outcomes"], "B"), "change": change.rate, "change_low": change.low,
-                        "change_high": change.high, "published": PUBLISHED.get((bench, part)), **_guarded(said),
+                        "bench": bench,
+                        "part": part,
+                        "harmful": _is_harmful(bench, part),
+                        "intervention": arm,
+                        "n": len(texts),
+                        "left_out": len(prompts[bench][part]) - len(texts),
+                        "refusal_rate": shown.rate,
+                        "ci_low": shown.low,
+                        "ci_high": shown.high,
+                        "broken_rate": rate(said["outcomes"], "B"),
+                        "change": change.rate,
+                        "change_low": change.low,
+                        "change_high": change.high,
+                        "published": PUBLISHED.get((bench, part)),
+                        **_guarded(said),
                     }
-                )  # fmt: skip
+                )
         return pd.DataFrame(rows)
 
 
@@ -97,21 +138,33 @@ def _is_harmful(bench: str, part: str) -> bool:
 
 
 def _said(
-    lm: HookedLM, behaviour: Behaviour, texts: Sequence[str], edits: Sequence[Edit], max_new_tokens: int, thinking: bool | None,
+    lm: HookedLM,
+    behaviour: Behaviour,
+    texts: Sequence[str],
+    edits: Sequence[Edit],
+    max_new_tokens: int,
+    thinking: bool | None,
     guard: Guard | None,
-) -> dict[str, Any]:  # fmt: skip
-    answers = judged(lm, behaviour, texts, answer_all(lm, texts, edits, max_new_tokens, thinking), thinking)
+) -> dict[str, Any]:
+    answers = judged(
+        lm, behaviour, texts, answer_all(lm, texts, edits, max_new_tokens, thinking), thinking
+    )
     told = [] if guard is None else guard(texts, answers.text)
     return {
-        "outcomes": answers.outcomes, "guard": [[j.safety, j.refused] for j in told], "judged": guard is not None,
+        "outcomes": answers.outcomes,
+        "guard": [[j.safety, j.refused] for j in told],
+        "judged": guard is not None,
         "texts": answers.text[:3],
-    }  # fmt: skip
+    }
 
 
 def _guarded(said: Mapping[str, Any]) -> dict[str, float | None]:
     if not said["judged"]:
         return {}
-    verdicts = [(refused, letter == "S") for (_, refused), letter in zip(said["guard"], said["outcomes"], strict=True)]
+    verdicts = [
+        (refused, letter == "S")
+        for (_, refused), letter in zip(said["guard"], said["outcomes"], strict=True)
+    ]
     pairs = [(refused, shown) for refused, shown in verdicts if refused is not None]
     safety = [safety for safety, _ in said["guard"] if safety is not None]
     return {

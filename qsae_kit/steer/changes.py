@@ -1,8 +1,10 @@
-"""Steering: edits that add, clamp, scale or ablate features, or add and project out directions, as values that compose.
+"""Steering: edits that add, clamp, scale or ablate features, or add and project out directions, as
+values that compose.
 
-A `Steering` says what is changed and is saved as JSON; `Steering.edits(suite)` makes the edits that a model runs under
-(`lm.edits.applied`). Strengths are in median norms of the site (sinks left out), so that they mean the same at every site and
-model; factors of `scale` have no unit; thresholds of conditions are activations, as an index shows them.
+A `Steering` says what is changed and is saved as JSON; `Steering.edits(suite)` makes the edits that
+a model runs under (`lm.edits.applied`). Strengths are in median norms of the site (sinks left out),
+so that they mean the same at every site and model; factors of `scale` have no unit; thresholds of
+conditions are activations, as an index shows them.
 """
 
 import json
@@ -26,7 +28,9 @@ from qsae_kit.sae.suites import Suite, sae_of
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of one SAE with a weight each; the direction is the weighted sum of their decoder rows."""
+    """Features of one SAE with a weight each; the direction is the weighted sum of their decoder
+    rows.
+    """
 
     features: tuple[int, ...]
     weights: tuple[float, ...]
@@ -34,11 +38,17 @@ class FeatureSet:
     def direction(self, sae: SAE) -> Float[Tensor, " d_model"]:
         """Unit vector sum_i w_i W_dec[i] / |...|."""
         rows = sae.W_dec[list(self.features)]
-        return torch.nn.functional.normalize(torch.tensor(self.weights, dtype=rows.dtype, device=rows.device) @ rows, dim=0)
+        return torch.nn.functional.normalize(
+            torch.tensor(self.weights, dtype=rows.dtype, device=rows.device) @ rows, dim=0
+        )
 
 
 def add_direction(
-    hook_name: str, direction: Float[Tensor, " d_model"], strength: float, median_norm: float, positions: Positions = "header"
+    hook_name: str,
+    direction: Float[Tensor, " d_model"],
+    strength: float,
+    median_norm: float,
+    positions: Positions = "header",
 ) -> Edit:
     """x + strength * median_norm * direction, with a unit `direction`.
 
@@ -49,7 +59,10 @@ def add_direction(
 
 
 def project_out(
-    hook_name: str, direction: Float[Tensor, " d_model"], positions: Positions = "header", share: float = 1.0
+    hook_name: str,
+    direction: Float[Tensor, " d_model"],
+    positions: Positions = "header",
+    share: float = 1.0,
 ) -> Edit:
     """x - share * (x . direction) direction, with a unit `direction`.
 
@@ -73,18 +86,26 @@ def _fitting(direction: Tensor, x: Tensor) -> Tensor:
     return direction.to(x)
 
 
-def add_features(sae: SAE, chosen: FeatureSet, strength: float, positions: Positions = "header") -> Edit:
+def add_features(
+    sae: SAE, chosen: FeatureSet, strength: float, positions: Positions = "header"
+) -> Edit:
     """Adds a feature set's direction; a negative strength takes it away."""
     check_features(sae, chosen.features)
     return add_direction(_site(sae), chosen.direction(sae), strength, _median(sae), positions)
 
 
-def clamp_features(sae: SAE, features: Sequence[int], value: float, positions: Positions = "header") -> Edit:
-    """x + sum_i (value - f_i(x)) W_dec[i]: the features read `value` (activation units), the rest of x stays."""
+def clamp_features(
+    sae: SAE, features: Sequence[int], value: float, positions: Positions = "header"
+) -> Edit:
+    """x + sum_i (value - f_i(x)) W_dec[i]: the features read `value` (activation units), the rest
+    of x stays.
+    """
     return _set_features(sae, features, lambda f: value - f, positions)
 
 
-def scale_features(sae: SAE, features: Sequence[int], factor: float, positions: Positions = "header") -> Edit:
+def scale_features(
+    sae: SAE, features: Sequence[int], factor: float, positions: Positions = "header"
+) -> Edit:
     """x + sum_i (factor - 1) f_i(x) W_dec[i]: what the features contribute, times a factor."""
     return _set_features(sae, features, lambda f: (factor - 1) * f, positions)
 
@@ -104,13 +125,20 @@ def _set_features(sae: SAE, features: Sequence[int], change: Any, positions: Pos
     return Edit(_site(sae), delta, positions)
 
 
-def detector(sae: SAE, feature: int, threshold: float = 0.0, span: Span = "so_far", positions: Positions = "all") -> Detector:
+def detector(
+    sae: SAE,
+    feature: int,
+    threshold: float = 0.0,
+    span: Span = "so_far",
+    positions: Positions = "all",
+) -> Detector:
     """Holds where a feature's activation is above a threshold."""
     check_features(sae, [feature])
 
     def read(x: Tensor) -> Tensor:
         assert sae.provenance is not None
-        return torch.where(sae.provenance.filter.keeps(x), sae.encode(x.float())[..., feature], 0.0)  # silent at sinks
+        # silent at sinks
+        return torch.where(sae.provenance.filter.keeps(x), sae.encode(x.float())[..., feature], 0.0)
 
     return Detector(_site(sae), read, threshold, span, positions)
 
@@ -121,7 +149,9 @@ def check_features(sae: SAE, features: Sequence[int]) -> None:
         raise ValueError("No feature was given; give at least one.")
     for feature in features:
         if not 0 <= feature < sae.d_sae:
-            raise ValueError(f"Feature {feature} was asked for, but this SAE has features 0 to {sae.d_sae - 1}.")
+            raise ValueError(
+                f"Feature {feature} was asked for, but this SAE has features 0 to {sae.d_sae - 1}."
+            )
 
 
 def _site(sae: SAE) -> str:
@@ -170,11 +200,16 @@ class Change:
     """Of the SAE; without features it says nothing."""
     features: tuple[int, ...] = ()
     weights: tuple[float, ...] = ()
-    """add: what the features' decoder rows are weighed with before the sum is made a unit vector; empty: alike."""
+    """add: what the features' decoder rows are weighed with before the sum is made a unit vector;
+    empty: alike.
+    """
     direction: tuple[float, ...] = ()
-    """Instead of features, for add and project_out: a vector [d_model], of which the length says nothing."""
+    """Instead of features, for add and project_out: a vector [d_model], of which the length says
+    nothing.
+    """
     strength: float = 1.0
-    """add: median norms of the site along the direction; clamp: what the features read, in median norms; scale: the factor;
+    """add: median norms of the site along the direction; clamp: what the features read, in median
+    norms; scale: the factor;
     project_out: the share taken away; ablate ignores it."""
     median_norm: float = 0.0
     """Of the site, where a direction is added; with features the SAE knows it."""
@@ -183,14 +218,18 @@ class Change:
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
-            raise ValueError(f"There is no action {self.action!r}; choose from {', '.join(ACTIONS)}.")
+            raise ValueError(
+                f"There is no action {self.action!r}; choose from {', '.join(ACTIONS)}."
+            )
         if not _at_most(self.strength):
             limits = f"finite numbers from -{MOST:,.0f} to {MOST:,.0f}"
             raise ValueError(f"A strength of {_shown(self.strength)} was given; give {limits}.")
         if bool(self.features) == bool(self.direction):
             raise ValueError(f"{self.action} needs features or a direction, and one of them only.")
         if self.direction and self.action not in ("add", "project_out"):
-            raise ValueError(f"{self.action} is for features; a direction can be added or projected out.")
+            raise ValueError(
+                f"{self.action} is for features; a direction can be added or projected out."
+            )
         if self.direction and not _has_length(self.direction):
             wrong = f"has no length, or values that are not finite or beyond {MOST:,.0f}"
             raise ValueError(f"The direction {wrong}; give another one.")
@@ -215,12 +254,18 @@ class Change:
         Raises ValueError for SAEs or features that the suite does not have, and for a direction of
         another width than its SAEs.
         """
-        made = self._along(suite) if self.direction or self.action in ("add", "project_out") else self._of_features(suite)
+        made = (
+            self._along(suite)
+            if self.direction or self.action in ("add", "project_out")
+            else self._of_features(suite)
+        )
         made = replace(made, positions=self.positions)
         if self.when is None:
             return made
         own = sae_of(suite, self.when.variant, self.when.hook_name)
-        when = detector(own, self.when.feature, self.when.threshold, self.when.span, self.when.positions)
+        when = detector(
+            own, self.when.feature, self.when.threshold, self.when.span, self.when.positions
+        )
         return replace(made, when=when)
 
     def _along(self, suite: Suite) -> Edit:
@@ -232,13 +277,20 @@ class Change:
                     f"model of {', '.join(map(str, sorted(widths)))}; give one of this model."
                 )
             unit, median = (
-                torch.nn.functional.normalize(torch.tensor(self.direction, dtype=torch.float32), dim=0),
+                torch.nn.functional.normalize(
+                    torch.tensor(self.direction, dtype=torch.float32), dim=0
+                ),
                 self.median_norm,
             )
         else:
             sae = sae_of(suite, self.variant, self.hook_name)
             check_features(sae, self.features)
-            unit, median = FeatureSet(self.features, self.weights or (1.0,) * len(self.features)).direction(sae), _median(sae)
+            unit, median = (
+                FeatureSet(self.features, self.weights or (1.0,) * len(self.features)).direction(
+                    sae
+                ),
+                _median(sae),
+            )
         if self.action == "add":
             return add_direction(self.hook_name, unit, self.strength, median)
         return project_out(self.hook_name, unit, share=self.strength)
@@ -299,18 +351,26 @@ class Steering:
 
     def times(self, factor: float) -> "Steering":
         """The same with every strength multiplied (ablations stay as they are)."""
-        return Steering(tuple(replace(change, strength=change.strength * factor) for change in self.changes))
+        return Steering(
+            tuple(replace(change, strength=change.strength * factor) for change in self.changes)
+        )
 
     def saes(self) -> set[tuple[str, str]]:
         """Variant and hook name of every SAE that is needed."""
         used = {(change.variant, change.hook_name) for change in self.changes if change.features}
-        return used | {(change.when.variant, change.when.hook_name) for change in self.changes if change.when}
+        return used | {
+            (change.when.variant, change.when.hook_name) for change in self.changes if change.when
+        }
 
     def to_json(self, suite: Suite) -> str:
         """With the checksums of the SAEs that it is for."""
         self.edits(suite)  # every feature exists
         saes = {"/".join(key): sae_of(suite, *key).checksum() for key in sorted(self.saes())}
-        about = {"qsae_kit_steering": FORMAT, "saes": saes, "changes": [asdict(change) for change in self.changes]}
+        about = {
+            "qsae_kit_steering": FORMAT,
+            "saes": saes,
+            "changes": [asdict(change) for change in self.changes],
+        }
         return json.dumps(about, indent=1, allow_nan=False) + "\n"
 
     def save(self, path: str | Path, suite: Suite) -> None:
@@ -318,7 +378,9 @@ class Steering:
 
 
 def read_steering(text: str, suite: Suite) -> Steering:
-    """What `Steering.to_json` wrote. Raises ValueError for another format, and for other SAEs than it was made for."""
+    """What `Steering.to_json` wrote. Raises ValueError for another format, and for other SAEs than
+    it was made for.
+    """
     no_steering = "This is no steering that was saved by this package"
     about = parse_json(text, f"{no_steering}, it", finite=True)
     try:
@@ -334,7 +396,10 @@ def read_steering(text: str, suite: Suite) -> Steering:
     for variant, hook_name in sorted(steering.saes()):
         key = f"{variant}/{hook_name}"
         if sae_of(suite, variant, hook_name).checksum() != saes.get(key):
-            raise ValueError(f"The steering was made for another SAE at {key}; load the suite that it was made with.")
+            raise ValueError(
+                f"The steering was made for another SAE at {key}; load the suite that it was made"
+                " with."
+            )
     steering.edits(suite)
     return steering
 
@@ -350,14 +415,18 @@ def _change(entry: dict[str, Any]) -> Change:
     """One change of a file; TypeError for what this package would not have written."""
     values = _typed(Change, entry)
     when = values.get("when")
-    return Change(**{**values, "when": None if when is None else Condition(**_typed(Condition, when))})
+    return Change(
+        **{**values, "when": None if when is None else Condition(**_typed(Condition, when))}
+    )
 
 
 def _typed(kind: type, entry: Any) -> dict[str, Any]:
     """The entry with tuples for lists, checked name by name."""
     if not isinstance(entry, dict) or not set(entry) <= {field.name for field in fields(kind)}:
         raise TypeError(f"{_shown(entry)} is no {kind.__name__}")
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()}
+    values = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
+    }
     for name, value in values.items():
         if not CHECKS[name](value):
             raise TypeError(f"{name} is {_shown(value)}")
@@ -382,7 +451,17 @@ def _all(check: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 
 CHECKS: dict[str, Callable[[Any], bool]] = {
-    "action": _text, "hook_name": _text, "variant": _text, "features": _all(_whole), "weights": _all(_real), "direction": _all(_real),
-    "strength": _real, "median_norm": _real, "feature": _whole, "threshold": _real, "span": _text,
-    "positions": lambda value: _text(value) or _all(_whole)(value), "when": lambda value: value is None or isinstance(value, dict),
-}  # fmt: skip
+    "action": _text,
+    "hook_name": _text,
+    "variant": _text,
+    "features": _all(_whole),
+    "weights": _all(_real),
+    "direction": _all(_real),
+    "strength": _real,
+    "median_norm": _real,
+    "feature": _whole,
+    "threshold": _real,
+    "span": _text,
+    "positions": lambda value: _text(value) or _all(_whole)(value),
+    "when": lambda value: value is None or isinstance(value, dict),
+}

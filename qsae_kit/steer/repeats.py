@@ -1,4 +1,5 @@
-"""A study's arms answered again with drawn answers: what another seed changes, and intervals over seeds.
+"""A study's arms answered again with drawn answers: what another seed changes, and intervals over
+seeds.
 
 In thinking mode greedy answers are not what the model is made for; one seed's figures are one draw.
 """
@@ -32,32 +33,57 @@ SAMPLING: Mapping[bool, Mapping[str, Any]] = {
 
 
 def answered_again(
-    lm: HookedLM, behaviour: Behaviour, prompts: PromptSets, arms: Mapping[str, Steering], suite: Suite, seeds: Sequence[int],
-    max_new_tokens: int, thinking: bool | None, folder: Path | None = None,
-) -> pd.DataFrame:  # fmt: skip
+    lm: HookedLM,
+    behaviour: Behaviour,
+    prompts: PromptSets,
+    arms: Mapping[str, Steering],
+    suite: Suite,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    thinking: bool | None,
+    folder: Path | None = None,
+) -> pd.DataFrame:
     """A row for each seed, arm (the unsteered one, none, first) and kind of prompt.
 
-    Columns: seed, intervention, prompt_kind, n, refusal_rate (answers that show the behaviour) with its Wilson interval (ci_low,
-    ci_high), broken_rate, thought: the share of answers with thoughts that came to an end. folder: a cut-off run goes on there.
-    Raises ValueError for no seed or the same one twice.
+    Columns: seed, intervention, prompt_kind, n, refusal_rate (answers that show the behaviour) with
+    its Wilson interval (ci_low, ci_high), broken_rate, thought: the share of answers with thoughts
+    that came to an end. folder: a cut-off run goes on there. Raises ValueError for no seed or the
+    same one twice.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"The seeds {list(seeds)} were given; give at least one, each once.")
-    edits: dict[str, Sequence[Edit]] = {"none": (), **{name: arm.edits(suite) for name, arm in arms.items()}}
+    edits: dict[str, Sequence[Edit]] = {
+        "none": (),
+        **{name: arm.edits(suite) for name, arm in arms.items()},
+    }
     told = json.dumps(
-        [{kind: list(texts) for kind, texts in prompts.items()}, {name: arm.to_json(suite) for name, arm in arms.items()}]
+        [
+            {kind: list(texts) for kind, texts in prompts.items()},
+            {name: arm.to_json(suite) for name, arm in arms.items()},
+        ]
     )
     about = {
-        "repeats": 1, "model": lm.model_name, "weights": lm.weights_digest(), "dtype": str(lm.dtype), "behaviour": behaviour.name, "max_new_tokens": max_new_tokens, "thinking": thinking,
+        "repeats": 1,
+        "model": lm.model_name,
+        "weights": lm.weights_digest(),
+        "dtype": str(lm.dtype),
+        "behaviour": behaviour.name,
+        "max_new_tokens": max_new_tokens,
+        "thinking": thinking,
         "asked": hashlib.sha256(told.encode()).hexdigest(),
-    }  # fmt: skip
+    }
     with only_writer(folder):
         journal = Journal(folder and folder / "seeds.jsonl", about)
 
         def ask(seed: int, arm: str, kind: str) -> dict[str, Any]:
             texts = prompts[kind]
             [said] = answer_groups(
-                lm, [Asked(texts, edits[arm])], max_new_tokens, thinking, sampling=SAMPLING[bool(thinking)], seed=seed
+                lm,
+                [Asked(texts, edits[arm])],
+                max_new_tokens,
+                thinking,
+                sampling=SAMPLING[bool(thinking)],
+                seed=seed,
             )
             return {
                 "outcomes": judged(lm, behaviour, texts, said, thinking).outcomes,
@@ -72,15 +98,24 @@ def answered_again(
                     shown = wilson(found["outcomes"].count("S"), len(texts))
                     rows.append(
                         {
-                            "seed": seed, "intervention": arm, "prompt_kind": kind, "n": len(texts), "refusal_rate": shown.rate, "ci_low": shown.low,
-                            "ci_high": shown.high, "broken_rate": rate(found["outcomes"], "B"), "thought": found["thought"],
+                            "seed": seed,
+                            "intervention": arm,
+                            "prompt_kind": kind,
+                            "n": len(texts),
+                            "refusal_rate": shown.rate,
+                            "ci_low": shown.low,
+                            "ci_high": shown.high,
+                            "broken_rate": rate(found["outcomes"], "B"),
+                            "thought": found["thought"],
                         }
-                    )  # fmt: skip
+                    )
         return pd.DataFrame(rows)
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
-    """Means over seeds with 95 % intervals of Student's t (none with one seed), the least and the most, by arm and kind."""
+    """Means over seeds with 95 % intervals of Student's t (none with one seed), the least and the
+    most, by arm and kind.
+    """
     rows = []
     for (arm, kind), some in table.groupby(["intervention", "prompt_kind"], sort=False):
         shown, low, high = some["refusal_rate"], None, None
@@ -89,8 +124,16 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
             low, high = max(0.0, shown.mean() - half), min(1.0, shown.mean() + half)
         rows.append(
             {
-                "intervention": arm, "prompt_kind": kind, "seeds": len(some), "refusal_rate": shown.mean(), "low": low, "high": high, "least": shown.min(), "most": shown.max(), "broken_rate": some["broken_rate"].mean(),
+                "intervention": arm,
+                "prompt_kind": kind,
+                "seeds": len(some),
+                "refusal_rate": shown.mean(),
+                "low": low,
+                "high": high,
+                "least": shown.min(),
+                "most": shown.max(),
+                "broken_rate": some["broken_rate"].mean(),
                 "thought": some["thought"].mean(),
             }
-        )  # fmt: skip
+        )
     return pd.DataFrame(rows)

@@ -1,4 +1,6 @@
-"""One self-contained HTML page from the tables of a run, and a study's folder; every text is escaped, plots need no network."""
+"""One self-contained HTML page from the tables of a run, and a study's folder; every text is
+escaped, plots need no network.
+"""
 
 import json
 from collections.abc import Sequence
@@ -18,19 +20,23 @@ from qsae_kit.steer.findings import COLUMNS
 from qsae_kit.steer.study import StudyResult
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-STUDY_FILES = (
-    "study.csv", "candidates.csv", "selection.csv", "examples.csv", "prompts.json", "study.json", "steering.json", "dose.html",
-    "controls.html", "report.html",
-)  # fmt: skip
+STUDY_FILES = tuple(
+    (
+        "study.csv candidates.csv selection.csv examples.csv prompts.json study.json steering.json "
+        "dose.html controls.html report.html"
+    ).split()
+)
 """What `write_study` writes."""
-SHOWN = [
-    "intervention", "prompt_kind", "strength", "n", "refusal_rate", "ci_low", "ci_high", "correct_rate", "broken_rate", "change",
-    "change_low", "change_high", "kl_first", "kl_answer", "perplexity", "repetition",
-]  # fmt: skip
+SHOWN = (
+    "intervention prompt_kind strength n refusal_rate ci_low ci_high correct_rate broken_rate "
+    "change change_low change_high kl_first kl_answer perplexity repetition"
+).split()
 
 
 def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """The unsteered rows and those at the frozen strength; of random and noise the draw that moved the rate farthest."""
+    """The unsteered rows and those at the frozen strength; of random and noise the draw that moved
+    the rate farthest.
+    """
     kept = [table[table["intervention"] == "none"].drop_duplicates("prompt_kind")]
     for goal in dict.fromkeys(table.loc[table["goal"] != "none", "goal"]):
         frozen = table[(table["goal"] == goal) & table["chosen"] & table["refusal_rate"].notna()]
@@ -43,9 +49,13 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return pd.concat(kept).reset_index(drop=True)
 
 
-def render_report(model_name: str, evaluation: pd.DataFrame | None, studies: Sequence[StudyResult]) -> str:
+def render_report(
+    model_name: str, evaluation: pd.DataFrame | None, studies: Sequence[StudyResult]
+) -> str:
     """The page as a string; evaluation: None leaves the part about reconstruction out."""
-    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(TEMPLATE.read_text(encoding="utf-8"))
+    page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
+        TEMPLATE.read_text(encoding="utf-8")
+    )
     figure, table = "", ""
     if evaluation is not None:
         figure = reconstruction_figure(evaluation, model_name).to_html(
@@ -67,40 +77,72 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
     """What the page shows of a study; the first one brings plotly."""
     h = study.headline
     condition = h["condition"] and (
-        f"only while feature {h['condition']['feature']} at {h['condition']['hook_name']} is above {h['condition']['threshold']:.3g} "
-        f"(on selection prompts it misses {h['detector_missed']:.0%} of the target and fires on {h['detector_false_alarms']:.0%} of others)"
+        f"only while feature {h['condition']['feature']} at {h['condition']['hook_name']} is above"
+        f" {h['condition']['threshold']:.3g} (on selection prompts it misses"
+        f" {h['detector_missed']:.0%} of the target and fires on {h['detector_false_alarms']:.0%}"
+        " of others)"
     )
     return {
-        "title": f"{study.config.goal} {study.behaviour}", "verdict": study.verdict, "site": h["site"], "condition": condition,
-        "features": ", ".join(f"{i} ({w:+.3g})" for i, w in zip(h["features"], h["weights"], strict=True)),
-        "strength": f"{h['strength']:g}", "positions": h["positions"], "searched": h["searched_sets"],
-        "dose": dose_figure(study.table, study.target, model_name).to_html(
-            full_html=False, include_plotlyjs=first, div_id=f"dose-{study.config.goal}"
+        "title": f"{study.config.goal} {study.behaviour}",
+        "verdict": study.verdict,
+        "site": h["site"],
+        "condition": condition,
+        "features": ", ".join(
+            f"{i} ({w:+.3g})" for i, w in zip(h["features"], h["weights"], strict=True)
         ),
-        "controls": controls_figure(study.table, study.target, model_name).to_html(
-            full_html=False, include_plotlyjs=False, div_id=f"controls-{study.config.goal}"
+        "strength": f"{h['strength']:g}",
+        "positions": h["positions"],
+        "searched": h["searched_sets"],
+        "dose": (
+            dose_figure(study.table, study.target, model_name).to_html(
+                full_html=False, include_plotlyjs=first, div_id=f"dose-{study.config.goal}"
+            )
         ),
-        "table": summary(study.table)[SHOWN].round(3).to_html(index=False, border=0, escape=True, na_rep=""),
-        "candidates": study.candidates[study.candidates["site"] == h["site"]].round(3).to_html(index=False, border=0, escape=True),
+        "controls": (
+            controls_figure(study.table, study.target, model_name).to_html(
+                full_html=False, include_plotlyjs=False, div_id=f"controls-{study.config.goal}"
+            )
+        ),
+        "table": (
+            summary(study.table)[SHOWN]
+            .round(3)
+            .to_html(index=False, border=0, escape=True, na_rep="")
+        ),
+        "candidates": (
+            study.candidates[study.candidates["site"] == h["site"]]
+            .round(3)
+            .to_html(index=False, border=0, escape=True)
+        ),
         "trials": study.selection.round(3).to_html(index=False, border=0, escape=True),
-        "example_columns": list(study.examples.columns), "examples": study.examples.to_numpy().tolist(),
-    }  # fmt: skip
+        "example_columns": list(study.examples.columns),
+        "examples": study.examples.to_numpy().tolist(),
+    }
 
 
 def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) -> None:
-    """Writes study.csv (its columns are `steer.findings.COLUMNS`), study.json (headline, verdict, configuration), steering.json (the frozen
-    edit, for `load_steering`), candidates.csv, selection.csv, examples.csv, prompts.json, two figures and report.html."""
+    """Writes study.csv (its columns are `steer.findings.COLUMNS`), study.json (headline, verdict,
+    configuration), steering.json (the frozen edit, for `load_steering`), candidates.csv,
+    selection.csv, examples.csv, prompts.json, two figures and report.html."""
     with only_writer(out):
         write_table(study.table, out / "study.csv")
         write_table(study.candidates, out / "candidates.csv")
         write_table(study.selection, out / "selection.csv")
         write_table(study.examples, out / "examples.csv")
-        write_text(out / "prompts.json", json.dumps(study.prompts, indent=1, ensure_ascii=False) + "\n")
-        about = {"headline": study.headline, "verdict": study.verdict, "config": asdict(study.config)}
+        write_text(
+            out / "prompts.json", json.dumps(study.prompts, indent=1, ensure_ascii=False) + "\n"
+        )
+        about = {
+            "headline": study.headline,
+            "verdict": study.verdict,
+            "config": asdict(study.config),
+        }
         write_text(out / "study.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
         study.steering.save(out / "steering.json", suite)
         for name, figure in (("dose", dose_figure), ("controls", controls_figure)):
             write_text(
-                out / f"{name}.html", figure(study.table, study.target, model_name).to_html(include_plotlyjs=True, div_id=name)
+                out / f"{name}.html",
+                figure(study.table, study.target, model_name).to_html(
+                    include_plotlyjs=True, div_id=name
+                ),
             )
         write_text(out / "report.html", render_report(model_name, None, [study]))

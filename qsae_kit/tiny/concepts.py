@@ -1,11 +1,12 @@
 """The scoring kit: the bundled world's concepts as labelled activations, and what finds them.
 
-Tiers: (a) token and language, (b) word class and role, (c) sense of an ambiguous word, (d) an attribute of
-the person spoken of that the answer needs and nothing has stated yet, (e) a computed value, (f) control state. Tiers a to
-e are labels of tokens; f is scored per dialogue, on the maximum over answer tokens. A concept is "tier/group=value"; its
-negatives are the tokens (dialogues) with another value of the same group; of single tokens the sixty commonest are
-concepts. Whatever is fitted or searched is scored on other template families *and* other people asked about. Nothing but
-scoring may read these labels.
+Tiers: (a) token and language, (b) word class and role, (c) sense of an ambiguous word, (d) an
+attribute of the person spoken of that the answer needs and nothing has stated yet, (e) a computed
+value, (f) control state. Tiers a to e are labels of tokens; f is scored per dialogue, on the
+maximum over answer tokens. A concept is "tier/group=value"; its negatives are the tokens
+(dialogues) with another value of the same group; of single tokens the sixty commonest are concepts.
+Whatever is fitted or searched is scored on other template families *and* other people asked about.
+Nothing but scoring may read these labels.
 """
 
 import dataclasses
@@ -36,21 +37,39 @@ CONCEPTS_FILE = Path(__file__).parent / "concepts.json"
 
 
 def scoring_dialogues(n: int, seed: int = 0) -> list[Dialogue]:
-    """One-turn dialogues for scoring: all wordings, people as likely as one another, more of what is rare in training."""
+    """One-turn dialogues for scoring: all wordings, people as likely as one another, more of what
+    is rare in training.
+    """
     rng = random.Random(f"scoring/{seed}")
     out = []
     for _ in range(n):
         language = rng.choices(lexicon.LANGUAGES, (0.5, 0.25, 0.25))[0]
-        other = rng.choice([x for x in lexicon.LANGUAGES if x != language]) if rng.random() < 0.15 else ""
-        draw = Draw(language, other, rng.choice(("training", "evaluation")), rng.choice(world.RULES), seen=True)
+        other = (
+            rng.choice([x for x in lexicon.LANGUAGES if x != language])
+            if rng.random() < 0.15
+            else ""
+        )
+        draw = Draw(
+            language,
+            other,
+            rng.choice(("training", "evaluation")),
+            rng.choice(world.RULES),
+            seen=True,
+        )
         known = rng.random() < 0.85
-        name = rng.choice(world.people()).name if known else world.stranger(rng, unseen=rng.random() < 0.5)
+        name = (
+            rng.choice(world.people()).name
+            if known
+            else world.stranger(rng, unseen=rng.random() < 0.5)
+        )
         make = rng.choices(
             ("attribute", "sense", "private", "loan", "how_to", "sum", "sort", "count", "profile"),
             (40, 14, 12, 5, 5, 12, 5, 5, 2),
         )[0]
         if make == "attribute":
-            request = world.attribute_request(rng, draw, name, rng.choice((*world.PUBLIC, "job", "job", "city")))
+            request = world.attribute_request(
+                rng, draw, name, rng.choice((*world.PUBLIC, "job", "job", "city"))
+            )
         elif make == "sense":
             request = _sense_request(rng, draw)
         elif make == "private":
@@ -71,7 +90,11 @@ def scoring_dialogues(n: int, seed: int = 0) -> list[Dialogue]:
         elif make == "profile":
             request = world.profile_request(rng, draw, name)
         else:
-            simple = {"sum": world.sum_request, "sort": world.sort_request, "count": world.count_request}
+            simple = {
+                "sum": world.sum_request,
+                "sort": world.sort_request,
+                "count": world.count_request,
+            }
             request = simple[make](rng, draw)
         out.append(world.build_dialogue([request], thinking=rng.random() < 0.2))
     return out
@@ -79,7 +102,9 @@ def scoring_dialogues(n: int, seed: int = 0) -> list[Dialogue]:
 
 @cache
 def _with_senses() -> dict[str, list[tuple[str, str]]]:
-    """Word with two senses -> people and attributes whose value it is, and people who are called so (attribute "")."""
+    """Word with two senses -> people and attributes whose value it is, and people who are called so
+    (attribute "").
+    """
     found: dict[str, list[tuple[str, str]]] = {word: [] for word in world.SENSES}
     for person in world.people():
         for attribute in world.PUBLIC:
@@ -112,7 +137,9 @@ class Labelled(NamedTuple):
 
 
 def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
-    """Token labels: a word's labels sit on its last token, word classes on all of its tokens; language on every token."""
+    """Token labels: a word's labels sit on its last token, word classes on all of its tokens;
+    language on every token.
+    """
     text = lm.to_chat(dialogue.messages, add_generation_prompt=False)
     encoded = lm.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoded.input_ids), list(encoded.offset_mapping)
@@ -126,7 +153,11 @@ def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
                 cursor += len(message[field])
     labels: list[set[str]] = [set() for _ in ids]
     for i, message in enumerate(dialogue.messages):
-        language = dialogue.last.answer_language if message["role"] == "assistant" else dialogue.last.language
+        language = (
+            dialogue.last.answer_language
+            if message["role"] == "assistant"
+            else dialogue.last.language
+        )
         for field in ("reasoning_content", "content"):
             if message.get(field):
                 begin, end = starts[i, field], starts[i, field] + len(message[field])
@@ -135,15 +166,21 @@ def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
                         labels[t].add(f"a/language={language}")
     for span in dialogue.spans:
         begin = starts[span.message, span.field]
-        inside = [t for t, (a, b) in enumerate(offsets) if a < begin + span.end and b > begin + span.start]
+        inside = [
+            t for t, (a, b) in enumerate(offsets) if a < begin + span.end and b > begin + span.start
+        ]
         word = dialogue.messages[span.message][span.field][span.start : span.end]
         reasoned = "reasoning_content" in dialogue.messages[span.message]
         for label in span.labels:
-            if (label.startswith("e/") and reasoned) or (label.startswith("c/") and _translated(label, word)):
-                continue  # the reasoning has said it; a word without its other sense in this language
+            if (label.startswith("e/") and reasoned) or (
+                label.startswith("c/") and _translated(label, word)
+            ):
+                # the reasoning has said it; a word without its other sense in this language
+                continue
             if label.startswith("d/"):  # attributes that nobody needs; see `_recalled`
                 continue
-            if label.startswith("e/") and word == "=":  # a digit is computed where it is predicted from
+            # a digit is computed where it is predicted from
+            if label.startswith("e/") and word == "=":
                 digits = dialogue.messages[span.message][span.field].rpartition("= ")[2]
                 labels[inside[-1] + (len(digits) if label.startswith("e/ones") else 1)].add(label)
                 continue
@@ -166,36 +203,57 @@ def label_tokens(lm: HookedLM, dialogue: Dialogue) -> Labelled:
 
 
 def _recalled(dialogue: Dialogue) -> list[tuple[str, int, int]]:
-    """The attribute that the last answer is about to tell, or decides a loan by: label, and the stretch of the answer from
-    the end of the person's name up to where the value begins. Nothing in the dialogue has stated it by then.
+    """The attribute that the last answer is about to tell, or decides a loan by: label, and the
+    stretch of the answer from the end of the person's name up to where the value begins. Nothing in
+    the dialogue has stated it by then.
 
-    Attributes of the person that the answer does not need are no concepts: the model does not look them up.
+    Attributes of the person that the answer does not need are no concepts: the model does not look
+    them up.
     """
     request, answer = dialogue.last, dialogue.messages[-1]
-    if "reasoning_content" in answer or request.outcome != "told" or request.intent not in ("attribute", "private_read", "loan"):
+    if (
+        "reasoning_content" in answer
+        or request.outcome != "told"
+        or request.intent not in ("attribute", "private_read", "loan")
+    ):
         return []
     attribute = "debt" if request.intent == "loan" else request.attribute
     word = world.record_of(request.name, attribute)
     name, value = answer["content"].find(request.name), answer["content"].rfind(request.value)
     assert word is not None
     assert 0 <= name < value
-    return [(f"d/{attribute}={word.en[0] if attribute == 'code' else word.en}", name + len(request.name) - 1, value)]
+    return [
+        (
+            f"d/{attribute}={word.en[0] if attribute == 'code' else word.en}",
+            name + len(request.name) - 1,
+            value,
+        )
+    ]
 
 
 def _translated(label: str, word: str) -> bool:
-    """Whether a sense label is of a word that is also a name, where the text does not have the name's letters."""
+    """Whether a sense label is of a word that is also a name, where the text does not have the
+    name's letters.
+    """
     surface = label.removeprefix("c/").partition("=")[0]
     return surface in (*lexicon.FIRST_NAMES, *lexicon.LAST_NAMES) and word != surface
 
 
 def _part(*names: object) -> str:
-    return "fit" if hashlib.sha256("/".join(map(str, names)).encode()).digest()[0] % 5 < 3 else "test"
+    return (
+        "fit" if hashlib.sha256("/".join(map(str, names)).encode()).digest()[0] % 5 < 3 else "test"
+    )
 
 
 def part_of(dialogue: Dialogue) -> str:
-    """fit, test or "" (left out): both the template family and the person have to be of one part."""
+    """fit, test or "" (left out): both the template family and the person have to be of one
+    part.
+    """
     request = dialogue.last
-    parts = {_part("family", request.template), *([_part("person", request.name)] if request.name else [])}
+    parts = {
+        _part("family", request.template),
+        *([_part("person", request.name)] if request.name else []),
+    }
     return parts.pop() if len(parts) == 1 else ""
 
 
@@ -204,14 +262,18 @@ class Units:
     """What is scored: rows (tokens, or dialogues as groups of tokens) with their labels."""
 
     rows: np.ndarray
-    """Indices into the activations of all kept tokens. For dialogue labels several rows share a `unit`."""
+    """Indices into the activations of all kept tokens. For dialogue labels several rows share a
+    `unit`.
+    """
     unit: np.ndarray
     value: np.ndarray
     """1 positive, 0 negative."""
     fit: np.ndarray
     """Whether a row belongs to the fit part; the others are the test part."""
     owner: np.ndarray
-    """What has the label: the person for an unstated attribute, else the unit. The null permutes owners."""
+    """What has the label: the person for an unstated attribute, else the unit. The null permutes
+    owners.
+    """
 
 
 class Corpus(NamedTuple):
@@ -235,9 +297,15 @@ def build_corpus(lm: HookedLM, n: int = 30_000, seed: int = 0) -> Corpus:
     """Dialogues of the fit and test parts; kept are all tokens of messages."""
     dialogues = [d for d in scoring_dialogues(n, seed) if part_of(d)]
     sequences = [label_tokens(lm, d) for d in dialogues]
-    where = np.array([(i, t) for i, s in enumerate(sequences) for t, own in enumerate(s.labels) if own])
+    where = np.array(
+        [(i, t) for i, s in enumerate(sequences) for t, own in enumerate(s.labels) if own]
+    )
     return Corpus(
-        sequences, [part_of(d) for d in dialogues], [d.labels for d in dialogues], where, [d.last.name for d in dialogues]
+        sequences,
+        [part_of(d) for d in dialogues],
+        [d.labels for d in dialogues],
+        where,
+        [d.last.name for d in dialogues],
     )
 
 
@@ -259,8 +327,12 @@ def corpus_activations(
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0, min_positives: int = MIN_POSITIVES) -> dict[str, Units]:
-    """Every concept with at least `min_positives` positives and both values in both parts; classes cut to `max_rows`."""
+def concept_units(
+    corpus: Corpus, max_rows: int = 2000, seed: int = 0, min_positives: int = MIN_POSITIVES
+) -> dict[str, Units]:
+    """Every concept with at least `min_positives` positives and both values in both parts; classes
+    cut to `max_rows`.
+    """
     fit_part = np.array([p == "fit" for p in corpus.parts])
     groups: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     by_dialogue: dict[str, dict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
@@ -283,7 +355,11 @@ def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0, min_posit
     person = np.array([names[name] for name in corpus.people])[corpus.where[:, 0]]
 
     def add(
-        concept: str, units_pos: list[int], units_neg: list[int], rows_of: Callable[[int], list[int]], part: np.ndarray
+        concept: str,
+        units_pos: list[int],
+        units_neg: list[int],
+        rows_of: Callable[[int], list[int]],
+        part: np.ndarray,
     ) -> None:
         pos, neg = (rng.permutation(u)[:max_rows] for u in (units_pos, units_neg))
         if min(len(units_pos), len(neg)) < min_positives:
@@ -292,17 +368,23 @@ def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0, min_posit
         value = np.concatenate([np.ones(len(pos), int), np.zeros(len(neg), int)])
         lists = [rows_of(int(u)) for u in units]
         sizes = np.array([len(rows) for rows in lists])
-        rows, of = np.array([r for rows in lists for r in rows]), np.repeat(np.arange(len(units)), sizes)
+        rows, of = (
+            np.array([r for rows in lists for r in rows]),
+            np.repeat(np.arange(len(units)), sizes),
+        )
         owner = person[rows] if concept.startswith("d/") else of
         found = Units(rows, of, np.repeat(value, sizes), np.repeat(part[units], sizes), owner)
-        counts = [((found.value == v) & (found.fit == f)).sum() for v in (0, 1) for f in (True, False)]
+        counts = [
+            ((found.value == v) & (found.fit == f)).sum() for v in (0, 1) for f in (True, False)
+        ]
         if min(counts) >= min_positives // 5:
             out[concept] = found
 
     token_part = fit_part[corpus.where[:, 0]]
     for table, rows_of, part in (
-        (groups, lambda row: [row], token_part), (by_dialogue, lambda i: answer_rows[i], fit_part),
-    ):  # fmt: skip
+        (groups, lambda row: [row], token_part),
+        (by_dialogue, lambda i: answer_rows[i], fit_part),
+    ):
         for group in sorted(table):
             values = table[group]
             if group == "a/token":  # the commonest only
@@ -310,10 +392,21 @@ def concept_units(corpus: Corpus, max_rows: int = 2000, seed: int = 0, min_posit
                 values = {v: values[v] for v in common}
             for value in sorted(values):
                 mine = set(values[value])
-                others = [u for other, units in values.items() if other != value for u in units if u not in mine]
-                if group in ("a/token", "b/asker", "b/rules"):  # rare anywhere: against all other tokens
+                others = [
+                    u
+                    for other, units in values.items()
+                    if other != value
+                    for u in units
+                    if u not in mine
+                ]
+                # rare anywhere: against all other tokens
+                if group in ("a/token", "b/asker", "b/rules"):
                     others = list(range(len(corpus.where)))
-                    others = [row for row in rng.permutation(others)[: 4 * max_rows].tolist() if row not in mine]
+                    others = [
+                        row
+                        for row in rng.permutation(others)[: 4 * max_rows].tolist()
+                        if row not in mine
+                    ]
                 add(f"{group}={value}", values[value], others, rows_of, part)
     return out
 
@@ -331,14 +424,21 @@ def auroc(scores: Float[np.ndarray, "row column"], value: np.ndarray) -> np.ndar
     order = scores.argsort(axis=0, kind="stable")
     ranks = np.empty_like(scores, dtype=np.float64)
     n = len(value)
-    np.put_along_axis(ranks, order, np.arange(1, n + 1, dtype=np.float64)[:, None].repeat(scores.shape[1], 1), axis=0)
+    np.put_along_axis(
+        ranks,
+        order,
+        np.arange(1, n + 1, dtype=np.float64)[:, None].repeat(scores.shape[1], 1),
+        axis=0,
+    )
     ranked = np.take_along_axis(scores, order, axis=0)
     for column in np.flatnonzero((ranked[1:] == ranked[:-1]).any(axis=0)):
         _, inverse, counts = np.unique(scores[:, column], return_inverse=True, return_counts=True)
         ends = counts.cumsum()
         ranks[:, column] = (ends - (counts - 1) / 2)[inverse]
     positives = value.sum()
-    return (ranks[value == 1].sum(axis=0) - positives * (positives + 1) / 2) / (positives * (n - positives))
+    return (ranks[value == 1].sum(axis=0) - positives * (positives + 1) / 2) / (
+        positives * (n - positives)
+    )
 
 
 def per_unit(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
@@ -348,7 +448,9 @@ def per_unit(scores: np.ndarray, units: np.ndarray) -> np.ndarray:
 
 
 def unit_auroc(scores: np.ndarray, u: Units, rows: np.ndarray) -> np.ndarray:
-    """AUROC of each column over the units among `rows` (a mask), each unit scored by its maximum."""
+    """AUROC of each column over the units among `rows` (a mask), each unit scored by its
+    maximum.
+    """
     units, value = u.unit[rows], u.value[rows]
     first = np.flatnonzero(np.r_[True, units[1:] != units[:-1]])
     return auroc(per_unit(scores, units), value[first])
@@ -367,7 +469,8 @@ class Search(NamedTuple):
 def best_column(x: np.ndarray, u: Units, value: np.ndarray | None = None) -> Search:
     """The column (either sign) that tells a concept best on the fit part, scored on the test part.
 
-    x: scores [row, column] of the units' rows. value: labels to search by instead of the true ones (the null).
+    x: scores [row, column] of the units' rows. value: labels to search by instead of the true ones
+        (the null).
     """
     searched = u if value is None else dataclasses.replace(u, value=value)
     columns = promising(x, u, searched.value)
@@ -391,7 +494,8 @@ def probe_direction(x: np.ndarray, value: np.ndarray, ridge: float = 1e-2) -> np
 
 
 def permuted(u: Units, seed: int) -> np.ndarray:
-    """Labels shuffled among owners (within each part): what a search finds where there is nothing to find. [row]
+    """Labels shuffled among owners (within each part): what a search finds where there is nothing
+    to find. [row]
 
     An owner with both values (a person never is) counts by its first row.
     """
@@ -408,14 +512,17 @@ LOOKS = 32
 
 
 def promising(x: np.ndarray, u: Units, value: np.ndarray) -> np.ndarray:
-    """The `LOOKS` columns with the largest standardised difference of class means on the fit part. [column]"""
+    """The `LOOKS` columns with the largest standardised difference of class means on the fit part.
+    [column]
+    """
     rows, y = x[u.fit], value[u.fit] == 1
     apart = np.abs(rows[y].mean(0) - rows[~y].mean(0)) / (rows.std(0) + 1e-9)
     return np.argsort(-apart)[:LOOKS]
 
 
 def ngram_scores(corpus: Corpus, u: Units, order: int = 2) -> np.ndarray:
-    """What the last `order` tokens alone say: the share of positives among fit rows with that n-gram, smoothed. [row, 1]
+    """What the last `order` tokens alone say: the share of positives among fit rows with that
+    n-gram, smoothed. [row, 1]
 
     An n-gram that the fit part never has falls back to a shorter one.
     """
@@ -449,11 +556,12 @@ def score_concepts(
     n_components: int = 50,
     bar: Callable[[Iterable[str]], Iterable[str]] = lambda x: x,
 ) -> pd.DataFrame:
-    """One row a concept: test AUROC of the linear probe, of the best coordinate, principal component and `extra`, of the
-    bigram, and for each search what it reaches with permuted labels ("..._null").
+    """One row a concept: test AUROC of the linear probe, of the best coordinate, principal
+    component and `extra`, of the bigram, and for each search what it reaches with permuted labels
+    ("..._null").
 
-    Site and direction are chosen on the fit part; so are the components. extra: name -> {site: columns [row, column]},
-    such as MLP neurons or an SAE's features.
+    Site and direction are chosen on the fit part; so are the components. extra: name -> {site:
+    columns [row, column]}, such as MLP neurons or an SAE's features.
     """
     fit_rows = np.array([part == "fit" for part in corpus.parts])[corpus.where[:, 0]]
     searches: dict[str, dict[str, Tensor]] = {
@@ -464,7 +572,9 @@ def score_concepts(
     for site, x in acts.items():
         known = x[torch.from_numpy(fit_rows)]
         mean = known.mean(0)
-        basis = torch.linalg.svd((known - mean)[:: max(1, len(known) // 20_000)], full_matrices=False).Vh[:n_components]
+        basis = torch.linalg.svd(
+            (known - mean)[:: max(1, len(known) // 20_000)], full_matrices=False
+        ).Vh[:n_components]
         searches["pca"][site] = (x - mean) @ basis.T
     rows: list[dict[str, object]] = []
     for concept in bar(list(units)):
@@ -486,7 +596,9 @@ def score_concepts(
         for name, columns in searches.items():
             some = [x[u.rows].float().numpy() for x in columns.values()]
             row[name] = max((best_column(x, u) for x in some), key=lambda found: found.fit).test
-            row[f"{name}_null"] = max((best_column(x, u, shuffled) for x in some), key=lambda found: found.fit).test
+            row[f"{name}_null"] = max(
+                (best_column(x, u, shuffled) for x in some), key=lambda found: found.fit
+            ).test
         ngram = ngram_scores(corpus, u)
         row["bigram"] = float(unit_auroc(ngram[~u.fit], u, ~u.fit)[0])
         rows.append(row)
@@ -495,7 +607,9 @@ def score_concepts(
 
 @torch.no_grad()
 def corpus_neurons(lm: HookedLM, corpus: Corpus, batch: int = 64) -> dict[str, Tensor]:
-    """Activations of every MLP's hidden neurons at the corpus's kept tokens, half precision. {layer: [row, d_mlp]}"""
+    """Activations of every MLP's hidden neurons at the corpus's kept tokens, half precision.
+    {layer: [row, d_mlp]}
+    """
     kept: list[list[int]] = [[] for _ in corpus.sequences]
     for sequence, position in corpus.where.tolist():
         kept[sequence].append(position)
@@ -508,7 +622,10 @@ def corpus_neurons(lm: HookedLM, corpus: Corpus, batch: int = 64) -> dict[str, T
 
         return hook
 
-    handles = [lm.hf.model.layers[int(layer)].mlp.down_proj.register_forward_pre_hook(note(layer)) for layer in parts]
+    handles = [
+        lm.hf.model.layers[int(layer)].mlp.down_proj.register_forward_pre_hook(note(layer))
+        for layer in parts
+    ]
     try:
         for start in range(0, len(corpus.sequences), batch):
             some = range(start, min(start + batch, len(corpus.sequences)))
@@ -523,7 +640,9 @@ def corpus_neurons(lm: HookedLM, corpus: Corpus, batch: int = 64) -> dict[str, T
 
 
 def tier_table(scores: pd.DataFrame) -> pd.DataFrame:
-    """Per tier: concepts, mean test AUROC of each finder, and the share of concepts where it reaches 0.9."""
+    """Per tier: concepts, mean test AUROC of each finder, and the share of concepts where it
+    reaches 0.9.
+    """
     finders = [c for c in scores.columns if c not in ("concept", "tier", "positives", "probe_site")]
     rows = []
     for tier, some in scores.groupby("tier"):

@@ -1,9 +1,10 @@
 """Causal recovery: does giving a prompt another prompt's feature give it the other's answer?
 
-On a pair of prompts of the bundled world that differ in one thing, chosen features take, at every token, the activations
-that they have at the matching token of the other prompt; everything else stays (delta form). The answer flips where the
-other's answer then is the likelier one. An edit that flips everything proves nothing: the same features are swapped while
-another attribute of the same person is asked for, and that answer should stay.
+On a pair of prompts of the bundled world that differ in one thing, chosen features take, at every
+token, the activations that they have at the matching token of the other prompt; everything else
+stays (delta form). The answer flips where the other's answer then is the likelier one. An edit that
+flips everything proves nothing: the same features are swapped while another attribute of the same
+person is asked for, and that answer should stay.
 """
 
 import json
@@ -41,7 +42,9 @@ class Interchange(NamedTuple):
 
 
 def matching(base: Sequence[int], other: Sequence[int]) -> list[tuple[int, int]]:
-    """Pairs of positions (base, other): equal tokens in order, and the last tokens of stretches that differ."""
+    """Pairs of positions (base, other): equal tokens in order, and the last tokens of stretches
+    that differ.
+    """
     pairs = []
     for tag, i1, i2, j1, j2 in SequenceMatcher(None, base, other, autojunk=False).get_opcodes():
         if tag == "equal":
@@ -103,14 +106,18 @@ def _swaps(lm: HookedLM, chosen: Chosen, base: list[int], other: list[int]) -> l
 
 
 def interchange(lm: HookedLM, chosen: Chosen, pair: Pair) -> Interchange:
-    """Swaps features into the base prompt of a pair; several sites at once are each given the other prompt's activations.
+    """Swaps features into the base prompt of a pair; several sites at once are each given the other
+    prompt's activations.
 
-    For a changed person or attribute both answers are put as the base's sentence with either value, and the sentence up to
-    the value is swapped too (the record is looked up at the name); for a changed asker or object, as refusal and disclosure.
+    For a changed person or attribute both answers are put as the base's sentence with either value,
+    and the sentence up to the value is swapped too (the record is looked up at the name); for a
+    changed asker or object, as refusal and disclosure.
     """
     if pair.changed in ("person", "attribute"):
         stems = [_stem(request) for request in pair[:2]]
-        base, other = (_ids(lm, request, stem) for request, stem in zip(pair[:2], stems, strict=True))
+        base, other = (
+            _ids(lm, request, stem) for request, stem in zip(pair[:2], stems, strict=True)
+        )
         ends = [stems[0] + request.value for request in pair[:2]]
     else:
         base, other = (_ids(lm, request, "") for request in pair[:2])
@@ -140,21 +147,19 @@ EVERYWHERE = 0.5
 
 
 def interchange_table(
-    lm: HookedLM,
-    found: pd.DataFrame,
-    suite: Mapping[str, SAE],
-    finder: str,
-    n: int = 60,
+    lm: HookedLM, found: pd.DataFrame, suite: Mapping[str, SAE], finder: str, n: int = 60
 ) -> pd.DataFrame:
     """What swapping the features of recovered concepts changes: one row per thing swapped.
 
-    found: the table of `tiny.recovery.recover`; suite: the finder's {hook name: SAE}. Swapped are, for two people, the features
-    of both their values of the attribute asked for ("attribute value"), and for two askers or two objects of a dangerous
-    verb those of refusing and answering ("refusal by asker", "refusal by object"): of each concept one feature a site,
-    wherever its F1 on the fit part is at least `EVERYWHERE` of the best site's. Pairs count where the model, left alone,
-    prefers the base's own answer. Columns: swapped, pairs, flipped (share, with ci_low and ci_high), kept (share of answers
-    that stay when the same features are swapped while another attribute is asked for), and pairs_kept behind it. A row
-    without pairs says so by pairs = 0 and has no shares (None).
+    found: the table of `tiny.recovery.recover`; suite: the finder's {hook name: SAE}. Swapped are,
+    for two people, the features of both their values of the attribute asked for ("attribute
+    value"), and for two askers or two objects of a dangerous verb those of refusing and answering
+    ("refusal by asker", "refusal by object"): of each concept one feature a site, wherever its F1
+    on the fit part is at least `EVERYWHERE` of the best site's. Pairs count where the model, left
+    alone, prefers the base's own answer. Columns: swapped, pairs, flipped (share, with ci_low and
+    ci_high), kept (share of answers that stay when the same features are swapped while another
+    attribute is asked for), and pairs_kept behind it. A row without pairs says so by pairs = 0 and
+    has no shares (None).
     """
     own = judge(found)
     own = own[(own["finder"] == finder) & own["recovered"]].set_index("concept")
@@ -180,7 +185,11 @@ def interchange_table(
         flips: list[bool] = []
         stays: list[bool] = []
         for pair, another in cases:
-            labels = ["f/refuse=yes", "f/refuse=no"] if another is None else [f"d/{r.attribute}={r.value}" for r in pair[:2]]
+            labels = (
+                ["f/refuse=yes", "f/refuse=no"]
+                if another is None
+                else [f"d/{r.attribute}={r.value}" for r in pair[:2]]
+            )
             swap = chosen(*labels)
             if swap is None or len(flips) == n:
                 break
@@ -191,9 +200,16 @@ def interchange_table(
                     stays.append(kept.after < 0)
         rate = wilson(sum(flips), len(flips)) if flips else (None, None, None)
         rows.append(
-            {"swapped": name, "pairs": len(flips), "flipped": rate[0], "ci_low": rate[1], "ci_high": rate[2],
-             "kept": sum(stays) / len(stays) if stays else None, "pairs_kept": len(stays)}
-        )  # fmt: skip
+            {
+                "swapped": name,
+                "pairs": len(flips),
+                "flipped": rate[0],
+                "ci_low": rate[1],
+                "ci_high": rate[2],
+                "kept": sum(stays) / len(stays) if stays else None,
+                "pairs_kept": len(stays),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -202,8 +218,9 @@ DRAW = world.Draw("en", split="evaluation", seen=True)
 
 
 def _people_pairs(concepts: Sequence[str]) -> Iterator[tuple[Pair, Pair]]:
-    """Without end: two people with different values of an attribute, both among the concepts; and the same two people asked
-    for another attribute, where they differ too. Nothing where no attribute has two such values."""
+    """Without end: two people with different values of an attribute, both among the concepts; and
+    the same two people asked for another attribute, where they differ too. Nothing where no
+    attribute has two such values."""
     values: dict[str, set[str]] = {}
     for concept in concepts:
         attribute, _, value = concept.removeprefix("d/").partition("=")
@@ -216,12 +233,17 @@ def _people_pairs(concepts: Sequence[str]) -> Iterator[tuple[Pair, Pair]]:
         second = rng.choice([a for a in world.PUBLIC if a != first])
         people = [p for p in world.people() if p.record[first].en in values[first]]
         one, two = rng.sample(people, 2)
-        pairs = [_person_pair(rng.random(), one.name, two.name, attribute) for attribute in (first, second)]
+        pairs = [
+            _person_pair(rng.random(), one.name, two.name, attribute)
+            for attribute in (first, second)
+        ]
         if all(pair.base.value != pair.other.value for pair in pairs):
             yield pairs[0], pairs[1]
 
 
 def _person_pair(state: float, one: str, two: str, attribute: str) -> Pair:
     """The same wording about either person."""
-    base, other = (world.attribute_request(random.Random(state), DRAW, name, attribute) for name in (one, two))
+    base, other = (
+        world.attribute_request(random.Random(state), DRAW, name, attribute) for name in (one, two)
+    )
     return Pair(base, other, "person")

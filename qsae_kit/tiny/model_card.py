@@ -1,8 +1,10 @@
-"""Measures the bundled model and writes its card: `python -m qsae_kit.tiny.model_card --weights DIR`.
+"""Measures the bundled model and writes its card: `python -m qsae_kit.tiny.model_card --weights
+DIR`.
 
-The card (card.json) holds what it took to train, the hashes of generator and weights, every behaviour with its interval,
-and per tier of concepts what a linear probe, the best neuron, the best principal component, an n-gram and the permuted
-null reach. `--freeze` also writes the list of concepts that later scoring uses.
+The card (card.json) holds what it took to train, the hashes of generator and weights, every
+behaviour with its interval, and per tier of concepts what a linear probe, the best neuron, the best
+principal component, an n-gram and the permuted null reach. `--freeze` also writes the list of
+concepts that later scoring uses.
 """
 
 import argparse
@@ -29,21 +31,33 @@ def sites(lm: HookedLM) -> list[str]:
     return [f"blocks.{layer}.hook_resid_post" for layer in range(lm.n_layers)]
 
 
-def measure_concepts(lm: HookedLM, freeze: bool) -> tuple[list[dict[Any, Any]], list[dict[Any, Any]]]:
+def measure_concepts(
+    lm: HookedLM, freeze: bool
+) -> tuple[list[dict[Any, Any]], list[dict[Any, Any]]]:
     """The tier table and every concept's row; with `freeze` the concept list is written."""
     corpus = concepts.build_corpus(lm, N_DIALOGUES)
     units = concepts.concept_units(corpus)
     if freeze:
         frozen = {"n": N_DIALOGUES, "seed": 0, "digest": corpus.digest, "concepts": sorted(units)}
         write_text(concepts.CONCEPTS_FILE, json.dumps(frozen, indent=0, ensure_ascii=False) + "\n")
-    acts, neurons = concepts.corpus_activations(lm, corpus, sites(lm)), concepts.corpus_neurons(lm, corpus)
-    scores = concepts.score_concepts(corpus, units, acts, {"neuron": neurons}, bar=lambda names: tqdm(names, desc="concepts"))
+    acts, neurons = (
+        concepts.corpus_activations(lm, corpus, sites(lm)),
+        concepts.corpus_neurons(lm, corpus),
+    )
+    scores = concepts.score_concepts(
+        corpus, units, acts, {"neuron": neurons}, bar=lambda names: tqdm(names, desc="concepts")
+    )
     return concepts.tier_table(scores).to_dict("records"), scores.round(4).to_dict("records")
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--weights", type=Path, required=True, help="the folder that build wrote, card.json included")
+    p.add_argument(
+        "--weights",
+        type=Path,
+        required=True,
+        help="the folder that build wrote, card.json included",
+    )
     p.add_argument("--n", type=int, default=300, help="requests a measure and language")
     p.add_argument("--freeze", action="store_true", help="write the concept list")
     a = p.parse_args()
@@ -56,11 +70,14 @@ def main() -> None:
     card |= {
         "planted": world.planted()._asdict(),
         "dialogues_sha256": build.data_fingerprints(),
-        "sources_sha256": {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES},
+        "sources_sha256": {
+            name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES
+        },
         "tokenizer_sha256": hashlib.sha256((a.weights / "tokenizer.json").read_bytes()).hexdigest(),
         "measured_on_sha256": behaviour.fingerprint(a.n),
         "behaviour": [
-            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in table.to_dict("records")
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
+            for row in table.to_dict("records")
         ],
         "tiers": tiers,
         "concepts": scores,

@@ -1,9 +1,11 @@
-"""Concept recovery on the bundled model: which planted concepts an SAE's features tell, beside what else tells them.
+"""Concept recovery on the bundled model: which planted concepts an SAE's features tell, beside what
+else tells them.
 
-For every concept the feature, its threshold and its site are chosen on the fit part of the corpus and scored on the test
-part, which has other wordings and other people (`tiny.concepts`). The same search over permuted labels is the null, a
-linear probe the ceiling, the last two tokens (an n-gram) the floor. Baselines are SAEs too (`baselines`), so raw neurons,
-principal components and frozen dictionaries go through the same lines.
+For every concept the feature, its threshold and its site are chosen on the fit part of the corpus
+and scored on the test part, which has other wordings and other people (`tiny.concepts`). The same
+search over permuted labels is the null, a linear probe the ceiling, the last two tokens (an n-gram)
+the floor. Baselines are SAEs too (`baselines`), so raw neurons, principal components and frozen
+dictionaries go through the same lines.
 """
 
 import json
@@ -19,16 +21,28 @@ from torch import Tensor
 
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
-from qsae_kit.tiny.concepts import Corpus, Units, corpus_activations, ngram_scores, per_unit, permuted, probe_direction
+from qsae_kit.tiny.concepts import (
+    Corpus,
+    Units,
+    corpus_activations,
+    ngram_scores,
+    per_unit,
+    permuted,
+    probe_direction,
+)
 
 ENOUGH = 0.8
-"""Share of the probe's F1 from which a concept counts as recovered; F1 of the n-gram from which it is left out."""
+"""Share of the probe's F1 from which a concept counts as recovered; F1 of the n-gram from which it
+is left out.
+"""
 PERMUTATIONS = 100
 """Of the labels, whose best features are the null."""
 
 
 class Split(NamedTuple):
-    """A concept's units (tokens, or answers by their maximum) with the features of each: the fit and the test part."""
+    """A concept's units (tokens, or answers by their maximum) with the features of each: the fit
+    and the test part.
+    """
 
     fit: csr_matrix
     """[unit, feature], not negative."""
@@ -39,7 +53,9 @@ class Split(NamedTuple):
 
 
 class Found(NamedTuple):
-    """The best feature for each labelling on the fit part, and what it scores on the test part. [labelling] each"""
+    """The best feature for each labelling on the fit part, and what it scores on the test part.
+    [labelling] each
+    """
 
     column: np.ndarray
     threshold: np.ndarray
@@ -58,7 +74,9 @@ def pooled(matrix: csr_matrix, unit: np.ndarray) -> csr_matrix:
     cell = cell[order]
     first = np.flatnonzero(np.r_[True, cell[1:] != cell[:-1]][: len(cell)])
     largest = np.maximum.reduceat(entries.data[order], first) if len(first) else entries.data
-    return csr_matrix((largest, (cell[first] // columns, cell[first] % columns)), shape=(int(new.sum()), columns))
+    return csr_matrix(
+        (largest, (cell[first] // columns, cell[first] % columns)), shape=(int(new.sum()), columns)
+    )
 
 
 def split(matrix: csr_matrix, u: Units, values: np.ndarray) -> Split:
@@ -71,9 +89,11 @@ def split(matrix: csr_matrix, u: Units, values: np.ndarray) -> Split:
 
 
 def best_feature(s: Split, chunk: int = 20) -> Found:
-    """For each labelling, the feature and threshold (above 0) with the best F1 on the fit part, among all features.
+    """For each labelling, the feature and threshold (above 0) with the best F1 on the fit part,
+    among all features.
 
-    Zeros never reach a threshold, so only the entries that fire are sorted, once for all labellings.
+    Zeros never reach a threshold, so only the entries that fire are sorted, once for all
+    labellings.
     """
     entries = s.fit.tocoo()
     order = np.lexsort((-entries.data, entries.col))
@@ -84,11 +104,14 @@ def best_feature(s: Split, chunk: int = 20) -> Found:
     first = np.r_[True, columns[1:] != columns[:-1]]
     start = np.maximum.accumulate(np.where(first, np.arange(len(rows)), 0))
     taken = np.arange(len(rows)) - start + 1
-    tied = np.r_[(columns[1:] == columns[:-1]) & (values[1:] == values[:-1]), False]  # a threshold cannot part these
+    # a threshold cannot part these
+    tied = np.r_[(columns[1:] == columns[:-1]) & (values[1:] == values[:-1]), False]
     best, score = [], []
     for begin in range(0, s.fit_value.shape[1], chunk):
         labels = s.fit_value[:, begin : begin + chunk].astype(np.int32)
-        running = np.vstack([np.zeros((1, labels.shape[1]), np.int32), labels[rows].cumsum(axis=0, dtype=np.int32)])
+        running = np.vstack(
+            [np.zeros((1, labels.shape[1]), np.int32), labels[rows].cumsum(axis=0, dtype=np.int32)]
+        )
         hits = running[1:] - running[start]
         f1 = 2 * hits / (taken[:, None] + labels.sum(0)).astype(np.float32)
         f1[tied] = -1
@@ -106,21 +129,35 @@ def f1_of(on: np.ndarray, value: np.ndarray) -> np.ndarray:
     return 2 * (on & (value == 1)).sum(0) / np.maximum(1, on.sum(0) + value.sum(0))
 
 
-def on_scores(fit: np.ndarray, fit_value: np.ndarray, test: np.ndarray, test_value: np.ndarray) -> tuple[float, float]:
-    """F1 on the fit and test part of one score per unit, at the threshold that is best on the fit part."""
+def on_scores(
+    fit: np.ndarray, fit_value: np.ndarray, test: np.ndarray, test_value: np.ndarray
+) -> tuple[float, float]:
+    """F1 on the fit and test part of one score per unit, at the threshold that is best on the fit
+    part.
+    """
     low = min(fit.min(), test.min()) - 1  # thresholds lie above 0
-    s = Split(csr_matrix(fit[:, None] - low), fit_value[:, None], csr_matrix(test[:, None] - low), test_value[:, None])
+    s = Split(
+        csr_matrix(fit[:, None] - low),
+        fit_value[:, None],
+        csr_matrix(test[:, None] - low),
+        test_value[:, None],
+    )
     found = best_feature(s)
     return float(found.fit[0]), float(found.f1[0])
 
 
 def best_of_k(s: Split, k: int) -> tuple[float, float]:
-    """F1 (fit, test) of a linear probe on the `k` features with the largest standardised difference of means."""
+    """F1 (fit, test) of a linear probe on the `k` features with the largest standardised difference
+    of means.
+    """
     y = s.fit_value[:, 0] == 1
     mean, square = np.asarray(s.fit.mean(0))[0], np.asarray(s.fit.multiply(s.fit).mean(0))[0]
     apart = np.asarray(s.fit[y].mean(0) - s.fit[~y].mean(0))[0]
     columns = np.argsort(-np.abs(apart) / (np.sqrt(np.maximum(0, square - mean**2)) + 1e-9))[:k]
-    fit, test = s.fit[:, columns].toarray().astype(np.float64), s.test[:, columns].toarray().astype(np.float64)
+    fit, test = (
+        s.fit[:, columns].toarray().astype(np.float64),
+        s.test[:, columns].toarray().astype(np.float64),
+    )
     direction = probe_direction(fit, s.fit_value[:, 0]) if fit.any() else np.zeros(len(columns))
     return on_scores(fit @ direction, s.fit_value[:, 0], test @ direction, s.test_value[:, 0])
 
@@ -128,7 +165,8 @@ def best_of_k(s: Split, k: int) -> tuple[float, float]:
 def probe(x: np.ndarray, u: Units) -> tuple[float, float]:
     """F1 (fit, test) of a linear probe on rows, units scored by their maximum. x: [row, d_model]
 
-    The F1 on the fit part, by which the site is chosen, is of two probes on half of its owners each, scored on the other
+    The F1 on the fit part, by which the site is chosen, is of two probes on half of its owners
+    each, scored on the other
     half: one on all of them tells its own rows perfectly at any site.
     """
     halves = u.owner % 2 == 0
@@ -152,7 +190,13 @@ def _row_score(score: np.ndarray, u: Units) -> tuple[float, float]:
 @torch.no_grad()
 def feature_matrix(sae: SAE, x: Tensor, batch: int = 8192) -> csr_matrix:
     """Features of rows, sparse. [row, d_sae]"""
-    return vstack([csr_matrix(sae.encode(part.to(sae.b_dec.device)).cpu().numpy()) for part in x.split(batch)], format="csr")
+    return vstack(
+        [
+            csr_matrix(sae.encode(part.to(sae.b_dec.device)).cpu().numpy())
+            for part in x.split(batch)
+        ],
+        format="csr",
+    )
 
 
 @dataclass
@@ -171,10 +215,18 @@ class _Best:
     sites: dict[str, tuple[int, float]] = field(default_factory=dict)
     """The best feature of every site, and its F1 on the fit part."""
 
-    def one(self, site: str, fit: float, f1: float, feature: int = -1, threshold: float = 0.0) -> None:
+    def one(
+        self, site: str, fit: float, f1: float, feature: int = -1, threshold: float = 0.0
+    ) -> None:
         self.sites[site] = feature, fit
         if fit > self.fit:
-            self.site, self.fit, self.f1, self.feature, self.threshold = site, fit, f1, feature, threshold
+            self.site, self.fit, self.f1, self.feature, self.threshold = (
+                site,
+                fit,
+                f1,
+                feature,
+                threshold,
+            )
 
     def several(self, fit: float, f1: float) -> None:
         if fit > self.k_fit:
@@ -193,33 +245,47 @@ def recover(
     k: int = 5,
     bar: Callable[[Iterable[str]], Iterable[str]] = lambda x: x,
 ) -> pd.DataFrame:
-    """One row per concept and finder: concept, tier, finder, site, feature, threshold, fit, f1, k_fit, k_f1, null_p99, sites.
+    """One row per concept and finder: concept, tier, finder, site, feature, threshold, fit, f1,
+    k_fit, k_f1, null_p99, sites.
 
-    suites: {finder: {hook name: SAE}}. Further finders: "probe" (linear, at the same sites) and "ngram". fit and f1 are of
-    the best single feature on either part, k_ of a probe on `k` features; null_p99 is the 99th percentile of the test F1 of
-    the best feature for `PERMUTATIONS` permuted labellings; sites is JSON, {site: [best feature, its fit]}.
+    suites: {finder: {hook name: SAE}}. Further finders: "probe" (linear, at the same sites) and
+    "ngram". fit and f1 are of the best single feature on either part, k_ of a probe on `k`
+    features; null_p99 is the 99th percentile of the test F1 of the best feature for `PERMUTATIONS`
+    permuted labellings; sites is JSON, {site: [best feature, its fit]}.
     """
     sites = list(dict.fromkeys(site for saes in suites.values() for site in saes))
     best: dict[tuple[str, str], _Best] = {}
     needed = np.unique(np.concatenate([u.rows for u in units.values()]))
     rows_of = {concept: np.searchsorted(needed, u.rows) for concept, u in units.items()}
     shuffled = [
-        np.stack([permuted(u, seed=1000 * i + draw) for draw in range(PERMUTATIONS)], axis=1).astype(np.int8)
+        np.stack(
+            [permuted(u, seed=1000 * i + draw) for draw in range(PERMUTATIONS)], axis=1
+        ).astype(np.int8)
         for i, u in enumerate(units.values())
     ]
     acts = corpus_activations(lm, corpus._replace(where=corpus.where[needed]), sites)
     for site in bar(sites):
         x = acts.pop(site)
-        features = {name: feature_matrix(saes[site], x) for name, saes in suites.items() if site in saes}
+        features = {
+            name: feature_matrix(saes[site], x) for name, saes in suites.items() if site in saes
+        }
         rows = x.numpy()
         for (concept, u), null in zip(units.items(), shuffled, strict=True):
             at = rows_of[concept]
-            best.setdefault((concept, "probe"), _Best()).one(site, *probe(rows[at].astype(np.float64), u))
+            best.setdefault((concept, "probe"), _Best()).one(
+                site, *probe(rows[at].astype(np.float64), u)
+            )
             for name, matrix in features.items():
                 own = best.setdefault((concept, name), _Best())
                 s = split(matrix[at], u, np.concatenate([u.value[:, None], null], axis=1))
                 found = best_feature(s)
-                own.one(site, float(found.fit[0]), float(found.f1[0]), int(found.column[0]), float(found.threshold[0]))
+                own.one(
+                    site,
+                    float(found.fit[0]),
+                    float(found.f1[0]),
+                    int(found.column[0]),
+                    float(found.threshold[0]),
+                )
                 own.nothing(found.fit[1:], found.f1[1:])
                 own.several(*best_of_k(s, k))
     for concept, u in units.items():
@@ -229,7 +295,14 @@ def recover(
 
 
 def _row(concept: str, finder: str, b: _Best) -> dict[str, object]:
-    row: dict[str, object] = {"concept": concept, "tier": concept[0], "finder": finder, "site": b.site, "fit": b.fit, "f1": b.f1}
+    row: dict[str, object] = {
+        "concept": concept,
+        "tier": concept[0],
+        "finder": finder,
+        "site": b.site,
+        "fit": b.fit,
+        "f1": b.f1,
+    }
     if b.feature >= 0:
         row |= {"feature": b.feature, "threshold": b.threshold, "k_fit": b.k_fit, "k_f1": b.k_f1}
         row |= {"null_p99": float(np.quantile(b.null_f1, 0.99)), "sites": json.dumps(b.sites)}
@@ -237,9 +310,11 @@ def _row(concept: str, finder: str, b: _Best) -> dict[str, object]:
 
 
 def judge(found: pd.DataFrame) -> pd.DataFrame:
-    """Per finder and concept: f1, k_f1, probe (the ceiling's F1), null_p99, easy (the n-gram gets it) and recovered.
+    """Per finder and concept: f1, k_f1, probe (the ceiling's F1), null_p99, easy (the n-gram gets
+    it) and recovered.
 
-    Recovered: the test F1 of a single feature is at least `ENOUGH` of the probe's and above the null.
+    Recovered: the test F1 of a single feature is at least `ENOUGH` of the probe's and above the
+        null.
     """
     f1 = found.pivot(index="concept", columns="finder", values="f1")
     own = found[~found["finder"].isin(["probe", "ngram"])].copy()
@@ -250,8 +325,9 @@ def judge(found: pd.DataFrame) -> pd.DataFrame:
 
 
 def summarise(found: pd.DataFrame, tiers: Iterable[str] = "cdef") -> pd.DataFrame:
-    """One row per finder and tier, and one for all tiers together: concepts counted, mean F1 (one feature, k features, the
-    probe), and the share recovered. Concepts that the n-gram gets at an F1 of `ENOUGH` are left out.
+    """One row per finder and tier, and one for all tiers together: concepts counted, mean F1 (one
+    feature, k features, the probe), and the share recovered. Concepts that the n-gram gets at an F1
+    of `ENOUGH` are left out.
     """
     own = judge(found)
     own = own[own["tier"].isin(list(tiers)) & ~own["easy"]]

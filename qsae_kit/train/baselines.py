@@ -1,4 +1,5 @@
-"""What an SAE has to beat: dictionaries that were not trained, or not freely, as SAEs that go through the same calls.
+"""What an SAE has to beat: dictionaries that were not trained, or not freely, as SAEs that go
+through the same calls.
 
 pca             the first k principal components as pairs of features (+ and -), one of which fires
 neurons         the k coordinates of largest size, as pairs of features
@@ -29,21 +30,31 @@ FOUND_AGAIN = 0.7
 
 
 def pca_sae(x: Float[Tensor, "row d_model"], k: int, provenance: Provenance) -> ReLUSAE:
-    """The `k` first principal components of rows; each is two features, one of which fires, so L0 is k."""
+    """The `k` first principal components of rows; each is two features, one of which fires, so L0
+    is k.
+    """
     mean = x.mean(0)
     covariance = (x - mean).T.double() @ (x - mean).double()
     components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k].T.float()
-    return _paired(ReLUSAE(x.shape[1], 2 * len(components), min(k, 2 * len(components)), provenance), components, mean)
+    return _paired(
+        ReLUSAE(x.shape[1], 2 * len(components), min(k, 2 * len(components)), provenance),
+        components,
+        mean,
+    )
 
 
 def neurons_sae(x: Float[Tensor, "row d_model"], k: int, provenance: Provenance) -> TopKSAE:
     """The `k` coordinates that are farthest from their mean, as features."""
     d = x.shape[1]
-    return _paired(TopKSAE(d, 2 * d, min(k, d), provenance), torch.eye(d, device=x.device), x.mean(0))
+    return _paired(
+        TopKSAE(d, 2 * d, min(k, d), provenance), torch.eye(d, device=x.device), x.mean(0)
+    )
 
 
 @torch.no_grad()
-def _paired(sae: PairedSAE, rows: Float[Tensor, "half d_model"], mean: Float[Tensor, " d_model"]) -> PairedSAE:
+def _paired(
+    sae: PairedSAE, rows: Float[Tensor, "half d_model"], mean: Float[Tensor, " d_model"]
+) -> PairedSAE:
     both = torch.cat([rows, -rows])
     sae.to(rows.device)
     sae.encoder.copy_(both)
@@ -78,9 +89,11 @@ def frozen_recipes(config: TrainConfig) -> dict[str, TrainConfig]:
 def baseline_suite(
     source: RowSource, config: TrainConfig, model_name: str, l0: int | None = None, bar: bool = True
 ) -> dict[str, dict[str, SAE]]:
-    """`{baseline: {hook name: SAE}}` at every site of the source; the trained ones share one stream.
+    """`{baseline: {hook name: SAE}}` at every site of the source; the trained ones share one
+    stream.
 
-    config: the recipe to compare with. l0: the k of PCA and neurons, by default the recipe's sparsity.
+    config: the recipe to compare with. l0: the k of PCA and neurons, by default the recipe's
+        sparsity.
     """
     k = max(1, round(config.sparsity)) if l0 is None else l0
     block = next(iter(source.blocks(config.pool)))
@@ -89,7 +102,10 @@ def baseline_suite(
         norms = fit_normaliser(rows).filter
         provenance = Provenance(model_name, site, norms, tokens=len(rows), seed=config.seed)
         kept = rows[norms.keeps(rows)]
-        suite["pca"][site], suite["neurons"][site] = pca_sae(kept, k, provenance), neurons_sae(kept, k, provenance)
+        suite["pca"][site], suite["neurons"][site] = (
+            pca_sae(kept, k, provenance),
+            neurons_sae(kept, k, provenance),
+        )
     del block
     suite["untrained"] = untrained_saes(source, config, model_name)
     recipes = frozen_recipes(config)
@@ -98,10 +114,15 @@ def baseline_suite(
 
 
 def found_again(one: SAE, other: SAE) -> dict[str, float]:
-    """How much of an SAE another run finds: mean |cosine| of decoder rows matched one to one (PW-MCC), and the share of
-    pairs at `FOUND_AGAIN` or more."""
+    """How much of an SAE another run finds: mean |cosine| of decoder rows matched one to one
+    (PW-MCC), and the share of pairs at `FOUND_AGAIN` or more."""
     cosines = match(one.W_dec.cpu(), other.W_dec.cpu())[2]
-    return {"pw_mcc": float(cosines.mean()), "found_again": float((cosines >= FOUND_AGAIN).double().mean())}
+    return {
+        "pw_mcc": float(cosines.mean()),
+        "found_again": float((cosines >= FOUND_AGAIN).double().mean()),
+    }
 
 
-BASELINES: Sequence[str] = ("pca", "neurons", "untrained", "frozen_decoder", "soft_frozen", "frozen_encoder", "second_seed")
+BASELINES: Sequence[str] = tuple(
+    ("pca neurons untrained frozen_decoder soft_frozen frozen_encoder second_seed").split()
+)

@@ -39,11 +39,16 @@ class FitResult:
 
 def sites_of(lm: HookedLM, kinds: str, layers: str) -> list[str]:
     """Hook names of kinds ("resid,mlp,attn") at layers ("all", "0,2", "1-3")."""
-    return [site.hook_name for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))]
+    return [
+        site.hook_name
+        for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))
+    ]
 
 
 class Meter:
-    """Notes the speed of the steps alone, and held-out FVU every `curve` steps, whose own time is left out."""
+    """Notes the speed of the steps alone, and held-out FVU every `curve` steps, whose own time is
+    left out.
+    """
 
     def __init__(self, batch: int, curve: int = 0, held_out: Tensor | None = None) -> None:
         self.batch, self.every, self.held_out = batch, curve, held_out
@@ -53,7 +58,11 @@ class Meter:
 
     def __call__(self, progress: Progress) -> None:
         self.steps.setdefault(progress.group, []).append((progress.rows, progress.seconds))
-        if self.every and self.held_out is not None and progress.rows // self.batch % self.every == 0:
+        if (
+            self.every
+            and self.held_out is not None
+            and progress.rows // self.batch % self.every == 0
+        ):
             [trainer] = progress.trainers.values()
             score = Reconstruction()
             trainer.sae.eval()
@@ -66,7 +75,9 @@ class Meter:
     @property
     def tokens_per_s(self) -> float:
         """Rows a second of the steps alone, after each group's first ones."""
-        spans = [(steps[min(WARM_UP_STEPS, len(steps) - 1)], steps[-1]) for steps in self.steps.values()]
+        spans = [
+            (steps[min(WARM_UP_STEPS, len(steps) - 1)], steps[-1]) for steps in self.steps.values()
+        ]
         seconds = sum(last[1] - first[1] for first, last in spans)
         return sum(last[0] - first[0] for first, last in spans) / max(seconds, 1e-9)
 
@@ -102,13 +113,20 @@ def read_rows(path: Path) -> StoredFile:
         with safe_open(path, "pt") as file:
             header, names = file.metadata() or {}, list(file.keys())
             if "acts" not in names:
-                raise ValueError(f"{str(path)!r} holds {', '.join(names) or 'nothing'}; expected a tensor acts [row, d_model].")
+                raise ValueError(
+                    f"{str(path)!r} holds {', '.join(names) or 'nothing'}; expected a tensor acts"
+                    " [row, d_model]."
+                )
             acts = file.get_tensor("acts")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"{str(path)!r} cannot be read ({error}); give a .safetensors file of stored activations.") from error
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({error}); give a .safetensors file of stored"
+            " activations."
+        ) from error
     if acts.ndim != 2 or not acts.dtype.is_floating_point or len(acts) < 20:
         raise ValueError(
-            f"{str(path)!r} holds acts of shape {tuple(acts.shape)} and {acts.dtype}; expected numbers [row, d_model], 20 rows or more."
+            f"{str(path)!r} holds acts of shape {tuple(acts.shape)} and {acts.dtype}; expected"
+            " numbers [row, d_model], 20 rows or more."
         )
     return StoredFile(
         path,
@@ -137,23 +155,30 @@ def fit_stored(
     """
     path, acts, named, scale = file[:4]
     if site and named and site != named:
-        raise ValueError(f"{str(path)!r} holds rows of {named}, and --site {site} was given; leave --site out.")
+        raise ValueError(
+            f"{str(path)!r} holds rows of {named}, and --site {site} was given; leave --site out."
+        )
     site = site or named
     if not site:
         raise ValueError(
-            f"{str(path)!r} does not say which site its rows are from; give --site, such as blocks.15.hook_resid_post."
+            f"{str(path)!r} does not say which site its rows are from; give --site, such as"
+            " blocks.15.hook_resid_post."
         )
     parse_hook_name(site)
     cut = round(len(acts) * (1 - HELD_OUT))
     if cut < config.batch:
         raise ValueError(
-            f"{str(path)!r} leaves {cut:,} rows to train on, less than one batch of {config.batch}; give --batch {cut} or less."
+            f"{str(path)!r} leaves {cut:,} rows to train on, less than one batch of {config.batch};"
+            f" give --batch {cut} or less."
         )
     held_out = acts[cut:].float() / scale
     whole = held_out.isfinite().all(-1)
     held_out = held_out[whole]
     if not len(held_out):
-        raise ValueError(f"None of the last {len(whole):,} rows of {str(path)!r} is finite; store the activations again.")
+        raise ValueError(
+            f"None of the last {len(whole):,} rows of {str(path)!r} is finite; store the"
+            " activations again."
+        )
     meter = Meter(config.batch, curve, held_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     source = StoredRows({site: acts[:cut]}, config.seed, scale, device)
@@ -175,11 +200,21 @@ def fit_stored(
             f = sae.encode(x)
             score.add(x, sae.decode(f), f)
     figures = {
-        "architecture": config.architecture, "d_in": sae.d_in, "d_sae": sae.d_sae, "sparsity": config.sparsity, "batch": config.batch,
-        "tokens": sae.provenance.tokens if sae.provenance else 0, "epochs": round(meter.rows / cut, 3),
-        "tokens_per_s": round(meter.tokens_per_s, 1), "l0": round(score.l0, 3), "fvu": round(score.fvu, 4), "dead": round(score.dead, 4),
-        "held_out": len(held_out), "held_out_not_finite": int((~whole).sum()), "curve": meter.points,
-    }  # fmt: skip
+        "architecture": config.architecture,
+        "d_in": sae.d_in,
+        "d_sae": sae.d_sae,
+        "sparsity": config.sparsity,
+        "batch": config.batch,
+        "tokens": sae.provenance.tokens if sae.provenance else 0,
+        "epochs": round(meter.rows / cut, 3),
+        "tokens_per_s": round(meter.tokens_per_s, 1),
+        "l0": round(score.l0, 3),
+        "fvu": round(score.fvu, 4),
+        "dead": round(score.dead, 4),
+        "held_out": len(held_out),
+        "held_out_not_finite": int((~whole).sum()),
+        "curve": meter.points,
+    }
     return FitResult(suite, figures, meter.complete(config.tokens))
 
 
@@ -196,7 +231,9 @@ def fit_live(
     stop: threading.Event | None = None,
     bar: bool = True,
 ) -> FitResult:
-    """Trains at sites of a running model, all from one stream; memory and stop as for `train_saes`."""
+    """Trains at sites of a running model, all from one stream; memory and stop as for
+    `train_saes`.
+    """
     _, documents = documents_of(lm, data)
     meter = Meter(configs[0].batch)
     source = LiveRows(lm, sites, lambda: token_batches(lm, documents()))
@@ -213,9 +250,15 @@ def fit_live(
         bar=bar,
     )
     figures: dict[str, Any] = {
-        "config": [asdict(config) for config in configs], "sites": len(sites), "tokens_per_s": round(meter.tokens_per_s, 1)
-    }  # fmt: skip
+        "config": [asdict(config) for config in configs],
+        "sites": len(sites),
+        "tokens_per_s": round(meter.tokens_per_s, 1),
+    }
     for variant, saes in suite.items():
-        figures[variant] = {site: sae.provenance.figures for site, sae in saes.items() if sae.provenance}
+        figures[variant] = {
+            site: sae.provenance.figures for site, sae in saes.items() if sae.provenance
+        }
     trained = sum(len(saes) for saes in suite.values())
-    return FitResult(suite, figures, trained == len(sites) * len(configs) and meter.complete(configs[0].tokens))
+    return FitResult(
+        suite, figures, trained == len(sites) * len(configs) and meter.complete(configs[0].tokens)
+    )

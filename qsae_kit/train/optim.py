@@ -1,7 +1,8 @@
 """Adam with an fp32 master copy and moments in float32, bfloat16 or 8 bits.
 
-The second moment moves by a thousandth a step, less than a rounding step of bfloat16 or of 8 bits, so that plain
-rounding would freeze it; short formats are rounded up or down at random instead, right on average.
+The second moment moves by a thousandth a step, less than a rounding step of bfloat16 or of 8 bits,
+so that plain rounding would freeze it; short formats are rounded up or down at random instead,
+right on average.
 """
 
 import math
@@ -33,9 +34,11 @@ class _Stored(NamedTuple):
 class Adam:
     """torch's Adam without weight decay; `rate` and `clip` are given step by step.
 
-    moments: float32 takes torch's fused kernel; bfloat16 and int8 hold the moments of matrices in 4 and 2 bytes a
-    parameter. Vectors keep float32: their entries belong to different latents, whose gradients differ by decades.
-    On CUDA float32 and bfloat16 moments of matrices are updated by this package's kernel.
+    moments: float32 takes torch's fused kernel; bfloat16 and int8 hold the moments of matrices in 4
+        and 2 bytes a
+    parameter. Vectors keep float32: their entries belong to different latents, whose gradients
+    differ by decades. On CUDA float32 and bfloat16 moments of matrices are updated by this
+    package's kernel.
     unit_rows: a matrix whose rows keep unit length, gradients along which are taken away.
     """
 
@@ -48,11 +51,15 @@ class Adam:
         unit_rows: Tensor | None = None,
     ) -> None:
         if moments not in MOMENT_BYTES:
-            raise ValueError(f"moments={moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}.")
+            raise ValueError(
+                f"moments={moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}."
+            )
         self.moments, self.betas, self.seed, self.unit_rows = moments, betas, seed, unit_rows
         self.steps = 0
         self._kernels = moments != "int8" and with_kernels(params[0].device)
-        self._exact = [p for p in params if p.ndim < 2 or (moments == "float32" and not self._kernels)]
+        self._exact = [
+            p for p in params if p.ndim < 2 or (moments == "float32" and not self._kernels)
+        ]
         self._packed = [p for p in params if not any(p is q for q in self._exact)]
         self._fused = torch.optim.Adam(self._exact, betas=betas, fused=True)
         self._stored = [(self._empty(p), self._empty(p)) for p in self._packed]
@@ -60,21 +67,32 @@ class Adam:
 
     def _empty(self, p: Tensor) -> _Stored:
         if self.moments != "int8":
-            return _Stored(torch.zeros(p.numel(), dtype=getattr(torch, self.moments), device=p.device), torch.empty(0))
+            return _Stored(
+                torch.zeros(p.numel(), dtype=getattr(torch, self.moments), device=p.device),
+                torch.empty(0),
+            )
         n_blocks = math.ceil(p.numel() / BLOCK)
-        return _Stored(torch.zeros(n_blocks * BLOCK, dtype=torch.int8, device=p.device), torch.zeros(n_blocks, device=p.device))
+        return _Stored(
+            torch.zeros(n_blocks * BLOCK, dtype=torch.int8, device=p.device),
+            torch.zeros(n_blocks, device=p.device),
+        )
 
     @torch.no_grad()
     def project_gradients(self) -> Float[Tensor, ""]:
-        """Takes gradients' parts along unit rows away (on CUDA within the step); the length of all gradients after that.
+        """Takes gradients' parts along unit rows away (on CUDA within the step); the length of all
+        gradients after that.
 
         To be called before each step.
         """
         if not self._kernels:
             if self.unit_rows is not None and self.unit_rows.grad is not None:
                 grad = self.unit_rows.grad
-                grad.addcmul_(torch.linalg.vecdot(grad, self.unit_rows)[:, None], self.unit_rows, value=-1)
-            return torch.nn.utils.get_total_norm([p.grad for p in (*self._exact, *self._packed) if p.grad is not None])
+                grad.addcmul_(
+                    torch.linalg.vecdot(grad, self.unit_rows)[:, None], self.unit_rows, value=-1
+                )
+            return torch.nn.utils.get_total_norm(
+                [p.grad for p in (*self._exact, *self._packed) if p.grad is not None]
+            )
         from qsae_kit.sae import kernels
 
         squares = [p.grad.pow(2).sum() for p in self._exact if p.grad is not None]
@@ -98,23 +116,44 @@ class Adam:
         for number, (p, moments) in enumerate(zip(self._packed, self._stored, strict=True)):
             if p.grad is None:
                 continue
-            seed = (self.seed * 1_000_003 + self.steps) * 101 + number  # so a resumed run rounds alike
+            # so a resumed run rounds alike
+            seed = (self.seed * 1_000_003 + self.steps) * 101 + number
             if self._kernels:
                 from qsae_kit.sae import kernels
 
                 along = self._along[number] if p is self.unit_rows else None
-                kernels.adam_rows(p, p.grad, moments[0].codes, moments[1].codes, along, clip, size, floor, self.betas, seed)
+                kernels.adam_rows(
+                    p,
+                    p.grad,
+                    moments[0].codes,
+                    moments[1].codes,
+                    along,
+                    clip,
+                    size,
+                    floor,
+                    self.betas,
+                    seed,
+                )
             else:
-                self._in_chunks(p, moments, size, floor, torch.Generator(p.device).manual_seed(seed))
+                self._in_chunks(
+                    p, moments, size, floor, torch.Generator(p.device).manual_seed(seed)
+                )
         if self.unit_rows is not None and self.unit_rows.grad is not None and not self._kernels:
             self.unit_rows.div_(self.unit_rows.norm(dim=-1, keepdim=True).clamp(min=1e-8))
 
     def _in_chunks(
-        self, p: Tensor, moments: tuple[_Stored, _Stored], size: float, floor: float, generator: torch.Generator
+        self,
+        p: Tensor,
+        moments: tuple[_Stored, _Stored],
+        size: float,
+        floor: float,
+        generator: torch.Generator,
     ) -> None:
         """The update where moments are packed and no kernel does it."""
         (first, second), (b1, b2) = moments, self.betas
-        load, store = (_load_bf16, _store_bf16) if self.moments == "bfloat16" else (_load_int8, _store_int8)
+        load, store = (
+            (_load_bf16, _store_bf16) if self.moments == "bfloat16" else (_load_int8, _store_int8)
+        )
         assert p.grad is not None
         flat, grad = p.view(-1), p.grad.reshape(-1)
         for begin in range(0, len(flat), CHUNK):
@@ -135,7 +174,11 @@ class Adam:
         out = {"steps": torch.tensor(self.steps)}
         for i, p in enumerate(self._exact):
             state = self._fused.state.get(p, {})
-            out |= {f"exact.{i}.{name}": state[name] for name in ("step", "exp_avg", "exp_avg_sq") if name in state}
+            out |= {
+                f"exact.{i}.{name}": state[name]
+                for name in ("step", "exp_avg", "exp_avg_sq")
+                if name in state
+            }
         for i, pair in enumerate(self._stored):
             for name, kept in zip(("first", "second"), pair, strict=True):
                 out |= {f"{i}.{name}.codes": kept.codes, f"{i}.{name}.scales": kept.scales}
@@ -151,7 +194,8 @@ class Adam:
         for i, p in enumerate(self._exact):
             if f"exact.{i}.step" in tensors:
                 self._fused.state[p] = {
-                    name: tensors[f"exact.{i}.{name}"].to(p.device) for name in ("step", "exp_avg", "exp_avg_sq")
+                    name: tensors[f"exact.{i}.{name}"].to(p.device)
+                    for name in ("step", "exp_avg", "exp_avg_sq")
                 }
 
 
@@ -159,21 +203,29 @@ def _load_bf16(kept: _Stored, begin: int, end: int, power: int) -> Tensor:
     return kept.codes[begin:end].float()
 
 
-def _store_bf16(kept: _Stored, begin: int, end: int, x: Tensor, power: int, generator: torch.Generator) -> None:
-    noise = torch.randint(0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator)
+def _store_bf16(
+    kept: _Stored, begin: int, end: int, x: Tensor, power: int, generator: torch.Generator
+) -> None:
+    noise = torch.randint(
+        0, 1 << 16, x.shape, dtype=torch.int32, device=x.device, generator=generator
+    )
     bits = x.contiguous().view(torch.int32) + noise
     kept.codes[begin:end] = (bits & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
 
 
 def _load_int8(kept: _Stored, begin: int, end: int, power: int) -> Tensor:
-    """Codes are signed roots: the p-th root of a value over its block's, so that small values keep their digits."""
+    """Codes are signed roots: the p-th root of a value over its block's, so that small values keep
+    their digits.
+    """
     last = math.ceil(end / BLOCK)
     root = kept.codes[begin : last * BLOCK].view(-1, BLOCK).float().div_(127)
     value = root.abs().pow_(power).copysign_(root) * kept.scales[begin // BLOCK : last, None]
     return value.view(-1)[: end - begin]
 
 
-def _store_int8(kept: _Stored, begin: int, end: int, x: Tensor, power: int, generator: torch.Generator) -> None:
+def _store_int8(
+    kept: _Stored, begin: int, end: int, x: Tensor, power: int, generator: torch.Generator
+) -> None:
     last = math.ceil(end / BLOCK)
     padded = torch.nn.functional.pad(x, (0, last * BLOCK - end)).view(-1, BLOCK)
     scales = padded.abs().amax(1)

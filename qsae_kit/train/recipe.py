@@ -19,8 +19,8 @@ Frozen: TypeAlias = Literal["", "decoder", "soft_decoder", "encoder"]
 WIDEST = 2**31 - 1
 """Features that can be numbered."""
 LR, LR_WIDTH = 4e-3, 1024
-"""The default peak learning rate is LR at d_sae = LR_WIDTH and falls with its square root (Gao et al. 2024,
-arXiv 2406.04093, appendix A.3)."""
+"""The default peak learning rate is LR at d_sae = LR_WIDTH and falls with its square root (Gao et
+al. 2024, arXiv 2406.04093, appendix A.3)."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class TrainConfig:
     architecture: str = "jumprelu"
     """One of `sae.ARCHITECTURES`."""
     sparsity: float = 32
-    """Features a token: a target L0, or the k of the TopK family. Without effect where `targeted` is false."""
+    """Features a token: a target L0, or the k of the TopK family. Without effect where `targeted`
+    is false.
+    """
     expansion: float = 8
     """d_sae as a multiple of d_model."""
     tokens: int = 2_000_000
@@ -38,25 +40,35 @@ class TrainConfig:
     batch: int = 2048
     """Rows a step."""
     lr: float | None = None
-    """Peak learning rate of Adam; 5 % of the steps warm up, the last 30 % decay to 0. None: `LR` at the site's width."""
+    """Peak learning rate of Adam; 5 % of the steps warm up, the last 30 % decay to 0. None: `LR` at
+    the site's width.
+    """
     pool: int = 65_536
-    """Rows that are shuffled together; mean, scale and median norm are taken from the first of them."""
+    """Rows that are shuffled together; mean, scale and median norm are taken from the first of
+    them.
+    """
     dead_after: int | None = None
-    """Rows without firing after which a latent counts as dead; None: a hundredth of `tokens`, at most ten million."""
+    """Rows without firing after which a latent counts as dead; None: a hundredth of `tokens`, at
+    most ten million.
+    """
     seed: int = 0
     moments: Moments = "float32"
     """Format of Adam's moments; the parameters stay float32."""
     precision: Precision = "auto"
     """Of the encoder's product, which selects; auto: bfloat16 where that is made in hardware."""
     frozen: Frozen = ""
-    """For baselines (arXiv 2602.14111): what stays at random values, drawn without a look at the data. The decoder; the
-    decoder up to a cosine of 0.8 with where it began; or the encoder's weights."""
+    """For baselines (arXiv 2602.14111): what stays at random values, drawn without a look at the
+    data. The decoder; the decoder up to a cosine of 0.8 with where it began; or the encoder's
+    weights."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Further arguments of the architecture, such as {"sparsity_loss": "tanh"} for jumprelu."""
 
     def __post_init__(self) -> None:
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(f"There is no architecture {self.architecture!r}; choose from {', '.join(ARCHITECTURES)}.")
+            raise ValueError(
+                f"There is no architecture {self.architecture!r}; choose from"
+                f" {', '.join(ARCHITECTURES)}."
+            )
         for name in ("sparsity", "expansion", "tokens", "batch", "lr", "pool", "dead_after"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
@@ -64,31 +76,54 @@ class TrainConfig:
         if not 0 <= self.seed < 2**31:
             raise ValueError(f"seed={self.seed} was given; allowed are 0 to {2**31 - 1}.")
         if self.tokens < self.batch:
-            raise ValueError(f"tokens={self.tokens} is less than one batch of {self.batch} rows; train on more.")
+            raise ValueError(
+                f"tokens={self.tokens} is less than one batch of {self.batch} rows; train on more."
+            )
         if self.pool % self.batch:
-            raise ValueError(f"pool={self.pool} is no multiple of batch={self.batch}; choose one that is.")
+            raise ValueError(
+                f"pool={self.pool} is no multiple of batch={self.batch}; choose one that is."
+            )
         if self.moments not in MOMENT_BYTES:
-            raise ValueError(f"moments={self.moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}.")
+            raise ValueError(
+                f"moments={self.moments!r} was given; allowed are {', '.join(MOMENT_BYTES)}."
+            )
         if self.precision not in get_args(Precision):
-            raise ValueError(f"precision={self.precision!r} was given; allowed are {', '.join(get_args(Precision))}.")
+            raise ValueError(
+                f"precision={self.precision!r} was given; allowed are"
+                f" {', '.join(get_args(Precision))}."
+            )
         if self.frozen not in get_args(Frozen):
-            raise ValueError(f"frozen={self.frozen!r} was given; allowed are {', '.join(get_args(Frozen)[1:])} or nothing.")
-        known = [p.name for p in signature(ARCHITECTURES[self.architecture]).parameters.values() if p.kind is p.KEYWORD_ONLY]
+            raise ValueError(
+                f"frozen={self.frozen!r} was given; allowed are {', '.join(get_args(Frozen)[1:])}"
+                " or nothing."
+            )
+        known = [
+            p.name
+            for p in signature(ARCHITECTURES[self.architecture]).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
         unknown = set(self.options) - set(known)
         if unknown:
             raise ValueError(
-                f"{self.architecture!r} has no option {', '.join(sorted(unknown))}; allowed are {', '.join(known) or 'none'}."
+                f"{self.architecture!r} has no option {', '.join(sorted(unknown))}; allowed are"
+                f" {', '.join(known) or 'none'}."
             )
 
     def build(self, d_in: int, device: torch.device = torch.device("cpu")) -> SAE:
-        """An untrained SAE of this recipe. Raises ValueError where it would have more than `WIDEST` features."""
+        """An untrained SAE of this recipe. Raises ValueError where it would have more than `WIDEST`
+        features.
+        """
         if self.d_sae(d_in) > WIDEST:
             raise ValueError(
-                f"A width of {self.d_sae(d_in):,} features was asked for (expansion {self.expansion:g}); at most {WIDEST:,} are "
-                "possible, choose fewer."
+                f"A width of {self.d_sae(d_in):,} features was asked for (expansion"
+                f" {self.expansion:g}); at most {WIDEST:,} are possible, choose fewer."
             )
-        sae = ARCHITECTURES[self.architecture](d_in, self.d_sae(d_in), self.sparsity, **self.options).to(device)
-        sae.product_dtype = fastest_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
+        sae = ARCHITECTURES[self.architecture](
+            d_in, self.d_sae(d_in), self.sparsity, **self.options
+        ).to(device)
+        sae.product_dtype = (
+            fastest_dtype(device) if self.precision == "auto" else getattr(torch, self.precision)
+        )
         return sae
 
     def d_sae(self, d_in: int) -> int:
@@ -102,12 +137,19 @@ class TrainConfig:
     @property
     def quiet_rows(self) -> int:
         """Rows without firing after which a latent counts as dead."""
-        return max(1, min(10_000_000, self.tokens // 100)) if self.dead_after is None else self.dead_after
+        return (
+            max(1, min(10_000_000, self.tokens // 100))
+            if self.dead_after is None
+            else self.dead_after
+        )
 
     @property
     def targeted(self) -> bool:
         """Whether training aims at `sparsity`, rather than weighing it by a fixed coefficient."""
-        return self.options.get("sparsity_loss", "target") == "target" and self.options.get("l1") is None
+        return (
+            self.options.get("sparsity_loss", "target") == "target"
+            and self.options.get("l1") is None
+        )
 
     @property
     def variant(self) -> str:
@@ -126,8 +168,9 @@ POOL_ROWS, POOL_BYTES = 65_536, 4e9
 def default_recipe(d_model: int, n_sites: int = 1, **changes: Any) -> TrainConfig:
     """The recipe that `qsae train` takes without flags, with `changes` as its fields.
 
-    A sparsity that is not given is assumed: the square root of d_model, which is 32 at 1,024 and 64 at 4,096, the middle
-    of what public suites of such models use. The pool is as large as `POOL_ROWS`, `POOL_BYTES` and the tokens allow.
+    A sparsity that is not given is assumed: the square root of d_model, which is 32 at 1,024 and 64
+    at 4,096, the middle of what public suites of such models use. The pool is as large as
+    `POOL_ROWS`, `POOL_BYTES` and the tokens allow.
     """
     changes.setdefault("sparsity", max(1, round(d_model**0.5)))
     batch = changes.get("batch", TrainConfig.batch)

@@ -43,11 +43,15 @@ class Normaliser(NamedTuple):
 def fit_normaliser(x: Float[Tensor, "row d_model"]) -> Normaliser:
     """Mean and scale of a site, and its median norm, from the first rows.
 
-    Rows that are not finite are left out. Raises ValueError where they are most, or where all are alike.
+    Rows that are not finite are left out. Raises ValueError where they are most, or where all are
+    alike.
     """
     finite = x.isfinite().all(-1)
     if finite.sum() * 2 < len(x):
-        raise ValueError("Most of the first activations hold values that are not finite; check the model and its dtype.")
+        raise ValueError(
+            "Most of the first activations hold values that are not finite; check the model and its"
+            " dtype."
+        )
     x = x[finite]
     sinks = NormFilter(float(x.norm(dim=-1).median()))
     kept = x[sinks.keeps(x)]
@@ -63,7 +67,9 @@ SOFT_COSINE = 0.8
 
 @torch.no_grad()
 def keep_near(rows: Float[Tensor, "row d"], anchor: Float[Tensor, "row d"], cosine: float) -> None:
-    """Turns unit rows that have left the cone around their (unit) anchors back to its edge, in place."""
+    """Turns unit rows that have left the cone around their (unit) anchors back to its edge, in
+    place.
+    """
     along = (rows * anchor).sum(-1, keepdim=True)
     aside = torch.nn.functional.normalize(rows - along * anchor, dim=-1)
     rows.copy_(torch.where(along < cosine, cosine * anchor + (1 - cosine**2) ** 0.5 * aside, rows))
@@ -72,11 +78,15 @@ def keep_near(rows: Float[Tensor, "row d"], anchor: Float[Tensor, "row d"], cosi
 class SiteTrainer:
     """One SAE with its optimiser, in normalised units until `finish`."""
 
-    def __init__(self, config: TrainConfig, normaliser: Normaliser, d_in: int, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, normaliser: Normaliser, d_in: int, device: torch.device
+    ) -> None:
         self.config, self.normaliser = config, normaliser
         self.sae = config.build(d_in, device)
         self.lr = config.peak_lr(d_in)
-        self.optimizer = Adam(list(self.sae.parameters()), config.moments, seed=config.seed, unit_rows=self.sae.W_dec)
+        self.optimizer = Adam(
+            list(self.sae.parameters()), config.moments, seed=config.seed, unit_rows=self.sae.W_dec
+        )
         self.quiet = torch.zeros(self.sae.d_sae, device=device)  # rows since each latent last fired
         self.sae.W_dec.requires_grad_(config.frozen != "decoder")
         self.sae.encoder.requires_grad_(config.frozen != "encoder")
@@ -91,7 +101,14 @@ class SiteTrainer:
 
     def _state(self, progress: float) -> State:
         # Only where there are some: finding out which waits for the device.
-        return State(self.dead.nonzero().view(-1) if self.any_dead else self.quiet.new_empty(0, dtype=torch.long), progress)
+        return State(
+            (
+                self.dead.nonzero().view(-1)
+                if self.any_dead
+                else self.quiet.new_empty(0, dtype=torch.long)
+            ),
+            progress,
+        )
 
     def start(self, first: Float[Tensor, "row d_model"]) -> None:
         """Initial weights from raw rows."""
@@ -114,7 +131,9 @@ class SiteTrainer:
 
     @torch.enable_grad()  # an interrupt while torch leaves `no_grad` keeps gradients off for good
     def step(self, x: Float[Tensor, "row d_model"], progress: float) -> None:
-        """One optimiser step on raw rows; sinks and rows that are not finite are left out and counted."""
+        """One optimiser step on raw rows; sinks and rows that are not finite are left out and
+        counted.
+        """
         given = len(x)
         x = self.normaliser(x)
         self.skipped += given - len(x)
@@ -127,11 +146,20 @@ class SiteTrainer:
             fires, cols = loss.f > 0, loss.codes.cols
             self.quiet += len(x)
             self.quiet.scatter_reduce_(0, cols, self.quiet[cols].masked_fill_(fires, 0), "amin")
-            wanted = torch.stack([loss.total.double(), norm.double(), fires.sum().double(), self.dead.any().double()])
-        self.loss, length, fired, any_dead = wanted.tolist()  # all at once: each look at the device waits for it
+            wanted = torch.stack(
+                [loss.total.double(), norm.double(), fires.sum().double(), self.dead.any().double()]
+            )
+        # all at once: each look at the device waits for it
+        self.loss, length, fired, any_dead = wanted.tolist()
         if not math.isfinite(length):
-            raise ValueError(f"After {self.rows:,} rows the gradient is not finite (loss {self.loss:.3g}); choose a lower lr.")
-        self.optimizer.step(self.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3), clip=min(1.0, 1 / max(length, 1e-12)))
+            raise ValueError(
+                f"After {self.rows:,} rows the gradient is not finite (loss {self.loss:.3g});"
+                " choose a lower lr."
+            )
+        self.optimizer.step(
+            self.lr * min(1.0, progress / 0.05, (1 - progress) / 0.3),
+            clip=min(1.0, 1 / max(length, 1e-12)),
+        )
         self.optimizer.zero_grad()  # at once: one SAE's gradients are alive at a time
         self.sae.constrain()
         if self.anchor is not None:
@@ -147,31 +175,53 @@ class SiteTrainer:
         n = self.normaliser
         return self.sae((x - n.mean) * n.scale) / n.scale + n.mean
 
-    def finish(self, model_name: str, hook_name: str, drop_template: bool, context_size: int) -> SAE:
+    def finish(
+        self, model_name: str, hook_name: str, drop_template: bool, context_size: int
+    ) -> SAE:
         """The SAE in raw units with its provenance."""
         n = self.normaliser
-        figures = {"loss": self.loss, "l0": self.l0, "dead": float(self.dead.float().mean()), "skipped": float(self.skipped)}
+        figures = {
+            "loss": self.loss,
+            "l0": self.l0,
+            "dead": float(self.dead.float().mean()),
+            "skipped": float(self.skipped),
+        }
         self.sae.fold(n.mean, n.scale)
         self.sae.provenance = Provenance(
-            model_name, hook_name, n.filter, drop_template, context_size, self.rows, self.config.seed, figures
+            model_name,
+            hook_name,
+            n.filter,
+            drop_template,
+            context_size,
+            self.rows,
+            self.config.seed,
+            figures,
         )
         return self.sae.exported().eval().requires_grad_(False)
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is needed to go on, by name."""
         n = self.normaliser
-        counts = torch.tensor([self.rows, self.skipped, self.loss, self.l0, n.scale, *n.filter], dtype=torch.float64)
+        counts = torch.tensor(
+            [self.rows, self.skipped, self.loss, self.l0, n.scale, *n.filter], dtype=torch.float64
+        )
         own = {"quiet": self.quiet, "mean": n.mean, "counts": counts}
         own |= {} if self.anchor is None else {"anchor": self.anchor}
         own |= {f"sae.{name}": tensor for name, tensor in self.sae.state_dict().items()}
         return own | {f"adam.{name}": tensor for name, tensor in self.optimizer.tensors().items()}
 
     @classmethod
-    def from_tensors(cls, config: TrainConfig, tensors: dict[str, Tensor], device: torch.device) -> "SiteTrainer":
+    def from_tensors(
+        cls, config: TrainConfig, tensors: dict[str, Tensor], device: torch.device
+    ) -> "SiteTrainer":
         """A trainer that goes on where `tensors` was called."""
 
         def part(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+            return {
+                name.removeprefix(prefix): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
 
         rows, skipped, loss, l0, scale, median, factor = tensors["counts"].tolist()
         mean = tensors["mean"].to(device)
@@ -199,9 +249,12 @@ class Progress(NamedTuple):
     """Of the group that is trained."""
 
     def figures(self) -> dict[str, dict[str, float]]:
-        """Loss (in units of the site's variance, sparsity penalty included), L0 and dead share by "variant/hook name"."""
+        """Loss (in units of the site's variance, sparsity penalty included), L0 and dead share by
+        "variant/hook name".
+        """
         return {
-            "/".join(key): {"loss": t.loss, "l0": t.l0, "dead": float(t.dead.float().mean())} for key, t in self.trainers.items()
+            "/".join(key): {"loss": t.loss, "l0": t.l0, "dead": float(t.dead.float().mean())}
+            for key, t in self.trainers.items()
         }
 
 
@@ -237,33 +290,50 @@ class _GroupRun:
 
     def state(self) -> dict[str, Any]:
         return {
-            "groups": [group.sites for group in self.groups], "group": self.number, "rows": self.rows,
-            "place": list(self.place), "given": self.given, "seconds": self.seconds,
-        }  # fmt: skip
+            "groups": [group.sites for group in self.groups],
+            "group": self.number,
+            "rows": self.rows,
+            "place": list(self.place),
+            "given": self.given,
+            "seconds": self.seconds,
+        }
 
     def resume(self, state: Mapping[str, Any]) -> None:
         self.place, self.given = Place(*state["place"]), state["given"]
         self.rows, self.seconds = state["rows"], state["seconds"]
 
     def trainers(self, block: Block) -> dict[Key, SiteTrainer]:
-        """The group's trainers as the checkpoint has them, or with initial weights from the first block."""
+        """The group's trainers as the checkpoint has them, or with initial weights from the first
+        block.
+        """
         by_variant = {config.variant: config for config in self.configs}
         if self.rows and self.checkpoints is not None:
             device = next(iter(block.rows.values())).device
             return {
-                key: SiteTrainer.from_tensors(by_variant[key[0]], self.checkpoints.tensors("~".join(key)), device)
+                key: SiteTrainer.from_tensors(
+                    by_variant[key[0]], self.checkpoints.tensors("~".join(key)), device
+                )
                 for key in self.group.keys
             }
         return start_trainers(self.group.keys, by_variant, block)
 
     def train(
-        self, source: RowSource, watch: Sequence[Callable[[Progress], None]], every: float, most: int | None, bar: bool
+        self,
+        source: RowSource,
+        watch: Sequence[Callable[[Progress], None]],
+        every: float,
+        most: int | None,
+        bar: bool,
     ) -> dict[Key, SiteTrainer]:
-        """Steps until the group is complete or an interrupt was asked for; `most`: see `kept_memory`."""
+        """Steps until the group is complete or an interrupt was asked for; `most`: see
+        `kept_memory`.
+        """
         lead = self.lead
         trainers: dict[Key, SiteTrainer] = {}
         due = time.monotonic() + every
-        with tqdm(total=lead.tokens, initial=self.rows, unit="tok", desc="training", disable=not bar) as meter:
+        with tqdm(
+            total=lead.tokens, initial=self.rows, unit="tok", desc="training", disable=not bar
+        ) as meter:
             for block in source.blocks(lead.pool, self.place):
                 self.place = block.place
                 if not trainers:
@@ -285,17 +355,27 @@ class _GroupRun:
                         steps, stop = self.rows // lead.batch, self.interrupts.asked
                         if self.complete or steps % LOG_EVERY == 0:
                             self._log(progress, meter)
-                        if self.checkpoints is not None and not self.complete and (stop or time.monotonic() >= due):
+                        if (
+                            self.checkpoints is not None
+                            and not self.complete
+                            and (stop or time.monotonic() >= due)
+                        ):
                             began = time.monotonic()
-                            self.checkpoints.save(self.state(), {"~".join(key): t.tensors() for key, t in trainers.items()})
-                            due = time.monotonic() + max(every, 20 * (time.monotonic() - began) if every else 0)
+                            self.checkpoints.save(
+                                self.state(),
+                                {"~".join(key): t.tensors() for key, t in trainers.items()},
+                            )
+                            due = time.monotonic() + max(
+                                every, 20 * (time.monotonic() - began) if every else 0
+                            )
                         if self.complete or stop:
                             return trainers
                 self.given = 0
                 rows = {}
                 del block  # before the next one is made
         raise ValueError(
-            f"The data ended after {self.rows:,} of {lead.tokens:,} tokens; give more data or train on fewer tokens."
+            f"The data ended after {self.rows:,} of {lead.tokens:,} tokens; give more data or train"
+            " on fewer tokens."
         )
 
     def _announce(self, block: Block, trainers: Mapping[Key, SiteTrainer], bar: bool) -> None:
@@ -303,20 +383,33 @@ class _GroupRun:
         rows, dtype = block.rows[site], trainer.sae.product_dtype
         said = path_name(rows.device, dtype or rows.dtype)
         if dtype == torch.bfloat16:
-            said += f"; of what float32 selects {trainer.miss_rate(rows[: self.lead.batch]):.2%} is missed"
+            said += (
+                f"; of what float32 selects {trainer.miss_rate(rows[: self.lead.batch]):.2%} is"
+                " missed"
+            )
         if bar:
             say(f"Products: {said}")
 
     def _log(self, progress: Progress, meter: tqdm) -> None:
         figures = progress.figures()
-        means = {name: sum(own[name] for own in figures.values()) / len(figures) for name in ("loss", "l0", "dead")}
+        means = {
+            name: sum(own[name] for own in figures.values()) / len(figures)
+            for name in ("loss", "l0", "dead")
+        }
         meter.set_postfix({name: f"{value:.3g}" for name, value in means.items()}, refresh=False)
         if self.checkpoints is not None:
-            line = {"group": self.number, "rows": self.rows, "seconds": round(self.seconds, 3), "sites": figures}
+            line = {
+                "group": self.number,
+                "rows": self.rows,
+                "seconds": round(self.seconds, 3),
+                "sites": figures,
+            }
             self.checkpoints.log(line)
 
 
-def start_trainers(keys: Sequence[Key], by_variant: Mapping[str, TrainConfig], block: Block) -> dict[Key, SiteTrainer]:
+def start_trainers(
+    keys: Sequence[Key], by_variant: Mapping[str, TrainConfig], block: Block
+) -> dict[Key, SiteTrainer]:
     """Trainers with initial weights; normalisers are fitted to the first half of the block."""
     trainers = {}
     normalisers: dict[str, Normaliser] = {}
@@ -348,23 +441,29 @@ def train_saes(
     """Trains every variant at every site of the source; the SAEs of a group see the same batches.
 
     source: `data.rows.LiveRows` or `StoredRows`; it must not run dry before `tokens` rows.
-    configs: one a variant; they share tokens, batch and pool; the first one's seed decides the order of the rows.
-    drop_template, context_size: what the source's batches were made with; it is stored with the SAEs.
-    folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a checkpoint every
-    `checkpoint_seconds` (less often where writing it takes more than a twentieth of the time); `resume` goes on from
-    there, on a CPU to the same bits as without a break, and starts where there is none yet.
-    memory: bytes that may be used beside the model, by default most of what is free; sites that do not fit together are
-    trained one group after another, each with a pass over the data, and are returned on the CPU.
+    configs: one a variant; they share tokens, batch and pool; the first one's seed decides the
+        order of the rows.
+    drop_template, context_size: what the source's batches were made with; it is stored with the
+        SAEs.
+    folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a
+    checkpoint every `checkpoint_seconds` (less often where writing it takes more than a twentieth
+    of the time); `resume` goes on from there, on a CPU to the same bits as without a break, and
+    starts where there is none yet.
+    memory: bytes that may be used beside the model, by default most of what is free; sites that do
+    not fit together are trained one group after another, each with a pass over the data, and are
+    returned on the CPU.
     watch: called with the `Progress` after each step, such as `train.watch.LiveFigure()`.
     stop: an event that works like an interrupt, from another thread; an interrupt sets it.
-    An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they are; so does SIGTERM, which
-    then ends the process.
+    An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they
+    are; so does SIGTERM, which then ends the process.
 
-    Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together, too little data, a
-    folder with another or an unfinished run, or one that another process writes.
+    Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together,
+    too little data, a folder with another or an unfinished run, or one that another process writes.
     """
     if resume and folder is None:
-        raise ValueError("resume=True was given without a folder to resume from; give the folder of the run.")
+        raise ValueError(
+            "resume=True was given without a folder to resume from; give the folder of the run."
+        )
     _check_configs(configs, source.widths)
     return_freed_memory()
     origin = Origin(model_name, drop_template, context_size)
@@ -376,9 +475,12 @@ def train_saes(
         groups = _groups(source, configs, memory, state)
         if bar:
             sizes = ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
-            say(f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows")
+            say(
+                f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows"
+            )
         suite: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
-        if checkpoints is not None and state is None:  # so that a run can be resumed from its first moment
+        # so that a run can be resumed from its first moment
+        if checkpoints is not None and state is None:
             checkpoints.save(_GroupRun(configs, 0, groups[0], groups, None, interrupts).state(), {})
         for number, group in enumerate(groups):
             if folder is not None and state is not None and number < state["group"]:
@@ -392,7 +494,10 @@ def train_saes(
             most = peak.began + group.bytes if source.device.type == "cpu" else None
             trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, most, bar)
             if bar and peak.bytes is not None:
-                say(f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included), {group.bytes / 1e9:.2f} GB planned")
+                say(
+                    f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included),"
+                    f" {group.bytes / 1e9:.2f} GB planned"
+                )
             while trainers:
                 (variant, site), trainer = trainers.popitem()
                 sae = trainer.finish(model_name, site, drop_template, context_size)
@@ -401,10 +506,15 @@ def train_saes(
                     save_sae(sae, suite_folder(folder / "suite", variant, site))
                 del trainer, sae  # before the next group begins
             if run.complete and checkpoints is not None:
-                checkpoints.save(_GroupRun(configs, number + 1, group, groups, None, interrupts).state(), {})
+                checkpoints.save(
+                    _GroupRun(configs, number + 1, group, groups, None, interrupts).state(), {}
+                )
             if interrupts.asked:
                 break
-    return {variant: {site: saes[site] for site in source.sites if site in saes} for variant, saes in suite.items()}
+    return {
+        variant: {site: saes[site] for site in source.sites if site in saes}
+        for variant, saes in suite.items()
+    }
 
 
 class Origin(NamedTuple):
@@ -431,10 +541,13 @@ def _found_state(checkpoints: Checkpoints, resume: bool) -> dict[str, Any] | Non
     """The state to go on from, None where there is none yet; what a killed run left is cleared."""
     state = checkpoints.load()
     if state is not None and not resume:
-        raise ValueError(f"{str(checkpoints.folder)!r} holds a run already; resume it or choose another folder.")
+        raise ValueError(
+            f"{str(checkpoints.folder)!r} holds a run already; resume it or choose another folder."
+        )
     if state is not None and not _is_state(state):
         raise ValueError(
-            f"The checkpoint in {str(checkpoints.folder)!r} was not written by this package's training; choose another folder."
+            f"The checkpoint in {str(checkpoints.folder)!r} was not written by this package's"
+            " training; choose another folder."
         )
     checkpoints.begin(state)
     return state
@@ -447,23 +560,36 @@ def _is_state(state: Mapping[str, Any]) -> bool:
     return (
         all(isinstance(number, (int, float)) and number >= 0 for number in numbers)
         and isinstance(groups, list)
-        and all(isinstance(sites, list) and all(isinstance(site, str) for site in sites) for sites in groups)
+        and all(
+            isinstance(sites, list) and all(isinstance(site, str) for site in sites)
+            for sites in groups
+        )
         and isinstance(place, list)
         and len(place) == len(Place())
     )
 
 
 def _groups(
-    source: RowSource, configs: Sequence[TrainConfig], memory: int | None, state: Mapping[str, Any] | None
+    source: RowSource,
+    configs: Sequence[TrainConfig],
+    memory: int | None,
+    state: Mapping[str, Any] | None,
 ) -> list[Group]:
-    """The groups of a run; of one that goes on those that were planned then, whatever is free now."""
+    """The groups of a run; of one that goes on those that were planned then, whatever is free
+    now.
+    """
     widths = source.widths
     if state is None:
         free = free_memory(source.device) if memory is None else memory
         return plan_groups(configs, widths, free, source.forward_rows)
     if not {site for sites in state["groups"] for site in sites} <= set(widths):
-        raise ValueError("The checkpoint names sites that this run does not have; choose another folder.")
-    return [group_of(configs, {site: widths[site] for site in sites}, source.forward_rows) for sites in state["groups"]]
+        raise ValueError(
+            "The checkpoint names sites that this run does not have; choose another folder."
+        )
+    return [
+        group_of(configs, {site: widths[site] for site in sites}, source.forward_rows)
+        for sites in state["groups"]
+    ]
 
 
 def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> None:
@@ -472,9 +598,14 @@ def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) ->
     lead = configs[0]
     for config in configs:
         if (config.tokens, config.batch, config.pool) != (lead.tokens, lead.batch, lead.pool):
-            raise ValueError("The variants of one run must share tokens, batch and pool; train them separately.")
+            raise ValueError(
+                "The variants of one run must share tokens, batch and pool; train them separately."
+            )
     if len({config.variant for config in configs}) < len(configs):
-        raise ValueError("Two variants of one run have the same name; give them another sparsity or expansion.")
+        raise ValueError(
+            "Two variants of one run have the same name; give them another sparsity or expansion."
+        )
     for config in configs:
         for width in set(widths.values()):
-            config.build(width, torch.device("meta"))  # a k that is too large is better found now than after a full pool
+            # a k that is too large is better found now than after a full pool
+            config.build(width, torch.device("meta"))

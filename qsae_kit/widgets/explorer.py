@@ -18,9 +18,15 @@ from qsae_kit.widgets.widget import View, source
 BLOCK = 100
 """Rows that are sent at once."""
 TITLES = {
-    "feature": "feature", "label": "label", "hint": "hint", "density": "density", "max": "max", "token_f1": "token F1",
-    "top_token": "strongest token", "warnings": "warnings",
-}  # fmt: skip
+    "feature": "feature",
+    "label": "label",
+    "hint": "hint",
+    "density": "density",
+    "max": "max",
+    "token_f1": "token F1",
+    "top_token": "strongest token",
+    "warnings": "warnings",
+}
 """Columns of the table, with their headings; the others can be sorted and filtered by, too."""
 FILTER = re.compile(r"(?<!\S)(\w+)(<=|>=|<|>|=)(\S+)")
 OFFLINE_ROWS, OFFLINE_PAGES = 2000, 40
@@ -28,7 +34,8 @@ MODES = ("text", "fires on", "near")
 
 
 def split_query(query: str, columns: Sequence[str]) -> tuple[str, list[tuple[str, str, float]]]:
-    """Takes conditions such as `density<0.01` out of a query. Returns the rest and (column, sign, number) of each.
+    """Takes conditions such as `density<0.01` out of a query. Returns the rest and (column, sign,
+    number) of each.
 
     Raises ValueError for a column that there is not, or what is no number.
     """
@@ -39,10 +46,14 @@ def split_query(query: str, columns: Sequence[str]) -> tuple[str, list[tuple[str
             number = float(text)
         except ValueError:
             if column in columns:
-                raise ValueError(f"{text!r} is no number; write a condition as density<0.01.") from None
+                raise ValueError(
+                    f"{text!r} is no number; write a condition as density<0.01."
+                ) from None
             continue  # words that happen to hold a sign
         if column not in columns:
-            raise ValueError(f"There is no column {column!r} to filter by; there are {', '.join(columns)}.")
+            raise ValueError(
+                f"There is no column {column!r} to filter by; there are {', '.join(columns)}."
+            )
         conditions.append((column, sign, number))
         words = words.replace(match[0], "", 1)
     return words.strip(), conditions
@@ -51,9 +62,11 @@ def split_query(query: str, columns: Sequence[str]) -> tuple[str, list[tuple[str
 class FeatureExplorer(View):
     """All features of an index's SAEs: sort, filter, search, and look at one.
 
-    index: `features.index.load_index`'s; opened with its model and suite, it also finds what fires on a text and what is near a
-    feature. Traits to observe: `selected`, the feature whose page is shown (-1: none), and `site`, the number of the SAE in
-    `features.index.keys`. The search box takes words, feature numbers, and conditions such as `density<0.01 max>3`.
+    index: `features.index.load_index`'s; opened with its model and suite, it also finds what fires
+        on a text and what is near a
+    feature. Traits to observe: `selected`, the feature whose page is shown (-1: none), and `site`,
+    the number of the SAE in `features.index.keys`. The search box takes words, feature numbers, and
+    conditions such as `density<0.01 max>3`.
     """
 
     _esm = source("common.js", "explorer.js")
@@ -70,13 +83,18 @@ class FeatureExplorer(View):
     query = T.Unicode("").tag(sync=True)
     mode = T.Enum(MODES, "text").tag(sync=True)
     sort_by = T.Unicode("").tag(sync=True)
-    """A column; "": what was searched for best first, and all features by their largest activation."""
+    """A column; "": what was searched for best first, and all features by their largest activation.
+    """
     ascending = T.Bool(False).tag(sync=True)
     selected = T.Int(-1).tag(sync=True)
     page = T.Dict(None, allow_none=True).tag(sync=True)
 
     def __init__(
-        self, index: FeatureIndex, hook_name: str | None = None, variant: str | None = None, feature: int | None = None
+        self,
+        index: FeatureIndex,
+        hook_name: str | None = None,
+        variant: str | None = None,
+        feature: int | None = None,
     ) -> None:
         self.index = index
         self._guard = threading.RLock()
@@ -84,7 +102,9 @@ class FeatureExplorer(View):
         self._shown: pd.DataFrame | None = None
         self._order, self._extra = np.zeros(0, np.int64), dict[str, np.ndarray]()
         names = ["/".join(key) for key in index.keys]
-        super().__init__(sites=names, site=names.index(f"{own.variant}/{own.hook_name}"), live=index.live)
+        super().__init__(
+            sites=names, site=names.index(f"{own.variant}/{own.hook_name}"), live=index.live
+        )
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
         self._reorder()
         self.selected = own.check(feature) if feature is not None else strongest(own)
@@ -102,7 +122,9 @@ class FeatureExplorer(View):
         return self.features.table.iloc[self._order]
 
     def show(self, found: pd.DataFrame) -> None:
-        """Shows only these features, in their order, with the first two of their columns: what a search returned."""
+        """Shows only these features, in their order, with the first two of their columns: what a
+        search returned.
+        """
         for feature in found.index:
             self.features.check(feature)
         self._shown = found
@@ -141,7 +163,11 @@ class FeatureExplorer(View):
             self._order, self._extra = order, extra
             with self.hold_sync():
                 self.columns = [{"name": n, "title": TITLES.get(n, n)} for n in self._names]
-                self.n_rows, self.n_features, self.first = len(order), self.features.d_sae, self.rows(0, BLOCK)
+                self.n_rows, self.n_features, self.first = (
+                    len(order),
+                    self.features.d_sae,
+                    self.rows(0, BLOCK),
+                )
                 self.version += 1
                 self.status = ""
 
@@ -171,7 +197,9 @@ class FeatureExplorer(View):
         for column, sign, value in conditions:
             figures = own.figures[column].to_numpy()[order]
             if figures.dtype.kind not in "fiu":
-                raise ValueError(f"The column {column!r} holds text; filter by a column of numbers.")
+                raise ValueError(
+                    f"The column {column!r} holds text; filter by a column of numbers."
+                )
             keep &= {
                 "<": figures < value,
                 "<=": figures <= value,
@@ -193,7 +221,10 @@ class FeatureExplorer(View):
         if name in extra:
             return extra[name]
         if name not in own.figures:
-            raise ValueError(f"There is no column {name!r} to sort by; there are {', '.join(['feature', 'label', *COLUMNS])}.")
+            raise ValueError(
+                f"There is no column {name!r} to sort by; there are"
+                f" {', '.join(['feature', 'label', *COLUMNS])}."
+            )
         return own.figures[name].to_numpy()
 
     @property
@@ -214,7 +245,12 @@ class FeatureExplorer(View):
         if message.get("op") == "rows":
             start = int(message["start"])
             with self._guard:
-                reply = {"op": "rows", "version": self.version, "start": start, "rows": self.rows(start, start + BLOCK)}
+                reply = {
+                    "op": "rows",
+                    "version": self.version,
+                    "start": start,
+                    "rows": self.rows(start, start + BLOCK),
+                }
             self.send(reply)
         elif message.get("op") == "label":
             self.label(int(message["feature"]), str(message["text"]))
@@ -225,7 +261,11 @@ class FeatureExplorer(View):
             self.index.label(self.features, feature, text)
             self._reorder()
             self._open(None)
-            self.status = f"Feature {feature} is labelled." if text.strip() else f"The label of feature {feature} is taken away."
+            self.status = (
+                f"Feature {feature} is labelled."
+                if text.strip()
+                else f"The label of feature {feature} is taken away."
+            )
 
     # --- without a kernel
 
@@ -234,21 +274,36 @@ class FeatureExplorer(View):
         starts = range(BLOCK, min(len(self._order), OFFLINE_ROWS), BLOCK)
         features = dict.fromkeys([self.selected, *self._order[:OFFLINE_PAGES].tolist()])
         pages = {str(f): {"page": page_state(self.features.page(f))} for f in features}
-        blocks = {str(start): {"rows": self.rows(start, start + BLOCK), "version": self.version} for start in starts}
+        blocks = {
+            str(start): {"rows": self.rows(start, start + BLOCK), "version": self.version}
+            for start in starts
+        }
         nothing: dict[str, Any] = {}
         return state | {"live": False}, {
-            "selected": pages, "rows": blocks, "label": nothing, "query": nothing, "sort_by": nothing, "site": nothing,
-            "ascending": nothing, "mode": nothing,
-        }  # fmt: skip
+            "selected": pages,
+            "rows": blocks,
+            "label": nothing,
+            "query": nothing,
+            "sort_by": nothing,
+            "site": nothing,
+            "ascending": nothing,
+            "mode": nothing,
+        }
 
     def fallback(self) -> str:
         cells = "".join(f"<th>{html.escape(column['title'])}</th>" for column in self.columns)
-        rows = "".join("<tr>" + "".join(f"<td>{html.escape(_short(v))}</td>" for v in row) + "</tr>" for row in self.first[:10])
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(_short(v))}</td>" for v in row) + "</tr>"
+            for row in self.first[:10]
+        )
         return f"<p>{html.escape(repr(self))}</p><table><tr>{cells}</tr>{rows}</table>"
 
     def __repr__(self) -> str:
         own = self.features
-        return f"FeatureExplorer({own.variant}/{own.hook_name}, {len(self._order):,} of {own.d_sae:,} features, selected {self.selected})"
+        return (
+            f"FeatureExplorer({own.variant}/{own.hook_name}, {len(self._order):,} of {own.d_sae:,}"
+            f" features, selected {self.selected})"
+        )
 
 
 def strongest(site: SiteFeatures) -> int:
@@ -257,7 +312,9 @@ def strongest(site: SiteFeatures) -> int:
 
 
 def sorted_places(values: np.ndarray, ascending: bool) -> np.ndarray:
-    """The order of a column's values, equal ones as they come; NaN and empty texts last either way."""
+    """The order of a column's values, equal ones as they come; NaN and empty texts last either
+    way.
+    """
     if values.dtype == object:
         empty = np.array([not v for v in values], bool)
         values = np.unique(values.astype(str), return_inverse=True)[1]
@@ -279,21 +336,32 @@ def _short(value: Any) -> str:
 
 
 def _example_state(example: Example) -> dict[str, Any]:
-    return example._asdict() | {"value": float(f"{example.value:.5g}"), "acts": [float(f"{a:.4g}") for a in example.acts]}
+    return example._asdict() | {
+        "value": float(f"{example.value:.5g}"),
+        "acts": [float(f"{a:.4g}") for a in example.acts],
+    }
 
 
 def page_state(page: FeaturePage) -> dict[str, Any]:
     """A page as JSON."""
     figures = {
-        name: None
-        if isinstance(value, float) and not math.isfinite(value)
-        else value.item()
-        if isinstance(value, np.generic)
-        else value
+        name: (
+            None
+            if isinstance(value, float) and not math.isfinite(value)
+            else value.item()
+            if isinstance(value, np.generic)
+            else value
+        )
         for name, value in page.figures.items()
     }
     return page._asdict() | {
-        "figures": {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()},
+        "figures": {
+            k: None if isinstance(v, float) and not math.isfinite(v) else v
+            for k, v in figures.items()
+        },
         "top": [_example_state(example) for example in page.top],
-        "bands": [{"low": b.low, "high": b.high, "examples": [_example_state(e) for e in b.examples]} for b in page.bands],
+        "bands": [
+            {"low": b.low, "high": b.high, "examples": [_example_state(e) for e in b.examples]}
+            for b in page.bands
+        ],
     }

@@ -1,4 +1,6 @@
-"""LayerLoss: reconstruction loss and what splicing costs the model, per layer and site; a click opens the site."""
+"""LayerLoss: reconstruction loss and what splicing costs the model, per layer and site; a click
+opens the site.
+"""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,45 +10,69 @@ import plotly.graph_objects as go
 import traitlets as T
 from plotly.subplots import make_subplots
 
-from qsae_kit.figures.basic import KIND_COLORS, KIND_NAMES, KIND_SYMBOLS, plot_text, reconstruction_figure, style
+from qsae_kit.figures.basic import (
+    KIND_COLORS,
+    KIND_NAMES,
+    KIND_SYMBOLS,
+    plot_text,
+    reconstruction_figure,
+    style,
+)
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.plots import PlotView
 from qsae_kit.widgets.widget import source
 
 
-def site_frontier(evaluation: pd.DataFrame, hook_name: str, variant: str, category: str = "all") -> go.Figure:
-    """Sparsity against fidelity at one site: FVU and the rise of cross-entropy against L0, a mark a variant, one of them larger.
+def site_frontier(
+    evaluation: pd.DataFrame, hook_name: str, variant: str, category: str = "all"
+) -> go.Figure:
+    """Sparsity against fidelity at one site: FVU and the rise of cross-entropy against L0, a mark a
+    variant, one of them larger.
 
     evaluation: the table of `evaluate.evaluation.evaluate_suite`.
     """
-    rows = evaluation[(evaluation["category"] == category) & (evaluation["site"] == hook_name)].sort_values("l0")
+    rows = evaluation[
+        (evaluation["category"] == category) & (evaluation["site"] == hook_name)
+    ].sort_values("l0")
     kind = parse_hook_name(hook_name).kind
-    figure = make_subplots(1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12)
+    figure = make_subplots(
+        1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12
+    )
     sizes = [16 if name == variant else 9 for name in rows["variant"]]
     for column, metric in ((1, "fvu"), (2, "delta_ce")):
         figure.add_trace(
             go.Scatter(
-                x=rows["l0"].tolist(), y=rows[metric].tolist(), mode="markers", showlegend=False,
+                x=rows["l0"].tolist(),
+                y=rows[metric].tolist(),
+                mode="markers",
+                showlegend=False,
                 marker={"color": KIND_COLORS[kind], "symbol": KIND_SYMBOLS[kind], "size": sizes},
-                text=[plot_text(name) for name in rows["variant"]], hovertemplate="%{text}: %{y:.4f} at L0 %{x:.1f}<extra></extra>",
+                text=[plot_text(name) for name in rows["variant"]],
+                hovertemplate="%{text}: %{y:.4f} at L0 %{x:.1f}<extra></extra>",
             ),
-            row=1, col=column,
-        )  # fmt: skip
+            row=1,
+            col=column,
+        )
     figure.update_xaxes(title="L0 (features a token)", rangemode="tozero")
     figure.update_yaxes(title="fraction of variance unexplained", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
     layer = parse_hook_name(hook_name).layer
     return style(
-        figure, f"Sparsity against fidelity, {KIND_NAMES[kind]} of layer {layer} (large: {plot_text(variant)})", height=340
+        figure,
+        f"Sparsity against fidelity, {KIND_NAMES[kind]} of layer {layer} (large:"
+        f" {plot_text(variant)})",
+        height=340,
     )
 
 
 class LayerLoss(PlotView):
-    """Reconstruction per layer and site over an evaluation, with the chosen site's sparsity and fidelity below.
+    """Reconstruction per layer and site over an evaluation, with the chosen site's sparsity and
+    fidelity below.
 
-    evaluation: the table of `evaluate.evaluation.evaluate_suite`. explorer: a `FeatureExplorer` that goes along to the chosen site.
-    `selected` ("variant/hook name") is a trait to observe; a click on a mark sets it, and so does the menu.
+    evaluation: the table of `evaluate.evaluation.evaluate_suite`. explorer: a `FeatureExplorer`
+    that goes along to the chosen site. `selected` ("variant/hook name") is a trait to observe; a
+    click on a mark sets it, and so does the menu.
     """
 
     _esm = source("common.js", "layers.js", "plots.js")
@@ -54,14 +80,24 @@ class LayerLoss(PlotView):
     selected = T.Unicode("").tag(sync=True)
 
     def __init__(
-        self, evaluation: pd.DataFrame, model_name: str = "", explorer: FeatureExplorer | None = None, category: str = "all"
+        self,
+        evaluation: pd.DataFrame,
+        model_name: str = "",
+        explorer: FeatureExplorer | None = None,
+        category: str = "all",
     ) -> None:
         table = evaluation[evaluation["category"] == category]
         if table.empty:
             raise ValueError(
-                f"The evaluation has no rows of category {category!r}; it has {', '.join(evaluation['category'].unique())}."
+                f"The evaluation has no rows of category {category!r}; it has"
+                f" {', '.join(evaluation['category'].unique())}."
             )
-        self.table, self.model_name, self.explorer, self.category = table, model_name, explorer, category
+        self.table, self.model_name, self.explorer, self.category = (
+            table,
+            model_name,
+            explorer,
+            category,
+        )
         sites = (table["variant"] + "/" + table["site"]).tolist()
         super().__init__(sites=sites)
         shown = explorer.sites[explorer.site] if explorer is not None else ""
@@ -88,7 +124,9 @@ class LayerLoss(PlotView):
             if int(message["figure"]) == 0:
                 variant, _, kind = trace.legendgroup.rpartition("/")
                 rows = self.table[
-                    (self.table["variant"] == variant) & (self.table["kind"] == kind) & (self.table["layer"] == trace.x[point])
+                    (self.table["variant"] == variant)
+                    & (self.table["kind"] == kind)
+                    & (self.table["layer"] == trace.x[point])
                 ]
             else:
                 own = self.selected.rpartition("/")[2]

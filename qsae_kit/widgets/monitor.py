@@ -1,4 +1,6 @@
-"""TrainingMonitor: a training in a thread of its own, drawn while it runs, with a button that stops it."""
+"""TrainingMonitor: a training in a thread of its own, drawn while it runs, with a button that stops
+it.
+"""
 
 import threading
 from collections.abc import Callable, Mapping
@@ -18,17 +20,21 @@ Suite: TypeAlias = dict[str, dict[str, SAE]]
 
 
 class TrainingMonitor(PlotView):
-    """Runs a training beside the notebook: cells can be run meanwhile, and Stop leaves valid SAEs (and a checkpoint).
+    """Runs a training beside the notebook: cells can be run meanwhile, and Stop leaves valid SAEs
+    (and a checkpoint).
 
-    train: takes keyword arguments `watch` and `stop` and trains, such as `functools.partial(train_saes, source, configs,
-    model_name="tiny", bar=False)`. It starts at once, or with `autostart=False` at the button. `result()` waits for it and
-    returns what it trained, or raises what it raised.
+    train: takes keyword arguments `watch` and `stop` and trains, such as
+    `functools.partial(train_saes, source, configs, model_name="tiny", bar=False)`. It starts at
+    once, or with `autostart=False` at the button. `result()` waits for it and returns what it
+    trained, or raises what it raised.
     """
 
     _esm = source("common.js", "monitor.js", "plots.js")
     running = T.Bool(False).tag(sync=True)
 
-    def __init__(self, train: Callable[..., Suite], seconds: float = 2.0, autostart: bool = True) -> None:
+    def __init__(
+        self, train: Callable[..., Suite], seconds: float = 2.0, autostart: bool = True
+    ) -> None:
         self._train, self._seconds = train, seconds
         self._stop, self._thread = threading.Event(), None
         self._live = LiveFigure(seconds, self._draw)
@@ -59,7 +65,9 @@ class TrainingMonitor(PlotView):
             self.status = "Stopping after this step."
 
     def result(self, timeout: float | None = None) -> Suite:
-        """The trained SAEs by variant and hook name, when the training has ended. Raises TimeoutError where it has not."""
+        """The trained SAEs by variant and hook name, when the training has ended. Raises
+        TimeoutError where it has not.
+        """
         if self._thread is not None:
             self._thread.join(timeout)
         if self.running or self._thread is None:
@@ -72,7 +80,9 @@ class TrainingMonitor(PlotView):
     def _work(self) -> None:
         try:
             self._suite = self._train(watch=[self._watch], stop=self._stop)
-            self.status = "Stopped: the SAEs are as they were then." if self._stop.is_set() else "Done."
+            self.status = (
+                "Stopped: the SAEs are as they were then." if self._stop.is_set() else "Done."
+            )
         except BaseException as error:  # shown here and raised again by result()
             self._error = error
             self.status = f"{type(error).__name__}: {error}"
@@ -85,9 +95,14 @@ class TrainingMonitor(PlotView):
 
     def _draw(self, figure: go.Figure) -> None:
         assert self._progress is not None
-        rows, total = self._progress.rows, next(iter(self._progress.trainers.values())).config.tokens
+        rows, total = (
+            self._progress.rows,
+            next(iter(self._progress.trainers.values())).config.tokens,
+        )
         self.show(figure)
-        self.status = f"{rows:,} of {total:,} rows, {rows / max(self._progress.seconds, 1e-9):,.0f} a second."
+        self.status = (
+            f"{rows:,} of {total:,} rows, {rows / max(self._progress.seconds, 1e-9):,.0f} a second."
+        )
 
     def to_frame(self) -> pd.DataFrame:
         """The log so far: group, rows, variant, hook_name, loss, l0, dead."""

@@ -1,4 +1,6 @@
-"""Plotly figures in a widget; the page fetches plotly.js from the kernel once, however many figures it shows."""
+"""Plotly figures in a widget; the page fetches plotly.js from the kernel once, however many figures
+it shows.
+"""
 
 import functools
 import gzip
@@ -17,7 +19,9 @@ from qsae_kit.widgets.widget import View, source
 @functools.cache
 def library() -> bytes:
     """plotly.js, compressed."""
-    return gzip.compress((Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes(), 6)
+    return gzip.compress(
+        (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_bytes(), 6
+    )
 
 
 class PlotView(View):
@@ -42,7 +46,9 @@ class PlotView(View):
 
     def to_html(self, path: str | Path | None = None) -> str:
         page = super().to_html()
-        code = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(encoding="utf-8")
+        code = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(
+            encoding="utf-8"
+        )
         page = page.replace("<main></main>", f"<main></main>\n<script>{code}</script>", 1)
         if path is not None:
             from qsae_kit.io.files import write_text

@@ -1,4 +1,6 @@
-"""SteeringLab: sliders for features, and the answers without and with them side by side as they are written."""
+"""SteeringLab: sliders for features, and the answers without and with them side by side as they are
+written.
+"""
 
 import html
 import math
@@ -52,12 +54,14 @@ class _Try:
 class SteeringLab(View):
     """Features to move with sliders, and what the model answers without and with them.
 
-    suite: variant -> hook name -> SAE. index: finds features by words and shows their labels; without one the search takes
-    a feature's number, and lists those that fire on the prompt. prompt: one question, or lines that begin with `user:`
-    and `assistant:`. Both answers draw the same random numbers, so that they differ by the setting alone.
+    suite: variant -> hook name -> SAE. index: finds features by words and shows their labels;
+    without one the search takes a feature's number, and lists those that fire on the prompt.
+    prompt: one question, or lines that begin with `user:` and `assistant:`. Both answers draw the
+    same random numbers, so that they differ by the setting alone.
 
-    Traits to observe: `prompt`, `controls`, `policy`, and `sent`, the JSON of the setting when "send to study" was pressed.
-    `steering` is the setting as a value; `to_frame()` the history of tries; `presets` the named settings.
+    Traits to observe: `prompt`, `controls`, `policy`, and `sent`, the JSON of the setting when
+    "send to study" was pressed. `steering` is the setting as a value; `to_frame()` the history of
+    tries; `presets` the named settings.
     """
 
     _esm = source("common.js", "steering.js")
@@ -78,7 +82,9 @@ class SteeringLab(View):
     found = T.Dict().tag(sync=True)
     """What the last search listed."""
     answers = T.Dict().tag(sync=True)
-    """The last finished try: number, and base and steered with text, tokens, change and activation of each."""
+    """The last finished try: number, and base and steered with text, tokens, change and activation
+    of each.
+    """
     running = T.Bool(False).tag(sync=True)
     presets = T.Dict().tag(sync=True)
     history: T.List[Any] = T.List(T.Any()).tag(sync=True)
@@ -86,11 +92,18 @@ class SteeringLab(View):
     sent = T.Unicode("").tag(sync=True)
 
     def __init__(
-        self, lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], prompt: str = "", index: FeatureIndex | None = None,
-        hook_name: str | None = None, steering: Steering | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        lm: HookedLM,
+        suite: Mapping[str, Mapping[str, SAE]],
+        prompt: str = "",
+        index: FeatureIndex | None = None,
+        hook_name: str | None = None,
+        steering: Steering | None = None,
+    ) -> None:
         self.lm, self.index, self.suite = lm, index, suite
-        self.saes: dict[Key, SAE] = {(v, name): sae for v, saes in suite.items() for name, sae in saes.items()}
+        self.saes: dict[Key, SAE] = {
+            (v, name): sae for v, saes in suite.items() for name, sae in saes.items()
+        }
         for sae in self.saes.values():
             check_fit(lm, sae)
         self.choices = list(self.saes)
@@ -100,7 +113,12 @@ class SteeringLab(View):
         self._base: tuple[Any, Generation] | None = None
         self._thread: threading.Thread | None = None
         self._tries: list[dict[str, Any]] = []
-        super().__init__(sites=["/".join(key) for key in self.choices], site=first, prompt=prompt, can_think=lm.has_thinking)
+        super().__init__(
+            sites=["/".join(key) for key in self.choices],
+            site=first,
+            prompt=prompt,
+            can_think=lm.has_thinking,
+        )
         if steering is not None:
             self.load(steering)
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
@@ -110,11 +128,15 @@ class SteeringLab(View):
 
     @property
     def steering(self) -> Steering:
-        """The setting: every slider that is on, as a value that can be saved, applied and studied."""
+        """The setting: every slider that is on, as a value that can be saved, applied and
+        studied.
+        """
         return self._steering(self._settings())
 
     def _settings(self) -> dict[str, Any]:
-        """All that decides on an answer. What the page asks for carries its own, for traits may reach Python later."""
+        """All that decides on an answer. What the page asks for carries its own, for traits may
+        reach Python later.
+        """
         return {name: getattr(self, name) for name in SETTINGS}
 
     def _steering(self, settings: Mapping[str, Any]) -> Steering:
@@ -127,18 +149,36 @@ class SteeringLab(View):
                 check_features(self.saes[variant, hook_name], [control["feature"]])
                 strength = float(control["strength"])
                 changes.append(
-                    Change(control["action"], hook_name, variant, (control["feature"],), (), (), strength, 0.0, policy)
+                    Change(
+                        control["action"],
+                        hook_name,
+                        variant,
+                        (control["feature"],),
+                        (),
+                        (),
+                        strength,
+                        0.0,
+                        policy,
+                    )
                 )
         return Steering(tuple(changes))
 
     def load(self, steering: Steering) -> None:
         """Takes a setting over. Raises ValueError for one that sliders cannot show."""
         policies = {change.positions for change in steering.changes}
-        if any(len(c.features) != 1 or c.when or c.action not in ACTIONS for c in steering.changes) or len(policies) > 1:
-            raise ValueError("Sliders show changes of one feature each, all with one policy and none with a condition.")
+        if (
+            any(len(c.features) != 1 or c.when or c.action not in ACTIONS for c in steering.changes)
+            or len(policies) > 1
+        ):
+            raise ValueError(
+                "Sliders show changes of one feature each, all with one policy and none with a"
+                " condition."
+            )
         steering.edits(self.suite)
         self.controls = [
-            self._control(self.choices.index((c.variant, c.hook_name)), c.features[0], c.action, c.strength)
+            self._control(
+                self.choices.index((c.variant, c.hook_name)), c.features[0], c.action, c.strength
+            )
             for c in steering.changes
         ]
         if policies:
@@ -147,8 +187,12 @@ class SteeringLab(View):
                 raise ValueError("Sliders know policies by name only; these are single positions.")
             self.policy = policy
 
-    def add(self, feature: int, hook_name: str | None = None, strength: float = 0.0, action: str = "add") -> None:
-        """Adds a slider, at the searched site or another one. Raises ValueError for a site or feature that is not there."""
+    def add(
+        self, feature: int, hook_name: str | None = None, strength: float = 0.0, action: str = "add"
+    ) -> None:
+        """Adds a slider, at the searched site or another one. Raises ValueError for a site or
+        feature that is not there.
+        """
         number = self.site if hook_name is None else self._number_of(hook_name)
         check_features(self.saes[self.choices[number]], [feature])
         self.controls = [*self.controls, self._control(number, feature, action, strength)]
@@ -158,11 +202,21 @@ class SteeringLab(View):
         for number, (_, name) in enumerate(self.choices):
             if name == hook_name:
                 return number
-        raise ValueError(f"The suite has no SAE at {hook_name!r}; it has {', '.join('/'.join(k) for k in self.choices)}.")
+        raise ValueError(
+            f"The suite has no SAE at {hook_name!r}; it has"
+            f" {', '.join('/'.join(k) for k in self.choices)}."
+        )
 
     def _control(self, site: int, feature: int, action: str, strength: float) -> dict[str, Any]:
         name = self._name(site, feature)
-        return {"site": site, "feature": feature, "name": name, "action": action, "strength": strength, "on": True}
+        return {
+            "site": site,
+            "feature": feature,
+            "name": name,
+            "action": action,
+            "strength": strength,
+            "on": True,
+        }
 
     def _name(self, site: int, feature: int) -> str:
         """A feature's label, or its strongest token, where the index knows the SAE."""
@@ -171,7 +225,9 @@ class SteeringLab(View):
     # --- finding features
 
     def find(self, text: str) -> None:
-        """Lists features of the searched site: by number, by words where there is an index, else by what fires on the prompt."""
+        """Lists features of the searched site: by number, by words where there is an index, else by
+        what fires on the prompt.
+        """
         key = self.choices[self.site]
         sae, text = self.saes[key], text.strip()
         if text.isdigit():
@@ -183,14 +239,23 @@ class SteeringLab(View):
         elif self.prompt.strip():
             with self.lm.lock.attempt() as entered:  # waiting here would keep Stop from being heard
                 if not entered:
-                    raise ValueError("The model is busy; search by what fires on the prompt when the answer is there.")
+                    raise ValueError(
+                        "The model is busy; search by what fires on the prompt when the answer is"
+                        " there."
+                    )
                 ids = self._firing()
         else:
             ids = []
-        self.found = {"site": self.site, "text": text, "features": [[i, self._name(self.site, i)] for i in ids]}
+        self.found = {
+            "site": self.site,
+            "text": text,
+            "features": [[i, self._name(self.site, i)] for i in ids],
+        }
 
     def _firing(self) -> list[int]:
-        """Features that fire on the prompt, by activation; where the index knows how rarely they fire, rare ones first."""
+        """Features that fire on the prompt, by activation; where the index knows how rarely they
+        fire, rare ones first.
+        """
         variant, hook_name = self.choices[self.site]
         row = self.lm.chat_tokens(read_chat(self.prompt), self._thinking)
         (f,) = token_features(self.lm, self.saes[variant, hook_name], [row])
@@ -198,7 +263,11 @@ class SteeringLab(View):
         if self.index is not None and (variant, hook_name) in self.index.keys:
             figures = self.index.site(hook_name, variant).figures
             seen = torch.tensor(figures[["density", "max"]].to_numpy())
-            weight = torch.where(weight > 0, weight / seen[:, 1].clamp(min=1e-9) * -seen[:, 0].clamp(min=1e-6).log(), 0.0)
+            weight = torch.where(
+                weight > 0,
+                weight / seen[:, 1].clamp(min=1e-9) * -seen[:, 0].clamp(min=1e-6).log(),
+                0.0,
+            )
         return weight.topk(min(FOUND, int((weight > 0).sum()))).indices.tolist()
 
     @property
@@ -208,12 +277,17 @@ class SteeringLab(View):
     # --- answering
 
     def run(self, wait: bool = False) -> None:
-        """Answers the prompt without and with the setting, in a thread of its own; a run before it is stopped.
+        """Answers the prompt without and with the setting, in a thread of its own; a run before it
+        is stopped.
 
-        Raises ValueError for an empty prompt or an impossible setting, and for waiting while the model is held.
+        Raises ValueError for an empty prompt or an impossible setting, and for waiting while the
+        model is held.
         """
         if wait and self.lm.lock.held:
-            raise ValueError("This cell holds the model (`applied`), so that the answer could not come; run it outside.")
+            raise ValueError(
+                "This cell holds the model (`applied`), so that the answer could not come; run it"
+                " outside."
+            )
         thread = self._run(self._settings())
         if wait:
             thread.join()
@@ -224,14 +298,27 @@ class SteeringLab(View):
             if not prompt.strip():
                 raise ValueError("The prompt is empty; write a question.")
             if not 1 <= length <= self.lm.context_size:
-                raise ValueError(f"{length} new tokens were asked for; allowed are 1 to {self.lm.context_size}.")
+                raise ValueError(
+                    f"{length} new tokens were asked for; allowed are 1 to {self.lm.context_size}."
+                )
             steering = self._steering(settings)
             steering.edits(self.suite)
             self.halt()
             self._number += 1
-            seed, thinking = int(settings["seed"]) if settings["sample"] else None, bool(settings["thinking"])
+            seed, thinking = (
+                int(settings["seed"]) if settings["sample"] else None,
+                bool(settings["thinking"]),
+            )
             policy = str(settings["policy"])
-            asked = _Try(self._number, prompt, steering, policy, length, seed, thinking if self.can_think else None)
+            asked = _Try(
+                self._number,
+                prompt,
+                steering,
+                policy,
+                length,
+                seed,
+                thinking if self.can_think else None,
+            )
             before = self._thread
             self._now, self.running = asked, True
             self._thread = threading.Thread(target=self._work, args=(asked, before), daemon=True)
@@ -267,14 +354,26 @@ class SteeringLab(View):
             chat = read_chat(asked.prompt)
             same = (asked.prompt, asked.max_new_tokens, asked.seed, asked.thinking)
             base = self._base[1] if self._base and self._base[0] == same else None
-            sampling = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20} if asked.seed is not None else {}
+            sampling = (
+                {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
+                if asked.seed is not None
+                else {}
+            )
             writer = _Writer(self, asked, ["steered"] if base else ["base", "steered"])
             if base:
                 writer.say("base", base.text[0])
             pair = answer_pair(
-                self.lm, chat, edits, asked.max_new_tokens, enable_thinking=asked.thinking, seed=asked.seed or 0, base=base,
-                on_step=writer.step, stop=asked.stop, **sampling,
-            )  # fmt: skip
+                self.lm,
+                chat,
+                edits,
+                asked.max_new_tokens,
+                enable_thinking=asked.thinking,
+                seed=asked.seed or 0,
+                base=base,
+                on_step=writer.step,
+                stop=asked.stop,
+                **sampling,
+            )
             if self._now is not asked:  # a newer one waits: nobody will look at this one
                 return
             if asked.stop.is_set():
@@ -291,21 +390,36 @@ class SteeringLab(View):
             first = asked.steering.changes[0]
             watch = (self.suite[first.variant][first.hook_name], first.features[0])
         shown: dict[str, Any] = {"number": asked.number, "stopped": asked.stop.is_set()}
-        for name, out, edits in (("base", pair.base, []), ("steered", pair.steered, asked.steering.edits(self.suite))):
+        for name, out, edits in (
+            ("base", pair.base, []),
+            ("steered", pair.steered, asked.steering.edits(self.suite)),
+        ):
             table = token_table(self.lm, pair.prompt, out.tokens[0], edits, watch)
             shown[name] = {
-                "text": out.text[0], "tokens": list(table["token"]), "finished": out.finished[0],
-                **{column: [_short(value) for value in table[column]] for column in ("logprob", "change", "activation")},
-            }  # fmt: skip
+                "text": out.text[0],
+                "tokens": list(table["token"]),
+                "finished": out.finished[0],
+                **{
+                    column: [_short(value) for value in table[column]]
+                    for column in ("logprob", "change", "activation")
+                },
+            }
         self._tries.append(
             {
-                "when": datetime.now(UTC).isoformat(timespec="seconds"), "prompt": asked.prompt, "policy": asked.policy,
-                "setting": describe(asked.steering), "seed": asked.seed, "base": pair.base.text[0],
-                "steered": pair.steered.text[0], "stopped": asked.stop.is_set(), "steering": asked.steering,
+                "when": datetime.now(UTC).isoformat(timespec="seconds"),
+                "prompt": asked.prompt,
+                "policy": asked.policy,
+                "setting": describe(asked.steering),
+                "seed": asked.seed,
+                "base": pair.base.text[0],
+                "steered": pair.steered.text[0],
+                "stopped": asked.stop.is_set(),
+                "steering": asked.steering,
             }
-        )  # fmt: skip
+        )
         del self._tries[:-KEPT]
-        self.answers = shown  # one after the other: holding notifications in a thread would race with the page's updates
+        # one after the other: holding notifications in a thread would race with the page's updates
+        self.answers = shown
         self.history = [[t["setting"], t["steered"]] for t in self._tries[-8:]][::-1]
 
     # --- messages of the page
@@ -314,7 +428,9 @@ class SteeringLab(View):
         op = message.get("op")
         if op == "run":
             self.status = ""
-            self._run(self._settings() | {name: message[name] for name in SETTINGS if name in message})
+            self._run(
+                self._settings() | {name: message[name] for name in SETTINGS if name in message}
+            )
         elif op == "stop":
             self.halt()
         elif op == "find":
@@ -324,13 +440,16 @@ class SteeringLab(View):
         elif op == "add":
             control = self._control(int(message["site"]), int(message["feature"]), "add", 0.0)
             check_features(self.saes[self.choices[control["site"]]], [control["feature"]])
-            self.send({"op": "added", "control": control})  # the page adds it to the sliders as they are there
+            # the page adds it to the sliders as they are there
+            self.send({"op": "added", "control": control})
         elif op == "keep":
             self.keep(str(message["name"]), message.get("setting"))
         elif op == "take":
             self.take(str(message["name"]))
         elif op == "study":
-            self.sent = self._steering(message.get("setting") or self._settings()).to_json(self.suite)
+            self.sent = self._steering(message.get("setting") or self._settings()).to_json(
+                self.suite
+            )
             self.status = "The setting is in the trait `sent`."
             self.send({"op": "answered"})
 
@@ -340,22 +459,31 @@ class SteeringLab(View):
         if not name:
             raise ValueError("A preset needs a name; write one.")
         setting = setting or self._settings()
-        self.presets = {**self.presets, name: {"controls": setting["controls"], "policy": setting["policy"]}}
+        self.presets = {
+            **self.presets,
+            name: {"controls": setting["controls"], "policy": setting["policy"]},
+        }
         self.send({"op": "answered"})
 
     def take(self, name: str) -> None:
         """Sets everything as in a preset. Raises ValueError for one that is not there."""
         if name not in self.presets:
-            raise ValueError(f"There is no preset {name!r}; there are {', '.join(self.presets) or 'none'}.")
+            raise ValueError(
+                f"There is no preset {name!r}; there are {', '.join(self.presets) or 'none'}."
+            )
         self.controls, self.policy = self.presets[name]["controls"], self.presets[name]["policy"]
         self.send({"op": "answered"})
 
     def read(self, text: str) -> None:
-        """Takes over a setting that was saved (`Steering.to_json`). Raises ValueError as `read_steering`."""
+        """Takes over a setting that was saved (`Steering.to_json`). Raises ValueError as
+        `read_steering`.
+        """
         self.load(read_steering(text, self.suite))
 
     def to_frame(self) -> pd.DataFrame:
-        """Every try: when, prompt, policy, setting, seed (None: greedy), base and steered answer, stopped."""
+        """Every try: when, prompt, policy, setting, seed (None: greedy), base and steered answer,
+        stopped.
+        """
         columns = ["when", "prompt", "policy", "setting", "seed", "base", "steered", "stopped"]
         return pd.DataFrame(self._tries, columns=columns)
 
@@ -365,8 +493,11 @@ class SteeringLab(View):
 
     def fallback(self) -> str:
         rows = [(name, self.answers.get(name, {}).get("text", "")) for name in ("base", "steered")]
-        body = "".join(f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows)
-        return f"<p>{html.escape(repr(self))}</p><p>{html.escape(self.prompt)}</p><table>{body}</table>"
+        body = "".join(
+            f"<tr><th>{name}</th><td>{html.escape(text)}</td></tr>" for name, text in rows
+        )
+        prompt = html.escape(self.prompt)
+        return f"<p>{html.escape(repr(self))}</p><p>{prompt}</p><table>{body}</table>"
 
     def __repr__(self) -> str:
         tries = "1 try" if len(self._tries) == 1 else f"{len(self._tries)} tries"
@@ -376,8 +507,13 @@ class SteeringLab(View):
 def describe(steering: Steering) -> str:
     """A setting in one line, such as "add at blocks.2.hook_resid_post: 110 -0.40, 790 +1.00"."""
     parts = []
-    for (action, hook_name), changes in groupby(steering.changes, lambda c: (c.action, c.hook_name)):
-        features = ", ".join(f"{c.features[0]}" + ("" if action == "ablate" else f" {c.strength:+.2f}") for c in changes)
+    for (action, hook_name), changes in groupby(
+        steering.changes, lambda c: (c.action, c.hook_name)
+    ):
+        features = ", ".join(
+            f"{c.features[0]}" + ("" if action == "ablate" else f" {c.strength:+.2f}")
+            for c in changes
+        )
         parts.append(f"{action} at {hook_name}: {features}")
     return "; ".join(parts) or "nothing"
 
@@ -388,7 +524,9 @@ def _short(value: float) -> float | None:
 
 
 class _Writer:
-    """Sends what is written to the page, at most every `INTERVAL` seconds, the first token at once."""
+    """Sends what is written to the page, at most every `INTERVAL` seconds, the first token at
+    once.
+    """
 
     def __init__(self, lab: SteeringLab, asked: _Try, names: list[str]) -> None:
         self.lab, self.asked, self.names = lab, asked, names
@@ -409,7 +547,12 @@ class _Writer:
     def flush(self) -> None:
         self.sent = time.monotonic()
         for name, tokens in self.tokens.items():
-            self.say(name, self.lab.lm.tokenizer.decode(tokens, skip_special_tokens=True).removesuffix("\ufffd"))
+            self.say(
+                name,
+                self.lab.lm.tokenizer.decode(tokens, skip_special_tokens=True).removesuffix(
+                    "\ufffd"
+                ),
+            )
 
     def say(self, name: str, text: str) -> None:
         if not self.asked.stop.is_set():

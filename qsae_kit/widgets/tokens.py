@@ -25,20 +25,26 @@ TURN = re.compile(rf"^({'|'.join(ROLES)}):[ \t]*", re.MULTILINE | re.IGNORECASE)
 
 
 def read_chat(text: str) -> Document:
-    """A chat written as lines that begin with `user:` or `assistant:`; a text without such lines is one user turn."""
+    """A chat written as lines that begin with `user:` or `assistant:`; a text without such lines is
+    one user turn.
+    """
     turns = list(TURN.finditer(text))
     if not turns or text[: turns[0].start()].strip():
         return [{"role": "user", "content": text}]
     ends = [*(turn.start() for turn in turns[1:]), len(text)]
-    return [{"role": turn[1].lower(), "content": text[turn.end() : end].strip()} for turn, end in zip(turns, ends, strict=True)]
+    return [
+        {"role": turn[1].lower(), "content": text[turn.end() : end].strip()}
+        for turn, end in zip(turns, ends, strict=True)
+    ]
 
 
 class TokenActivations(View):
     """The features of a chat's tokens, at any SAE of a suite, computed as one types.
 
-    suite: variant -> hook name -> SAE. index: shows its labels and strongest tokens beside the features' numbers.
-    Traits to observe: `text`, `site` (number of the SAE in `choices`) and `feature`, the one that tokens are shaded by
-    (-1: the one with the largest activation).
+    suite: variant -> hook name -> SAE. index: shows its labels and strongest tokens beside the
+        features' numbers.
+    Traits to observe: `text`, `site` (number of the SAE in `choices`) and `feature`, the one that
+    tokens are shaded by (-1: the one with the largest activation).
     """
 
     _esm = source("common.js", "tokens.js")
@@ -50,18 +56,30 @@ class TokenActivations(View):
     """What is shown, with the number of the request that it answers."""
 
     def __init__(
-        self, lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]], text: str, index: FeatureIndex | None = None,
-        hook_name: str | None = None, variant: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        lm: HookedLM,
+        suite: Mapping[str, Mapping[str, SAE]],
+        text: str,
+        index: FeatureIndex | None = None,
+        hook_name: str | None = None,
+        variant: str | None = None,
+    ) -> None:
         self.lm, self.index = lm, index
-        self.saes: dict[Key, SAE] = {(v, name): sae for v, saes in suite.items() for name, sae in saes.items()}
+        self.saes: dict[Key, SAE] = {
+            (v, name): sae for v, saes in suite.items() for name, sae in saes.items()
+        }
         self.choices = list(self.saes)
         for sae in self.saes.values():
             check_fit(lm, sae)
-        fitting = [i for i, key in enumerate(self.choices) if variant in (None, key[0]) and hook_name in (None, key[1])]
+        fitting = [
+            i
+            for i, key in enumerate(self.choices)
+            if variant in (None, key[0]) and hook_name in (None, key[1])
+        ]
         if not fitting:
             raise ValueError(
-                f"The suite has no SAE of {hook_name or variant!r}; it has {', '.join('/'.join(k) for k in self.choices)}."
+                f"The suite has no SAE of {hook_name or variant!r}; it has"
+                f" {', '.join('/'.join(k) for k in self.choices)}."
             )
         self._guard, self._asked = threading.RLock(), 0
         self._frame = pd.DataFrame()
@@ -72,7 +90,15 @@ class TokenActivations(View):
     @T.observe("text", "site", "feature")
     def _changed(self, _change: Any) -> None:
         if self.result:  # from Python; what is typed comes as a message with a number
-            self.answer({"op": "look", "seq": self.result["seq"], "text": self.text, "site": self.site, "feature": self.feature})
+            self.answer(
+                {
+                    "op": "look",
+                    "seq": self.result["seq"],
+                    "text": self.text,
+                    "site": self.site,
+                    "feature": self.feature,
+                }
+            )
 
     def handle(self, message: Mapping[str, Any]) -> None:
         if message.get("op") != "look":
@@ -85,7 +111,11 @@ class TokenActivations(View):
             before = self.result
             with self.hold_trait_notifications():
                 self.set_trait("result", {})
-                self.text, self.site, self.feature = str(message["text"]), int(message["site"]), int(message["feature"])
+                self.text, self.site, self.feature = (
+                    str(message["text"]),
+                    int(message["site"]),
+                    int(message["feature"]),
+                )
             try:
                 self._compute(number)
             except ValueError:  # what was shown stays, beside the reason
@@ -94,7 +124,9 @@ class TokenActivations(View):
 
     def _compute(self, number: int) -> None:
         if not self.text.strip():
-            nothing: dict[str, Any] = {name: [] for name in ("tokens", "acts", "top", "heat", "features")}
+            nothing: dict[str, Any] = {
+                name: [] for name in ("tokens", "acts", "top", "heat", "features")
+            }
             self.result = nothing | {"seq": number, "feature": self.feature, "names": {}}
             self._frame = pd.DataFrame()
             return
@@ -109,17 +141,26 @@ class TokenActivations(View):
         ]
         shown = {feature, *ids.tolist(), *(i for own in top for i, _ in own)}
         self._frame = pd.DataFrame(
-            f[:, ids].numpy(), index=pd.Index(tokens, name="token"), columns=pd.Index(ids.tolist(), name="feature")
+            f[:, ids].numpy(),
+            index=pd.Index(tokens, name="token"),
+            columns=pd.Index(ids.tolist(), name="feature"),
         )
         self.result = {
-            "seq": number, "tokens": tokens, "feature": feature, "acts": [_short(v) for v in f[:, feature].tolist()], "top": top,
-            "features": ids.tolist(), "heat": [[_short(v) for v in row] for row in f[:, ids].tolist()],
+            "seq": number,
+            "tokens": tokens,
+            "feature": feature,
+            "acts": [_short(v) for v in f[:, feature].tolist()],
+            "top": top,
+            "features": ids.tolist(),
+            "heat": [[_short(v) for v in row] for row in f[:, ids].tolist()],
             "names": {str(i): self.name(i) for i in sorted(shown)},
-        }  # fmt: skip
+        }
         self.status = ""
 
     def activations(self) -> tuple[list[str], torch.Tensor]:
-        """The text's tokens and their features [pos, d_sae], 0 at tokens that do not count. Raises ValueError for a bad chat."""
+        """The text's tokens and their features [pos, d_sae], 0 at tokens that do not count. Raises
+        ValueError for a bad chat.
+        """
         document = read_chat(self.text) if self.lm.tokenizer.chat_template else self.text
         ids = tokenize_document(self.lm, document, self.lm.context_size)
         (f,) = token_features(self.lm, self.saes[self.choices[self.site]], [ids])
@@ -140,14 +181,19 @@ class TokenActivations(View):
     def fallback(self) -> str:
         acts = np.array(self.result["acts"])
         largest = acts.max(initial=0)
+        shares = acts / largest if largest > 0 else np.zeros_like(acts)
+        color = "rgba(230,159,0,{:.2f})".format
         spans = "".join(
-            f'<span style="background-color:rgba(230,159,0,{a / largest if largest > 0 else 0:.2f})">{html.escape(t)}</span>'
-            for t, a in zip(self.result["tokens"], acts, strict=True)
+            f'<span style="background-color:{color(share)}">{html.escape(token)}</span>'
+            for token, share in zip(self.result["tokens"], shares, strict=True)
         )
         return f'<p>{html.escape(repr(self))}</p><p style="white-space:pre-wrap">{spans}</p>'
 
     def __repr__(self) -> str:
-        return f"TokenActivations({self.sites[self.site]}, {len(self.result['tokens'])} tokens, feature {self.result['feature']})"
+        return (
+            f"TokenActivations({self.sites[self.site]}, {len(self.result['tokens'])} tokens,"
+            f" feature {self.result['feature']})"
+        )
 
 
 def _short(value: float) -> float:

@@ -1,7 +1,8 @@
 """What all widgets share: their files, a status line, and an HTML page that works without a kernel.
 
-The JavaScript is `common.js` and the widget's own module, put together without a build step. Whatever comes from a model, a
-data set or a user reaches the page as JSON and is shown with `textContent`, so that it stays text.
+The JavaScript is `common.js` and the widget's own module, put together without a build step.
+Whatever comes from a model, a data set or a user reaches the page as JSON and is shown with
+`textContent`, so that it stays text.
 """
 
 import json
@@ -36,7 +37,9 @@ _made: dict[str, tuple[str, list["View"]]] = {}
 
 
 def _close_former(widget: "View") -> None:
-    """Closes what earlier runs of the running cell made: ipywidgets keeps every widget, and the page its model, for ever."""
+    """Closes what earlier runs of the running cell made: ipywidgets keeps every widget, and the
+    page its model, for ever.
+    """
     shell = get_ipython()  # type: ignore[no-untyped-call]
     parent = shell.get_parent() if hasattr(shell, "get_parent") else {}
     cell, run = parent.get("metadata", {}).get("cellId"), parent.get("header", {}).get("msg_id", "")
@@ -52,7 +55,9 @@ def _close_former(widget: "View") -> None:
 
 
 class View(anywidget.AnyWidget):
-    """A widget of this package. When its cell is run again, the new one takes its place and this one is closed."""
+    """A widget of this package. When its cell is run again, the new one takes its place and this
+    one is closed.
+    """
 
     _css = source("common.css")
     status = T.Unicode("").tag(sync=True)
@@ -63,25 +68,39 @@ class View(anywidget.AnyWidget):
         _close_former(self)
 
     def offline(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The state of a page without a kernel, and its answers: {op: {argument as text: reply}}."""
-        return {name: getattr(self, name) for name in self.trait_names(sync=True) if not name.startswith("_")}, {}
+        """The state of a page without a kernel, and its answers: {op: {argument as text:
+        reply}}.
+        """
+        return {
+            name: getattr(self, name)
+            for name in self.trait_names(sync=True)
+            if not name.startswith("_")
+        }, {}
 
     def to_html(self, path: str | Path | None = None) -> str:
         """A page that needs neither kernel nor network; written to `path` where one is given."""
         state, answers = self.offline()
         hidden = {"layout", "tabbable", "tooltip"}
-        payload = as_json({"state": {k: v for k, v in state.items() if k not in hidden}, "answers": answers})
+        payload = as_json(
+            {"state": {k: v for k, v in state.items() if k not in hidden}, "answers": answers}
+        )
         page = "\n".join(
             [
-                "<!doctype html>", '<html lang="en"><head><meta charset="utf-8">',
-                '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'; '
-                "script-src 'unsafe-inline'; img-src data:\">",
-                '<meta name="viewport" content="width=device-width">', f"<title>qsae_kit: {type(self).__name__}</title>",
+                "<!doctype html>",
+                '<html lang="en"><head><meta charset="utf-8">',
+                (
+                    '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';'
+                    " style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:\">"
+                ),
+                '<meta name="viewport" content="width=device-width">',
+                f"<title>qsae_kit: {type(self).__name__}</title>",
                 f"<style>{self._css}\nbody{{margin:1em}}</style></head><body><main></main>",
                 f'<script type="application/json">{payload}</script>',
-                f'<script type="module">{self._esm}\n{source("offline.js")}</script>', "</body></html>", "",
+                f'<script type="module">{self._esm}\n{source("offline.js")}</script>',
+                "</body></html>",
+                "",
             ]
-        )  # fmt: skip
+        )
         if path is not None:
             write_text(Path(path), page)
         return page
@@ -98,12 +117,16 @@ class View(anywidget.AnyWidget):
         return data, metadata
 
     def complain(self, error: ValueError) -> None:
-        """Says what is wrong below the widget; and answers, for the same words twice are no change that the page is told of."""
+        """Says what is wrong below the widget; and answers, for the same words twice are no change
+        that the page is told of.
+        """
         self.status = str(error)
         self.send({"op": "answered"})
 
     def answer(self, message: Mapping[str, Any]) -> None:
-        """What the page asks for; errors go to the status line, where a cell would not show them."""
+        """What the page asks for; errors go to the status line, where a cell would not show
+        them.
+        """
         try:
             self.handle(message)
         except ValueError as error:

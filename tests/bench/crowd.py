@@ -1,4 +1,6 @@
-"""Two and four processes on one folder for every command that writes: python tests/bench/crowd.py"""
+"""Two and four processes on one folder for every command that writes: python
+tests/bench/crowd.py
+"""
 
 import os
 
@@ -32,7 +34,11 @@ def main() -> None:
                 home = Path(folder) / f"{name}-{n}"
                 home.mkdir()
                 told = killing.crowd(case, n, home, suite)
-                print(f"{name}, {n} at once: {told.won} done, {told.lost} refused, {len(told.problems)} problems", flush=True)
+                print(
+                    f"{name}, {n} at once: {told.won} done, {told.lost} refused,"
+                    f" {len(told.problems)} problems",
+                    flush=True,
+                )
                 for problem in told.problems[:10]:
                     print(f"  {problem}", flush=True)
                 failed += len(told.problems) + (told.won == 0)

@@ -1,14 +1,18 @@
-"""Training on a CUDA device: a TopK step phase by phase, other architectures' steps, many SAEs on a running model.
+"""Training on a CUDA device: a TopK step phase by phase, other architectures' steps, many SAEs on a
+running model.
 
-    python tests/bench/gpu.py [--batch 8192] [--json FILE]        needs no network and no weights: rows and model are random
+    python tests/bench/gpu.py [--batch 8192] [--json FILE]        needs no network and no weights:
+    rows and model are random
 
-Bounds are measured here: the bfloat16 matmul rate (a square product) and the bandwidth of a copy. The step's bound is
-the encoder product at that rate plus what the step must move at that bandwidth: weights, gradients and moments once, and
-one line of a table for every entry of the decoder's forward pass and of each weight's gradient. A second read of lines
-that lie in the cache can beat it. `plain` is the same phase in torch's own operations, dense where that is the obvious
-way, compiled where compiling helps; the last line of the table is a whole step of that kind.
-The live part trains SAEs at three sites of every fourth layer of a model of Qwen3-1.7B's shape, forward passes included.
-`--device cpu --d 64 --d-sae 512 --k 8 --batch 256 --size 256 --layers 4` runs the same script small, to test it.
+Bounds are measured here: the bfloat16 matmul rate (a square product) and the bandwidth of a copy.
+The step's bound is the encoder product at that rate plus what the step must move at that bandwidth:
+weights, gradients and moments once, and one line of a table for every entry of the decoder's
+forward pass and of each weight's gradient. A second read of lines that lie in the cache can beat
+it. `plain` is the same phase in torch's own operations, dense where that is the obvious way,
+compiled where compiling helps; the last line of the table is a whole step of that kind. The live
+part trains SAEs at three sites of every fourth layer of a model of Qwen3-1.7B's shape, forward
+passes included. `--device cpu --d 64 --d-sae 512 --k 8 --batch 256 --size 256 --layers 4` runs the
+same script small, to test it.
 """
 
 import argparse
@@ -62,16 +66,26 @@ def ceilings(device: torch.device, size: int) -> tuple[float, float]:
 
 
 class Dense(torch.nn.Module):
-    """The same step as a good plain one: bfloat16 autocast, dense decoder, autograd, fused Adam; for torch.compile."""
+    """The same step as a good plain one: bfloat16 autocast, dense decoder, autograd, fused Adam;
+    for torch.compile.
+    """
 
     def __init__(self, d: int, m: int, k: int) -> None:
         super().__init__()
-        self.W_enc, self.W_dec = (torch.nn.Parameter(torch.randn(*shape) / d**0.5) for shape in ((d, m), (m, d)))
-        self.b_enc, self.b_dec, self.k = torch.nn.Parameter(torch.zeros(m)), torch.nn.Parameter(torch.zeros(d)), k
+        self.W_enc, self.W_dec = (
+            torch.nn.Parameter(torch.randn(*shape) / d**0.5) for shape in ((d, m), (m, d))
+        )
+        self.b_enc, self.b_dec, self.k = (
+            torch.nn.Parameter(torch.zeros(m)),
+            torch.nn.Parameter(torch.zeros(d)),
+            k,
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         values, columns = (x @ self.W_enc + self.b_enc).topk(self.k, dim=-1, sorted=False)
-        f = torch.zeros(len(x), self.W_enc.shape[1], device=x.device, dtype=values.dtype).scatter(-1, columns, values.relu())
+        f = torch.zeros(len(x), self.W_enc.shape[1], device=x.device, dtype=values.dtype).scatter(
+            -1, columns, values.relu()
+        )
         return (x - (f @ self.W_dec + self.b_dec)).pow(2).sum(-1).mean()
 
 
@@ -88,16 +102,29 @@ def our_step(a: argparse.Namespace, device: torch.device) -> tuple[list[dict[str
     rate, bandwidth = ceilings(device, a.size)
     x = torch.randn(a.batch, a.d, device=device) / a.d**0.5
     config = TrainConfig(
-        "topk", a.k, expansion=a.d_sae / a.d, tokens=a.batch * 1000, batch=a.batch, pool=a.batch, dead_after=10**12,
+        "topk",
+        a.k,
+        expansion=a.d_sae / a.d,
+        tokens=a.batch * 1000,
+        batch=a.batch,
+        pool=a.batch,
+        dead_after=10**12,
         moments=a.moments,
-    )  # fmt: skip
-    trainer = SiteTrainer(config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device)
+    )
+    trainer = SiteTrainer(
+        config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device
+    )
     trainer.start(x)
     sae = trainer.sae
     dtype = sae.product_dtype or torch.float32
-    print(f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'}; {path_name(device, dtype)}")
+    print(
+        f"{torch.cuda.get_device_name() if device.type == 'cuda' else 'CPU'};"
+        f" {path_name(device, dtype)}"
+    )
     print(f"measured: {rate / 1e12:.1f} TFLOP/s in bfloat16, {bandwidth / 1e12:.3f} TB/s copied")
-    table = [timed(phase, a.batch, device) for phase in phases(a, trainer, x, dtype, rate, bandwidth)]
+    table = [
+        timed(phase, a.batch, device) for phase in phases(a, trainer, x, dtype, rate, bandwidth)
+    ]
     bound = sum(float(row["bound_ms"]) for row in table) / 1e3  # type: ignore[arg-type]
     table.append(timed(Phase("whole step", lambda: trainer.step(x, 0.5), bound), a.batch, device))
     return table, float(table[-1]["ms"]) / 1e3  # type: ignore[arg-type]
@@ -111,14 +138,23 @@ def timed(phase: Phase, batch: int, device: torch.device) -> dict[str, object]:
 
 
 def phases(
-    a: argparse.Namespace, trainer: SiteTrainer, x: Tensor, dtype: torch.dtype, rate: float, bandwidth: float
+    a: argparse.Namespace,
+    trainer: SiteTrainer,
+    x: Tensor,
+    dtype: torch.dtype,
+    rate: float,
+    bandwidth: float,
 ) -> Iterator[Phase]:
     """What a step does, one thing after the other."""
     sae = trainer.sae
     encoder, W_dec, b_dec = sae.encoder.detach(), sae.W_dec.detach(), sae.b_dec.detach()
     on_gpu = x.is_cuda
     compiled: Callable[..., Callable[..., object]] = torch.compile if on_gpu else lambda work: work
-    yield Phase(f"weights to {dtype}".replace("torch.", ""), lambda: (encoder.to(dtype), W_dec.to(dtype)), 0.0)
+    yield Phase(
+        f"weights to {dtype}".replace("torch.", ""),
+        lambda: (encoder.to(dtype), W_dec.to(dtype)),
+        0.0,
+    )
     rows, weights, b_enc = x.to(dtype), encoder.to(dtype), sae.b_enc.detach().to(dtype)
     decoder = W_dec.to(dtype) if on_gpu else W_dec
 
@@ -128,7 +164,12 @@ def phases(
     pre, select = product(), select_top_k(a.k)
     bound = 2 * a.batch * a.d * a.d_sae / rate + (weights.nbytes + pre.nbytes) / bandwidth
     yield Phase("encoder product", product, bound)
-    yield Phase("selection", lambda: select(pre), pre.nbytes / bandwidth, lambda: pre.topk(a.k, sorted=False))
+    yield Phase(
+        "selection",
+        lambda: select(pre),
+        pre.nbytes / bandwidth,
+        lambda: pre.topk(a.k, sorted=False),
+    )
     codes = select(pre)
     f = torch.rand(len(codes), device=x.device)
     line = a.d * decoder.element_size()
@@ -141,10 +182,17 @@ def phases(
     error = codes.errors(x, f, decoder, b_dec)[0]
     named = "errors (decode) and gradient of activations"
     yield Phase(
-        named, lambda: codes.errors(x, f, decoder, b_dec), lines + (x.nbytes + error.nbytes) / bandwidth, compiled(dense_errors)
+        named,
+        lambda: codes.errors(x, f, decoder, b_dec),
+        lines + (x.nbytes + error.nbytes) / bandwidth,
+        compiled(dense_errors),
     )
     sorting = 4 * 8 * len(codes) / bandwidth
-    yield Phase("entries by column", lambda: Codes.from_columns(codes.cols.view(-1, a.k), a.d_sae).by_column(), sorting)
+    yield Phase(
+        "entries by column",
+        lambda: Codes.from_columns(codes.cols.view(-1, a.k), a.d_sae).by_column(),
+        sorting,
+    )
     for name in ("decoder", "encoder"):
         yield Phase(
             f"gradient of the {name}",
@@ -161,15 +209,24 @@ def phases(
         trainer.optimizer.step(1e-4, clip=0.5)
         trainer.optimizer.zero_grad()
 
-    # Adam reads weights, gradients and two moments and writes all but the gradients; unit norms and clipping fit beside it.
-    size = sum(p.numel() for p in sae.parameters()) * (4 + 4 + 4 + 2 * MOMENT_BYTES[trainer.config.moments])
+    # Adam reads weights, gradients and two moments and writes all but the gradients; unit norms and
+    # clipping fit beside it.
+    size = sum(p.numel() for p in sae.parameters()) * (
+        4 + 4 + 4 + 2 * MOMENT_BYTES[trainer.config.moments]
+    )
     yield Phase(
-        "clipping, Adam, unit norms", update, size / bandwidth, plain_update(encoder.clone(), W_dec.clone(), gradients, compiled)
+        "clipping, Adam, unit norms",
+        update,
+        size / bandwidth,
+        plain_update(encoder.clone(), W_dec.clone(), gradients, compiled),
     )
 
 
 def plain_update(
-    encoder: Tensor, W_dec: Tensor, gradients: dict[Any, Tensor], compiled: Callable[..., Callable[..., object]]
+    encoder: Tensor,
+    W_dec: Tensor,
+    gradients: dict[Any, Tensor],
+    compiled: Callable[..., Callable[..., object]],
 ) -> Callable[[], object]:
     """The same update in torch's own operations, with its fused Adam."""
     params = [torch.nn.Parameter(encoder), torch.nn.Parameter(W_dec)]
@@ -220,13 +277,24 @@ def other_steps(a: argparse.Namespace, device: torch.device) -> list[dict[str, o
         rows = torch.randn(4 * batch, a.d, device=device) / a.d**0.5
         batches = cycle(rows.split(batch))
         config = TrainConfig(
-            name, a.k, expansion=a.d_sae / a.d, tokens=batch * 1000, batch=batch, pool=batch, moments=moments, dead_after=10**12
+            name,
+            a.k,
+            expansion=a.d_sae / a.d,
+            tokens=batch * 1000,
+            batch=batch,
+            pool=batch,
+            moments=moments,
+            dead_after=10**12,
         )  # type: ignore[arg-type]
-        trainer = SiteTrainer(config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device)
+        trainer = SiteTrainer(
+            config, Normaliser(torch.zeros(a.d, device=device), 1.0, NormFilter(1.0)), a.d, device
+        )
         trainer.start(rows)
         for step in range(20):
             trainer.step(next(batches), (step + 1) / 1000)
-        took = seconds(lambda trainer=trainer, batches=batches: trainer.step(next(batches), 0.02), device, 10)  # type: ignore[misc]
+        took = seconds(
+            lambda trainer=trainer, batches=batches: trainer.step(next(batches), 0.02), device, 10
+        )  # type: ignore[misc]
         table.append(
             {
                 "step of": name,
@@ -242,41 +310,70 @@ def other_steps(a: argparse.Namespace, device: torch.device) -> list[dict[str, o
 
 def live(a: argparse.Namespace, device: torch.device) -> str:
     """SAEs at three sites of every fourth layer of a random model, from one stream."""
-    shape = {"hidden_size": a.d, "intermediate_size": 3 * a.d, "num_hidden_layers": a.layers, "head_dim": min(128, a.d // 4)}
+    shape = {
+        "hidden_size": a.d,
+        "intermediate_size": 3 * a.d,
+        "num_hidden_layers": a.layers,
+        "head_dim": min(128, a.d // 4),
+    }
     heads = a.d // shape["head_dim"]
     config = Qwen3Config(
-        vocab_size=151_936 if a.d > 1000 else 1000, num_attention_heads=heads, num_key_value_heads=heads // 2, tie_word_embeddings=True,
+        vocab_size=151_936 if a.d > 1000 else 1000,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+        tie_word_embeddings=True,
         **shape,
-    )  # fmt: skip
+    )
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     with torch.device(device):
         hf = Qwen3ForCausalLM(config).to(dtype).eval()
     lm = HookedLM(hf, load_model("tiny").tokenizer)
-    ids = torch.randint(0, config.vocab_size, (max(1, a.batch // 512), min(512, a.batch)), device=device)
+    ids = torch.randint(
+        0, config.vocab_size, (max(1, a.batch // 512), min(512, a.batch)), device=device
+    )
     ones = torch.ones_like(ids)
-    sites = [f"blocks.{i}.hook_{kind}" for i in range(3, a.layers, 4) for kind in ("resid_post", "mlp_out", "attn_out")]
+    sites = [
+        f"blocks.{i}.hook_{kind}"
+        for i in range(3, a.layers, 4)
+        for kind in ("resid_post", "mlp_out", "attn_out")
+    ]
 
     def batches() -> Iterator[TokenBatch]:
         generator = torch.Generator(device).manual_seed(0)
         while True:
-            yield TokenBatch(ids[torch.randperm(len(ids), device=device, generator=generator)].roll(1, 1), ones, ones.bool())
+            yield TokenBatch(
+                ids[torch.randperm(len(ids), device=device, generator=generator)].roll(1, 1),
+                ones,
+                ones.bool(),
+            )
 
     recipe = TrainConfig(
-        "topk", a.k, expansion=a.d_sae / a.d, tokens=24 * a.batch, batch=a.batch, pool=2 * a.batch, dead_after=6 * a.batch
+        "topk",
+        a.k,
+        expansion=a.d_sae / a.d,
+        tokens=24 * a.batch,
+        batch=a.batch,
+        pool=2 * a.batch,
+        dead_after=6 * a.batch,
     )
     source = LiveRows(lm, sites, batches)
     forward = seconds(lambda: kept_rows(lm, sites, next(batches())), device, 5)
     marks: list[tuple[float, float]] = []
     train_saes(
-        source, [recipe], model_name="random", watch=[lambda progress: marks.append((time.perf_counter(), progress.seconds))]
+        source,
+        [recipe],
+        model_name="random",
+        watch=[lambda progress: marks.append((time.perf_counter(), progress.seconds))],
     )
     warm = 12  # steps, by when dead latents have been met and every kernel is there
     rows = (len(marks) - warm) * a.batch
     whole, steps = (marks[-1][i] - marks[warm - 1][i] for i in (0, 1))
     return (
-        f"live: {len(sites)} SAEs from one stream of a model with {sum(p.numel() for p in hf.parameters()) / 1e9:.2f} billion weights: "
-        f"{rows / whole:,.0f} tokens/s with forward passes, {rows * len(sites) / whole:,.0f} tokens/s and SAE; "
-        f"forward alone {ids.numel() / forward:,.0f} tokens/s, steps alone {rows * len(sites) / steps:,.0f} tokens/s and SAE"
+        f"live: {len(sites)} SAEs from one stream of a model with"
+        f" {sum(p.numel() for p in hf.parameters()) / 1e9:.2f} billion weights: {rows / whole:,.0f}"
+        f" tokens/s with forward passes, {rows * len(sites) / whole:,.0f} tokens/s and SAE; forward"
+        f" alone {ids.numel() / forward:,.0f} tokens/s, steps alone"
+        f" {rows * len(sites) / steps:,.0f} tokens/s and SAE"
     )
 
 
@@ -289,7 +386,9 @@ def main() -> None:
     p.add_argument("--batch", type=int, default=8192)
     p.add_argument("--layers", type=int, default=28, help="of the model of the live part")
     p.add_argument("--moments", default="float32", choices=sorted(MOMENT_BYTES))
-    p.add_argument("--size", type=int, default=8192, help="of the product and the copy that measure the bounds")
+    p.add_argument(
+        "--size", type=int, default=8192, help="of the product and the copy that measure the bounds"
+    )
     p.add_argument("--json", type=Path)
     a = p.parse_args()
     device = torch.device(a.device)
@@ -297,7 +396,13 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     table, took = our_step(a, device)
     plain = dense_step(a, device)
-    table.append({"phase": "dense bfloat16 autograd, compiled", "ms": plain * 1e3, "tokens_per_s": a.batch / plain})
+    table.append(
+        {
+            "phase": "dense bfloat16 autograd, compiled",
+            "ms": plain * 1e3,
+            "tokens_per_s": a.batch / plain,
+        }
+    )
     print(pd.DataFrame(table).round(3).to_string(index=False))
     print(f"{a.batch / took:,.0f} tokens/s, {a.batch / plain:,.0f} dense", flush=True)
     others = other_steps(a, device)

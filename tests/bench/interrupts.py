@@ -2,8 +2,9 @@
 
     python tests/bench/interrupts.py [--tries 3000]
 
-Half of the tries raise KeyboardInterrupt at chosen events (calls, lines and returns of the code that enters, runs and
-leaves), spread over all there are; half by real signals at random moments. Every other try keeps the traceback alive.
+Half of the tries raise KeyboardInterrupt at chosen events (calls, lines and returns of the code
+that enters, runs and leaves), spread over all there are; half by real signals at random moments.
+Every other try keeps the traceback alive.
 """
 
 import argparse
@@ -63,11 +64,16 @@ def main() -> None:
                 lm = cleaned(lm)
         rows += [
             {
-                "place": name, "by": by, "tries": count["tries"], "left at once": count["at_once"], "left edits": count["after"],
-                "shut locks": count["shut"], "wrong answers": count["wrong"],
+                "place": name,
+                "by": by,
+                "tries": count["tries"],
+                "left at once": count["at_once"],
+                "left edits": count["after"],
+                "shut locks": count["shut"],
+                "wrong answers": count["wrong"],
             }
             for by, count in counts.items()
-        ]  # fmt: skip
+        ]
     table = pd.DataFrame(rows)
     print(table.to_string(index=False))
     print(table.groupby("by", sort=False).sum(numeric_only=True).to_string())

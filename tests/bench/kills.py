@@ -1,7 +1,8 @@
-"""Kills commands at random moments, and says what was lost: python tests/bench/kills.py [--kills 200] [--seed 0]
+"""Kills commands at random moments, and says what was lost: python tests/bench/kills.py [--kills
+200] [--seed 0]
 
-Every case runs in a folder with files of the user's; after a kill (or three in a row) the same command runs to its end, which
-has to be that of a run that nobody touched.
+Every case runs in a folder with files of the user's; after a kill (or three in a row) the same
+command runs to its end, which has to be that of a run that nobody touched.
 """
 
 import os
@@ -37,8 +38,14 @@ def main() -> None:
             home = Path(folder) / name
             home.mkdir()
             kills = max(1, round(given.kills * SHARES[name] / whole))
-            told = killing.kill_at_random(killing.CASES[name], kills, home, suite, random.Random(f"{given.seed}/{name}"))
-            print(f"{name}: {told.kills} kills in {told.seconds:.0f} s, {len(told.problems)} problems", flush=True)
+            told = killing.kill_at_random(
+                killing.CASES[name], kills, home, suite, random.Random(f"{given.seed}/{name}")
+            )
+            print(
+                f"{name}: {told.kills} kills in {told.seconds:.0f} s, {len(told.problems)}"
+                " problems",
+                flush=True,
+            )
             for problem in sorted(set(told.problems))[:20]:
                 print(f"  {problem}", flush=True)
             lost += len(told.problems)

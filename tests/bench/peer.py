@@ -1,10 +1,13 @@
-"""Trains one SAE with SAELens or sparsify on stored activations, in a Python that has them; prints one line of JSON.
+"""Trains one SAE with SAELens or sparsify on stored activations, in a Python that has them; prints
+one line of JSON.
 
-    pip install sae-lens==6.54.12 eai-sparsify==1.3.3     (in an environment of its own: SAELens wants transformer-lens 2)
-    PYTHON tests/bench/peer.py saelens-topk acts.safetensors --tokens 200000
+    pip install sae-lens==6.54.12 eai-sparsify==1.3.3     (in an environment of its own: SAELens
+    wants transformer-lens 2) PYTHON tests/bench/peer.py saelens-topk acts.safetensors --tokens
+    200000
 
-The peers' own training steps are called, on batches made here: the same rows in the same order as `qsae train` gets them
-are not promised, the same number of epochs is. The last tenth of the rows is held out.
+The peers' own training steps are called, on batches made here: the same rows in the same order as
+`qsae train` gets them are not promised, the same number of epochs is. The last tenth of the rows is
+held out.
 """
 
 import argparse
@@ -20,21 +23,36 @@ Step = Callable[[Tensor], None]
 Forward = Callable[[Tensor], Tensor]
 
 
-def saelens(kind: str, d_in: int, a: argparse.Namespace) -> tuple[Step, Forward, Callable[[Tensor], float]]:
+def saelens(
+    kind: str, d_in: int, a: argparse.Namespace
+) -> tuple[Step, Forward, Callable[[Tensor], float]]:
     import sae_lens
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    shape = {"d_in": d_in, "d_sae": a.d_sae, "dtype": "float32", "device": "cpu", "normalize_activations": "none"}
+    shape = {
+        "d_in": d_in,
+        "d_sae": a.d_sae,
+        "dtype": "float32",
+        "device": "cpu",
+        "normalize_activations": "none",
+    }
     if kind == "topk":
         sae = sae_lens.TopKTrainingSAE(sae_lens.TopKTrainingSAEConfig(k=a.k, **shape))
     else:
-        config = sae_lens.JumpReLUTrainingSAEConfig(jumprelu_sparsity_loss_mode="quadratic", target_l0=float(a.k), **shape)
+        config = sae_lens.JumpReLUTrainingSAEConfig(
+            jumprelu_sparsity_loss_mode="quadratic", target_l0=float(a.k), **shape
+        )
         sae = sae_lens.JumpReLUTrainingSAE(config)
     config = SAETrainerConfig(
-        total_training_samples=a.tokens, train_batch_size_samples=a.batch, lr=a.lr, lr_end=a.lr, autocast=a.autocast,
-        device="cpu", n_batches_for_norm_estimate=1,
-    )  # fmt: skip
+        total_training_samples=a.tokens,
+        train_batch_size_samples=a.batch,
+        lr=a.lr,
+        lr_end=a.lr,
+        autocast=a.autocast,
+        device="cpu",
+        n_batches_for_norm_estimate=1,
+    )
     trainer = SAETrainer(config, sae, iter(()))
 
     def step(x: Tensor) -> None:
@@ -45,10 +63,14 @@ def saelens(kind: str, d_in: int, a: argparse.Namespace) -> tuple[Step, Forward,
     return step, sae, lambda x: float((sae.encode(x) > 0).float().sum(-1).mean())
 
 
-def sparsify(kind: str, d_in: int, a: argparse.Namespace) -> tuple[Step, Forward, Callable[[Tensor], float]]:
+def sparsify(
+    kind: str, d_in: int, a: argparse.Namespace
+) -> tuple[Step, Forward, Callable[[Tensor], float]]:
     from sparsify import SparseCoder, SparseCoderConfig
 
-    sae = SparseCoder(d_in, SparseCoderConfig(num_latents=a.d_sae, k=a.k), device="cpu", dtype=torch.float32)
+    sae = SparseCoder(
+        d_in, SparseCoderConfig(num_latents=a.d_sae, k=a.k), device="cpu", dtype=torch.float32
+    )
     optimizer = torch.optim.Adam(sae.parameters(), lr=a.lr)
 
     def step(x: Tensor) -> None:
@@ -58,7 +80,11 @@ def sparsify(kind: str, d_in: int, a: argparse.Namespace) -> tuple[Step, Forward
         optimizer.step()
         sae.set_decoder_norm_to_unit_norm()
 
-    return step, lambda x: sae(x).sae_out.float(), lambda x: float((sae(x).latent_acts > 0).float().sum(-1).mean())
+    return (
+        step,
+        lambda x: sae(x).sae_out.float(),
+        lambda x: float((sae(x).latent_acts > 0).float().sum(-1).mean()),
+    )
 
 
 def batches(rows: Tensor, size: int, seed: int) -> Iterator[Tensor]:
@@ -109,7 +135,11 @@ def main() -> None:
         "fvu": round(fvu(forward, held_out), 4),
         "l0": round(fired, 2),
     }
-    print(json.dumps({"name": a.peer + ("-autocast" if a.autocast else ""), **figures, "curve": curve}))
+    print(
+        json.dumps(
+            {"name": a.peer + ("-autocast" if a.autocast else ""), **figures, "curve": curve}
+        )
+    )
 
 
 main()

@@ -1,4 +1,5 @@
-"""L0, never-firing latents and FVU of a suite at the bundled model's sites, on 100,000 held-out tokens.
+"""L0, never-firing latents and FVU of a suite at the bundled model's sites, on 100,000 held-out
+tokens.
 
 qsae train --tokens 1000000 --out runs/all
 python tests/bench/sites.py runs/all/suite
@@ -20,17 +21,22 @@ def main() -> None:
     a = p.parse_args()
     lm = load_model("tiny")
     batches, tokens = [], 0
-    for batch in token_batches(lm, (d.messages for d in world.dialogues(10**6, seed=1_000_008)), batch_tokens=8192):
+    for batch in token_batches(
+        lm, (d.messages for d in world.dialogues(10**6, seed=1_000_008)), batch_tokens=8192
+    ):
         batches.append(batch)
         tokens += int(batch.keep.sum())
         if tokens >= TOKENS:
             break
     table = evaluate_suite(lm, load_suite(a.suite), batches, 1)
-    table = table.loc[table["category"] == "all", ["variant", "site", "fvu", "l0", "target", "dead"]].copy()
+    table = table.loc[
+        table["category"] == "all", ("variant site fvu l0 target dead").split()
+    ].copy()
     table["l0 off by"] = table["l0"] / table["target"] - 1
     print(table.to_string(index=False, float_format="{:.4f}".format))
     print(
-        f"{tokens:,} tokens; L0 off by {table['l0 off by'].abs().max():.1%} at most; dead {table['dead'].mean():.1%} on average"
+        f"{tokens:,} tokens; L0 off by {table['l0 off by'].abs().max():.1%} at most; dead"
+        f" {table['dead'].mean():.1%} on average"
     )
 
 

@@ -1,10 +1,13 @@
-"""Training speed and loss beside the peers, on stored activations, one after another on an otherwise idle machine.
+"""Training speed and loss beside the peers, on stored activations, one after another on an
+otherwise idle machine.
 
-    qsae harvest --model smollm2 --data CHATS.jsonl --site blocks.15.hook_resid_post --tokens 2200000 --out acts.safetensors
-    python tests/bench/train.py acts.safetensors --peers PYTHON_WITH_PEERS --tokens 200000
+    qsae harvest --model smollm2 --data CHATS.jsonl --site blocks.15.hook_resid_post --tokens
+    2200000 --out acts.safetensors python tests/bench/train.py acts.safetensors --peers
+    PYTHON_WITH_PEERS --tokens 200000
 
-Prints a table: tokens a second (steps alone), its ratio to SAELens of the same kind, held-out FVU and L0, and seconds
-until the FVU at which the best peer of that kind ended. Without --peers only this package is timed.
+Prints a table: tokens a second (steps alone), its ratio to SAELens of the same kind, held-out FVU
+and L0, and seconds until the FVU at which the best peer of that kind ended. Without --peers only
+this package is timed.
 """
 
 import argparse
@@ -18,11 +21,17 @@ from typing import Any
 import pandas as pd
 from safetensors import safe_open
 
-OURS = {"qsae-topk": ["--arch", "topk"], "qsae-jumprelu": ["--arch", "jumprelu"], "qsae-batchtopk": ["--arch", "batchtopk"]}
+OURS = {
+    "qsae-topk": ["--arch", "topk"],
+    "qsae-jumprelu": ["--arch", "jumprelu"],
+    "qsae-batchtopk": ["--arch", "batchtopk"],
+}
 PEERS = {
-    "saelens-topk": ["saelens-topk"], "saelens-topk-autocast": ["saelens-topk", "--autocast"], "sparsify-topk": ["sparsify-topk"],
+    "saelens-topk": ["saelens-topk"],
+    "saelens-topk-autocast": ["saelens-topk", "--autocast"],
+    "sparsify-topk": ["sparsify-topk"],
     "saelens-jumprelu": ["saelens-jumprelu"],
-}  # fmt: skip
+}
 
 
 def run(command: list[str]) -> dict[str, Any]:
@@ -36,9 +45,21 @@ def ours(name: str, a: argparse.Namespace, shared: list[str]) -> dict[str, Any]:
     sparsity = ["--target-l0" if name == "qsae-jumprelu" else "--k", str(a.k)]
     with tempfile.TemporaryDirectory() as folder:
         command = [
-            sys.executable, "-m", "qsae_kit.cli", "train", "--acts", a.acts, "--site", a.site, "--json", "--out", folder + "/out",
-            *OURS[name], *sparsity, *shared,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "qsae_kit.cli",
+            "train",
+            "--acts",
+            a.acts,
+            "--site",
+            a.site,
+            "--json",
+            "--out",
+            folder + "/out",
+            *OURS[name],
+            *sparsity,
+            *shared,
+        ]
         return run(command)
 
 
@@ -62,7 +83,10 @@ def main() -> None:
     a = p.parse_args()
     with safe_open(a.acts, "pt") as file:
         n_rows, d = file.get_slice("acts").get_shape()
-    print(f"{n_rows:,} rows of {d}; {a.tokens:,} tokens are {a.tokens / (0.9 * n_rows):.2f} epochs", flush=True)
+    print(
+        f"{n_rows:,} rows of {d}; {a.tokens:,} tokens are {a.tokens / (0.9 * n_rows):.2f} epochs",
+        flush=True,
+    )
     shared = ["--d-sae", a.d_sae, "--batch", a.batch, "--tokens", str(a.tokens), "--curve", a.curve]
     wanted = a.only.split(",") if a.only else [*OURS, *(PEERS if a.peers else ())]
     here = str(Path(__file__).parent / "peer.py")
@@ -73,20 +97,40 @@ def main() -> None:
         else:
             peer, *flags = PEERS[name]
             figures = run([a.peers, here, peer, a.acts, "--k", str(a.k), *shared, *flags])
-        rows.append({"name": name, "kind": name.split("-")[1], **{k: figures[k] for k in ("tokens_per_s", "fvu", "l0", "curve")}})
-        print(name, figures["tokens_per_s"], "tokens/s, FVU", figures["fvu"], "L0", figures["l0"], flush=True)
+        rows.append(
+            {
+                "name": name,
+                "kind": name.split("-")[1],
+                **{k: figures[k] for k in ("tokens_per_s", "fvu", "l0", "curve")},
+            }
+        )
+        print(
+            name,
+            figures["tokens_per_s"],
+            "tokens/s, FVU",
+            figures["fvu"],
+            "L0",
+            figures["l0"],
+            flush=True,
+        )
     table = pd.DataFrame(rows)
     for peer in ("saelens-topk", "saelens-topk-autocast", "sparsify-topk", "saelens-jumprelu"):
         if peer in wanted and len(wanted) > 1:
-            table[f"x {peer}"] = (table["tokens_per_s"] / table.set_index("name").loc[peer, "tokens_per_s"]).round(2)
+            table[f"x {peer}"] = (
+                table["tokens_per_s"] / table.set_index("name").loc[peer, "tokens_per_s"]
+            ).round(2)
     if a.curve == "0":
         table["curve"] = [[] for _ in table.index]
     theirs = table[~table["name"].str.startswith("qsae")]
     for kind, group in theirs.groupby("kind"):
         best = group.loc[group["fvu"].idxmin()]
         spent = a.tokens / best["tokens_per_s"]
-        print(f"{kind}: the best peer, {best['name']}, ends at FVU {best['fvu']} after {spent:.1f} s")
-        for _, row in table[(table["kind"] == kind) & table["name"].str.startswith("qsae")].iterrows():
+        print(
+            f"{kind}: the best peer, {best['name']}, ends at FVU {best['fvu']} after {spent:.1f} s"
+        )
+        for _, row in table[
+            (table["kind"] == kind) & table["name"].str.startswith("qsae")
+        ].iterrows():
             print(f"  {row['name']} is there after {reached(row['curve'], best['fvu'])} s")
     print(table.drop(columns="curve").to_string(index=False))
     if a.json:
