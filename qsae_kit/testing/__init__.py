@@ -1,0 +1,1 @@
+"""What third parties test their own SAEs with: the contract of an architecture, as checks."""
