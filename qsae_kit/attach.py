@@ -47,11 +47,8 @@ def calibrate(
         return 0
     names = list(dict.fromkeys(sae.provenance.hook_name for sae in unmeasured if sae.provenance))
     lm.check_hook_names(names)
-    if wrong := [sae.d_in for sae in unmeasured if sae.d_in != lm.d_model]:
-        raise ValueError(
-            f"An SAE has width d_in={wrong[0]}, but {lm.model_name!r} has d_model={lm.d_model};"
-            " give its own model."
-        )
+    for sae in unmeasured:
+        check_width(lm, sae)
     without_l0 = [sae for sae in unmeasured if sae.sparsity == sae.d_sae]
     counted = {sae.provenance.hook_name for sae in without_l0 if sae.provenance}
     norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
@@ -133,11 +130,19 @@ def check_fit(lm: HookedLM, sae: SAE) -> None:
             f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to"
             f" {lm.n_layers - 1}."
         )
-    if sae.d_in != lm.d_model:
-        raise ValueError(
-            f"The SAE has width d_in={sae.d_in}, but {lm.model_name!r} has d_model={lm.d_model}."
-        )
+    check_width(lm, sae)
     check_measured(sae)
+
+
+def check_width(lm: HookedLM, sae: SAE) -> None:
+    """ValueError unless an SAE is as wide as its site in this model."""
+    assert sae.provenance is not None
+    name = sae.provenance.hook_name
+    if sae.d_in != lm.width(name):
+        raise ValueError(
+            f"The SAE has width d_in={sae.d_in}, but {lm.model_name!r} has {lm.width(name)} at"
+            f" {name}; give the SAE's own model."
+        )
 
 
 def splice(sae: SAE, keep: Tensor) -> Edit:
@@ -157,7 +162,7 @@ def splice(sae: SAE, keep: Tensor) -> Edit:
 
 
 def constant(sae: SAE, keep: Tensor, value: Tensor | float) -> Edit:
-    """Sets a site's activations to a value (0, or a mean [d_model]) at the tokens that `splice`
+    """Sets a site's activations to a value (0, or a mean [width]) at the tokens that `splice`
     would replace.
     """
     assert sae.provenance is not None

@@ -7,15 +7,15 @@ from qsae_kit.data.documents import token_batches
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.sae import JumpReLUSAE, Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sites import HOOKS
+from qsae_kit.sites import KINDS, Site
 from qsae_kit.world import world
 
 
 def sae_at(kind, layer, architecture=TopKSAE, median=60.0, factor=10.0):
-    name = f"blocks.{layer}.{HOOKS[kind]}"
-    sae = architecture(160, 256, 12.0, Provenance("tiny", name, NormFilter(median, factor)))
+    name, width = Site(kind, layer).hook_name, 192 if kind == "z" else 160
+    sae = architecture(width, 256, 12.0, Provenance("tiny", name, NormFilter(median, factor)))
     generator = torch.Generator().manual_seed(layer)
-    sae.init_from_rows(torch.randn(500, 160, generator=generator) * 8, generator)
+    sae.init_from_rows(torch.randn(500, width, generator=generator) * 8, generator)
     return name, sae.requires_grad_(False)
 
 
@@ -113,7 +113,7 @@ def test_rows_beyond_the_filter_are_neither_scored_nor_spliced(lm, batches):
 
 
 def test_columns_and_order(lm, batches):
-    saes = dict(sae_at(kind, 0) for kind in HOOKS)
+    saes = dict(sae_at(kind, 0) for kind in KINDS)
     table = evaluate_suite(lm, {"v": saes}, batches, spliced_batches=1, bar=False)
     wanted = (
         "variant site layer kind category fvu mse cosine l2_ratio relative_bias l0 l0_p10 l0_p90"
@@ -122,13 +122,13 @@ def test_columns_and_order(lm, batches):
         " spliced_tokens target d_sae trained_tokens mean_cosine nearest_median nearest_p99"
     )
     assert list(table.columns) == wanted.split()
-    assert list(table["kind"].unique()) == list(HOOKS)
+    assert list(table["kind"].unique()) == list(KINDS)
     assert table.notna().all().all()
 
 
 @pytest.mark.parametrize(
     ("width", "layer", "message"),
-    [(160, 7, "layer 7.*layers 0 to 5"), (64, 1, "d_in=64.*d_model=160")],
+    [(160, 7, "layer 7.*layers 0 to 5"), (64, 1, "d_in=64.* has 160 at blocks.1.hook_mlp_out")],
 )
 def test_saes_that_do_not_fit(lm, batches, width, layer, message):
     sae = TopKSAE(

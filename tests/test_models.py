@@ -507,7 +507,7 @@ def test_qwen3_sizes_on_the_meta_device(lm, size):
     assert two - one == pytest.approx(
         parameters * (4 + 8) + 4 * (recipe.pool + recipe.batch) * d, rel=1e-3
     )
-    assert suite_bytes(recipe, d, len(names)) == pytest.approx(
+    assert suite_bytes(recipe, [d] * len(names)) == pytest.approx(
         len(names) * 4 * parameters, rel=1e-3
     )
     groups = plan_groups([recipe], dict.fromkeys(names, d), 4 * two)

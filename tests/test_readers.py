@@ -162,6 +162,9 @@ SITES = [
     ("model.layers.7.self_attn", "blocks.7.hook_attn_out"),
     ("resid_post_layer_9", "blocks.9.hook_resid_post"),
     ("mlp_out_layer_9", "blocks.9.hook_mlp_out"),
+    ("blocks.4.attn.hook_z", "blocks.4.attn.hook_z"),
+    ("model.layers.7.self_attn.o_proj", "blocks.7.hook_attn_out"),
+    ("model.layers.7.self_attn.o_proj.input", "blocks.7.attn.hook_z"),
 ]
 
 
@@ -175,7 +178,6 @@ def test_sites_under_other_names(name, hook_name):
     [
         "",
         "blocks.0.hook_resid_pre",
-        "blocks.3.attn.hook_z",
         "layers.3.mlp.act",
         "embed_tokens",
         "layers.99999",
@@ -276,7 +278,8 @@ REFUSED = [
     ("SAELens", lambda c: c.update(architecture="temporal"), "'temporal' SAE; known are"),
     ("SAELens", lambda c: c.pop("metadata"), "no metadata"),
     ("SAELens", lambda c: c.pop("k"), "does not say k"),
-    ("SAELens", lambda c: c["metadata"].update(hook_name="blocks.3.attn.hook_z"), "not a site"),
+    ("SAELens", lambda c: c["metadata"].update(hook_name="blocks.3.mlp.hook_pre"), "not a site"),
+    ("SAELens", lambda c: c.update(reshape_activations="hook_z"), "reshape_activations='hook_z'"),
     ("SAELens", lambda c: c["metadata"].update(hook_name="../../x"), "not a site"),
     ("SAELens", lambda c: c["metadata"].update(hook_head_index=3), "hook_head_index"),
     ("sparsify", lambda c: c.update(activation="groupmax"), "activation='groupmax'"),

@@ -426,7 +426,7 @@ def test_the_size_of_a_suite_on_disk(made):
     plan = json.loads((made / "plan.json").read_text(encoding="utf-8"))
     recipe = recipe_for(CONFIG, 160, 2, plan["tokens"], False)
     real = sum(p.stat().st_size for p in made.rglob("sae_weights.safetensors"))
-    assert suite_bytes(recipe, 160, 2) == pytest.approx(real, rel=0.02)
+    assert suite_bytes(recipe, [160] * 2) == pytest.approx(real, rel=0.02)
 
 
 def test_small_budgets_and_slow_models_get_smaller_studies():

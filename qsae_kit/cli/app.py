@@ -62,7 +62,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for suite/, the tables and report.html.")
     ] = Path("runs/demo"),
-    sites: Annotated[str | None, typer.Option(help="Comma-separated: resid, mlp, attn.")] = None,
+    sites: Annotated[str | None, typer.Option(help="Comma-separated: resid, mlp, attn, z.")] = None,
     layers: Annotated[str | None, typer.Option(help='"all", "0,2" or "1-3".')] = None,
     data: Annotated[
         str | None,
@@ -170,7 +170,8 @@ def train(
         typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world."),
     ] = None,
     sites: Annotated[
-        str | None, typer.Option(help="Comma-separated: resid, mlp, attn (all by default).")
+        str | None,
+        typer.Option(help="Comma-separated: resid, mlp, attn, z (the first three by default)."),
     ] = None,
     layers: Annotated[str | None, typer.Option(help='"all" (the default), "0,2" or "1-3".')] = None,
     acts: Annotated[
@@ -308,10 +309,18 @@ def train(
         fit.sites_of(lm, sites or "resid,mlp,attn", layers or "all") if lm is not None else [site]
     )
     file = fit.read_rows(acts) if acts is not None else None
-    d_model = lm.d_model if lm is not None else file.acts.shape[1]  # type: ignore[union-attr]
+    widths = (
+        {file.acts.shape[1]} if file is not None else {lm.width(name) for name in hook_names}  # type: ignore[union-attr]
+    )
+    if d_sae is not None and len(widths) > 1:
+        raise ValueError(
+            f"--d-sae was given for sites of the widths {sorted(widths)}; give --expansion, or"
+            " sites of one width."
+        )
+    width = max(widths)
     if d_sae is not None:
-        recipe["expansion"] = d_sae / d_model
-    config = default_recipe(d_model, len(hook_names), **recipe)
+        recipe["expansion"] = d_sae / width
+    config = default_recipe(width, len(hook_names), **recipe)
     configs = [
         config,
         *(replace(config, frozen=cast("Frozen", part)) for part in dict.fromkeys(frozen or [])),
@@ -319,7 +328,7 @@ def train(
     if given["sparsity"] is None and config.targeted and not json_:
         typer.echo(
             f"No {'--k' if top else '--target-l0'} given: {config.sparsity} is assumed, the square"
-            " root of d_model."
+            " root of the site's width."
         )
     watchers = [WATCHERS[watch](out / watch)] if watch is not None else []
     if file is not None:
@@ -485,7 +494,7 @@ def sweep(
         str | None,
         typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world."),
     ] = None,
-    sites: Annotated[str, typer.Option(help="Comma-separated: resid, mlp, attn.")] = "resid",
+    sites: Annotated[str, typer.Option(help="Comma-separated: resid, mlp, attn, z.")] = "resid",
     layers: Annotated[str, typer.Option(help='"all", "0,2" or "1-3".')] = "all",
     arch: Annotated[
         str, typer.Option(help="jumprelu, topk, batchtopk, matryoshka, standard or gated.")
@@ -516,7 +525,7 @@ def sweep(
     l0s, widths = _numbers("--target-l0", target_l0), _numbers("--expansion", expansion)
     lengths = [int(n) for n in _numbers("--tokens", tokens)]
     config = default_recipe(
-        lm.d_model,
+        max(map(lm.width, names)),
         len(names),
         architecture=arch,
         sparsity=l0s[0],
@@ -838,7 +847,7 @@ def suite(
         ),
     ] = "useful",
     sites: Annotated[
-        str, typer.Option(help="Comma-separated: resid, mlp, attn.")
+        str, typer.Option(help="Comma-separated: resid, mlp, attn, z.")
     ] = "resid,mlp,attn",
     layers: Annotated[str, typer.Option(help='"all", "0,2" or "1-3".')] = "all",
     recipe: Annotated[

@@ -11,19 +11,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.data.documents import TokenBatch
-from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.hooked import HookedLM, by_token
 
-Rows = dict[str, Float[Tensor, "row d_model"]]
+Rows = dict[str, Float[Tensor, "row _width"]]
 
 
 @torch.no_grad()
 def site_activations(
     lm: HookedLM, hook_names: Sequence[str], batch: TokenBatch
-) -> dict[str, Float[Tensor, "batch pos d_model"]]:
+) -> dict[str, Float[Tensor, "batch pos _width"]]:
     """Activations of every site from one pass that stops after the deepest."""
-    return lm.run_with_cache(
+    _, cache = lm.run_with_cache(
         batch.ids, batch.mask, names_filter=list(hook_names), return_type=None
-    )[1]
+    )
+    return {name: by_token(x) for name, x in cache.items()}
 
 
 def kept_rows(lm: HookedLM, hook_names: Sequence[str], batch: TokenBatch) -> Rows:
@@ -72,7 +73,7 @@ class RowSource(Protocol):
 
     @property
     def widths(self) -> Mapping[str, int]:
-        """d_model of every site."""
+        """Numbers a token at every site."""
 
     @property
     def device(self) -> torch.device: ...
@@ -108,7 +109,7 @@ class LiveRows:
         lm.check_hook_names(list(sites))
         self.lm, self.batches, self.device = lm, batches, lm.device
         self._head: list[TokenBatch] = []
-        self.widths = dict.fromkeys(sites, lm.d_model)
+        self.widths = {site: lm.width(site) for site in sites}
 
     @property
     def sites(self) -> list[str]:

@@ -64,7 +64,7 @@ def _fits_half(x: torch.Tensor) -> bool:
 
 
 def save_rows(rows: Rows, hook_name: str, path: Path, about: dict[str, str]) -> None:
-    """Stores rows of one site as the float16 tensor `acts` [row, d_model]; order and scale go into
+    """Stores rows of one site as the float16 tensor `acts` [row, width]; order and scale go into
     the header.
 
     Rows are multiplied by the header's `scale` where float16 would overflow (divide to get them

@@ -58,10 +58,9 @@ def check_pair(first: HookedLM, second: HookedLM, suite: Suite) -> None:
                     f"The SAE of {sae.provenance.hook_name} is of {of!r}; give one of the two"
                     f" models {sorted(names)}."
                 )
-            if (
-                sae.d_in != first.d_model
-                or parse_hook_name(sae.provenance.hook_name).layer >= first.n_layers
-            ):
+            if parse_hook_name(sae.provenance.hook_name).layer >= first.n_layers or {sae.d_in} != {
+                lm.width(sae.provenance.hook_name) for lm in (first, second)
+            }:
                 raise ValueError(
                     f"The SAE of {sae.provenance.hook_name} does not fit models of the shape"
                     f" {shapes[0]}."

@@ -534,8 +534,8 @@ class Logits(NamedTuple):
 
 @torch.no_grad()
 def logit_effects(lm: HookedLM, W_dec: Float[Tensor, "d_sae d_model"]) -> Logits:
-    """Decoder rows through the final norm's weight and the unembedding, as if nothing came between
-    (direct effect).
+    """Decoder rows in the residual stream (`HookedLM.to_residual`) through the final norm's weight
+    and the unembedding, as if nothing came between (direct effect).
     """
     norm, unembed = lm.hf.model.norm.weight.float(), lm.hf.get_output_embeddings().weight.float()
     unembed = unembed - unembed.mean(0)
@@ -1221,6 +1221,8 @@ def _write_site(
     lm: HookedLM, tally: Tally, texts: Sequence[str], ids: Mapping[int, Sequence[int]], folder: Path
 ) -> None:
     sample = sample_of(tally)
-    logits = logit_effects(lm, tally.sae.W_dec)
+    assert tally.sae.provenance is not None
+    written = lm.to_residual(tally.sae.provenance.hook_name, tally.sae.W_dec)
+    logits = logit_effects(lm, written)
     _write(feature_table(tally, logits, sample, texts, ids), folder / FEATURES)
     _write(example_table(tally), folder / EXAMPLES)

@@ -1,5 +1,5 @@
 """DataFrame -> plotly figure; no model in sight. Colours are Okabe and Ito's, distinct to
-colour-blind eyes.
+colour-blind eyes; those of the sites are in `sites`.
 """
 
 import html
@@ -9,11 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from qsae_kit.sites import parse_hook_name
+from qsae_kit.sites import in_order, kind_named, look_of
 
-KIND_COLORS = {"resid": "#0072B2", "mlp": "#D55E00", "attn": "#009E73"}
-KIND_NAMES = {"resid": "residual stream", "mlp": "MLP output", "attn": "attention output"}
-KIND_SYMBOLS = {"resid": "circle", "mlp": "square", "attn": "diamond"}
 DASHES = ("solid", "dot", "dash", "dashdot")
 # Drawn in this order; the wider one first, so that lines that coincide are both seen.
 ARM_STYLE = {
@@ -57,7 +54,8 @@ def reconstruction_figure(
     evaluation = evaluation[evaluation["category"] == category]
     variants = list(dict.fromkeys(evaluation["variant"]))
     for v, variant in enumerate(variants):
-        for kind in KIND_COLORS:
+        for kind in in_order(evaluation["kind"]):
+            look = look_of(kind)
             rows = evaluation[
                 (evaluation["variant"] == variant) & (evaluation["kind"] == kind)
             ].sort_values("layer")
@@ -69,11 +67,11 @@ def reconstruction_figure(
                         x=rows["layer"].tolist(),
                         y=rows[metric].tolist(),
                         mode="lines+markers",
-                        name=plot_text(f"{KIND_NAMES[kind]}, {variant}"),
+                        name=plot_text(f"{look.label}, {variant}"),
                         legendgroup=f"{variant}/{kind}",
                         showlegend=column == 1,
-                        line={"color": KIND_COLORS[kind], "dash": DASHES[v % len(DASHES)]},
-                        marker={"symbol": KIND_SYMBOLS[kind], "size": 8},
+                        line={"color": look.color, "dash": DASHES[v % len(DASHES)]},
+                        marker={"symbol": look.symbol, "size": 8},
                         customdata=rows["l0"].tolist(),
                         hovertemplate="layer %{x}: %{y:.4f}, L0 %{customdata:.1f}<extra></extra>",
                     ),
@@ -106,9 +104,9 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
     named: set[tuple[str, str]] = set()
     for key, rows in log.groupby(["variant", "hook_name"], sort=False):
         variant, hook_name = map(str, key)  # type: ignore[call-overload]
-        kind = parse_hook_name(hook_name).kind
+        kind = kind_named(hook_name)
+        look = look_of(kind)
         thin = rows.iloc[:: -max(1, len(rows) // 200)][::-1]  # the last one stays
-        color = KIND_COLORS[kind]
         for column, metric in enumerate(("loss", "l0", "dead"), 1):
             figure.add_trace(
                 go.Scatter(
@@ -116,10 +114,10 @@ def training_figure(log: pd.DataFrame, targets: Mapping[str, float] | None = Non
                     y=thin[metric].tolist(),
                     mode="lines",
                     legendgroup=f"{variant}/{kind}",
-                    name=plot_text(f"{KIND_NAMES[kind]}, {variant}"),
+                    name=plot_text(f"{look.label}, {variant}"),
                     showlegend=column == 1 and (variant, kind) not in named,
                     line={
-                        "color": color,
+                        "color": look.color,
                         "dash": DASHES[variants.index(variant) % len(DASHES)],
                         "width": 1.5,
                     },

@@ -7,9 +7,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from qsae_kit.figures.basic import DASHES, KIND_COLORS, KIND_NAMES, KIND_SYMBOLS, plot_text, style
+from qsae_kit.figures.basic import DASHES, plot_text, style
 from qsae_kit.metrics.reconstruction import wilson
 from qsae_kit.metrics.scaling import ScalingFit
+from qsae_kit.sites import in_order, look_of
 
 FINDER_COLORS = (
     "#0072B2",
@@ -39,21 +40,22 @@ def frontier_figure(table: pd.DataFrame, model_name: str = "", category: str = "
     for (site, expansion), rows in table.groupby(["site", "expansion"], sort=False):
         rows = rows.sort_values("l0")
         kind, layer = rows["kind"].iloc[0], int(rows["layer"].iloc[0])
+        look = look_of(kind)
         for column, metric in ((1, "fvu"), (2, "delta_ce")):
             figure.add_trace(
                 go.Scatter(
                     x=rows["l0"].tolist(),
                     y=rows[metric].tolist(),
                     mode="lines+markers",
-                    name=f"{KIND_NAMES[kind]}, x{expansion:g}",
+                    name=plot_text(f"{look.label}, x{expansion:g}"),
                     legendgroup=f"{kind}/{expansion}",
                     showlegend=column == 1 and (kind, expansion) not in named,
                     opacity=0.35 + 0.65 * (layer + 1) / n_layers,
                     line={
-                        "color": KIND_COLORS[kind],
+                        "color": look.color,
                         "dash": DASHES[widths.index(expansion) % len(DASHES)],
                     },
-                    marker={"symbol": KIND_SYMBOLS[kind], "size": 7},
+                    marker={"symbol": look.symbol, "size": 7},
                     hovertemplate=plot_text(str(site)) + ": L0 %{x:.1f}, %{y:.4f}<extra></extra>",
                 ),
                 row=1,
@@ -99,22 +101,20 @@ def baseline_figure(
     )
     labels = {variant: plot_text(variant) for variant in order}
     for column, metric in ((1, "fvu"), (2, "delta_ce")):
-        for kind in KIND_COLORS:
-            rows = table[table["kind"] == kind]
-            if rows.empty:
-                continue
+        for kind in in_order(table["kind"]):
+            rows, look = table[table["kind"] == kind], look_of(kind)
             figure.add_trace(
                 go.Scatter(
                     x=rows[metric].tolist(),
                     y=[labels[v] for v in rows["variant"]],
                     mode="markers",
-                    name=KIND_NAMES[kind],
+                    name=plot_text(look.label),
                     legendgroup=kind,
                     showlegend=column == 1,
                     customdata=rows["site"].map(plot_text).tolist(),
                     marker={
-                        "color": KIND_COLORS[kind],
-                        "symbol": KIND_SYMBOLS[kind],
+                        "color": look.color,
+                        "symbol": look.symbol,
                         "size": 8,
                         "opacity": 0.75,
                     },
@@ -231,20 +231,18 @@ def needed_l0_figure(
         1, 3, subplot_titles=[title for _, title in panels], horizontal_spacing=0.08
     )
     for column, (name, _) in enumerate(panels, 1):
-        for kind in KIND_COLORS:
-            rows = needed[needed["kind"] == kind].sort_values("layer")
-            if rows.empty:
-                continue
+        for kind in in_order(needed["kind"]):
+            rows, look = needed[needed["kind"] == kind].sort_values("layer"), look_of(kind)
             figure.add_trace(
                 go.Scatter(
                     x=rows["layer"].tolist(),
                     y=[None if pd.isna(v) else float(v) for v in rows[name]],
                     mode="lines+markers",
-                    name=KIND_NAMES[kind],
+                    name=plot_text(look.label),
                     legendgroup=kind,
                     showlegend=column == 1,
-                    line={"color": KIND_COLORS[kind]},
-                    marker={"symbol": KIND_SYMBOLS[kind], "size": 8},
+                    line={"color": look.color},
+                    marker={"symbol": look.symbol, "size": 8},
                     hovertemplate="layer %{x}: %{y:.1f}<extra></extra>",
                 ),
                 row=1,

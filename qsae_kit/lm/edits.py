@@ -16,7 +16,7 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from qsae_kit.lm.chat import Phase
-from qsae_kit.lm.hooked import HookedLM, Now
+from qsae_kit.lm.hooked import HookedLM, Now, by_token
 from qsae_kit.lm.locks import Entry
 
 Policy: TypeAlias = Literal["all", "prompt", "header", "thinking", "answer"]
@@ -44,7 +44,7 @@ class Detector:
     """A condition: a figure of the activations at a hook point is above a threshold."""
 
     hook_name: str
-    read: Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos"]]
+    read: Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos"]]
     threshold: float
     span: Span = "so_far"
     """token: at the token itself; so_far: at it or any token before it."""
@@ -57,8 +57,8 @@ class Edit:
     """A change of one hook point's activations."""
 
     hook_name: str
-    delta: Callable[[Float[Tensor, "batch pos d_model"]], Float[Tensor, "batch pos d_model"]]
-    """What is added, from the activations themselves."""
+    delta: Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"]]
+    """What is added, from the activations themselves (heads beside each other)."""
     positions: Positions = "all"
     when: Detector | None = None
     """Only tokens at which this holds are changed; None: always."""
@@ -174,7 +174,7 @@ def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook
     def as_gate(gate: _Gate) -> Callable[..., None]:
         def hook(x: Tensor, hook: HookPoint) -> None:
             assert lm.now is not None
-            gate.look(x, lm.now)
+            gate.look(by_token(x), lm.now)
 
         return hook
 
@@ -188,11 +188,11 @@ def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook
                 where = where & opened
             if rows is not None:
                 where = where & rows[:, None]
-            return (
-                torch.where(where[..., None], x + edit.delta(x).to(x.dtype), x)
-                if where.any()
-                else x
-            )
+            if not where.any():
+                return x
+            flat = by_token(x)
+            edited = torch.where(where[..., None], flat + edit.delta(flat).to(x.dtype), flat)
+            return edited.view_as(x)
 
         return hook
 

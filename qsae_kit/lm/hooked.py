@@ -34,6 +34,7 @@ from qsae_kit.lm.chat import Markers, answer_start, find_markers, phases
 from qsae_kit.lm.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
 from qsae_kit.lm.sources import load_source, public_name
 from qsae_kit.lm.templates import render
+from qsae_kit.sites import kind_at, width_name
 
 Message: TypeAlias = dict[str, Any]
 Prompt: TypeAlias = str | list[Message]
@@ -52,6 +53,16 @@ ROLES_SHOWN = 200
 # The names below are those of Llama, Qwen3 and most dense models shaped like them.
 BACKBONE = ("embed_tokens", "layers", "norm")
 LAYER = ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp")
+
+BLOCK_HOOKS = (
+    "hook_resid_pre",
+    "attn.hook_z",
+    "hook_attn_out",
+    "hook_resid_mid",
+    "hook_mlp_out",
+    "hook_resid_post",
+)
+"""The hook points of a layer, in the order in which a forward pass reaches them."""
 
 
 class Tokens(NamedTuple):
@@ -209,13 +220,11 @@ class HookedBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.hook_resid_pre = HookPoint()
-        self.attn = nn.Module()
-        self.attn.hook_z = HookPoint()
-        self.hook_attn_out = HookPoint()
-        self.hook_resid_mid = HookPoint()
-        self.hook_mlp_out = HookPoint()
-        self.hook_resid_post = HookPoint()
+        for hook in BLOCK_HOOKS:
+            inside, _, name = hook.rpartition(".")
+            if inside and not hasattr(self, inside):
+                self.add_module(inside, nn.Module())
+            self.get_submodule(inside).add_module(name, HookPoint())
 
 
 class HookedLM(HookedRootModule):
@@ -268,6 +277,31 @@ class HookedLM(HookedRootModule):
         return self.config.hidden_size
 
     @property
+    def d_heads(self) -> int:
+        """Width of all attention heads' outputs beside each other: what `o_proj` takes."""
+        return self.config.num_attention_heads * self.hf.model.layers[0].self_attn.head_dim
+
+    def width(self, hook_name: str) -> int:
+        """How many numbers a token has at a hook point, heads counted together; ValueError for a
+        name that is none.
+        """
+        self.check_hook_names([hook_name])
+        return getattr(self, width_name(hook_name))
+
+    def to_residual(
+        self, hook_name: str, directions: Float[Tensor, "*row width"]
+    ) -> Float[Tensor, "*row d_model"]:
+        """What directions at a hook point become in the residual stream: themselves, or, before a
+        layer's linear map (z: `o_proj`), their image under it, without its bias.
+        """
+        self.check_hook_names([hook_name])
+        kind = kind_at(hook_name)
+        if kind is None or not kind.through:
+            return directions
+        layer = self.hf.model.layers[int(hook_name.split(".")[1])]
+        return directions @ layer.get_submodule(kind.through).weight.to(directions).T
+
+    @property
     def context_size(self) -> int:
         """The longest sequence the model was made for, in tokens."""
         return self.config.max_position_embeddings
@@ -294,8 +328,8 @@ class HookedLM(HookedRootModule):
         """Hook names in the order in which a forward pass reaches them."""
         yield "hook_embed"
         for i in range(self.n_layers):
-            for part in ("resid_pre", "z", "attn_out", "resid_mid", "mlp_out", "resid_post"):
-                yield f"blocks.{i}.attn.hook_z" if part == "z" else f"blocks.{i}.hook_{part}"
+            for hook in BLOCK_HOOKS:
+                yield f"blocks.{i}.{hook}"
         yield "ln_final.hook_normalized"
 
     def order_of(self, hook_name: str) -> int:
@@ -455,8 +489,7 @@ class HookedLM(HookedRootModule):
             if name not in self.hook_dict:
                 raise ValueError(
                     f"There is no hook point {name!r}; this model has hook_embed, blocks.<0 to"
-                    f" {self.n_layers - 1}>.{{hook_resid_pre, attn.hook_z, hook_attn_out,"
-                    " hook_resid_mid, hook_mlp_out, hook_resid_post} and"
+                    f" {self.n_layers - 1}>.{{{', '.join(BLOCK_HOOKS)}}} and"
                     " ln_final.hook_normalized."
                 )
 
@@ -550,7 +583,7 @@ class HookedLM(HookedRootModule):
             resid_pre[:] = [x]
             return ((x, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": x})
 
-        def on_heads(module: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        def on_heads(_m: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             z = args[0].unflatten(-1, (-1, self.hf.model.layers[0].self_attn.head_dim))
             return (fire(prefix + "attn.hook_z", z).flatten(-2), *args[1:])
 
@@ -956,6 +989,13 @@ def _sampling(
     first = secrets.randbelow(2**31) if seed is None else seed
     seeds = list(first) if isinstance(first, Sequence) else [first + r for r in range(n_rows)]
     return warpers, [torch.Generator(device).manual_seed(s) for s in seeds]
+
+
+def by_token(x: Float[Tensor, "batch pos *parts"]) -> Float[Tensor, "batch pos width"]:
+    """What a hook point gives, one vector a token: attention heads, which TransformerLens keeps
+    apart, lie beside each other.
+    """
+    return x.flatten(2)
 
 
 def _unregister(module: nn.Module, hook: Callable[..., Any]) -> None:

@@ -19,7 +19,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -80,8 +80,8 @@ class SuiteConfig:
     files: Mapping[str, str] | None = None
     """Files in the place of the recipe's slots."""
     expansion: float | None = None
-    """d_sae as a multiple of d_model. None: 8, and 4 below `FEW` tokens, which leave half of the
-    latents of a wider SAE dead.
+    """d_sae as a multiple of the site's width. None: 8, and 4 below `FEW` tokens, which leave half
+    of the latents of a wider SAE dead.
     """
     target_l0: float | None = None
     moments: str = ""
@@ -118,36 +118,31 @@ def parse_budget(text: str) -> tuple[int | None, float | None]:
 # --- the plan
 
 
-def suite_bytes(config: TrainConfig, d_model: int, n_sites: int) -> int:
-    """Disk for the SAEs: four bytes a parameter."""
-    m = config.d_sae(d_model)
-    return n_sites * 4 * (2 * d_model * m + 3 * m + d_model)
+def suite_bytes(config: TrainConfig, widths: Iterable[int]) -> int:
+    """Disk for the SAEs of sites of these widths: four bytes a parameter."""
+    sizes = [(d, config.d_sae(d)) for d in widths]
+    return sum(4 * (2 * d * m + 3 * m + d) for d, m in sizes)
 
 
-def disk_bytes(
-    config: TrainConfig, d_model: int, n_sites: int, largest_group: int, tokens: int
-) -> int:
+def disk_bytes(config: TrainConfig, widths: Iterable[int], largest_group: int, tokens: int) -> int:
     """Disk for everything: the SAEs, two checkpoints of a group while one takes the other's place,
     documents twice, figures.
     """
     return (
-        suite_bytes(config, d_model, n_sites)
-        + 2 * largest_group
-        + 2 * BYTES_A_TOKEN * tokens
-        + 200 * 2**20
+        suite_bytes(config, widths) + 2 * largest_group + 2 * BYTES_A_TOKEN * tokens + 200 * 2**20
     )
 
 
 def recipe_for(
-    config: SuiteConfig, d_model: int, n_sites: int, tokens: int, on_gpu: bool
+    config: SuiteConfig, width: int, n_sites: int, tokens: int, on_gpu: bool
 ) -> TrainConfig:
-    """The training recipe of a suite."""
+    """The training recipe of a suite of sites of a width, the largest where they differ."""
     changes: dict[str, Any] = {} if config.target_l0 is None else {"sparsity": config.target_l0}
     batch = 2048 if tokens >= FEW or on_gpu else max(256, 2 ** int(math.log2(tokens / 200)))
     expansion = config.expansion or (8 if tokens >= FEW else 4)
     moments = config.moments or ("bfloat16" if on_gpu else "float32")
     return default_recipe(
-        d_model,
+        width,
         n_sites,
         tokens=tokens,
         batch=min(2048, batch),
@@ -170,8 +165,10 @@ class Speeds:
     """Tokens that the model writes in a batch."""
 
 
-def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
-    """Times a forward pass, a few training steps on random rows, and a short generation."""
+def measure_speeds(lm: HookedLM, config: TrainConfig, width: int) -> Speeds:
+    """Times a forward pass, a few training steps on random rows of a width, and a short
+    generation.
+    """
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(
         0, lm.config.vocab_size, (16, min(256, lm.context_size)), generator=generator
@@ -194,7 +191,7 @@ def measure_speeds(lm: HookedLM, config: TrainConfig) -> Speeds:
         )
     few = replace(config, tokens=8 * config.batch, pool=4 * config.batch)
     rows = StoredRows(
-        {hook: torch.randn(4 * config.batch, lm.d_model, generator=generator)}, 0, 1.0, lm.device
+        {hook: torch.randn(4 * config.batch, width, generator=generator)}, 0, 1.0, lm.device
     )
     meter = Meter(config.batch)
     train_saes(rows, [few], model_name=lm.model_name, watch=[meter], bar=False)
@@ -273,12 +270,15 @@ def make_plan(
     names = sites_of(lm, config.sites, config.layers)
     tokens, hours = parse_budget(config.budget)
     on_gpu = lm.device.type == "cuda"
-    speeds = measure_speeds(lm, recipe_for(config, lm.d_model, len(names), tokens or FEW, on_gpu))
+    widths = {name: lm.width(name) for name in names}
+    widest = max(widths.values())
+    tried = recipe_for(config, widest, len(names), tokens or FEW, on_gpu)
+    speeds = measure_speeds(lm, tried, widest)
     free = free_memory(lm.device) if memory is None else memory
 
     def planned(n: int) -> dict[str, Any]:
-        recipe = recipe_for(config, lm.d_model, len(names), n, on_gpu)
-        groups = plan_groups([recipe], dict.fromkeys(names, lm.d_model), free, 8192)
+        recipe = recipe_for(config, widest, len(names), n, on_gpu)
+        groups = plan_groups([recipe], widths, free, 8192)
         sizes = sizes_for(lm, config, n)
         written = mixes.written_tokens(manifest, n, lm.model_name)
         spent = stage_hours(speeds, recipe, written, len(names), len(groups), sizes)
@@ -287,13 +287,11 @@ def make_plan(
             "recipe": manifest.name,
             "sites": names,
             "tokens": n,
-            "d_sae": recipe.d_sae(lm.d_model),
+            "d_sae": recipe.d_sae(widest),
             "training": asdict(recipe),
             "groups": [{"sites": group.sites, "bytes": group.bytes} for group in groups],
             "memory_bytes": max(g.bytes for g in groups),
-            "disk_bytes": disk_bytes(
-                recipe, lm.d_model, len(names), max(g.bytes for g in groups), n
-            ),
+            "disk_bytes": disk_bytes(recipe, widths.values(), max(g.bytes for g in groups), n),
             "hours": spent,
             "measured": asdict(speeds),
         }

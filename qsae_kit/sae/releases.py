@@ -36,7 +36,7 @@ from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.tensorfiles import FLOATS, TensorFile, all_finite
 from qsae_kit.sae import ARCHITECTURES, SAE, Provenance
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sites import Site, find_site
+from qsae_kit.sites import KINDS, Site, find_site
 
 CONFIG_LIMIT = 2**20
 """Bytes of a configuration."""
@@ -407,17 +407,20 @@ def _saelens(release: Release, path: PurePosixPath, match: re.Match[str]) -> Fou
             f"{str(file)!r} is of a {architecture!r} SAE; known are standard, topk, jumprelu and"
             " gated."
         )
-    cfg.refuse(normalize_activations="none", reshape_activations="none")
+    hook_name = meta.text("hook_name")
+    site = find_site(hook_name) if hook_name else None
+    cfg.refuse(normalize_activations="none")
+    if site is None or config.get("reshape_activations") != KINDS[site.kind].reshape:
+        cfg.refuse(reshape_activations="none")
     meta.refuse(hook_head_index=None)
     layout = Layout(
         biases={name: name for name in biases.get(architecture, ["b_enc"])},
         centred=bool(config.get("apply_b_dec_to_input")),
         rescaled=bool(config.get("rescale_acts_by_decoder_norm")),
     )
-    hook_name = meta.text("hook_name")
     provenance = Provenance(
         meta.text("model_name"),
-        find_site(hook_name).hook_name if hook_name else "",
+        site.hook_name if site else "",
         UNMEASURED,
         drop_template=bool(meta.config.get("exclude_special_tokens")),
         context_size=meta.whole("context_size") or CONTEXT,

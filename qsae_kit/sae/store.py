@@ -18,7 +18,7 @@ from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.sae import SAE
 from qsae_kit.sae.releases import find_saes, open_release, read_sae, select
-from qsae_kit.sites import parse_hook_name
+from qsae_kit.sites import KINDS, parse_hook_name
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
@@ -46,7 +46,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": KINDS[parse_hook_name(origin.hook_name).kind].reshape,
         "metadata": {
             "sae_lens_version": "6.54.12",
             "model_name": origin.model_name,

@@ -7,7 +7,7 @@ import pandas as pd
 import torch
 
 from qsae_kit.lm.edits import Edit, applied
-from qsae_kit.lm.hooked import Generation, HookedLM, Prompt, Step
+from qsae_kit.lm.hooked import Generation, HookedLM, Prompt, Step, by_token
 from qsae_kit.sae import SAE
 
 
@@ -82,7 +82,8 @@ def token_table(
         logprobs.append(rows.gather(1, ids[0, len(prompt) :, None])[:, 0].cpu())
     acts = torch.full((len(answer),), float("nan"))
     if watch is not None:
-        acts = watch[0].encode(cache[names[0]][0, len(prompt) :].float())[:, watch[1]].cpu()
+        x = by_token(cache[names[0]])[0, len(prompt) :].float()
+        acts = watch[0].encode(x)[:, watch[1]].cpu()
     return pd.DataFrame(
         {
             "token": lm.to_str_tokens(answer),

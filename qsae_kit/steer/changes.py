@@ -24,6 +24,7 @@ from qsae_kit.io.jsonfiles import JSON_LIMIT, parse_json, read_text
 from qsae_kit.lm.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
 from qsae_kit.sae import SAE
 from qsae_kit.sae.suites import Suite, sae_of
+from qsae_kit.sites import width_name
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class FeatureSet:
     features: tuple[int, ...]
     weights: tuple[float, ...]
 
-    def direction(self, sae: SAE) -> Float[Tensor, " d_model"]:
+    def direction(self, sae: SAE) -> Float[Tensor, " width"]:
         """Unit vector sum_i w_i W_dec[i] / |...|."""
         rows = sae.W_dec[list(self.features)]
         return torch.nn.functional.normalize(
@@ -45,7 +46,7 @@ class FeatureSet:
 
 def add_direction(
     hook_name: str,
-    direction: Float[Tensor, " d_model"],
+    direction: Float[Tensor, " width"],
     strength: float,
     median_norm: float,
     positions: Positions = "header",
@@ -60,7 +61,7 @@ def add_direction(
 
 def project_out(
     hook_name: str,
-    direction: Float[Tensor, " d_model"],
+    direction: Float[Tensor, " width"],
     positions: Positions = "header",
     share: float = 1.0,
 ) -> Edit:
@@ -204,7 +205,7 @@ class Change:
     empty: alike.
     """
     direction: tuple[float, ...] = ()
-    """Instead of features, for add and project_out: a vector [d_model], of which the length says
+    """Instead of features, for add and project_out: a vector [width], of which the length says
     nothing.
     """
     strength: float = 1.0
@@ -270,7 +271,12 @@ class Change:
 
     def _along(self, suite: Suite) -> Edit:
         if self.direction:
-            widths = {sae.d_in for saes in suite.values() for sae in saes.values()}
+            widths = {
+                sae.d_in
+                for saes in suite.values()
+                for name, sae in saes.items()
+                if width_name(name) == width_name(self.hook_name)
+            }
             if widths and len(self.direction) not in widths:
                 raise ValueError(
                     f"A direction of {len(self.direction)} values was given, but the suite is of a "

@@ -18,7 +18,7 @@ from torch import Tensor
 from qsae_kit.attach import token_features
 from qsae_kit.lm.answering import KnownRows
 from qsae_kit.lm.edits import Edit, Policy, applied, selected
-from qsae_kit.lm.hooked import HookedLM, Now
+from qsae_kit.lm.hooked import HookedLM, Now, by_token
 from qsae_kit.sae import SAE
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.changes import Condition, FeatureSet
@@ -31,7 +31,7 @@ def decision_activations(
     prompts: Sequence[str],
     enable_thinking: bool | None = None,
     batch: int = 64,
-) -> dict[str, Float[Tensor, "prompt d_model"]]:
+) -> dict[str, Float[Tensor, "prompt _width"]]:
     """Activations at each chat prompt's last token, from which the first answer token is
     predicted.
     """
@@ -42,7 +42,7 @@ def decision_activations(
         )
         _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
         for name in hook_names:
-            parts[name].append(cache[name][:, -1].float())
+            parts[name].append(by_token(cache[name])[:, -1].float())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
@@ -54,7 +54,7 @@ def answer_activations(
     answers: Sequence[list[int]],
     enable_thinking: bool | None = None,
     batch: int = 32,
-) -> dict[str, Float[Tensor, "row d_model"]]:
+) -> dict[str, Float[Tensor, "row _width"]]:
     """Activations from which given answers (token ids) are predicted: each prompt's last token and
     all but the answer's last.
     """
@@ -66,7 +66,7 @@ def answer_activations(
         _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
         for name in hook_names:
             parts[name] += [
-                cache[name][r, len(p) - 1 : len(p) + len(a) - 1].float()
+                by_token(cache[name])[r, len(p) - 1 : len(p) + len(a) - 1].float()
                 for r, (p, a) in enumerate(some)
             ]
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
@@ -185,7 +185,7 @@ class Contrast(NamedTuple):
 
     feature_gap: Float[Tensor, " d_sae"]
     """Mean activation in the first group minus that in the second."""
-    mean_gap: Float[Tensor, " d_model"]
+    mean_gap: Float[Tensor, " width"]
     """Difference of means of the activations: the usual steering direction."""
     alive: Int[Tensor, " feature"]
     """Features that fired there in either group: what random controls are drawn from."""
@@ -193,7 +193,7 @@ class Contrast(NamedTuple):
 
 @torch.no_grad()
 def contrast(
-    sae: SAE, first: Float[Tensor, "row_a d_model"], second: Float[Tensor, "row_b d_model"]
+    sae: SAE, first: Float[Tensor, "row_a width"], second: Float[Tensor, "row_b width"]
 ) -> Contrast:
     """Compares two groups of activations, as `decision_activations` or `answer_activations` give
     them.
@@ -355,14 +355,15 @@ def log_odds_gradient(
     prompts: Sequence[list[int]],
     openings: Int[Tensor, " token"],
     batch: int = 32,
-) -> Float[Tensor, " d_model"]:
+) -> Float[Tensor, " width"]:
     """Gradient of the mean log-odds of `openings` at the first answer token by the activations at
     the prompts' last token.
     """
-    total = torch.zeros(lm.d_model, device=lm.device)
+    width = lm.width(hook_name)
+    total = torch.zeros(width, device=lm.device)
     for start in range(0, len(prompts), batch):
         ids, mask = lm.pad(prompts[start : start + batch], "left")
-        zero = torch.zeros(len(ids), lm.d_model, device=lm.device, requires_grad=True)
+        zero = torch.zeros(len(ids), width, device=lm.device, requires_grad=True)
         last = torch.zeros_like(ids, dtype=torch.bool)
         last[:, -1] = True
 
@@ -384,8 +385,8 @@ def log_odds_gradient(
 def lens_tokens(
     lm: HookedLM, direction: Float[Tensor, " d_model"], n: int = 10
 ) -> Int[Tensor, " token"]:
-    """The tokens that a direction raises most when it is read through the final norm's weights and
-    the unembedding.
+    """The tokens that a direction of the residual stream raises most when it is read through the
+    final norm's weights and the unembedding.
     """
     norm, unembedding = lm.hf.model.norm.weight, lm.hf.get_output_embeddings().weight
     return (unembedding.float() @ (direction.float() * norm.float())).topk(n).indices
@@ -395,8 +396,8 @@ def lens_tokens(
 def feature_scores(
     aim: Aim,
     sae: SAE,
-    first: Float[Tensor, "row_a d_model"],
-    second: Float[Tensor, "row_b d_model"],
+    first: Float[Tensor, "row_a width"],
+    second: Float[Tensor, "row_b width"],
     make: Callable[[FeatureSet], Sequence[Edit]],
     n_candidates: int = 24,
     n_prompts: int = 8,
@@ -436,10 +437,11 @@ def feature_scores(
     neutral = KnownRows(aim.lm, list(aim.others)[:n_prompts])
     plain = neutral.last_logits().log_softmax(-1)
     effects, outputs = [], []
-    for i, weight, row in zip(ids, gap.tolist(), rows, strict=True):
+    written = aim.lm.to_residual(sae.provenance.hook_name, aim.sign * rows)
+    for i, weight, row in zip(ids, gap.tolist(), written, strict=True):
         edits = make(FeatureSet((i,), (weight,)))
         effects.append(float(aim.target_odds(edits).mean() - clean))
-        raised = lens_tokens(aim.lm, aim.sign * row)
+        raised = lens_tokens(aim.lm, row)
         outputs.append(
             float((neutral.last_logits(edits).log_softmax(-1) - plain)[:, raised].mean())
         )

@@ -1105,8 +1105,9 @@ class _Study:
                 c.control_prompts,
                 draw=draw,
             )
+            width = self.lm.width(chosen.hook_name)
             noise = replace(
-                along, direction=tuple(torch.randn(self.lm.d_model, generator=generator).tolist())
+                along, direction=tuple(torch.randn(width, generator=generator).tolist())
             )
             add("noise", self.target, noise, c.sign * chosen.strength, c.control_prompts, draw=draw)
         if c.goal in self.behaviour.instructions:

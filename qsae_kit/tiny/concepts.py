@@ -27,7 +27,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.lm.chat import Phase, phases
-from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.hooked import HookedLM, by_token
 from qsae_kit.world import lexicon, world
 from qsae_kit.world.world import Dialogue, Draw
 
@@ -312,7 +312,7 @@ def build_corpus(lm: HookedLM, n: int = 30_000, seed: int = 0) -> Corpus:
 @torch.no_grad()
 def corpus_activations(
     lm: HookedLM, corpus: Corpus, hook_names: Sequence[str], batch: int = 64
-) -> dict[str, Float[Tensor, "row d_model"]]:
+) -> dict[str, Float[Tensor, "row _width"]]:
     """Activations of the corpus's kept tokens, float32, in the order of `Corpus.where`."""
     kept: list[list[int]] = [[] for _ in corpus.sequences]
     for sequence, position in corpus.where.tolist():
@@ -323,7 +323,7 @@ def corpus_activations(
         ids, mask = lm.pad([corpus.sequences[i].ids for i in some])
         _, cache = lm.run_with_cache(ids, mask, names_filter=list(hook_names), return_type=None)
         for name in hook_names:
-            parts[name] += [cache[name][r, kept[i]].float() for r, i in enumerate(some)]
+            parts[name] += [by_token(cache[name])[r, kept[i]].float() for r, i in enumerate(some)]
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from qsae_kit.lm.edits import Edit, applied
-from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.hooked import HookedLM, by_token
 from qsae_kit.metrics.reconstruction import wilson
 from qsae_kit.sae import SAE
 from qsae_kit.tiny.recovery import judge
@@ -101,7 +101,8 @@ def _swaps(lm: HookedLM, chosen: Chosen, base: list[int], other: list[int]) -> l
     pairs, out = matching(base, other), []
     for (sae, features), name in zip(chosen, names, strict=True):
         wanted = torch.tensor(list(features), device=lm.device)
-        out.append(_Swap(sae, wanted, sae.encode(cache[name][0].float())[:, wanted], pairs))
+        given = sae.encode(by_token(cache[name])[0].float())[:, wanted]
+        out.append(_Swap(sae, wanted, given, pairs))
     return out
 
 

@@ -38,7 +38,7 @@ class FitResult:
 
 
 def sites_of(lm: HookedLM, kinds: str, layers: str) -> list[str]:
-    """Hook names of kinds ("resid,mlp,attn") at layers ("all", "0,2", "1-3")."""
+    """Hook names of kinds ("resid,mlp,attn,z") at layers ("all", "0,2", "1-3")."""
     return [
         site.hook_name
         for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))

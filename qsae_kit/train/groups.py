@@ -31,7 +31,7 @@ elsewhere few.
 def needed_bytes(
     configs: Sequence[TrainConfig], widths: Sequence[int], forward_rows: int = 0
 ) -> int:
-    """Bytes for all variants at sites of these d_model.
+    """Bytes for all variants at sites of these widths.
 
     Counted are weights and moments; one SAE's gradients with the pre-activations of a batch and
     their selection, or its initial weights; the pool, a batch of it, and one site's copy; and the
@@ -55,7 +55,7 @@ def plan_groups(
     """Sites in order, put together as long as they fit into `memory` bytes, all variants of a site
     in one group.
 
-    widths: d_model of every site. Raises ValueError where one site alone does not fit.
+    widths: numbers a token at every site. Raises ValueError where one site alone does not fit.
     """
     groups: list[list[str]] = []
     for site, width in widths.items():

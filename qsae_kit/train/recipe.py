@@ -34,7 +34,7 @@ class TrainConfig:
     is false.
     """
     expansion: float = 8
-    """d_sae as a multiple of d_model."""
+    """d_sae as a multiple of the site's width."""
     tokens: int = 2_000_000
     """Rows to train on."""
     batch: int = 2048
@@ -165,17 +165,18 @@ POOL_ROWS, POOL_BYTES = 65_536, 4e9
 """What the shuffle pool holds at most by default, all sites together."""
 
 
-def default_recipe(d_model: int, n_sites: int = 1, **changes: Any) -> TrainConfig:
+def default_recipe(width: int, n_sites: int = 1, **changes: Any) -> TrainConfig:
     """The recipe that `qsae train` takes without flags, with `changes` as its fields.
 
-    A sparsity that is not given is assumed: the square root of d_model, which is 32 at 1,024 and 64
+    width: numbers a token at the sites, the most where they differ. A sparsity that is not given
+    is assumed: the square root of the width, which is 32 at 1,024 and 64
     at 4,096, the middle of what public suites of such models use. The pool is as large as
     `POOL_ROWS`, `POOL_BYTES` and the tokens allow.
     """
-    changes.setdefault("sparsity", max(1, round(d_model**0.5)))
+    changes.setdefault("sparsity", max(1, round(width**0.5)))
     batch = changes.get("batch", TrainConfig.batch)
     tokens = changes.get("tokens", TrainConfig.tokens)
     if "pool" not in changes and batch > 0:
-        rows = min(POOL_ROWS, POOL_BYTES / (4 * d_model * n_sites), max(tokens, batch))
+        rows = min(POOL_ROWS, POOL_BYTES / (4 * width * n_sites), max(tokens, batch))
         changes["pool"] = batch * max(1, int(rows // batch))
     return TrainConfig(**changes)

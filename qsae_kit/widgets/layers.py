@@ -10,15 +10,8 @@ import plotly.graph_objects as go
 import traitlets as T
 from plotly.subplots import make_subplots
 
-from qsae_kit.figures.basic import (
-    KIND_COLORS,
-    KIND_NAMES,
-    KIND_SYMBOLS,
-    plot_text,
-    reconstruction_figure,
-    style,
-)
-from qsae_kit.sites import parse_hook_name
+from qsae_kit.figures.basic import plot_text, reconstruction_figure, style
+from qsae_kit.sites import look_of
 from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.plots import PlotView
 from qsae_kit.widgets.widget import source
@@ -35,7 +28,7 @@ def site_frontier(
     rows = evaluation[
         (evaluation["category"] == category) & (evaluation["site"] == hook_name)
     ].sort_values("l0")
-    kind = parse_hook_name(hook_name).kind
+    look = look_of(rows["kind"].iloc[0])
     figure = make_subplots(
         1, 2, subplot_titles=("reconstruction", "spliced into the model"), horizontal_spacing=0.12
     )
@@ -47,7 +40,7 @@ def site_frontier(
                 y=rows[metric].tolist(),
                 mode="markers",
                 showlegend=False,
-                marker={"color": KIND_COLORS[kind], "symbol": KIND_SYMBOLS[kind], "size": sizes},
+                marker={"color": look.color, "symbol": look.symbol, "size": sizes},
                 text=[plot_text(name) for name in rows["variant"]],
                 hovertemplate="%{text}: %{y:.4f} at L0 %{x:.1f}<extra></extra>",
             ),
@@ -57,10 +50,10 @@ def site_frontier(
     figure.update_xaxes(title="L0 (features a token)", rangemode="tozero")
     figure.update_yaxes(title="fraction of variance unexplained", rangemode="tozero", row=1, col=1)
     figure.update_yaxes(title="rise of cross-entropy (nats a token)", row=1, col=2)
-    layer = parse_hook_name(hook_name).layer
+    layer = int(rows["layer"].iloc[0])
     return style(
         figure,
-        f"Sparsity against fidelity, {KIND_NAMES[kind]} of layer {layer} (large:"
+        f"Sparsity against fidelity, {plot_text(look.label)} of layer {layer} (large:"
         f" {plot_text(variant)})",
         height=340,
     )

@@ -73,9 +73,9 @@ def row(shape: Shape, budget: str, expansion: float) -> list[str]:
         f"{len(sites)} in {len(groups)}",
         f"{largest / 1e9:.0f} GB",
     ]
-    disk = disk_bytes(recipe, d, len(sites), largest, tokens)
+    disk = disk_bytes(recipe, [d] * len(sites), largest, tokens)
     own = [
-        f"{suite_bytes(recipe, d, len(sites)) / 1e9:.0f} / {disk / 1e9:.0f} GB",
+        f"{suite_bytes(recipe, [d] * len(sites)) / 1e9:.0f} / {disk / 1e9:.0f} GB",
         f"{hours['data']:.1f}",
         f"{hours['train']:.1f}",
     ]
