@@ -47,6 +47,7 @@ if TYPE_CHECKING:
         clamp_features,
         load_steering,
     )
+    from qsae_kit.steer.steer_suite import steer_suite
     from qsae_kit.steer.study import StudyConfig, steering_study
     from qsae_kit.train.fit import sites_of
     from qsae_kit.train.recipe import TrainConfig, default_recipe
@@ -101,6 +102,7 @@ HOMES = {
     "steer.answers": ("answer_pair", "token_table"),
     "steer.behaviours": ("Behaviour", "refusal", "tiny_study"),
     "steer.study": ("StudyConfig", "steering_study"),
+    "steer.steer_suite": ("steer_suite",),
     # widgets
     "widgets": (
         "FeatureExplorer",

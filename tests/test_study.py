@@ -24,25 +24,23 @@ from qsae_kit.steer.changes import (
     clamp_features,
     load_steering,
 )
-from qsae_kit.steer.choosing import (
+from qsae_kit.steer.choose.contrast import (
     Contrast,
-    FoundDetector,
     choose_features,
     contrast,
     decision_activations,
     fit_features,
     random_features,
 )
-from qsae_kit.steer.findings import COLUMNS, verdict
+from qsae_kit.steer.choose.detector import FoundDetector
 from qsae_kit.steer.report import write_study
-from qsae_kit.steer.study import (
-    StudyConfig,
-    _Lab,
-    _Study,
-    check_prompts,
-    steered_sites,
-    steering_study,
-)
+from qsae_kit.steer.study import StudyConfig, search, steering_study
+from qsae_kit.steer.study.arms import arms
+from qsae_kit.steer.study.chosen import likely_choice
+from qsae_kit.steer.study.findings import COLUMNS, verdict
+from qsae_kit.steer.study.lab import Lab, Plan, Setting
+from qsae_kit.steer.study.steps import announced, check_prompts, plan_of, steered_sites
+from qsae_kit.steer.study.trials import trial
 
 SITE = "blocks.3.hook_resid_post"
 
@@ -401,14 +399,14 @@ def test_any_judge_makes_a_behaviour(lm, sae):
 def test_a_conditional_edit_goes_where_the_detector_errs_least(lm, monkeypatch, accurate):
     suite = small_suite(lm)
 
-    def detectors(study):
+    def detectors(setting, plan):
         condition = Condition("v", "blocks.1.hook_resid_post", 0)
         return {
             name: FoundDetector(condition, 0.0 if name == accurate else 0.3, 0.0)
-            for name in study.names
+            for name in setting.hook_names
         }
 
-    monkeypatch.setattr(_Study, "_detectors", detectors)
+    monkeypatch.setattr(search, "site_detectors", detectors)
     made = tiny_study("refusal", 3, 3)
     config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0)
     study = steering_study(
@@ -422,19 +420,11 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
     wrong.
     """
     made = tiny_study("refusal", 2, 2)
-    study = _Study(
-        lm,
-        small_suite(lm),
-        {"selection": made.selection},
-        made.behaviour,
-        SMALL,
-        "v",
-        [],
-        Journal(None, {}),
-        False,
+    setting = Setting(
+        lm, small_suite(lm), {"selection": made.selection}, made.behaviour, SMALL, "v", []
     )
-    study.target, study.others, study.contrast = "harmful", ["harmless", "borderline"], "prompts"
-    lab = _Lab(lm, made.behaviour, made.selection, SMALL, study.journal, "selection")
+    plan = Plan("harmful", ("harmless", "borderline"), "prompts", "header", torch.tensor([0]))
+    lab = Lab(setting, Journal(None, {}), "selection")
     clean = {kind: dict(said) for kind, said in lab.clean.items()}
 
     def answers(kind):
@@ -443,10 +433,35 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
             {"correct": str(1 - int(correct[0])) + correct[1:]} if kind == "harmless" else {}
         )
 
-    lab.answers_of = lambda groups: [answers(kind) for kind, _, _ in groups]
-    trial = study._trial(lab, [], [])
-    assert trial["changed_elsewhere"] == 0.25  # one of two harmless, none of two borderline
-    assert trial["score"] == pytest.approx(trial["wanted"] - 0.25)
+    lab.groups_answered = lambda groups: [answers(kind) for kind, _, _ in groups]
+    tried = trial(lab, plan, [], [])
+    assert tried["changed_elsewhere"] == 0.25  # one of two harmless, none of two borderline
+    assert tried["score"] == pytest.approx(tried["wanted"] - 0.25)
+
+
+def test_the_list_of_arms_is_what_runs(lm, run):
+    """Rows, journal and bar follow one list; before anything is chosen it is as long."""
+    suite, made, study, folder = run
+    prompts = {"selection": made.selection, "evaluation": made.evaluation}
+    names = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
+    setting = Setting(lm, suite, prompts, made.behaviour, SMALL, "v", names)
+    lab = Lab(setting, Journal(None, {}), "selection")
+    plan = plan_of(lab)
+    listed = arms(setting, plan, study.chosen)
+    rows = [(arm.name, kind, arm.strength) for arm in listed for kind in arm.kinds]
+    columns = study.table[["intervention", "prompt_kind", "strength"]]
+    assert rows == list(columns.itertuples(index=False, name=None))
+    written = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    told = [entry["key"] for entry in written[1:]]
+    keys = list(dict.fromkeys(key for arm in listed for key in arm.keys))
+    assert told[-len(keys) - 2 :] == [*keys, "plain", "facts"]
+    n_answers = {arm.name: arm.n_answers({k: 10 for k in made.evaluation}) for arm in listed}
+    assert n_answers["random"] == 10
+    assert n_answers["system_prompt"] == 30
+    likely = arms(setting, plan, likely_choice(setting))
+    assert abs(len(likely) - len(listed)) <= 2  # the frozen strength may be the largest
+    with announced(lab, plan, 0.0, False) as bar:
+        assert bar.total == 2 + 3 * 2 + 1 + sum(len(arm.keys) for arm in likely) + 2
 
 
 def test_a_suite_that_tells_nothing_apart(lm):

@@ -23,8 +23,8 @@ from qsae_kit.metrics.reconstruction import paired_bootstrap, wilson
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import Behaviour, judged
 from qsae_kit.steer.changes import Steering
-from qsae_kit.steer.findings import changes, rate
 from qsae_kit.steer.judges import Judgement
+from qsae_kit.steer.study.findings import changes, rate
 
 Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
 """Prompts and answers -> what a guard says of each, such as `partial(judges.guard_judgements,

@@ -23,7 +23,7 @@ from qsae_kit.metrics.reconstruction import wilson
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import Behaviour, PromptSets, judged
 from qsae_kit.steer.changes import Steering
-from qsae_kit.steer.findings import rate
+from qsae_kit.steer.study.findings import rate
 
 SAMPLING: Mapping[bool, Mapping[str, Any]] = {
     True: {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
