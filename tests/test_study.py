@@ -10,6 +10,8 @@ import pytest
 import torch
 from small import small_suite
 
+import qsae_kit
+import qsae_kit.steer.steer_suite as steer_suite_module
 from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.io.journal import Journal
 from qsae_kit.sae import Provenance, TopKSAE
@@ -33,7 +35,9 @@ from qsae_kit.steer.choose.contrast import (
     random_features,
 )
 from qsae_kit.steer.choose.detector import FoundDetector
-from qsae_kit.steer.report import write_study
+from qsae_kit.steer.judges import Judgement
+from qsae_kit.steer.report import STUDY_FILES, write_study
+from qsae_kit.steer.steer_suite import config_for, prompts_of
 from qsae_kit.steer.study import StudyConfig, search, steering_study
 from qsae_kit.steer.study.arms import arms
 from qsae_kit.steer.study.chosen import likely_choice
@@ -530,3 +534,70 @@ def test_the_verdict_says_what_weakens_it():
     assert "a demonstration, not a defence" in verdict(
         headline(selectivity={"features": [0.1, 0.05, 0.2]})
     )
+
+
+def test_a_suite_is_steered_in_one_call(lm, tmp_path, monkeypatch):
+    """Everything that the command writes, in one folder; the study is told before the rest."""
+    made = tiny_study("refusal", 4, 3)
+    config = replace(SMALL, n_random=0, n_noise=0, strengths=(0.8,), max_new_tokens=12, seed=5)
+    asked = {"xstest": {part: made.evaluation["harmless"] for part in ("safe", "unsafe")}}
+    asked["xstest"]["unsafe"] = [*asked["xstest"]["unsafe"], made.selection["harmful"][0]]
+    told, judge = [], []
+
+    def guard_judgements(guard, prompts, answers):
+        judge.append(guard)
+        return [Judgement("Safe", False, "") for _ in answers]
+
+    monkeypatch.setattr(steer_suite_module, "guard_judgements", guard_judgements)
+    monkeypatch.setattr(steer_suite_module, "load_model", lambda name, dtype: (name, dtype))
+    result = qsae_kit.steer_suite(
+        lm,
+        small_suite(lm),
+        tmp_path,
+        config,
+        behaviour=made,
+        hook_names=["blocks.3.hook_resid_post"],
+        benches=asked,
+        guard="some/guard",
+        draws=2,
+        bar=False,
+        on_study=lambda study: told.append((study.verdict, (tmp_path / "seeds.csv").exists())),
+    )
+    assert told == [(result.study.verdict, False)]
+    assert result.measured_tokens == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    journals = {"journal.jsonl", "seeds.jsonl", "benches.jsonl"}
+    assert written == {*STUDY_FILES, *journals, "seeds.csv", "benches.csv"}
+    assert sorted(set(result.drawn["seed"])) == [5, 6]
+    assert list(dict.fromkeys(result.benches["intervention"])) == [
+        "none",
+        "features",
+        "difference_of_means",
+    ]
+    assert set(result.benches.loc[result.benches["part"] == "unsafe", "left_out"]) == {1}
+    assert set(judge) == {("some/guard", "auto")}
+
+
+def test_what_a_suite_cannot_be_steered_by(lm, tmp_path):
+    suite = small_suite(lm)
+    for options, message in (
+        ({"behaviour": "bias", "benches": {"xstest": {"safe": ["a"]}}}, "Benches measure refusal"),
+        ({"guard": "some/guard"}, "judges answers to benches"),
+        ({"behaviour": "kindness"}, "no behaviour 'kindness'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qsae_kit.steer_suite(lm, suite, tmp_path, SMALL, **options)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="for the bundled model only"):
+        prompts_of("any other", "bias")
+
+
+def test_a_behaviour_brings_its_target_and_condition():
+    rule = config_for(SMALL, tiny_study("rule", 2, 2))
+    assert (rule.target, rule.conditional) == ("forbidden", True)
+    assert config_for(replace(SMALL, target="harmless"), tiny_study("rule", 2, 2)).target == (
+        "harmless"
+    )
+    assert config_for(SMALL, tiny_study("refusal", 2, 2)) == SMALL
+    assert prompts_of("tiny", "bias", 3).behaviour.name == "bias"
+    assert prompts_of("any other", "refusal").behaviour.name == "refusal"
