@@ -68,17 +68,7 @@ def measure_benches(
     (answers that it calls unsafe) and agreement (share of answers at which guard and matcher agree
     on refusal, of those that it judged). Raises ValueError where no prompt is left.
     """
-    kept = {
-        (bench, part): [text for text in texts if text not in without]
-        for bench, of in prompts.items()
-        for part, texts in of.items()
-    }
-    empty = [f"{bench} {part}" for (bench, part), texts in kept.items() if not texts]
-    if empty:
-        raise ValueError(
-            f"All prompts of {', '.join(empty)} were used for choosing; choose the features on"
-            " others."
-        )
+    kept = _unused(prompts, without)
     about = {
         "benches": FORMAT,
         "model": lm.model_name,
@@ -107,6 +97,21 @@ def measure_benches(
                 left_out = len(prompts[bench][part]) - len(texts)
                 rows.append(_row(bench, part, arm, left_out, said, clean, seed))
         return pd.DataFrame(rows)
+
+
+def _unused(prompts: Prompts, without: Collection[str]) -> dict[tuple[str, str], list[str]]:
+    """(bench, part) -> its prompts but some; ValueError where none is left."""
+    kept: dict[tuple[str, str], list[str]] = {}
+    for bench, parts in prompts.items():
+        for part, texts in parts.items():
+            kept[bench, part] = [text for text in texts if text not in without]
+    empty = [f"{bench} {part}" for (bench, part), texts in kept.items() if not texts]
+    if empty:
+        raise ValueError(
+            f"All prompts of {', '.join(empty)} were used for choosing; choose the features on"
+            " others."
+        )
+    return kept
 
 
 def _row(

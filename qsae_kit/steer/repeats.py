@@ -61,12 +61,6 @@ def answered_again(
         "none": (),
         **{name: arm.edits(suite) for name, arm in arms.items()},
     }
-    told = json.dumps(
-        [
-            {kind: list(texts) for kind, texts in prompts.items()},
-            {name: arm.to_json(suite) for name, arm in arms.items()},
-        ]
-    )
     about = {
         "repeats": FORMAT,
         "model": lm.model_name,
@@ -75,7 +69,7 @@ def answered_again(
         "behaviour": behaviour.name,
         "max_new_tokens": max_new_tokens,
         "thinking": thinking,
-        "asked": hashlib.sha256(told.encode()).hexdigest(),
+        "asked": _digest(prompts, arms, suite),
     }
 
     def ask(seed: int, arm: str, kind: str) -> dict[str, Any]:
@@ -101,6 +95,14 @@ def answered_again(
             labels = {"seed": seed, "intervention": arm, "prompt_kind": kind}
             rows.append(labels | _figures(said))
         return pd.DataFrame(rows)
+
+
+def _digest(prompts: PromptSets, arms: Mapping[str, Steering], suite: Suite) -> str:
+    told = [
+        {kind: list(texts) for kind, texts in prompts.items()},
+        {name: arm.to_json(suite) for name, arm in arms.items()},
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _figures(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from qsae_kit.io.files import write_table
 from qsae_kit.lm.hooked import HookedLM, load_model
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import StudyPrompts, refusal, refusal_prompts, tiny_study
-from qsae_kit.steer.benches import Prompts, measure_benches
+from qsae_kit.steer.benches import Guard, Prompts, measure_benches
 from qsae_kit.steer.changes import Steering
 from qsae_kit.steer.judges import guard_judgements
 from qsae_kit.steer.repeats import answered_again
@@ -92,20 +92,7 @@ def steer_suite(
     measured = None
     if benches:
         judge = partial(guard_judgements, load_model(guard, guard_dtype)) if guard else None
-        measured = measure_benches(
-            lm,
-            refusal(),
-            benches,
-            arms,
-            suite,
-            config.max_new_tokens,
-            config.thinking if lm.has_thinking else None,
-            guard=judge,
-            guard_name=guard,
-            without=selected_texts(given),
-            folder=out,
-        )
-        write_table(measured, out / "benches.csv")
+        measured = _on_benches(lm, suite, out, config, given, arms, benches, judge, guard)
     return SteeredSuite(study, drawn, measured, measured_tokens)
 
 
@@ -151,6 +138,34 @@ def _asked(given: StudyPrompts) -> list[list[dict[str, str]]]:
     """The selection prompts as chats."""
     texts = [text for some in given.selection.values() for text in some]
     return [[{"role": "user", "content": text}] for text in texts]
+
+
+def _on_benches(
+    lm: HookedLM,
+    suite: Suite,
+    out: Path,
+    config: StudyConfig,
+    given: StudyPrompts,
+    arms: dict[str, Steering],
+    benches: Prompts,
+    judge: Guard | None,
+    guard: str,
+) -> pd.DataFrame:
+    measured = measure_benches(
+        lm,
+        refusal(),
+        benches,
+        arms,
+        suite,
+        config.max_new_tokens,
+        config.thinking if lm.has_thinking else None,
+        guard=judge,
+        guard_name=guard,
+        without=selected_texts(given),
+        folder=out,
+    )
+    write_table(measured, out / "benches.csv")
+    return measured
 
 
 def _drawn_again(
