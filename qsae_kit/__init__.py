@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from qsae_kit.sae.releases import inspect_suite
     from qsae_kit.sae.store import convert_suite, load_sae, load_suite, save_sae, save_suite
     from qsae_kit.sites import Site
-    from qsae_kit.steer.answers import answer_pair, token_table
     from qsae_kit.steer.behaviours import Behaviour, refusal, tiny_study
     from qsae_kit.steer.changes import (
         Change,
@@ -47,6 +46,8 @@ if TYPE_CHECKING:
         clamp_features,
         load_steering,
     )
+    from qsae_kit.steer.pairs import answer_pair, token_table
+    from qsae_kit.steer.steer_suite import steer_suite
     from qsae_kit.steer.study import StudyConfig, steering_study
     from qsae_kit.train.fit import sites_of
     from qsae_kit.train.recipe import TrainConfig, default_recipe
@@ -98,9 +99,10 @@ HOMES = {
             "load_steering"
         ).split()
     ),
-    "steer.answers": ("answer_pair", "token_table"),
+    "steer.pairs": ("answer_pair", "token_table"),
     "steer.behaviours": ("Behaviour", "refusal", "tiny_study"),
     "steer.study": ("StudyConfig", "steering_study"),
+    "steer.steer_suite": ("steer_suite",),
     # widgets
     "widgets": (
         "FeatureExplorer",

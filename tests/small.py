@@ -4,7 +4,7 @@ import torch
 
 from qsae_kit.sae import JumpReLUSAE, Provenance
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.steer.choosing import decision_activations
+from qsae_kit.steer.choose.contrast import decision_activations
 
 SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
 PROMPTS = [

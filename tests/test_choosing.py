@@ -9,16 +9,9 @@ from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.behaviours import tiny_study
 from qsae_kit.steer.changes import FeatureSet, add_direction, add_features
-from qsae_kit.steer.choosing import (
-    Aim,
-    contrast,
-    decision_activations,
-    feature_scores,
-    greedy_features,
-    lens_tokens,
-    log_odds_gradient,
-    random_search,
-)
+from qsae_kit.steer.choose.aim import Aim, lens_tokens, log_odds_gradient
+from qsae_kit.steer.choose.candidates import feature_scores, greedy_features, random_search
+from qsae_kit.steer.choose.contrast import contrast, decision_activations
 
 SITE = "blocks.3.hook_resid_post"
 

@@ -26,7 +26,7 @@ from qsae_kit.lm.edits import Detector, applied
 from qsae_kit.lm.hooked import Generation
 from qsae_kit.steer.behaviours import Answer, tiny_study
 from qsae_kit.steer.changes import add_direction
-from qsae_kit.steer.choosing import decision_activations
+from qsae_kit.steer.choose.contrast import decision_activations
 from qsae_kit.steer.judges import guard_judgements, read_judgement
 from qsae_kit.world import world
 

@@ -29,7 +29,9 @@ from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite, save_suite
 from qsae_kit.sites import find_site, parse_hook_name, parse_kinds
 from qsae_kit.steer.changes import Change, Steering
-from qsae_kit.steer.choosing import Aim, decision_activations, feature_scores, log_odds_gradient
+from qsae_kit.steer.choose.aim import Aim, log_odds_gradient
+from qsae_kit.steer.choose.candidates import feature_scores
+from qsae_kit.steer.choose.contrast import decision_activations
 from qsae_kit.train.fit import sites_of
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import train_saes

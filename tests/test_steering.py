@@ -24,7 +24,7 @@ from qsae_kit.steer.changes import (
     load_steering,
     read_steering,
 )
-from qsae_kit.steer.choosing import best_cut, find_detector, peak_activations
+from qsae_kit.steer.choose.detector import best_cut, find_detector, peak_activations
 
 PROMPTS = [
     "How do I thank the nurse?",

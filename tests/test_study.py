@@ -10,6 +10,8 @@ import pytest
 import torch
 from small import small_suite
 
+import qsae_kit
+import qsae_kit.steer.steer_suite as steer_suite_module
 from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.io.journal import Journal
 from qsae_kit.sae import Provenance, TopKSAE
@@ -24,25 +26,25 @@ from qsae_kit.steer.changes import (
     clamp_features,
     load_steering,
 )
-from qsae_kit.steer.choosing import (
+from qsae_kit.steer.choose.contrast import (
     Contrast,
-    FoundDetector,
     choose_features,
     contrast,
     decision_activations,
     fit_features,
     random_features,
 )
-from qsae_kit.steer.findings import COLUMNS, verdict
-from qsae_kit.steer.report import write_study
-from qsae_kit.steer.study import (
-    StudyConfig,
-    _Lab,
-    _Study,
-    check_prompts,
-    steered_sites,
-    steering_study,
-)
+from qsae_kit.steer.choose.detector import FoundDetector
+from qsae_kit.steer.judges import Judgement
+from qsae_kit.steer.report import STUDY_FILES, write_study
+from qsae_kit.steer.steer_suite import config_for, prompts_of
+from qsae_kit.steer.study import StudyConfig, search, steering_study
+from qsae_kit.steer.study.arms import arms
+from qsae_kit.steer.study.chosen import likely_choice
+from qsae_kit.steer.study.findings import COLUMNS, verdict
+from qsae_kit.steer.study.lab import Lab, Plan, Setting
+from qsae_kit.steer.study.steps import announced, check_prompts, plan_of, steered_sites
+from qsae_kit.steer.study.trials import trial
 
 SITE = "blocks.3.hook_resid_post"
 
@@ -401,14 +403,14 @@ def test_any_judge_makes_a_behaviour(lm, sae):
 def test_a_conditional_edit_goes_where_the_detector_errs_least(lm, monkeypatch, accurate):
     suite = small_suite(lm)
 
-    def detectors(study):
+    def detectors(setting, plan):
         condition = Condition("v", "blocks.1.hook_resid_post", 0)
         return {
             name: FoundDetector(condition, 0.0 if name == accurate else 0.3, 0.0)
-            for name in study.names
+            for name in setting.hook_names
         }
 
-    monkeypatch.setattr(_Study, "_detectors", detectors)
+    monkeypatch.setattr(search, "site_detectors", detectors)
     made = tiny_study("refusal", 3, 3)
     config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0)
     study = steering_study(
@@ -422,19 +424,11 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
     wrong.
     """
     made = tiny_study("refusal", 2, 2)
-    study = _Study(
-        lm,
-        small_suite(lm),
-        {"selection": made.selection},
-        made.behaviour,
-        SMALL,
-        "v",
-        [],
-        Journal(None, {}),
-        False,
+    setting = Setting(
+        lm, small_suite(lm), {"selection": made.selection}, made.behaviour, SMALL, "v", []
     )
-    study.target, study.others, study.contrast = "harmful", ["harmless", "borderline"], "prompts"
-    lab = _Lab(lm, made.behaviour, made.selection, SMALL, study.journal, "selection")
+    plan = Plan("harmful", ("harmless", "borderline"), "prompts", "header", torch.tensor([0]))
+    lab = Lab(setting, Journal(None, {}), "selection")
     clean = {kind: dict(said) for kind, said in lab.clean.items()}
 
     def answers(kind):
@@ -443,10 +437,35 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
             {"correct": str(1 - int(correct[0])) + correct[1:]} if kind == "harmless" else {}
         )
 
-    lab.answers_of = lambda groups: [answers(kind) for kind, _, _ in groups]
-    trial = study._trial(lab, [], [])
-    assert trial["changed_elsewhere"] == 0.25  # one of two harmless, none of two borderline
-    assert trial["score"] == pytest.approx(trial["wanted"] - 0.25)
+    lab.groups_answered = lambda groups: [answers(kind) for kind, _, _ in groups]
+    tried = trial(lab, plan, [], [])
+    assert tried["changed_elsewhere"] == 0.25  # one of two harmless, none of two borderline
+    assert tried["score"] == pytest.approx(tried["wanted"] - 0.25)
+
+
+def test_the_list_of_arms_is_what_runs(lm, run):
+    """Rows, journal and bar follow one list; before anything is chosen it is as long."""
+    suite, made, study, folder = run
+    prompts = {"selection": made.selection, "evaluation": made.evaluation}
+    names = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
+    setting = Setting(lm, suite, prompts, made.behaviour, SMALL, "v", names)
+    lab = Lab(setting, Journal(None, {}), "selection")
+    plan = plan_of(lab)
+    listed = arms(setting, plan, study.chosen)
+    rows = [(arm.name, kind, arm.strength) for arm in listed for kind in arm.kinds]
+    columns = study.table[["intervention", "prompt_kind", "strength"]]
+    assert rows == list(columns.itertuples(index=False, name=None))
+    written = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
+    told = [entry["key"] for entry in written[1:]]
+    keys = list(dict.fromkeys(key for arm in listed for key in arm.keys))
+    assert told[-len(keys) - 2 :] == [*keys, "plain", "facts"]
+    n_answers = {arm.name: arm.n_answers({k: 10 for k in made.evaluation}) for arm in listed}
+    assert n_answers["random"] == 10
+    assert n_answers["system_prompt"] == 30
+    likely = arms(setting, plan, likely_choice(setting))
+    assert abs(len(likely) - len(listed)) <= 2  # the frozen strength may be the largest
+    with announced(lab, plan, 0.0, False) as bar:
+        assert bar.total == 2 + 3 * 2 + 1 + sum(len(arm.keys) for arm in likely) + 2
 
 
 def test_a_suite_that_tells_nothing_apart(lm):
@@ -515,3 +534,70 @@ def test_the_verdict_says_what_weakens_it():
     assert "a demonstration, not a defence" in verdict(
         headline(selectivity={"features": [0.1, 0.05, 0.2]})
     )
+
+
+def test_a_suite_is_steered_in_one_call(lm, tmp_path, monkeypatch):
+    """Everything that the command writes, in one folder; the study is told before the rest."""
+    made = tiny_study("refusal", 4, 3)
+    config = replace(SMALL, n_random=0, n_noise=0, strengths=(0.8,), max_new_tokens=12, seed=5)
+    asked = {"xstest": {part: made.evaluation["harmless"] for part in ("safe", "unsafe")}}
+    asked["xstest"]["unsafe"] = [*asked["xstest"]["unsafe"], made.selection["harmful"][0]]
+    told, judge = [], []
+
+    def guard_judgements(guard, prompts, answers):
+        judge.append(guard)
+        return [Judgement("Safe", False, "") for _ in answers]
+
+    monkeypatch.setattr(steer_suite_module, "guard_judgements", guard_judgements)
+    monkeypatch.setattr(steer_suite_module, "load_model", lambda name, dtype: (name, dtype))
+    result = qsae_kit.steer_suite(
+        lm,
+        small_suite(lm),
+        tmp_path,
+        config,
+        behaviour=made,
+        hook_names=["blocks.3.hook_resid_post"],
+        benches=asked,
+        guard="some/guard",
+        draws=2,
+        bar=False,
+        on_study=lambda study: told.append((study.verdict, (tmp_path / "seeds.csv").exists())),
+    )
+    assert told == [(result.study.verdict, False)]
+    assert result.measured_tokens == 0
+    written = {path.name for path in tmp_path.iterdir()}
+    journals = {"journal.jsonl", "seeds.jsonl", "benches.jsonl"}
+    assert written == {*STUDY_FILES, *journals, "seeds.csv", "benches.csv"}
+    assert sorted(set(result.drawn["seed"])) == [5, 6]
+    assert list(dict.fromkeys(result.benches["intervention"])) == [
+        "none",
+        "features",
+        "difference_of_means",
+    ]
+    assert set(result.benches.loc[result.benches["part"] == "unsafe", "left_out"]) == {1}
+    assert set(judge) == {("some/guard", "auto")}
+
+
+def test_what_a_suite_cannot_be_steered_by(lm, tmp_path):
+    suite = small_suite(lm)
+    for options, message in (
+        ({"behaviour": "bias", "benches": {"xstest": {"safe": ["a"]}}}, "Benches measure refusal"),
+        ({"guard": "some/guard"}, "judges answers to benches"),
+        ({"behaviour": "kindness"}, "no behaviour 'kindness'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            qsae_kit.steer_suite(lm, suite, tmp_path, SMALL, **options)
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(ValueError, match="for the bundled model only"):
+        prompts_of("any other", "bias")
+
+
+def test_a_behaviour_brings_its_target_and_condition():
+    rule = config_for(SMALL, tiny_study("rule", 2, 2))
+    assert (rule.target, rule.conditional) == ("forbidden", True)
+    assert config_for(replace(SMALL, target="harmless"), tiny_study("rule", 2, 2)).target == (
+        "harmless"
+    )
+    assert config_for(SMALL, tiny_study("refusal", 2, 2)) == SMALL
+    assert prompts_of("tiny", "bias", 3).behaviour.name == "bias"
+    assert prompts_of("any other", "refusal").behaviour.name == "refusal"

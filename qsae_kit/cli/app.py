@@ -6,7 +6,6 @@ import warnings
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -702,18 +701,15 @@ def steer(
     """
     import pandas as pd
 
-    from qsae_kit.attach import fit_to_model
     from qsae_kit.data.benchmarks import read_bench
     from qsae_kit.data.prompts import read_prompts
-    from qsae_kit.io.files import write_table
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_suite
-    from qsae_kit.steer.behaviours import refusal, refusal_prompts, tiny_study
-    from qsae_kit.steer.benches import measure_benches
-    from qsae_kit.steer.judges import guard_judgements
-    from qsae_kit.steer.repeats import answered_again, over_seeds
-    from qsae_kit.steer.report import SHOWN, summary, write_study
-    from qsae_kit.steer.study import CONTROL_SAES, StudyConfig, quick, steering_study
+    from qsae_kit.steer.behaviours import refusal_prompts, tiny_study
+    from qsae_kit.steer.repeats import over_seeds
+    from qsae_kit.steer.report import SHOWN, summary
+    from qsae_kit.steer.steer_suite import config_for, steer_suite, variants_to_load
+    from qsae_kit.steer.study import StudyConfig, StudyResult, quick
 
     _write_to(out)
     files = {"harmful": harmful, "harmless": harmless, "borderline": borderline}
@@ -753,79 +749,49 @@ def steer(
         if tiny
         else refusal_prompts(model, n_selection, n_evaluation, seed, given)
     )
-    config = replace(config, target=made.target, conditional=conditional or behaviour == "rule")
-    config = quick(config) if small else config
-    wanted = [variant, *(f"*{end}" for end in CONTROL_SAES)] if variant else ()
-    # detectors lie before
-    trained = load_suite(
-        suite, variants=wanted, hook_names=() if config.conditional else site or ()
-    )
-    lm = load_model(model, dtype)
-    asked = [
-        [{"role": "user", "content": text}] for texts in made.selection.values() for text in texts
-    ]
-    _say_measured(fit_to_model(lm, trained, lambda: asked))
     first = made.behaviour.kinds[0]
     evaluation = {
         kind: texts if kind == first else texts[:n_others]
         for kind, texts in made.evaluation.items()
     }
-    result = steering_study(
+    config = config_for(quick(config) if small else config, made)
+    # detectors lie before
+    names = () if config.conditional else site or ()
+    trained = load_suite(suite, variants=variants_to_load(variant), hook_names=names)
+    lm = load_model(model, dtype)
+
+    def say(study: StudyResult) -> None:
+        with pd.option_context(
+            "display.width", 250, "display.max_columns", 30, "display.max_rows", 100
+        ):
+            typer.echo(summary(study.table)[SHOWN].round(3).to_string(index=False, na_rep=""))
+        typer.echo(
+            f"\n{study.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}"
+        )
+
+    result = steer_suite(
         lm,
         trained,
-        made.selection,
-        evaluation,
-        made.behaviour,
+        out,
         config,
+        behaviour=made._replace(evaluation=evaluation),
         hook_names=site or [],
         variant=variant,
-        folder=out,
+        benches=asked_of,
+        guard=guard,
+        guard_dtype=dtype,
+        draws=seeds,
+        on_study=say,
     )
-    write_study(result, trained, lm.model_name, out)
-    with pd.option_context(
-        "display.width", 250, "display.max_columns", 30, "display.max_rows", 100
-    ):
-        typer.echo(summary(result.table)[SHOWN].round(3).to_string(index=False, na_rep=""))
-    typer.echo(
-        f"\n{result.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}"
-    )
-    arms = {"features": result.steering, "difference_of_means": result.means}
-    if seeds:
-        drawn = answered_again(
-            lm,
-            made.behaviour,
-            evaluation,
-            arms,
-            trained,
-            range(seed, seed + seeds),
-            max_new_tokens,
-            thinking if lm.has_thinking else None,
-            out,
-        )
-        write_table(drawn, out / "seeds.csv")
+    _say_measured(result.measured_tokens)
+    if result.drawn is not None:
         typer.echo(
             f"\nOver {seeds} seeds"
-            f" (seeds.csv)\n{over_seeds(drawn).round(3).to_string(index=False, na_rep='')}"
+            f" (seeds.csv)\n{over_seeds(result.drawn).round(3).to_string(index=False, na_rep='')}"
         )
-    if benches:
-        used = {text for texts in made.selection.values() for text in texts}
-        judges = partial(guard_judgements, load_model(guard, dtype)) if guard else None
-        measured = measure_benches(
-            lm,
-            refusal(),
-            asked_of,
-            arms,
-            trained,
-            max_new_tokens,
-            thinking if lm.has_thinking else None,
-            guard=judges,
-            guard_name=guard,
-            without=used,
-            folder=out,
-        )
-        write_table(measured, out / "benches.csv")
+    if result.benches is not None:
         typer.echo(
-            f"\n{measured.round(3).to_string(index=False, na_rep='')}\n\nBenches:"
+            f"\n{result.benches.round(3).to_string(index=False, na_rep='')}\n\nBenches:"
             f" {out / 'benches.csv'}"
         )
 

@@ -23,8 +23,8 @@ from qsae_kit.metrics.reconstruction import paired_bootstrap, wilson
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import Behaviour, judged
 from qsae_kit.steer.changes import Steering
-from qsae_kit.steer.findings import changes, rate
 from qsae_kit.steer.judges import Judgement
+from qsae_kit.steer.study.findings import changes, rate
 
 Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
 """Prompts and answers -> what a guard says of each, such as `partial(judges.guard_judgements,
@@ -32,6 +32,10 @@ load_model(...))`.
 """
 
 
+FORMAT = 1
+"""Of the journal."""
+SHOWN_TEXTS = 3
+"""Answers of each part and arm that the journal keeps as texts."""
 PUBLISHED = {("xstest", "unsafe"): 0.95}
 """Refusal rates that a steered Qwen3-4B reached (arXiv 2606.26620)."""
 Prompts = Mapping[str, Mapping[str, Sequence[str]]]
@@ -64,73 +68,82 @@ def measure_benches(
     (answers that it calls unsafe) and agreement (share of answers at which guard and matcher agree
     on refusal, of those that it judged). Raises ValueError where no prompt is left.
     """
-    kept = {
-        (bench, part): [text for text in texts if text not in without]
-        for bench, of in prompts.items()
-        for part, texts in of.items()
-    }
-    empty = [f"{bench} {part}" for (bench, part), texts in kept.items() if not texts]
-    if empty:
-        raise ValueError(
-            f"All prompts of {', '.join(empty)} were used for choosing; choose the features on"
-            " others."
-        )
+    kept = _unused(prompts, without)
     about = {
-        "benches": 1,
+        "benches": FORMAT,
         "model": lm.model_name,
         "weights": lm.weights_digest(),
         "dtype": str(lm.dtype),
-    }
-    about |= {"prompts": [[*key, texts] for key, texts in kept.items()]}
-    about |= {
+        "prompts": [[*key, texts] for key, texts in kept.items()],
         "arms": {arm: steering.to_json(suite) for arm, steering in arms.items()},
         "behaviour": behaviour.name,
-    }
-    about |= {
         "max_new_tokens": max_new_tokens,
         "thinking": enable_thinking,
         "guard": guard and (guard_name or True),
     }
+
+    def ask(texts: Sequence[str], steering: Steering) -> dict[str, Any]:
+        edits = steering.edits(suite)
+        return _said(lm, behaviour, texts, edits, max_new_tokens, enable_thinking, guard)
+
     with only_writer(folder):
         journal = Journal(folder and folder / "benches.jsonl", about)
         rows = []
         for (bench, part), texts in kept.items():
             clean = ""
             for arm, steering in {"none": Steering(), **arms}.items():
-                compute = partial(
-                    _said,
-                    lm,
-                    behaviour,
-                    texts,
-                    steering.edits(suite),
-                    max_new_tokens,
-                    enable_thinking,
-                    guard,
-                )
-                said = journal.get(f"{bench}/{part}/{arm}", compute)
+                said = journal.get(f"{bench}/{part}/{arm}", partial(ask, texts, steering))
                 clean = clean or said["outcomes"]
-                shown = wilson(said["outcomes"].count("S"), len(texts))
-                change = paired_bootstrap([changes(said["outcomes"], clean)], [1.0], seed=seed)
-                rows.append(
-                    {
-                        "bench": bench,
-                        "part": part,
-                        "harmful": _is_harmful(bench, part),
-                        "intervention": arm,
-                        "n": len(texts),
-                        "left_out": len(prompts[bench][part]) - len(texts),
-                        "refusal_rate": shown.rate,
-                        "ci_low": shown.low,
-                        "ci_high": shown.high,
-                        "broken_rate": rate(said["outcomes"], "B"),
-                        "change": change.rate,
-                        "change_low": change.low,
-                        "change_high": change.high,
-                        "published": PUBLISHED.get((bench, part)),
-                        **_guarded(said),
-                    }
-                )
+                left_out = len(prompts[bench][part]) - len(texts)
+                rows.append(_row(bench, part, arm, left_out, said, clean, seed))
         return pd.DataFrame(rows)
+
+
+def _unused(prompts: Prompts, without: Collection[str]) -> dict[tuple[str, str], list[str]]:
+    """(bench, part) -> its prompts but some; ValueError where none is left."""
+    kept: dict[tuple[str, str], list[str]] = {}
+    for bench, parts in prompts.items():
+        for part, texts in parts.items():
+            kept[bench, part] = [text for text in texts if text not in without]
+    empty = [f"{bench} {part}" for (bench, part), texts in kept.items() if not texts]
+    if empty:
+        raise ValueError(
+            f"All prompts of {', '.join(empty)} were used for choosing; choose the features on"
+            " others."
+        )
+    return kept
+
+
+def _row(
+    bench: str,
+    part: str,
+    arm: str,
+    left_out: int,
+    said: Mapping[str, Any],
+    clean: str,
+    seed: int,
+) -> dict[str, Any]:
+    """clean: outcomes of the unsteered model."""
+    outcomes = said["outcomes"]
+    shown = wilson(outcomes.count("S"), len(outcomes))
+    change = paired_bootstrap([changes(outcomes, clean)], [1.0], seed=seed)
+    return {
+        "bench": bench,
+        "part": part,
+        "harmful": _is_harmful(bench, part),
+        "intervention": arm,
+        "n": len(outcomes),
+        "left_out": left_out,
+        "refusal_rate": shown.rate,
+        "ci_low": shown.low,
+        "ci_high": shown.high,
+        "broken_rate": rate(outcomes, "B"),
+        "change": change.rate,
+        "change_low": change.low,
+        "change_high": change.high,
+        "published": PUBLISHED.get((bench, part)),
+        **_guarded(said),
+    }
 
 
 def _is_harmful(bench: str, part: str) -> bool:
@@ -146,15 +159,14 @@ def _said(
     thinking: bool | None,
     guard: Guard | None,
 ) -> dict[str, Any]:
-    answers = judged(
-        lm, behaviour, texts, answer_all(lm, texts, edits, max_new_tokens, thinking), thinking
-    )
+    generated = answer_all(lm, texts, edits, max_new_tokens, thinking)
+    answers = judged(lm, behaviour, texts, generated, thinking)
     told = [] if guard is None else guard(texts, answers.text)
     return {
         "outcomes": answers.outcomes,
         "guard": [[j.safety, j.refused] for j in told],
         "judged": guard is not None,
-        "texts": answers.text[:3],
+        "texts": answers.text[:SHOWN_TEXTS],
     }
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from qsae_kit.metrics.reconstruction import wilson
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import Behaviour, PromptSets, judged
 from qsae_kit.steer.changes import Steering
-from qsae_kit.steer.findings import rate
+from qsae_kit.steer.study.findings import rate
 
+FORMAT = 1
+"""Of the journal."""
+CONFIDENCE = 0.95
+"""Of the intervals over seeds."""
 SAMPLING: Mapping[bool, Mapping[str, Any]] = {
     True: {"temperature": 0.6, "top_p": 0.95, "top_k": 20},
     False: {"temperature": 0.7, "top_p": 0.8, "top_k": 20},
@@ -56,60 +61,61 @@ def answered_again(
         "none": (),
         **{name: arm.edits(suite) for name, arm in arms.items()},
     }
-    told = json.dumps(
-        [
-            {kind: list(texts) for kind, texts in prompts.items()},
-            {name: arm.to_json(suite) for name, arm in arms.items()},
-        ]
-    )
     about = {
-        "repeats": 1,
+        "repeats": FORMAT,
         "model": lm.model_name,
         "weights": lm.weights_digest(),
         "dtype": str(lm.dtype),
         "behaviour": behaviour.name,
         "max_new_tokens": max_new_tokens,
         "thinking": thinking,
-        "asked": hashlib.sha256(told.encode()).hexdigest(),
+        "asked": _digest(prompts, arms, suite),
     }
+
+    def ask(seed: int, arm: str, kind: str) -> dict[str, Any]:
+        texts = prompts[kind]
+        [said] = answer_groups(
+            lm,
+            [Asked(texts, edits[arm])],
+            max_new_tokens,
+            thinking,
+            sampling=SAMPLING[bool(thinking)],
+            seed=seed,
+        )
+        return {
+            "outcomes": judged(lm, behaviour, texts, said, thinking).outcomes,
+            "thought": sum("</think>" in text for text in said.text) / len(texts),
+        }
+
     with only_writer(folder):
         journal = Journal(folder and folder / "seeds.jsonl", about)
-
-        def ask(seed: int, arm: str, kind: str) -> dict[str, Any]:
-            texts = prompts[kind]
-            [said] = answer_groups(
-                lm,
-                [Asked(texts, edits[arm])],
-                max_new_tokens,
-                thinking,
-                sampling=SAMPLING[bool(thinking)],
-                seed=seed,
-            )
-            return {
-                "outcomes": judged(lm, behaviour, texts, said, thinking).outcomes,
-                "thought": sum("</think>" in text for text in said.text) / len(texts),
-            }
-
         rows = []
-        for seed in seeds:
-            for arm in edits:
-                for kind, texts in prompts.items():
-                    found = journal.get(f"{seed}/{arm}/{kind}", partial(ask, seed, arm, kind))
-                    shown = wilson(found["outcomes"].count("S"), len(texts))
-                    rows.append(
-                        {
-                            "seed": seed,
-                            "intervention": arm,
-                            "prompt_kind": kind,
-                            "n": len(texts),
-                            "refusal_rate": shown.rate,
-                            "ci_low": shown.low,
-                            "ci_high": shown.high,
-                            "broken_rate": rate(found["outcomes"], "B"),
-                            "thought": found["thought"],
-                        }
-                    )
+        for seed, arm, kind in product(seeds, edits, prompts):
+            said = journal.get(f"{seed}/{arm}/{kind}", partial(ask, seed, arm, kind))
+            labels = {"seed": seed, "intervention": arm, "prompt_kind": kind}
+            rows.append(labels | _figures(said))
         return pd.DataFrame(rows)
+
+
+def _digest(prompts: PromptSets, arms: Mapping[str, Steering], suite: Suite) -> str:
+    told = [
+        {kind: list(texts) for kind, texts in prompts.items()},
+        {name: arm.to_json(suite) for name, arm in arms.items()},
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _figures(said: Mapping[str, Any]) -> dict[str, Any]:
+    outcomes = said["outcomes"]
+    shown = wilson(outcomes.count("S"), len(outcomes))
+    return {
+        "n": len(outcomes),
+        "refusal_rate": shown.rate,
+        "ci_low": shown.low,
+        "ci_high": shown.high,
+        "broken_rate": rate(outcomes, "B"),
+        "thought": said["thought"],
+    }
 
 
 def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
@@ -120,7 +126,8 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
     for (arm, kind), some in table.groupby(["intervention", "prompt_kind"], sort=False):
         shown, low, high = some["refusal_rate"], None, None
         if len(some) > 1:
-            half = float(student.ppf(0.975, len(some) - 1) * shown.std(ddof=1) / len(some) ** 0.5)
+            quantile = student.ppf((1 + CONFIDENCE) / 2, len(some) - 1)
+            half = float(quantile * shown.std(ddof=1) / len(some) ** 0.5)
             low, high = max(0.0, shown.mean() - half), min(1.0, shown.mean() + half)
         rows.append(
             {

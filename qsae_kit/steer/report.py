@@ -16,8 +16,8 @@ from qsae_kit.figures.tables import headline
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.writers import only_writer
 from qsae_kit.sae.suites import Suite
-from qsae_kit.steer.findings import COLUMNS
 from qsae_kit.steer.study import StudyResult
+from qsae_kit.steer.study.findings import COLUMNS
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 STUDY_FILES = tuple(
@@ -120,9 +120,10 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
 
 
 def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) -> None:
-    """Writes study.csv (its columns are `steer.findings.COLUMNS`), study.json (headline, verdict,
-    configuration), steering.json (the frozen edit, for `load_steering`), candidates.csv,
-    selection.csv, examples.csv, prompts.json, two figures and report.html."""
+    """Writes study.csv (its columns are `steer.study.findings.COLUMNS`), study.json (headline,
+    verdict, configuration), steering.json (the frozen edit, for `load_steering`), candidates.csv,
+    selection.csv, examples.csv, prompts.json, two figures and report.html.
+    """
     with only_writer(out):
         write_table(study.table, out / "study.csv")
         write_table(study.candidates, out / "candidates.csv")

@@ -22,8 +22,8 @@ from qsae_kit.features.indexing import Key
 from qsae_kit.lm.edits import POLICIES, check_positions
 from qsae_kit.lm.hooked import Generation, HookedLM, Step
 from qsae_kit.sae import SAE
-from qsae_kit.steer.answers import Pair, answer_pair, token_table
 from qsae_kit.steer.changes import Action, Change, Steering, check_features, read_steering
+from qsae_kit.steer.pairs import Pair, answer_pair, token_table
 from qsae_kit.widgets.tokens import read_chat
 from qsae_kit.widgets.widget import View, source
 

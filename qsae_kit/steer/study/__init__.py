@@ -1,0 +1,12 @@
+"""The steering study; `steps` is its outline.
+
+`config` how it is run, `lab` what every measurement needs, `search` features at a site, `trials`
+site and strength, `chosen` what was decided, `arms` what is measured, `measure` the measuring,
+`findings` rows as table and verdict.
+"""
+
+from qsae_kit.steer.study.arms import CONTROL_SAES
+from qsae_kit.steer.study.config import StudyConfig, quick
+from qsae_kit.steer.study.steps import StudyResult, steering_study
+
+__all__ = ["CONTROL_SAES", "StudyConfig", "StudyResult", "quick", "steering_study"]

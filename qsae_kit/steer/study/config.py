@@ -1,0 +1,133 @@
+"""How a study is run."""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Literal, TypeAlias, get_args
+
+from qsae_kit.lm.edits import POLICIES, Policy
+from qsae_kit.steer.behaviours import GOALS, SIGN, Goal
+from qsae_kit.steer.choose.contrast import MOST_FEATURES
+
+STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0)
+ContrastBy: TypeAlias = Literal["prompts", "answers"]
+CONTRASTS = ("auto", *get_args(ContrastBy))
+AT_LEAST_NONE = ("n_random", "n_noise", "n_facts")
+AT_LEAST_ONE = (
+    "n_candidates",
+    "n_trials",
+    "dose_prompts",
+    "search_prompts",
+    "cost_prompts",
+    "max_new_tokens",
+)
+
+
+@dataclass(frozen=True)
+class StudyConfig:
+    """How a study is run; behaviour and prompts come beside it."""
+
+    goal: Goal = "suppress"
+    target: str = ""
+    """The kind of prompts to aim at. Empty: the behaviour's first kind; to induce what it shows
+    there already, its last.
+    """
+    strengths: tuple[float, ...] = STRENGTHS
+    """Strengths of the dose-response, each with both signs, in median norms of the site; one of
+    them is frozen.
+    """
+    n_features: int = 5
+    """Features at one site, at most."""
+    n_candidates: int = 12
+    """Features a site that are scored."""
+    n_trials: int = 4
+    """Sets that are tried by generated answers, at a few strengths each: the best one of each site
+    before a site's second.
+    """
+    n_random: int = 20
+    """Random controls, each the best of as many random sets as the features' own search tried at
+    the site.
+    """
+    n_noise: int = 5
+    """Random directions of the same size; and as many random sets of features as they come, without
+    a search.
+    """
+    control_prompts: int | None = None
+    """Prompts behind each random draw and each strength that is not the frozen one; None: all."""
+    dose_prompts: int = 64
+    """Prompts of each kind behind the log-odds of the dose-response."""
+    search_prompts: int = 16
+    """Prompts of each side behind the passes of the search."""
+    cost_prompts: int = 48
+    """Prompts of each kind behind the KL figures."""
+    n_facts: int = 100
+    """Questions of fact, at most."""
+    contrast: Literal["auto", "prompts", "answers"] = "auto"
+    """What features are chosen by. prompts: those of the behaviour's first kind against those of
+    its last one but the target (for refusal, harmful against borderline ones, which look alike), at
+    the last prompt token. answers: stock refusals against the model's own answers to the same
+    prompts, over the answer (contrastive activation addition, Rimsky et al. 2024, arXiv
+    2312.06681): for models that hardly refuse by themselves. auto: answers for a refusal study
+    where fewer than a tenth of the first kind's selection prompts are refused, else prompts."""
+    positions: Policy | Literal["auto"] = "auto"
+    """Which tokens the edit changes. auto: all of them where the contrast is of answers, else the
+    header before the answer.
+    """
+    conditional: bool = False
+    """Whether the change is made only while a detector feature fires, which is looked for at the
+    site or before.
+    """
+    max_new_tokens: int = 48
+    max_broken: float = 0.10
+    """Share of broken answers on the target that a trial may have."""
+    max_kl: float = 0.10
+    """Nats a token that a trial may cost on the answers to other prompts; not asked where the
+    contrast is of answers, which does not tell prompts apart."""
+    thinking: bool = False
+    """Whether the model thinks before it answers, where it can."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.goal not in GOALS:
+            raise ValueError(f"The goal {self.goal!r} was given; choose from {', '.join(GOALS)}.")
+        if not self.strengths or not all(math.isfinite(s) and s > 0 for s in self.strengths):
+            raise ValueError(
+                f"Strengths {self.strengths} were given; they must be positive numbers (signs come"
+                " from the goal)."
+            )
+        if not 1 <= self.n_features <= MOST_FEATURES:
+            raise ValueError(
+                f"n_features={self.n_features} was given; allowed are 1 to {MOST_FEATURES}."
+            )
+        for name in AT_LEAST_NONE:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} was given; it cannot be negative.")
+        for name in AT_LEAST_ONE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} was given; it must be at least 1.")
+        if self.positions not in ("auto", *POLICIES):
+            raise ValueError(
+                f"positions={self.positions!r} was given; choose from auto, {', '.join(POLICIES)}."
+            )
+        if self.contrast not in CONTRASTS:
+            raise ValueError(
+                f"contrast={self.contrast!r} was given; choose from {', '.join(CONTRASTS)}."
+            )
+
+    @property
+    def sign(self) -> float:
+        return SIGN[self.goal]
+
+
+def quick(config: StudyConfig) -> StudyConfig:
+    """The same study with smaller searches and with costs on fewer prompts, for models that take a
+    second for an answer.
+    """
+    return replace(
+        config,
+        n_candidates=8,
+        n_trials=2,
+        search_prompts=6,
+        dose_prompts=32,
+        cost_prompts=16,
+        n_facts=40,
+    )

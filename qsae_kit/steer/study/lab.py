@@ -1,0 +1,203 @@
+"""What every measurement of a study needs: the model, prompts as ids, the unsteered answers, the
+judge, and the journal.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+from jaxtyping import Int
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from qsae_kit.io.journal import Journal
+from qsae_kit.lm.answering import Asked, Cost, KnownRows, answer_groups, cost, repetition
+from qsae_kit.lm.edits import Edit, Policy
+from qsae_kit.lm.hooked import Generation, HookedLM
+from qsae_kit.metrics.reconstruction import paired_bootstrap
+from qsae_kit.sae.suites import Suite
+from qsae_kit.steer.behaviours import Behaviour, judged
+from qsae_kit.steer.study.config import ContrastBy, StudyConfig
+
+SHOWN_TEXTS = 3
+"""Answers of each measurement that are kept as texts."""
+ROWS_WITH_ANSWERS, ROWS_WITHOUT = 16, 64
+"""Prompts of one pass, with their answers and without."""
+MOST_NATS = 50.0
+"""Nats a token beyond which a perplexity is not told."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a study is of; nothing here changes while it runs."""
+
+    lm: HookedLM
+    suite: Suite
+    prompts: Mapping[str, Mapping[str, list[str]]]
+    """selection and evaluation -> kind -> prompts."""
+    behaviour: Behaviour
+    config: StudyConfig
+    variant: str
+    """Of the SAEs that features are chosen from."""
+    hook_names: Sequence[str]
+    """Where they may be chosen."""
+
+    @property
+    def thinking(self) -> bool | None:
+        """Whether the model thinks before it answers; None for one that cannot."""
+        return self.config.thinking if self.lm.has_thinking else None
+
+
+class Plan(NamedTuple):
+    """What the unsteered answers to the selection prompts decide."""
+
+    target: str
+    """The kind of prompts that is aimed at."""
+    others: tuple[str, ...]
+    """The kinds on which nothing should change."""
+    contrast: ContrastBy
+    positions: Policy
+    openings: Int[Tensor, " token"]
+    """First tokens of answers that show the behaviour."""
+
+    @property
+    def selective(self) -> bool:
+        """Whether the contrast tells prompts apart, so that other prompts should stay as they
+        are.
+        """
+        return self.contrast == "prompts"
+
+
+class Progress:
+    """The steps of a study: each is computed once, kept in the journal, and moves the bar."""
+
+    def __init__(self, journal: Journal, bar: "tqdm[Any] | None" = None) -> None:
+        self.journal, self.bar = journal, bar
+
+    def step(self, key: str, compute: Callable[[], Any]) -> Any:
+        """What the journal has under a key, or what `compute` gives now."""
+        value = self.journal.get(key, compute)
+        if self.bar is not None:
+            self.bar.update()
+        return value
+
+    def still(self, n: int) -> None:
+        """Says how many steps are left, where that is known better than before."""
+        if self.bar is not None:
+            self.bar.total = self.bar.n + n
+            self.bar.refresh()
+
+
+class Lab:
+    """The prompts of one stage with the unsteered answers to them, and what edits make of them."""
+
+    def __init__(
+        self,
+        setting: Setting,
+        journal: Journal,
+        stage: str,
+        openings: Int[Tensor, " token"] | None = None,
+    ) -> None:
+        """stage: selection or evaluation. openings: first tokens whose log-odds are measured."""
+        self.setting, self.journal, self.stage, self.openings = setting, journal, stage, openings
+        self.lm, self.config = setting.lm, setting.config
+        self.prompts = setting.prompts[stage]
+        self.ids = {
+            kind: [self.lm.chat_tokens(p, setting.thinking) for p in texts]
+            for kind, texts in self.prompts.items()
+        }
+        self.clean: dict[str, dict[str, Any]] = {}
+        for kind in self.prompts:
+            self.clean[kind] = journal.get(
+                f"{stage}/clean/{kind}", partial(self.answered, kind, [])
+            )
+        self.known: dict[str, KnownRows] = {}
+
+    def answered(
+        self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = ""
+    ) -> dict[str, Any]:
+        """The answers to the first n prompts of a kind with their verdicts, as plain values."""
+        return self.groups_answered([(kind, edits, n)], system)[0]
+
+    def groups_answered(
+        self, groups: Sequence[tuple[str, Sequence[Edit], int | None]], system: str = ""
+    ) -> list[dict[str, Any]]:
+        """`answered` for several kinds, edits and numbers of prompts at once."""
+        texts = [self.prompts[kind][:n] for kind, _, n in groups]
+        asked: list[Asked] = [
+            Asked([with_system(system, p) for p in some] if system else some, edits)
+            for some, (_, edits, _) in zip(texts, groups, strict=True)
+        ]
+        said = answer_groups(self.lm, asked, self.config.max_new_tokens, self.setting.thinking)
+        return [
+            self._judged(kind, some, out)
+            for some, out, (kind, _, _) in zip(texts, said, groups, strict=True)
+        ]
+
+    def _judged(self, kind: str, texts: Sequence[str], out: Generation) -> dict[str, Any]:
+        clean, known = self.clean.get(kind), []
+        if clean:
+            known = list(zip(clean["tokens"], clean["surprise"], strict=True))[: len(texts)]
+        said = judged(self.lm, self.setting.behaviour, texts, out, self.setting.thinking, known)
+        nats = sum(said.surprise) / sum(map(len, said.tokens))
+        return {
+            "outcomes": said.outcomes,
+            "correct": said.correct,
+            "texts": said.text,
+            "tokens": said.tokens,
+            "surprise": said.surprise,
+            "perplexity": math.exp(min(MOST_NATS, nats)),
+            "repetition": repetition(said.tokens),
+        }
+
+    def measured(
+        self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = ""
+    ) -> dict[str, Any]:
+        """`answered` with the change's costs, without all but some of the texts."""
+        changed = edits or system
+        said = self.answered(kind, edits, n, system) if changed else dict(self.clean[kind])
+        kl = self.cost(kind, edits, system)
+        said |= {"kl_first": kl.kl_first, "kl_answer": kl.kl_answer}
+        if self.openings is not None:
+            few = min(n or len(self.ids[kind]), self.config.dose_prompts)
+            said |= self._odds(kind, edits, few, system)
+        return said | {"texts": said["texts"][:SHOWN_TEXTS], "tokens": [], "surprise": []}
+
+    def cost(self, kind: str, edits: Sequence[Edit], system: str = "") -> Cost:
+        """What a change costs on the first prompts of a kind with their unsteered answers."""
+        n = self.config.cost_prompts
+        unsteered = self.clean[kind]["tokens"][:n]
+        rows = self._rows(kind, n, "", unsteered)
+        return cost(rows, edits, self._rows(kind, n, system, unsteered))
+
+    def dose(self, kind: str, edits: Sequence[Edit]) -> dict[str, Any]:
+        """The log-odds of the behaviour's beginnings, by one pass a prompt."""
+        n = min(self.config.dose_prompts, len(self.ids[kind]))
+        return {**self._odds(kind, edits, n), "n": n}
+
+    def _odds(self, kind: str, edits: Sequence[Edit], n: int, system: str = "") -> dict[str, float]:
+        assert self.openings is not None
+        nats = self._rows(kind, n, system).log_odds(self.openings, edits)
+        mean, low, high = paired_bootstrap([nats.tolist()], [1.0], seed=self.config.seed)
+        return {"log_odds": mean, "log_odds_low": low, "log_odds_high": high}
+
+    def _rows(
+        self, kind: str, n: int, system: str, answers: list[list[int]] | None = None
+    ) -> KnownRows:
+        """The first n prompts of a kind, which every arm is measured on."""
+        key = f"{kind}/{n}/{answers is not None}/{system}"
+        if key not in self.known:
+            ids = self.ids[kind][:n]
+            if system:
+                chats = [with_system(system, p) for p in self.prompts[kind][:n]]
+                ids = [self.lm.chat_tokens(chat, self.setting.thinking) for chat in chats]
+            batch = ROWS_WITH_ANSWERS if answers else ROWS_WITHOUT
+            self.known[key] = KnownRows(self.lm, ids, answers, batch)
+        return self.known[key]
+
+
+def with_system(system: str, prompt: str) -> list[dict[str, str]]:
+    """A prompt behind a system prompt, as messages."""
+    return [{"role": "system", "content": system}, {"role": "user", "content": prompt}]

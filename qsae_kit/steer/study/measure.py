@@ -1,0 +1,103 @@
+"""The arms measured on the evaluation prompts, and what the frozen edit costs elsewhere."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from qsae_kit.data.facts import facts_of, plain_texts
+from qsae_kit.lm.answering import answer_all, plain_kl
+from qsae_kit.lm.edits import Edit
+from qsae_kit.steer.changes import Change, Steering
+from qsae_kit.steer.study.arms import Arm, draw_generator
+from qsae_kit.steer.study.chosen import Chosen
+from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
+from qsae_kit.steer.study.search import searched_alike, searched_at_random
+
+N_PRICED = 2
+"""Steps of `price_elsewhere`."""
+
+
+def measure(
+    progress: Progress,
+    selection: Lab,
+    evaluation: Lab,
+    plan: Plan,
+    chosen: Chosen,
+    listed: Sequence[Arm],
+) -> list[dict[str, Any]]:
+    """A row for each arm and kind of prompts, as `findings` describes them; control sets are
+    searched for on the selection prompts.
+    """
+    config, suite = evaluation.config, evaluation.setting.suite
+    rows = []
+    for arm in listed:
+        change = arm.change
+        if arm.sought and change is not None:
+            seek = partial(sought_set, selection, plan, chosen, arm, change)
+            features, weights = progress.step(arm.search_key, seek)
+            change = replace(change, features=tuple(features), weights=tuple(weights))
+        edits = [] if change is None else Steering((change,)).edits(suite)
+        steered = arm.name != "none"
+        for kind in arm.kinds:
+            labels = {
+                "goal": config.goal if steered else "none",
+                "intervention": arm.name,
+                "prompt_kind": kind,
+                "strength": arm.strength,
+                "target": steered and kind == plan.target,
+                "chosen": arm.frozen,
+                "draw": arm.draw,
+            }
+            compute = partial(evaluation.measured, kind, edits, arm.n, arm.system)
+            if arm.dose:
+                compute = partial(evaluation.dose, kind, edits)
+            rows.append(labels | progress.step(arm.key(kind), compute))
+    return rows
+
+
+def sought_set(
+    selection: Lab, plan: Plan, chosen: Chosen, arm: Arm, change: Change
+) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Features and weights of an arm that has to search for them."""
+    if arm.sought == "alike":
+        found = searched_alike(selection, plan, change)
+    else:
+        assert arm.draw is not None
+        generator = draw_generator(selection.config.seed, arm.draw)
+        found = searched_at_random(
+            selection, plan, change, chosen.drawn_from(), chosen.passes, generator
+        )
+    return found.features, found.weights
+
+
+class Price(NamedTuple):
+    """What the frozen edit costs away from the study's prompts."""
+
+    plain_kl: float
+    """KL a token on plain text, the edit at every token."""
+    facts_before: float
+    """Share of questions of fact answered right by the unsteered model; NaN without questions."""
+    facts_after: float
+
+
+def price_elsewhere(progress: Progress, setting: Setting, steering: Steering) -> Price:
+    """On plain text and on questions of fact."""
+    lm = setting.lm
+    everywhere = Steering(
+        tuple(replace(change, positions="all", when=None) for change in steering.changes)
+    ).edits(setting.suite)
+    edits = steering.edits(setting.suite)
+    kl = progress.step("plain", lambda: plain_kl(lm, plain_texts(lm.model_name), everywhere))
+    right = progress.step("facts", lambda: [_facts(setting, []), _facts(setting, edits)])
+    return Price(kl, *right)
+
+
+def _facts(setting: Setting, edits: Sequence[Edit]) -> float:
+    lm, c = setting.lm, setting.config
+    facts = facts_of(lm.model_name, c.n_facts, c.seed)
+    if not facts:
+        return float("nan")
+    questions = [fact.question for fact in facts]
+    said = answer_all(lm, questions, edits, c.max_new_tokens, setting.thinking).text
+    return sum(fact.right(text) for fact, text in zip(facts, said, strict=True)) / len(facts)

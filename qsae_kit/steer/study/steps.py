@@ -1,0 +1,363 @@
+"""The steering study: features and strength chosen on selection prompts, frozen, and measured on
+others with controls. One study has one goal.
+
+ 1. Check what was given: prompts, sites, SAEs.
+ 2. Open the journal: the same study goes on there, another one is refused.
+ 3. The unsteered model answers the selection prompts.
+ 4. Its answers decide the plan: which prompts are aimed at, what is contrasted, which tokens are
+    edited.
+ 5. Say what is to come: the arms of a likely choice give the bar its length and the time.
+ 6. Search every site: candidates by their scores, sets grown one feature at a time by real passes.
+ 7. Try the best sets at a few strengths by generated answers; the best trial is the choice.
+ 8. Freeze it, with the strength that the same trials choose for the difference of means.
+ 9. List the arms: what is measured, in order, with controls; random features get a search of the
+    same length.
+10. Measure every arm on the evaluation prompts.
+11. Price the frozen edit on plain text and on questions of fact.
+12. Tell what was found: table, headline, verdict.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pandas as pd
+from tqdm.auto import tqdm
+
+from qsae_kit.attach import check_fit
+from qsae_kit.io.journal import Journal
+from qsae_kit.io.writers import only_writer
+from qsae_kit.lm.edits import Policy
+from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.sae.suites import Suite
+from qsae_kit.sites import parse_hook_name
+from qsae_kit.steer.behaviours import Behaviour, PromptSets, refusal
+from qsae_kit.steer.changes import Steering
+from qsae_kit.steer.study.arms import CONTROL_SAES, Arm, arms
+from qsae_kit.steer.study.chosen import Chosen, likely_choice
+from qsae_kit.steer.study.config import ContrastBy, StudyConfig
+from qsae_kit.steer.study.findings import (
+    example_answers,
+    measured_figures,
+    rate,
+    study_table,
+    verdict,
+)
+from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
+from qsae_kit.steer.study.measure import N_PRICED, Price, measure, price_elsewhere
+from qsae_kit.steer.study.search import aim_of, openings_of, passes_of_search, search_sites
+from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_sets
+
+FORMAT = 4
+"""Of the journal: a study that another version began is refused."""
+LAST_SHARE = 0.8
+"""Sites in the last fifth of the layers are left out (Arditi et al. 2024, arXiv 2406.11717, section
+2.3).
+"""
+SHOWS_IT = 0.5
+"""Rate on the first kind of prompts above which the behaviour is induced elsewhere."""
+HARDLY_REFUSES = 0.1
+"""Rate of refusals on the first kind of prompts below which answers are contrasted."""
+
+
+class StudyResult(NamedTuple):
+    """A finished study."""
+
+    config: StudyConfig
+    behaviour: str
+    target: str
+    chosen: Chosen
+    steering: Steering
+    """The frozen edit as a value."""
+    means: Steering
+    """The difference of means at the strength that the same trials choose for it."""
+    table: pd.DataFrame
+    """study.csv: see `steer.study.findings.COLUMNS`."""
+    candidates: pd.DataFrame
+    """Every candidate feature of every site with its scores (`steer.choose.candidates`), and
+    whether it was chosen.
+    """
+    selection: pd.DataFrame
+    """Every trial by generated answers, on selection prompts."""
+    examples: pd.DataFrame
+    """Some answers with and without the edit: prompt_kind, prompt, base, steered."""
+    headline: dict[str, Any]
+    verdict: str
+    prompts: dict[str, dict[str, list[str]]]
+    """The selection and the evaluation prompts by kind."""
+
+
+def steering_study(
+    lm: HookedLM,
+    suite: Suite,
+    selection: PromptSets,
+    evaluation: PromptSets,
+    behaviour: Behaviour | None = None,
+    config: StudyConfig = StudyConfig(),
+    *,
+    hook_names: Sequence[str] = (),
+    variant: str = "",
+    folder: Path | None = None,
+    bar: bool = True,
+) -> StudyResult:
+    """The whole study: features, site and strength on selection prompts, figures and controls on
+    evaluation prompts.
+
+    suite: variant -> hook name -> SAE; variants whose names end with frozen_decoder or
+    frozen_soft_decoder are controls at the same site. behaviour: refusal by default. hook_names,
+    variant: where to choose from (`steered_sites`). folder: every step is written there, and a
+    study that was cut off goes on (`journal.jsonl`); the same seed gives the same digits. Raises
+    ValueError for prompts that are missing, empty, in both sets or all of one kind, for sites that
+    are not there, and while another process writes to the folder.
+    """
+    # 1
+    setting = checked_setting(
+        lm, suite, selection, evaluation, behaviour or refusal(), config, variant, hook_names
+    )
+    with only_writer(folder):
+        # 2
+        journal = open_journal(setting, folder)
+        # 3
+        began = time.monotonic()
+        lab = Lab(setting, journal, "selection")
+        seconds = time.monotonic() - began
+        # 4
+        plan = plan_of(lab)
+        # 5
+        with announced(lab, plan, seconds, bar) as shown:
+            progress = Progress(journal, shown)
+            # 6
+            searched = search_sites(progress, lab, plan)
+            # 7
+            trials = try_sets(progress, lab, plan, searched)
+            # 8
+            chosen = freeze(progress, lab, plan, searched, trials)
+            # 9
+            listed = list_arms(progress, setting, plan, chosen)
+            # 10
+            evaluated = Lab(setting, journal, "evaluation", plan.openings)
+            rows = measure(progress, lab, evaluated, plan, chosen, listed)
+            # 11
+            price = price_elsewhere(progress, setting, frozen_edit(setting, plan, chosen))
+        # 12
+        candidates = candidate_table(searched, chosen)
+        return told(setting, plan, chosen, rows, price, evaluated, trials, candidates)
+
+
+def checked_setting(
+    lm: HookedLM,
+    suite: Suite,
+    selection: PromptSets,
+    evaluation: PromptSets,
+    behaviour: Behaviour,
+    config: StudyConfig,
+    variant: str,
+    hook_names: Sequence[str],
+) -> Setting:
+    """What the study is of, after every check that needs no pass of the model."""
+    check_prompts(behaviour, config.target, selection, evaluation)
+    variant, names = steered_sites(lm, suite, variant, hook_names)
+    lm.check_hook_names(names)
+    for name in names:
+        check_fit(lm, suite[variant][name])
+    prompts = {
+        "selection": {kind: list(texts) for kind, texts in selection.items()},
+        "evaluation": {kind: list(texts) for kind, texts in evaluation.items()},
+    }
+    return Setting(lm, suite, prompts, behaviour, config, variant, names)
+
+
+def check_prompts(
+    behaviour: Behaviour, target: str, selection: PromptSets, evaluation: PromptSets
+) -> None:
+    """ValueError for a missing or empty kind, an empty prompt, or one that occurs in both sets."""
+    for name, prompts in (("selection", selection), ("evaluation", evaluation)):
+        for kind in {*behaviour.kinds, *([target] if target else [])}:
+            if not prompts.get(kind):
+                raise ValueError(f"There are no {kind} {name} prompts; give at least one.")
+        for kind in prompts:
+            if not all(p.strip() for p in prompts[kind]):
+                raise ValueError(f"A {kind} {name} prompt is empty; remove it.")
+            if kind not in behaviour.kinds:
+                raise ValueError(
+                    f"{kind} prompts were given; {behaviour.name} has {', '.join(behaviour.kinds)}."
+                )
+    chosen_on = {p for texts in selection.values() for p in texts}
+    shared = chosen_on.intersection(p for texts in evaluation.values() for p in texts)
+    if shared:
+        raise ValueError(
+            f"{len(shared)} evaluation prompts are selection prompts too, {min(shared)!r} among"
+            " them; keep them apart."
+        )
+
+
+def steered_sites(
+    lm: HookedLM, suite: Suite, variant: str = "", hook_names: Sequence[str] = ()
+) -> tuple[str, list[str]]:
+    """The variant and the sites that a study chooses from: residual streams before the last fifth
+    of the layers by default.
+
+    Raises ValueError for a variant or site that the suite does not have.
+    """
+    trained = [name for name in suite if not name.endswith(tuple(CONTROL_SAES))]
+    variant = variant or (trained or list(suite) or [""])[0]
+    if variant not in suite:
+        raise ValueError(
+            f"The suite has no variant {variant!r}; it has {', '.join(suite) or 'none'}."
+        )
+    known = list(suite[variant])
+    for name in hook_names:
+        if name not in known:
+            raise ValueError(f"The suite has no SAE {variant}/{name}; it has {', '.join(known)}.")
+    early = [name for name in known if parse_hook_name(name).layer < LAST_SHARE * lm.n_layers - 1]
+    streams = [name for name in early if name.endswith("hook_resid_post")]
+    return variant, list(hook_names) or streams or early or known
+
+
+def open_journal(setting: Setting, folder: Path | None) -> Journal:
+    """The journal of exactly this study; in memory without a folder."""
+    lm, saes = setting.lm, setting.suite[setting.variant]
+    about = {
+        "study": FORMAT,
+        "model": lm.model_name,
+        "weights": lm.weights_digest(),
+        "dtype": str(lm.dtype),
+        "behaviour": setting.behaviour.name,
+        "config": asdict(setting.config),
+        "saes": {f"{setting.variant}/{name}": saes[name].checksum() for name in setting.hook_names},
+        "prompts": hashlib.sha256(json.dumps(setting.prompts).encode()).hexdigest(),
+    }
+    return Journal(folder and folder / "journal.jsonl", about)
+
+
+def plan_of(lab: Lab) -> Plan:
+    """What the unsteered answers decide; the configuration may have decided it already."""
+    behaviour, c = lab.setting.behaviour, lab.config
+    first, last = behaviour.kinds[0], behaviour.kinds[-1]
+    shown = rate(lab.clean[first]["outcomes"], "S")
+    usual = last if c.goal == "induce" and shown > SHOWS_IT else first
+    target = c.target or usual
+    contrast: ContrastBy = "prompts"
+    if c.contrast != "auto":
+        contrast = c.contrast
+    elif behaviour.name == "refusal" and shown < HARDLY_REFUSES:
+        contrast = "answers"
+    fitting: Policy = "all" if contrast == "answers" else "header"
+    positions = fitting if c.positions == "auto" else c.positions
+    besides = [kind for kind in behaviour.kinds if kind != target]
+    others = [kind for kind in besides if kind != first] or besides
+    return Plan(target, tuple(others), contrast, positions, openings_of(lab))
+
+
+def announced(lab: Lab, plan: Plan, seconds: float, show: bool) -> "tqdm[Any]":
+    """The bar of the whole study, after a line that says how many answers there will be and how
+    long they take; seconds: what the unsteered selection answers took.
+    """
+    setting, c = lab.setting, lab.config
+    listed = arms(setting, plan, likely_choice(setting))
+    trials = trials_of(c, plan) * (c.n_trials + 1)
+    steps = len(setting.hook_names) + trials + 1 + _steps_of(listed)
+    if show:
+        sizes = {kind: len(texts) for kind, texts in setting.prompts["evaluation"].items()}
+        asked = sum(map(len, lab.prompts.values()))
+        measured = sum(arm.n_answers(sizes) for arm in listed)
+        answers = trials * asked + measured + 2 * c.n_facts
+        searches = len(setting.hook_names) + sum(arm.sought == "alike" for arm in listed)
+        drawn = likely_choice(setting).passes * sum(arm.sought == "at random" for arm in listed)
+        passes = searches * passes_of_search(c) + drawn
+        started = time.monotonic()
+        aim_of(lab, plan).others_odds()
+        a_pass = time.monotonic() - started
+        minutes = (seconds / max(1, asked) * answers + passes * a_pass) / 60
+        tqdm.write(
+            f"{c.goal} {setting.behaviour.name}, aimed at {plan.target} prompts: about {answers:,}"
+            f" answers and {passes:,} short passes, {minutes:.0f} minutes at the pace of the first"
+            f" {asked} answers (less where steps are in the journal)."
+        )
+    return tqdm(total=steps, desc="study", unit="step", disable=not show)
+
+
+def _steps_of(listed: Sequence[Arm]) -> int:
+    """Steps from the first arm to the end."""
+    return sum(len(arm.keys) for arm in listed) + N_PRICED
+
+
+def list_arms(progress: Progress, setting: Setting, plan: Plan, chosen: Chosen) -> list[Arm]:
+    """What is measured of the choice; the bar's length is exact from here."""
+    listed = arms(setting, plan, chosen)
+    progress.still(_steps_of(listed))
+    return listed
+
+
+def frozen_edit(setting: Setting, plan: Plan, chosen: Chosen) -> Steering:
+    """The chosen features at the chosen strength with the goal's sign."""
+    return Steering((chosen.change(setting.config.sign * chosen.strength, plan.positions),))
+
+
+def told(
+    setting: Setting,
+    plan: Plan,
+    chosen: Chosen,
+    rows: Sequence[Mapping[str, Any]],
+    price: Price,
+    lab: Lab,
+    trials: pd.DataFrame,
+    candidates: pd.DataFrame,
+) -> StudyResult:
+    """Measured rows as table, headline and verdict. lab: of the evaluation prompts."""
+    c = setting.config
+    clean = {kind: said["outcomes"] for kind, said in lab.clean.items()}
+    table = study_table(rows, clean, c.seed)
+    bare = table["intervention"] == "none"
+    frozen = (table["intervention"] == "features") & table["chosen"]
+    table.loc[bare, ["plain_kl", "facts_right"]] = 0.0, price.facts_before
+    table.loc[frozen, ["plain_kl", "facts_right"]] = price.plain_kl, price.facts_after
+    headline = choice_told(setting, plan, chosen) | measured_figures(
+        rows, table, clean, c.goal, plan.target, plan.others, c.seed
+    )
+    along = chosen.along_means(c.sign * chosen.means_strength, plan.positions)
+    prompts = {stage: dict(sets) for stage, sets in setting.prompts.items()}
+    return StudyResult(
+        c,
+        setting.behaviour.name,
+        plan.target,
+        chosen,
+        frozen_edit(setting, plan, chosen),
+        Steering((along,)),
+        table,
+        candidates,
+        trials,
+        example_answers(rows, prompts["evaluation"]),
+        headline,
+        verdict(headline),
+        prompts,
+    )
+
+
+def choice_told(setting: Setting, plan: Plan, chosen: Chosen) -> dict[str, Any]:
+    """What the headline says of the choice."""
+    c, features = setting.config, chosen.features
+    return {
+        "behaviour": setting.behaviour.name,
+        "model": setting.lm.model_name,
+        "site": chosen.hook_name,
+        "variant": chosen.variant,
+        "way": chosen.way,
+        "features": list(features.features),
+        "weights": list(features.weights),
+        "strength": chosen.strength,
+        "positions": plan.positions,
+        "contrast": plan.contrast,
+        "condition": asdict(chosen.when) if chosen.when else None,
+        "detector_missed": chosen.missed,
+        "detector_false_alarms": chosen.false_alarms,
+        "within_limits": chosen.within_limits,
+        "max_kl": c.max_kl,
+        "max_broken": c.max_broken,
+        "searched_sets": chosen.passes,
+        "difference_of_means_strength": chosen.means_strength,
+    }
