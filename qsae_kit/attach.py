@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.data.documents import Document, TokenBatch, keep_mask, token_batches
+from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, keep_mask, token_batches
 from qsae_kit.data.rows import kept_rows, site_activations
 from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
@@ -82,8 +82,13 @@ def calibrate(
     return taken
 
 
-def _first(lm: HookedLM, documents: Callable[[], Iterable[Document]]) -> Iterator[TokenBatch]:
-    yield from token_batches(lm, documents())  # made only where something is to be measured
+def _first(
+    lm: HookedLM,
+    suite: Mapping[str, Mapping[str, SAE]],
+    documents: Callable[[], Iterable[Document]],
+) -> Iterator[TokenBatch]:
+    # made only where something is to be measured
+    yield from token_batches(lm, documents(), policy=policy_of(lm, suite))
 
 
 def fit_to_model(
@@ -97,7 +102,54 @@ def fit_to_model(
     for saes in suite.values():
         for sae in saes.values():
             sae.to(lm.device)
-    return calibrate(lm, suite, _first(lm, documents))
+    return calibrate(lm, suite, _first(lm, suite, documents))
+
+
+def _policy(lm: HookedLM, sae: SAE) -> TokenPolicy:
+    own = sae.provenance
+    if own is None:
+        return TokenPolicy().on(lm)
+    # without markers no token is known to be the template's
+    return TokenPolicy(own.drop_template and lm.markers is not None, own.context_size).on(lm)
+
+
+def policy_of(lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]]) -> TokenPolicy:
+    """The tokens that the SAEs of a suite were trained on, which batches for them are made by.
+
+    Raises ValueError where its SAEs differ.
+    """
+    policies = {_policy(lm, sae) for saes in suite.values() for sae in saes.values()}
+    if len(policies) > 1:
+        told = "; ".join(_said(policy) for policy in sorted(policies))
+        raise ValueError(
+            f"The SAEs were trained on different tokens ({told}); use them apart, by variant or"
+            " site."
+        )
+    return policies.pop() if policies else TokenPolicy().on(lm)
+
+
+def check_tokens(lm: HookedLM, saes: Iterable[SAE], batches: Iterable[TokenBatch]) -> None:
+    """ValueError for batches with tokens of a kind that an SAE was not trained on: the template's,
+    or beyond its context.
+    """
+    longest, template = 0, False
+    for batch in batches:
+        longest = max(longest, batch.ids.shape[1])
+        template = template or not batch.policy.drop_template
+    for sae in saes:
+        own = _policy(lm, sae)
+        if (template and own.drop_template) or longest > own.context_size:
+            where = sae.provenance.hook_name if sae.provenance else "no site"
+            raise ValueError(
+                f"The SAE of {where} was trained on {_said(own)}, and the batches hold other"
+                " tokens; make them with policy=qsae_kit.attach.policy_of(lm, suite)."
+            )
+
+
+def _said(policy: TokenPolicy) -> str:
+    return f"{policy.context_size:,} tokens of a document" + (
+        " without its template" if policy.drop_template else ""
+    )
 
 
 def check_measured(sae: SAE) -> None:
@@ -184,7 +236,7 @@ def token_features(
     for start in range(0, len(rows), 32):
         some = rows[start : start + 32]
         ids, mask = lm.pad(some)
-        batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask))
+        batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask, _policy(lm, sae).drop_template))
         x = site_activations(lm, [sae.provenance.hook_name], batch)[sae.provenance.hook_name]
         counted = batch.keep & sae.provenance.filter.keeps(x)
         f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)

@@ -5,8 +5,17 @@ from itertools import islice
 import pytest
 import torch
 
-from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import Block, LiveRows, Place, StoredRows, kept_rows, shuffled, stream_rows
+from qsae_kit.data.documents import TokenPolicy, token_batches
+from qsae_kit.data.rows import (
+    Block,
+    LiveRows,
+    Origin,
+    Place,
+    StoredRows,
+    kept_rows,
+    shuffled,
+    stream_rows,
+)
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.train.run import fit_normaliser
 from qsae_kit.world import world
@@ -89,6 +98,15 @@ def test_blocks_can_be_gone_back_to(lm, kind):
     part = next(source.only(SITES[1:]).blocks(300, blocks[2].place))
     assert set(part.rows) == set(SITES[1:])
     assert torch.equal(part.rows[SITES[1]], blocks[2].rows[SITES[1]])
+
+
+def test_live_rows_know_their_model_and_tokens(lm):
+    documents = [d.messages for d in world.dialogues(4, seed=1)]
+    policy = TokenPolicy(drop_template=True, context_size=20)
+    source = LiveRows(lm, SITES, lambda: token_batches(lm, documents, policy=policy))
+    assert source.origin == source.only(SITES[:1]).origin == Origin("tiny", policy)
+    source = LiveRows(lm, SITES, lambda: token_batches(lm, documents))
+    assert source.origin == Origin("tiny", TokenPolicy(context_size=min(512, lm.context_size)))
 
 
 def test_stored_rows_have_to_fit_together():

@@ -1,17 +1,31 @@
 """Baselines are what they say, and go through the same calls as an SAE."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 
-from qsae_kit.data.rows import StoredRows
+from qsae_kit.data.documents import TokenPolicy
+from qsae_kit.data.rows import Origin, StoredRows
+from qsae_kit.evaluate.score import found_again
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import Provenance
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.train.baselines import BASELINES, baseline_suite, found_again, neurons_sae, pca_sae
+from qsae_kit.sae.store import load_suite, save_suite
+from qsae_kit.train.baselines import (
+    BASELINES,
+    baseline_suite,
+    frozen_recipes,
+    neurons_sae,
+    pca_sae,
+    recipe_of,
+)
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import keep_near, train_saes
 
 SITE = "blocks.0.hook_resid_post"
+ORIGIN = Origin("t", TokenPolicy(drop_template=True, context_size=128))
 CONFIG = TrainConfig("topk", sparsity=4, expansion=3, tokens=20_000, batch=200, pool=2000, lr=3e-3)
 
 
@@ -26,7 +40,7 @@ def rows():
 
 @pytest.fixture(scope="module")
 def suite(rows):
-    return baseline_suite(StoredRows({SITE: rows}), CONFIG, "t", bar=False)
+    return baseline_suite(StoredRows({SITE: rows}, origin=ORIGIN), CONFIG, bar=False)
 
 
 def figures(sae, x):
@@ -96,3 +110,61 @@ def test_an_sae_finds_itself_again(suite):
     one = suite["second_seed"][SITE]
     assert found_again(one, one) == {"pw_mcc": pytest.approx(1), "found_again": 1.0}
     assert found_again(one, suite["frozen_decoder"][SITE])["pw_mcc"] < 0.95
+
+
+def test_baselines_say_what_tokens_they_are_of(suite):
+    for name in BASELINES:
+        own = suite[name][SITE].provenance
+        assert (own.model_name, own.drop_template, own.context_size) == ("t", True, 128)
+
+
+@pytest.mark.parametrize("architecture", ["batchtopk", "matryoshka", "jumprelu"])
+def test_the_recipe_is_read_and_not_guessed(rows, tmp_path, architecture):
+    config = TrainConfig(architecture, 4, 3, 4000, 200, 1e-3, 1000, seed=3, dead_after=700)
+    save_suite(
+        train_saes(StoredRows({SITE: rows}, origin=ORIGIN), [config], bar=False), tmp_path / "suite"
+    )
+    [saes] = load_suite(tmp_path / "suite").values()
+    assert saes[SITE].architecture == "jumprelu"  # which is all that the weights tell
+    assert recipe_of(saes) == config
+    for name, recipe in frozen_recipes(recipe_of(saes)).items():
+        assert replace(recipe, frozen="", seed=3) == config, name
+
+
+def test_recipes_on_disk(rows, tmp_path):
+    [saes] = train_saes(StoredRows({SITE: rows}, origin=ORIGIN), [CONFIG], bar=False).values()
+    save_suite({"v": saes}, tmp_path / "suite")
+    file = tmp_path / "suite" / "v" / SITE / "cfg.json"
+    config = json.loads(file.read_text())
+    kit = config["metadata"]["qsae_kit"]
+
+    def read(recipe):
+        kit["recipe"] = recipe
+        file.write_text(json.dumps(config))
+        return recipe_of(load_suite(tmp_path / "suite")["v"])
+
+    whole = dict(kit["recipe"])
+    assert read(whole) == CONFIG
+    assert read(whole | {"colour": "green"}) == CONFIG  # of a later version
+    assert read({name: whole[name] for name in whole if name != "moments"}) == CONFIG
+    for wrong, message in (
+        ("topk", "recipe=topk, which must be an object"),
+        (whole | {"batch": "200"}, r"batch='200', which must be a whole number;"),
+        (whole | {"batch": True}, r"batch='True', which must be a whole number;"),
+        (whole | {"lr": [1]}, r"lr='\[1\]', which must be a number or a whole number or null;"),
+        (whole | {"options": None}, r"options='None', which must be an object;"),
+        (whole | {"architecture": "new"}, "no architecture 'new'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            read(wrong)
+    del kit["recipe"]  # of an older version: it loads, and its recipe is not guessed
+    file.write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="does not say what it was trained by"):
+        recipe_of(load_suite(tmp_path / "suite")["v"])
+
+
+def test_one_recipe_a_variant(rows):
+    several = [CONFIG, replace(CONFIG, seed=1)]
+    first, second = train_saes(StoredRows({SITE: rows}, origin=ORIGIN), several, bar=False).values()
+    with pytest.raises(ValueError, match="by several recipes"):
+        recipe_of({"a": first[SITE], "b": second[SITE]})

@@ -192,6 +192,7 @@ def test_harvest(tmp_path):
         acts.float() / float(header["scale"]) - expected
     ).abs().max() < 1e-2 * expected.abs().max()
     assert header["hook_name"] == "blocks.2.hook_mlp_out"
+    assert header["context_size"] == str(min(512, lm.context_size))
     short = tmp_path / "short.safetensors"
     given = (
         "harvest",

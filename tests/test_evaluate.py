@@ -31,7 +31,7 @@ def recompute(lm, sae, name, batches):
     """CE and KL of splicing, and the CE of zeroing, written out with plain hooks."""
     ce_clean = ce_spliced = ce_zero = kl = 0.0
     n = 0
-    for ids, mask, keep in batches:
+    for ids, mask, keep, _ in batches:
         where = keep[:, :-1] & mask[:, 1:].bool()
 
         def replace(new, keep=keep):

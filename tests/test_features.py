@@ -2,7 +2,9 @@
 cut-off builds.
 """
 
+import copy
 import json
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -604,3 +606,17 @@ def test_names_where_they_are_plain(index):
     hints = index.site().figures["hint"]
     assert hints.str.startswith("template").any()
     assert (index.site().figures.loc[hints.str.startswith("token"), "token_f1"] >= 0.8).all()
+
+
+def test_template_tokens_that_an_sae_was_not_trained_on_count_for_nothing(lm, suite, tmp_path):
+    [(variant, saes), *_] = suite.items()
+    [(name, sae), *_] = saes.items()
+    figures = []
+    for drop in (False, True):
+        own = copy.deepcopy(sae)
+        own.provenance = replace(own.provenance, drop_template=drop)
+        out = tmp_path / str(drop)
+        build_index(lm, {variant: {name: own}}, dialogues, out, CONFIG, bar=False)
+        figures.append(load_index(out).site(name, variant).figures)
+    assert figures[0]["density_template"].max() > 0
+    assert not figures[1]["density_template"].fillna(0).any()

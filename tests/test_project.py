@@ -106,7 +106,8 @@ def loaded_by(code):
 
 COMMANDS = (
     "",
-    *"demo train eval sweep features steer suite diff inspect convert dialogues harvest".split(),
+    *"demo train baselines eval sweep features steer".split(),
+    *"suite diff inspect convert dialogues harvest".split(),
 )
 
 

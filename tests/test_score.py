@@ -1,6 +1,7 @@
 """`qsae eval` and `qsae sweep`."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 
@@ -10,15 +11,24 @@ import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from qsae_kit.attach import check_fit
+from qsae_kit.attach import check_fit, policy_of, token_features
 from qsae_kit.cli.app import app
+from qsae_kit.data.documents import TokenPolicy, held_out_batches, keep_mask
 from qsae_kit.data.streams import documents_of
-from qsae_kit.evaluate.score import effective_rank, needed_l0, smallest_differences
+from qsae_kit.evaluate.evaluation import evaluate_suite
+from qsae_kit.evaluate.score import (
+    compared_variant,
+    effective_rank,
+    needed_l0,
+    score_suite,
+    smallest_differences,
+)
 from qsae_kit.sae import JumpReLUSAE, Provenance, ReLUSAE, TopKSAE
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sae.store import load_suite, save_sae
+from qsae_kit.sae.store import load_suite, save_sae, save_suite
 from qsae_kit.tiny import concepts
 from qsae_kit.train import fit
+from qsae_kit.train.baselines import BASELINES
 from qsae_kit.train.recipe import TrainConfig
 
 SITE = "blocks.2.hook_resid_post"
@@ -140,7 +150,19 @@ def test_folders_of_saelens(tmp_path, architecture):
     assert "normalize_activations='layer_norm'" in str(refused.exception)
 
 
-def test_a_suite_with_its_baselines(run, tmp_path):
+@pytest.fixture(scope="module")
+def beaten(run):
+    done = qsae("baselines", "--suite", run / "suite")
+    assert done.exit_code == 0, done.exception
+    return run / "suite-baselines"
+
+
+def test_a_suite_with_its_baselines(run, beaten, tmp_path):
+    [ours] = load_suite(run / "suite").values()
+    for name, frozen in (("frozen_decoder", "decoder"), ("soft_frozen", "soft_decoder")):
+        own = load_suite(beaten)[name][SITE].provenance
+        assert own.recipe == {**ours[SITE].provenance.recipe, "frozen": frozen}
+        assert own.recipe["batch"] == 256
     done = qsae(
         "eval",
         "--suite",
@@ -148,6 +170,7 @@ def test_a_suite_with_its_baselines(run, tmp_path):
         "--tokens",
         "3000",
         "--baselines",
+        beaten,
         "--out",
         tmp_path / "out",
     )
@@ -169,6 +192,83 @@ def test_a_suite_with_its_baselines(run, tmp_path):
     assert smallest_differences(seeds)["fvu"] == pytest.approx(1.96 * abs(seeds["d_fvu"].item()))
     assert (tmp_path / "out" / "baselines.html").stat().st_size > 1e6
     assert (tmp_path / "out" / "evaluation.html").stat().st_size > 1e6
+
+
+def test_baselines_of_another_recipe_are_no_match(run, beaten, lm, tmp_path):
+    baselines = load_suite(beaten)
+    [(variant, saes)] = load_suite(run / "suite").items()
+    own = saes[SITE].provenance
+
+    def with_recipe(**changes):
+        recipe = None if changes.get("recipe", "") is None else {**own.recipe, **changes}
+        sae = load_suite(run / "suite")[variant][SITE]
+        sae.provenance = replace(own, recipe=recipe, seed=changes.get("seed", own.seed))
+        return {SITE: sae}
+
+    suite = {"other": with_recipe(batch=512), variant: saes, "later": with_recipe(seed=1)}
+    assert compared_variant(suite, baselines) == variant
+    assert compared_variant({"new": with_recipe(colour="green")}, baselines) == "new"
+    assert compared_variant({"a": with_recipe(recipe=None), variant: saes}, baselines) == variant
+    assert compared_variant({"a": with_recipe(recipe=None)}, baselines) == "a"
+    other = {"other": with_recipe(batch=512)}
+    with pytest.raises(ValueError, match=r"recipe of none of the variants other; make them"):
+        score_suite(lm, other, None, 2000, tmp_path / "a", baselines=baselines, bar=False)
+    elsewhere = {"v": {"blocks.1.hook_resid_post": saes[SITE]}}
+    with pytest.raises(ValueError, match=r"no SAE at blocks\.1\.hook_resid_post; make them"):
+        score_suite(lm, elsewhere, None, 2000, tmp_path / "b", baselines=baselines, bar=False)
+
+
+def test_an_unknown_recipe_is_given_and_not_guessed(run, tmp_path):
+    [(variant, saes)] = load_suite(run / "suite").items()
+    saes[SITE].provenance = replace(saes[SITE].provenance, recipe=None)
+    save_suite({variant: saes}, tmp_path / "old")
+    given = ["--arch", "batchtopk", "--tokens", "2048", "--batch", "128"]
+    refused = qsae("baselines", "--suite", tmp_path / "old")
+    assert "does not say what it was trained by" in str(refused.exception)
+    assert not (tmp_path / "old-baselines").exists()
+    refused = qsae("baselines", "--suite", tmp_path / "old", *given[:4])
+    assert "--arch, --tokens and --batch belong together" in str(refused.exception)
+    refused = qsae("baselines", "--suite", run / "suite", *given, "--out", tmp_path / "none")
+    assert "leave the recipe out" in str(refused.exception)
+    refused = qsae("baselines", "--suite", "someone/release")
+    assert "give --out" in str(refused.exception)
+    done = qsae("baselines", "--suite", tmp_path / "old", *given)
+    assert done.exit_code == 0, done.exception
+    made = load_suite(tmp_path / "old-baselines")
+    assert tuple(sorted(made)) == tuple(sorted(BASELINES))
+    recipe = made["frozen_encoder"][SITE].provenance.recipe
+    assert (recipe["architecture"], recipe["tokens"], recipe["batch"]) == ("batchtopk", 2048, 128)
+    refused = qsae("baselines", "--suite", tmp_path / "old", *given)
+    assert "is not an empty folder" in str(refused.exception)
+
+
+def test_tokens_are_of_the_kind_that_the_sae_was_trained_on(run, lm, tmp_path):
+    [(variant, saes)] = load_suite(run / "suite").items()
+
+    def evaluated(**changes):
+        saes[SITE].provenance = replace(saes[SITE].provenance, **changes)
+        out = tmp_path / "-".join(map(str, changes.values()))
+        table = score_suite(lm, {variant: saes}, None, 2000, out, bar=False).evaluation
+        return set(table["category"])
+
+    assert "template" in evaluated(context_size=512)
+    assert "template" not in evaluated(drop_template=True)
+    policy = policy_of(lm, {variant: saes})
+    assert policy == TokenPolicy(drop_template=True, context_size=lm.context_size)
+    [f] = token_features(lm, saes[SITE], [lm.chat_tokens("Hello!")])
+    [ids] = [torch.tensor([lm.chat_tokens("Hello!")])]
+    assert not f[~keep_mask(lm, ids, torch.ones_like(ids), True)[0]].any()
+    held_out = documents_of(lm, None)[0]
+    with pytest.raises(ValueError, match="without its template, and the batches hold other tokens"):
+        evaluate_suite(lm, {variant: saes}, held_out_batches(lm, held_out, 500), bar=False)
+    saes[SITE].provenance = replace(saes[SITE].provenance, drop_template=False, context_size=16)
+    batches = held_out_batches(lm, held_out, 500, policy_of(lm, {variant: saes}))
+    assert max(batch.ids.shape[1] for batch in batches) == 16
+    with pytest.raises(ValueError, match="trained on 16 tokens of a document, and the batches"):
+        evaluate_suite(lm, {variant: saes}, held_out_batches(lm, held_out, 500), bar=False)
+    [other] = load_suite(run / "suite").values()
+    with pytest.raises(ValueError, match=r"different tokens \(16 tokens .*; use them apart"):
+        policy_of(lm, {"a": saes, "b": other})
 
 
 def test_planted_concepts(run, tmp_path, monkeypatch):

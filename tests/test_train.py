@@ -5,14 +5,15 @@ import platform
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
-from qsae_kit.data.rows import Place, StoredRows
+from qsae_kit.data.documents import TokenPolicy
+from qsae_kit.data.rows import Origin, Place, StoredRows
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae.store import load_suite
 from qsae_kit.train.groups import plan_groups
@@ -57,6 +58,22 @@ def suite():
         TrainConfig("topk", sparsity=4, **SMALL),
     ]
     return train_saes(source(), configs, model_name="tiny", bar=False)
+
+
+def test_the_source_says_where_its_rows_are_from(tmp_path):
+    config = TrainConfig("topk", sparsity=4, **SMALL | {"tokens": 512})
+    origin = Origin("mine", TokenPolicy(drop_template=True, context_size=64))
+    known = StoredRows(make_rows(n=4096), origin=origin)
+    train_saes(known, [config], bar=False, folder=tmp_path)
+    for sae in load_suite(tmp_path / "suite")[config.variant].values():
+        own = sae.provenance
+        assert (own.model_name, own.drop_template, own.context_size) == ("mine", True, 64)
+        assert own.recipe == asdict(config)
+    train_saes(known.only(known.sites[:1]), [config], model_name="mine", bar=False)
+    with pytest.raises(ValueError, match="of 'mine', and model_name='t' was given; leave it out"):
+        train_saes(known, [config], model_name="t", bar=False)
+    with pytest.raises(ValueError, match="do not say which model they are of; give model_name"):
+        train_saes(source(n=4096), [config], bar=False)
 
 
 def test_every_variant_and_site_is_trained(suite):

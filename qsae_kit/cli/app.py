@@ -241,6 +241,7 @@ def train(
     import json
     from typing import cast, get_args
 
+    from qsae_kit.data.stored import read_rows
     from qsae_kit.io.interrupts import say
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae import ARCHITECTURES
@@ -307,7 +308,7 @@ def train(
     hook_names = (
         fit.sites_of(lm, sites or "resid,mlp,attn", layers or "all") if lm is not None else [site]
     )
-    file = fit.read_rows(acts) if acts is not None else None
+    file = read_rows(acts) if acts is not None else None
     widths = (
         {file.acts.shape[1]} if file is not None else {lm.width(name) for name in hook_names}  # type: ignore[union-attr]
     )
@@ -391,8 +392,9 @@ def evaluate(
         int | None, typer.Option(help="Held-out tokens (20,000 by default).", min=1)
     ] = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="Train and evaluate what an SAE has to beat, too.")
-    ] = False,
+        str | None,
+        typer.Option(help="What the suite has to beat, too: a folder that qsae baselines made."),
+    ] = None,
     concepts: Annotated[
         bool, typer.Option("--concepts", help="Tiny only: which planted concepts are recovered.")
     ] = False,
@@ -416,13 +418,13 @@ def evaluate(
     import pandas as pd
 
     from qsae_kit.attach import fit_to_model
+    from qsae_kit.data.stored import read_rows
     from qsae_kit.data.streams import documents_of
     from qsae_kit.evaluate.score import score_stored, score_suite, smallest_differences
     from qsae_kit.figures.tables import headline
     from qsae_kit.lm.chat import CATEGORIES
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_sae, load_suite
-    from qsae_kit.train.fit import read_rows
 
     _refuse(
         (acts is None) != (sae is None), "--acts and --sae belong together; give both, or --suite."
@@ -451,10 +453,12 @@ def evaluate(
     assert suite is not None
     _write_to(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
+    to_beat = None if baselines is None else load_suite(baselines)
     lm = load_model(model or "tiny", dtype)
+    _say_measured(fit_to_model(lm, to_beat or {}, lambda: documents_of(lm, data)[1]()))
     _say_measured(fit_to_model(lm, trained, lambda: documents_of(lm, data)[1]()))
     scores = score_suite(
-        lm, trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts
+        lm, trained, data, tokens or 20_000, out, baselines=to_beat, concepts=concepts
     )
     table = scores.evaluation
     shown = "assistant" if (table["category"] == "assistant").any() else "all"
@@ -486,6 +490,72 @@ def evaluate(
 
 
 @app.command()
+def baselines(
+    suite: Annotated[
+        str, typer.Option(help="Folder of a suite, or a release of SAEs: see qsae inspect.")
+    ],
+    model: Model = "tiny",
+    dtype: Dtype = "auto",
+    variant: Annotated[
+        str, typer.Option(help="The variant to beat; the suite's first one by default.")
+    ] = "",
+    site: Sites = None,
+    data: Annotated[
+        str | None,
+        typer.Option(help="A .jsonl or .txt file, or a data set's id; tiny has its world."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the baselines; by default SUITE-baselines.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="For SAEs that do not say their recipe: its architecture.")
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="For those: rows that they were trained on.", min=1)
+    ] = None,
+    batch: Annotated[int | None, typer.Option(help="For those: rows a step.", min=1)] = None,
+) -> None:
+    """Train what a suite has to beat, by its own recipe, as a suite beside it."""
+    from qsae_kit.attach import fit_to_model
+    from qsae_kit.data.streams import documents_of
+    from qsae_kit.lm.hooked import load_model
+    from qsae_kit.sae.store import load_suite
+    from qsae_kit.train.fit import fit_baselines
+    from qsae_kit.train.recipe import default_recipe
+
+    folder = Path(suite)
+    _refuse(
+        out is None and not folder.is_dir(),
+        f"{suite!r} is no folder that the baselines could lie beside; give --out.",
+    )
+    out = out or folder.with_name(f"{folder.resolve().name}-baselines")
+    _write_file(out)
+    trained = load_suite(suite, variants=[variant] if variant else (), hook_names=site or ())
+    name, saes = next(iter(trained.items()))
+    given = (arch, tokens, batch)
+    _refuse(
+        None in given and given != (None, None, None),
+        "--arch, --tokens and --batch belong together; give all of a recipe, or none.",
+    )
+    lm = load_model(model, dtype)
+    _say_measured(fit_to_model(lm, {name: saes}, lambda: documents_of(lm, data)[1]()))
+    recipe = None
+    if arch is not None and tokens is not None and batch is not None:
+        sae = next(iter(saes.values()))
+        recipe = default_recipe(
+            sae.d_in,
+            len(saes),
+            architecture=arch,
+            sparsity=sae.sparsity,
+            expansion=sae.d_sae / sae.d_in,
+            tokens=tokens,
+            batch=batch,
+        )
+    made = fit_baselines(lm, saes, data, out, recipe)
+    typer.echo(f"Baselines of {name}: {', '.join(made)}. Compare: qsae eval --baselines {out}")
+
+
+@app.command()
 def sweep(
     model: Model = "tiny",
     dtype: Dtype = "auto",
@@ -513,8 +583,8 @@ def sweep(
     resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
 ) -> None:
     """Train several sparsities and widths from one stream, and plot sparsity against fidelity."""
-    from qsae_kit.evaluate.score import sweep as run_sweep
     from qsae_kit.lm.hooked import load_model
+    from qsae_kit.pipelines.sweep import sweep as run_sweep
     from qsae_kit.train import fit
     from qsae_kit.train.recipe import default_recipe
 
@@ -962,7 +1032,7 @@ def diff(
     """Apply one suite to two models: the gap in reconstruction at each site, and which features
     fire more or less.
     """
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import fit_to_model, policy_of
     from qsae_kit.data.documents import held_out_batches
     from qsae_kit.data.streams import documents_of
     from qsae_kit.evaluate.modeldiff import compare_models, most_changed
@@ -975,7 +1045,8 @@ def diff(
     pair = load_model(first, dtype), load_model(second, dtype)
     held_out, others = documents_of(pair[1], data)
     _say_measured(fit_to_model(pair[1], trained, others))
-    found = compare_models(*pair, trained, held_out_batches(pair[1], held_out, tokens))
+    policy = policy_of(pair[1], trained)
+    found = compare_models(*pair, trained, held_out_batches(pair[1], held_out, tokens, policy))
     write_table(found.sites, out / "sites.csv")
     write_table(found.features, out / "features.parquet")
     typer.echo(found.sites[found.sites["category"] == "all"].round(4).to_string(index=False))

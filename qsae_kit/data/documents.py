@@ -25,12 +25,33 @@ SHOWN = 200
 ROLES = ("system", "user", "assistant", "tool")
 
 
+CONTEXT = 512
+"""Tokens that documents are cut at where nothing else is said."""
+
+
+class TokenPolicy(NamedTuple):
+    """Which tokens of a document count, beside its first, which never does; the norm filter comes
+    where activations are seen.
+    """
+
+    drop_template: bool = False
+    """Whether template tokens are left out."""
+    context_size: int = CONTEXT
+    """Tokens that a document is cut at."""
+
+    def on(self, lm: HookedLM) -> "TokenPolicy":
+        """The same within the model's own context."""
+        return self._replace(context_size=min(self.context_size, lm.context_size))
+
+
 class TokenBatch(NamedTuple):
     """Right-padded sequences; `keep` marks the tokens whose activations count."""
 
     ids: Int[Tensor, "batch pos"]
     mask: Int[Tensor, "batch pos"]
     keep: Bool[Tensor, "batch pos"]
+    policy: TokenPolicy = TokenPolicy()
+    """What `keep` and the length were made by."""
 
 
 def read_documents(source: str | Path | Iterable[Any]) -> Iterator[Document]:
@@ -156,19 +177,18 @@ def token_batches(
     lm: HookedLM,
     documents: Iterable[Document],
     batch_tokens: int = 8192,
-    max_length: int = 512,
-    drop_template: bool = False,
+    policy: TokenPolicy = TokenPolicy(),
     seed: int | None = 0,
 ) -> Iterator[TokenBatch]:
     """Batches of at most `batch_tokens` padded tokens, documents of like length together to waste
     little padding.
 
     Works through the stream in windows of 16 batches, shuffled within a window; seed None keeps the
-    given order.
+    given order. policy: of the tokens that count; an SAE's own is `attach.policy_of`.
     """
     rng = random.Random(seed)
-    max_length = min(max_length, lm.context_size)
-    stream = (tokenize_document(lm, document, max_length) for document in documents)
+    policy = policy.on(lm)
+    stream = (tokenize_document(lm, document, policy.context_size) for document in documents)
     stream = (row for row in stream if len(row) > 1)
     while window := list(_take_tokens(stream, 16 * batch_tokens)):
         groups = _group(sorted(window, key=len) if seed is not None else window, batch_tokens)
@@ -176,7 +196,7 @@ def token_batches(
             rng.shuffle(groups)
         for rows in groups:
             ids, mask = lm.pad(rows)
-            yield TokenBatch(ids, mask, keep_mask(lm, ids, mask, drop_template))
+            yield TokenBatch(ids, mask, keep_mask(lm, ids, mask, policy.drop_template), policy)
 
 
 def _take_tokens(rows: Iterator[list[int]], n_tokens: int) -> Iterator[list[int]]:
@@ -201,13 +221,15 @@ def _group(rows: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:
     return [group for group in groups if group]
 
 
-def held_out_batches(lm: HookedLM, documents: Iterable[Document], tokens: int) -> list[TokenBatch]:
+def held_out_batches(
+    lm: HookedLM, documents: Iterable[Document], tokens: int, policy: TokenPolicy = TokenPolicy()
+) -> list[TokenBatch]:
     """Small batches until they hold `tokens` kept tokens. Raises ValueError where there are
     none.
     """
     out: list[TokenBatch] = []
     taken = 0
-    for batch in token_batches(lm, documents, batch_tokens=1024):
+    for batch in token_batches(lm, documents, batch_tokens=1024, policy=policy):
         out.append(batch)
         taken += int(batch.keep.sum())
         if taken >= tokens:

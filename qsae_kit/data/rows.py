@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.data.documents import TokenBatch
+from qsae_kit.data.documents import TokenBatch, TokenPolicy
 from qsae_kit.lm.hooked import HookedLM, by_token
 
 Rows = dict[str, Float[Tensor, "row _width"]]
@@ -54,6 +54,14 @@ class Place(NamedTuple):
     row: int = 0
 
 
+class Origin(NamedTuple):
+    """Where rows come from, as the SAEs that are trained on them will say."""
+
+    model_name: str = ""
+    """"" where it is not known."""
+    policy: TokenPolicy = TokenPolicy()
+
+
 @dataclass(frozen=True)
 class Block:
     """Some rows of every site, the same tokens in the same order."""
@@ -85,6 +93,10 @@ class RowSource(Protocol):
     @property
     def sites(self) -> list[str]:
         return list(self.widths)
+
+    @property
+    def origin(self) -> Origin:
+        """The model and the tokens that the rows are of."""
 
     def fingerprint(self) -> str:
         """Tells other data from these."""
@@ -126,6 +138,11 @@ class LiveRows:
         """
         self._head = self._head or list(islice(self.batches(), 4))
         return self._head
+
+    @property
+    def origin(self) -> Origin:
+        policy = self.head[0].policy if self.head else TokenPolicy()
+        return Origin(self.lm.model_name, policy.on(self.lm))
 
     def fingerprint(self) -> str:
         """Of the first four token batches and of a few of the model's weights."""
@@ -172,13 +189,18 @@ class LiveRows:
 
 class StoredRows:
     """Rows in memory or in a memory-mapped file, in a new order each epoch, without end; given out
-    on `device`.
+    on `device`. origin: of which model and tokens they are, where that is known.
     """
 
     forward_rows = 0
 
     def __init__(
-        self, rows: Rows, seed: int = 0, scale: float = 1.0, device: torch.device | None = None
+        self,
+        rows: Rows,
+        seed: int = 0,
+        scale: float = 1.0,
+        device: torch.device | None = None,
+        origin: Origin = Origin(),
     ) -> None:
         sizes = {len(x) for x in rows.values()}
         if len(sizes) != 1 or 0 in sizes:
@@ -186,7 +208,7 @@ class StoredRows:
                 f"The sites hold {sorted(sizes)} rows; give every site the same number, at least"
                 " one."
             )
-        self.rows, self.seed, self.scale = rows, seed, scale
+        self.rows, self.seed, self.scale, self.origin = rows, seed, scale, origin
         self.widths = {site: x.shape[1] for site, x in rows.items()}
         self.device = device or next(iter(rows.values())).device
 
@@ -212,7 +234,11 @@ class StoredRows:
 
     def only(self, sites: Sequence[str]) -> "StoredRows":
         return StoredRows(
-            {site: self.rows[site] for site in sites}, self.seed, self.scale, self.device
+            {site: self.rows[site] for site in sites},
+            self.seed,
+            self.scale,
+            self.device,
+            self.origin,
         )
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:

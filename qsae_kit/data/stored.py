@@ -1,18 +1,77 @@
-"""Stores activations of one site for training and evaluating elsewhere."""
+"""Stores activations of one site for training and evaluating elsewhere, and reads them."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import Rows, stream_rows
+from qsae_kit.data.documents import CONTEXT, TokenPolicy, token_batches
+from qsae_kit.data.rows import Origin, Rows, stream_rows
 from qsae_kit.data.streams import HARVEST, named, stream_of
 from qsae_kit.io.files import atomic_file
 from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sites import parse_hook_name
+
+
+class StoredFile(NamedTuple):
+    """Stored activations with what their header says of them."""
+
+    path: Path
+    acts: Tensor
+    """[row, d_model]"""
+    hook_name: str
+    """"" where the header has none."""
+    scale: float
+    origin: Origin
+
+
+def read_rows(path: Path) -> StoredFile:
+    """A .safetensors file with the tensor `acts` [row, d_model].
+
+    Raises ValueError for a file that is not one of stored activations.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            header, names = file.metadata() or {}, list(file.keys())
+            if "acts" not in names:
+                raise ValueError(
+                    f"{str(path)!r} holds {', '.join(names) or 'nothing'}; expected a tensor acts"
+                    " [row, d_model]."
+                )
+            acts = file.get_tensor("acts")
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{str(path)!r} cannot be read ({error}); give a .safetensors file of stored"
+            " activations."
+        ) from error
+    if acts.ndim != 2 or not acts.dtype.is_floating_point or len(acts) < 20:
+        raise ValueError(
+            f"{str(path)!r} holds acts of shape {tuple(acts.shape)} and {acts.dtype}; expected"
+            " numbers [row, d_model], 20 rows or more."
+        )
+    return StoredFile(
+        path,
+        acts,
+        header.get("hook_name", ""),
+        float(header.get("scale", "1")),
+        Origin(header.get("model", "stored"), _policy(header, path)),
+    )
+
+
+def _policy(header: Mapping[str, str], path: Path) -> TokenPolicy:
+    size = header.get("context_size", str(CONTEXT))
+    if not size.isdecimal() or int(size) < 2:
+        raise ValueError(
+            f"{str(path)!r} has context_size={size[:40]!r}, which must be a whole number of 2 or"
+            " more; store the activations again."
+        )
+    return TokenPolicy(header.get("drop_template") == "True", int(size))
 
 
 def harvest_rows(
@@ -37,11 +96,10 @@ def _harvest(
 ) -> int:
     lm.check_hook_names([parse_hook_name(hook_name).hook_name])
     documents = stream_of(lm, data, HARVEST)()
+    policy = TokenPolicy(drop_template).on(lm)
     parts, size = [], 0
     with tqdm(total=tokens, unit="tok", desc="harvesting") as bar:
-        for rows in stream_rows(
-            lm, [hook_name], token_batches(lm, documents, drop_template=drop_template)
-        ):
+        for rows in stream_rows(lm, [hook_name], token_batches(lm, documents, policy=policy)):
             part = (
                 rows[hook_name][: tokens - size].half()
                 if _fits_half(rows[hook_name])
@@ -54,7 +112,12 @@ def _harvest(
                 break
     if not size:
         raise ValueError("The data gave no tokens after the keep-mask; give longer texts.")
-    about = {"model": lm.model_name, "drop_template": str(drop_template), "data": named(data)}
+    about = {
+        "model": lm.model_name,
+        "drop_template": str(policy.drop_template),
+        "context_size": str(policy.context_size),
+        "data": named(data),
+    }
     save_rows({hook_name: torch.cat([part.float() for part in parts])}, hook_name, out, about)
     return size
 

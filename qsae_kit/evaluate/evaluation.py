@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_fit, constant, splice
+from qsae_kit.attach import check_fit, check_tokens, constant, splice
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
 from qsae_kit.lm.chat import CATEGORIES
@@ -84,6 +84,7 @@ def evaluate_suite(
     ]
     for _, _, sae in saes:
         check_fit(lm, sae)
+    check_tokens(lm, [sae for _, _, sae in saes], batches)
     names = list(dict.fromkeys(name for _, name, _ in saes))
     n_spliced = min(len(batches), len(batches) if spliced_batches is None else spliced_batches)
     rebuilt: dict[Key, Reconstruction] = defaultdict(Reconstruction)

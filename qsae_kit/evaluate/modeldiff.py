@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_measured
+from qsae_kit.attach import check_measured, check_tokens
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
 from qsae_kit.lm.chat import CATEGORIES
@@ -77,6 +77,7 @@ def compare_models(
     """
     check_pair(first, second, suite)
     saes = [(variant, name, sae) for variant, of in suite.items() for name, sae in of.items()]
+    check_tokens(second, [sae for _, _, sae in saes], batches)
     names = list(dict.fromkeys(name for _, name, _ in saes))
     sums: dict[tuple[str, str, str], list[Reconstruction]] = defaultdict(
         lambda: [Reconstruction(), Reconstruction()]

@@ -1,8 +1,8 @@
-"""`qsae eval` and `qsae sweep`: from flags to tables and figures in a folder."""
+"""`qsae eval`: from a suite, and what it has to beat, to tables and figures in a folder."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +14,27 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_fit
-from qsae_kit.data.documents import TokenBatch, held_out_batches, token_batches
+from qsae_kit.attach import check_fit, policy_of
+from qsae_kit.data.documents import TokenBatch, held_out_batches
 from qsae_kit.data.rows import LiveRows
+from qsae_kit.data.stored import StoredFile
 from qsae_kit.data.streams import documents_of
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.figures.basic import reconstruction_figure
-from qsae_kit.figures.frontiers import baseline_figure, concept_figure, frontier_figure
+from qsae_kit.figures.frontiers import baseline_figure, concept_figure
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.metrics.reconstruction import Reconstruction
-from qsae_kit.sae import SAE
+from qsae_kit.metrics.reconstruction import Reconstruction, match
+from qsae_kit.sae import SAE, Provenance
 from qsae_kit.tiny import concepts as planted
 from qsae_kit.tiny.interchange import interchange_table
 from qsae_kit.tiny.recovery import judge, recover, summarise
-from qsae_kit.train.baselines import baseline_suite, found_again
-from qsae_kit.train.fit import StoredFile, fit_live
-from qsae_kit.train.recipe import TrainConfig, default_recipe
 
+FOUND_AGAIN = 0.7
+"""Cosine from which a feature counts as found again under another seed."""
+SECOND_SEED = "second_seed"
+"""The variant of baselines that is the recipe under another seed."""
 SPLICED_SHARE = 0.2
 """Of the held-out tokens, those that are spliced: a pass a site instead of one for all."""
 
@@ -101,16 +103,17 @@ def score_suite(
     tokens: int,
     out: Path,
     *,
-    baselines: bool = False,
+    baselines: Mapping[str, Mapping[str, SAE]] | None = None,
     concepts: bool = False,
     bar: bool = True,
 ) -> Scores:
-    """Evaluates a suite, with its baselines where wanted, on held-out tokens; writes tables (.csv,
-    .parquet) and figures (.html).
+    """Evaluates a suite, beside its baselines where they are given, on held-out tokens of the kind
+    that it was trained on; writes tables (.csv, .parquet) and figures (.html).
 
-    Baselines are trained like the suite's first variant, on the documents that are not held out.
-    concepts: which planted concepts of the bundled model are recovered, by the suite and by every
-    baseline; ValueError for another model.
+    baselines: what `train.fit.fit_baselines` has trained for one of the suite's variants; they are
+    compared where the suite has an SAE. concepts: which planted concepts of the bundled model are
+    recovered, by the suite and by every baseline. Raises ValueError for concepts of another model,
+    and for baselines of another recipe or other sites.
     """
     if concepts and lm.model_name != "tiny":
         raise ValueError(
@@ -127,33 +130,31 @@ def _score_suite(
     data: str | None,
     tokens: int,
     out: Path,
-    baselines: bool,
+    baselines: Mapping[str, Mapping[str, SAE]] | None,
     concepts: bool,
     bar: bool,
 ) -> Scores:
-    for saes in suite.values():
-        for sae in saes.values():
-            check_fit(lm, sae)  # before anything is trained
-    held_out, training = documents_of(lm, data)
     everything: dict[str, dict[str, SAE]] = {variant: dict(saes) for variant, saes in suite.items()}
-    if baselines:
-        sites = list(next(iter(suite.values())))
-        source = LiveRows(lm, sites, lambda: token_batches(lm, training()))
-        everything |= baseline_suite(
-            source, recipe_of(next(iter(suite.values()))), lm.model_name, bar=bar
-        )
-    batches = held_out_batches(lm, held_out, tokens)
-    table = evaluate_suite(lm, everything, batches, _share(batches, SPLICED_SHARE), bar)
+    lead = next(iter(suite))
+    if baselines is not None:
+        lead = compared_variant(suite, baselines)
+        everything |= _beside(suite[lead], baselines)
+    for saes in everything.values():
+        for sae in saes.values():
+            check_fit(lm, sae)  # before anything is passed
+    policy = policy_of(lm, everything)
+    batches = held_out_batches(lm, documents_of(lm, data)[0], tokens, policy)
+    table = evaluate_suite(lm, everything, batches, spliced_share(batches), bar)
     scores = Scores(table)
     save_tables(table, out / "evaluation")
     own = table[table["variant"].isin(suite)]
-    _save_figure(reconstruction_figure(own, lm.model_name), out / "evaluation.html")
-    if baselines:
-        _save_figure(baseline_figure(table, lm.model_name), out / "baselines.html")
-        scores.seeds = seeds(table, next(iter(suite)), everything)
+    save_figure(reconstruction_figure(own, lm.model_name), out / "evaluation.html")
+    if baselines is not None:
+        save_figure(baseline_figure(table, lm.model_name), out / "baselines.html")
+        scores.seeds = seeds(table, lead, everything)
         save_tables(scores.seeds, out / "seeds")
     if concepts:
-        score_planted(lm, everything, next(iter(suite)), out, scores, bar)
+        score_planted(lm, everything, lead, out, scores, bar)
     return scores
 
 
@@ -177,7 +178,66 @@ def score_planted(
     scores.interchange = interchange_table(lm, scores.concepts, everything[variant], variant)
     for name in ("concepts", "summary", "interchange"):
         save_tables(getattr(scores, name), out / ("concept_summary" if name == "summary" else name))
-    _save_figure(concept_figure(judge(scores.concepts)), out / "concepts.html")
+    save_figure(concept_figure(judge(scores.concepts)), out / "concepts.html")
+
+
+def compared_variant(
+    suite: Mapping[str, Mapping[str, SAE]], baselines: Mapping[str, Mapping[str, SAE]]
+) -> str:
+    """The variant that baselines were made for: of their second seed's recipe, one seed before.
+
+    Of variants that do not say their recipe, the first. Raises ValueError where there is none.
+    """
+    second = _origins(baselines.get(SECOND_SEED, {}))
+    silent = [variant for variant, saes in suite.items() if not _origins(saes)]
+    found = [
+        variant
+        for variant, saes in suite.items()
+        if (own := _origins(saes)) and all(_precedes(o, s) for o in own for s in second)
+    ]
+    if not second or not (found or silent):
+        raise ValueError(
+            "The baselines were trained by the recipe of none of the variants"
+            f" {', '.join(suite)}; make them with qsae baselines."
+        )
+    return (found or silent)[0]
+
+
+def _origins(saes: Mapping[str, SAE]) -> list[Provenance]:
+    """Of the SAEs that say their recipe."""
+    return [sae.provenance for sae in saes.values() if sae.provenance and sae.provenance.recipe]
+
+
+def _precedes(own: Provenance, other: Provenance) -> bool:
+    """Whether two SAEs were trained by one recipe, the other under the next seed; entries that only
+    one version of the package wrote do not count.
+    """
+    one, two = own.recipe or {}, other.recipe or {}
+    shared = (one.keys() & two.keys()) - {"seed"}
+    return other.seed == own.seed + 1 and all(one[name] == two[name] for name in shared)
+
+
+def _beside(
+    saes: Mapping[str, SAE], baselines: Mapping[str, Mapping[str, SAE]]
+) -> dict[str, dict[str, SAE]]:
+    """Baselines at the sites of SAEs. Raises ValueError for a site without."""
+    lacking = [site for of in baselines.values() for site in saes if site not in of]
+    if lacking:
+        raise ValueError(
+            f"The baselines have no SAE at {lacking[0]}; make them for the same sites, or give the"
+            " sites that they have."
+        )
+    return {name: {site: of[site] for site in saes} for name, of in baselines.items()}
+
+
+def found_again(one: SAE, other: SAE) -> dict[str, float]:
+    """How much of an SAE another run finds: mean |cosine| of decoder rows matched one to one
+    (PW-MCC), and the share of pairs at `FOUND_AGAIN` or more."""
+    cosines = match(one.W_dec.cpu(), other.W_dec.cpu())[2]
+    return {
+        "pw_mcc": float(cosines.mean()),
+        "found_again": float((cosines >= FOUND_AGAIN).double().mean()),
+    }
 
 
 SEED_METRICS = ("fvu", "delta_ce", "kl_nats", "ce_score", "kl_score", "top_1", "dead")
@@ -187,17 +247,17 @@ def seeds(
     evaluation: pd.DataFrame, variant: str, everything: Mapping[str, Mapping[str, SAE]]
 ) -> pd.DataFrame:
     """What a second seed of the recipe changes, per site: pw_mcc and found_again
-    (`train.baselines.found_again`), and for every score the difference between the seeds (d_...).
+    (`found_again`), and for every score the difference between the seeds (d_...).
     All sites together give the smallest difference that can be told from
     reseeding: `smallest_differences`.
     """
     whole = evaluation[evaluation["category"] == "all"]
     first, second = (
         whole[whole["variant"] == name].set_index("site")[list(SEED_METRICS)]
-        for name in (variant, "second_seed")
+        for name in (variant, SECOND_SEED)
     )
     again = {
-        site: found_again(sae, everything["second_seed"][site])
+        site: found_again(sae, everything[SECOND_SEED][site])
         for site, sae in everything[variant].items()
     }
     return (
@@ -215,104 +275,20 @@ def smallest_differences(seeds: pd.DataFrame) -> dict[str, float]:
     return {m: 1.96 * float((seeds[f"d_{m}"] ** 2).mean() ** 0.5) for m in SEED_METRICS}
 
 
-def _save_figure(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """A figure as a page that needs no network, whole or not at all."""
     write_text(path, figure.to_html(include_plotlyjs=True, div_id=path.stem))
 
 
-def recipe_of(saes: Mapping[str, SAE]) -> TrainConfig:
-    """The default recipe at the sizes that these SAEs were trained with."""
-    sae = next(iter(saes.values()))
-    if sae.provenance is None:
-        raise ValueError("The SAEs name no tokens and no site; load them from their folder.")
-    if not sae.provenance.tokens:
-        raise ValueError(
-            "The SAEs do not say how many tokens they were trained on, so baselines have nothing to"
-            " match; leave them out."
-        )
-    tokens = max(2048, sae.provenance.tokens)
-    return default_recipe(
-        sae.d_in,
-        len(saes),
-        architecture=sae.architecture,
-        sparsity=sae.sparsity,
-        expansion=sae.d_sae / sae.d_in,
-        tokens=tokens,
-        batch=min(2048, max(256, 2 ** int(math.log2(tokens / 80)))),
-        seed=sae.provenance.seed,
-    )
-
-
-def _share(batches: Sequence[TokenBatch], share: float) -> int:
-    return max(1, round(share * len(batches)))
+def spliced_share(batches: Sequence[TokenBatch]) -> int:
+    """The number of batches that are spliced."""
+    return max(1, round(SPLICED_SHARE * len(batches)))
 
 
 def save_tables(table: pd.DataFrame, path: Path) -> None:
     """A DataFrame as <path>.csv and <path>.parquet, each whole or not at all."""
     for suffix in (".csv", ".parquet"):
         write_table(table, path.with_suffix(suffix))
-
-
-# --- the sweep
-
-
-def sweep(
-    lm: HookedLM,
-    data: str | None,
-    sites: Sequence[str],
-    config: TrainConfig,
-    l0s: Sequence[float],
-    expansions: Sequence[float],
-    lengths: Sequence[int],
-    tokens: int,
-    out: Path,
-    *,
-    resume: bool = False,
-    bar: bool = True,
-) -> pd.DataFrame:
-    """Trains every L0 at every width from one stream, evaluates them, and writes sweep.csv,
-    .parquet and .html.
-
-    lengths: numbers of training tokens, each a run of its own in tokens_<n>/ (a decayed learning
-        rate has no useful middle).
-    tokens: held-out ones. The table is `evaluate_suite`'s with the columns expansion and target,
-    and effective_rank. Raises ValueError while another process writes there.
-    """
-    with only_writer(out):
-        return _sweep(lm, data, sites, config, l0s, expansions, lengths, tokens, out, resume, bar)
-
-
-def _sweep(
-    lm: HookedLM,
-    data: str | None,
-    sites: Sequence[str],
-    config: TrainConfig,
-    l0s: Sequence[float],
-    expansions: Sequence[float],
-    lengths: Sequence[int],
-    tokens: int,
-    out: Path,
-    resume: bool,
-    bar: bool,
-) -> pd.DataFrame:
-    recipes = [replace(config, sparsity=l0, expansion=x) for x in expansions for l0 in l0s]
-    batches = held_out_batches(lm, documents_of(lm, data)[0], tokens)
-    tables = []
-    for n in lengths:
-        some = [replace(recipe, tokens=n) for recipe in recipes]
-        suite = fit_live(lm, data, sites, some, out / f"tokens_{n}", resume=resume, bar=bar).suite
-        own = evaluate_suite(lm, suite, batches, _share(batches, SPLICED_SHARE), bar)
-        # asked for: sites skip different numbers of rows
-        tables.append(own.assign(trained_tokens=n))
-    table = pd.concat(tables, ignore_index=True)
-    width = {recipe.variant: recipe.expansion for recipe in recipes}
-    ranks = effective_ranks(lm, sites, batches)
-    table = table.assign(
-        expansion=table["variant"].map(width), effective_rank=table["site"].map(ranks)
-    )
-    save_tables(table, out / "sweep")
-    longest = table[table["trained_tokens"] == table["trained_tokens"].max()]
-    _save_figure(frontier_figure(longest, lm.model_name), out / "sweep.html")
-    return table
 
 
 def effective_ranks(

@@ -40,8 +40,8 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_fit
-from qsae_kit.data.documents import Document, TokenBatch, token_batches
+from qsae_kit.attach import check_fit, policy_of
+from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, token_batches
 from qsae_kit.data.rows import site_activations
 from qsae_kit.io.checkpoints import Checkpoints, delete_checkpoint, found
 from qsae_kit.io.files import OWN, atomic_file, checked_name, inside, write_text
@@ -735,12 +735,12 @@ def example_table(tally: Tally) -> pa.Table:
 
 
 def _batches(
-    lm: HookedLM, documents: Iterable[Document], config: IndexConfig
+    lm: HookedLM, documents: Iterable[Document], config: IndexConfig, policy: TokenPolicy
 ) -> Iterator[tuple[int, Seen]]:
     """Batches up to the config's number of tokens, each with the tokens up to its end."""
     tokens, document = 0, 0
     for number, batch in enumerate(
-        token_batches(lm, documents, config.batch_tokens, seed=config.seed)
+        token_batches(lm, documents, config.batch_tokens, policy, config.seed)
     ):
         tokens += int(batch.mask.sum())
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
@@ -871,6 +871,7 @@ def build_index(
         raise ValueError("The suite holds no SAE; give at least one.")
     for sae in saes.values():
         check_fit(lm, sae)
+    policy = policy_of(lm, suite)
     memory = free_memory(lm.device) // 2 if memory is None else memory
     checksums = {"/".join(key): sae.checksum() for key, sae in saes.items()}
     identity = {
@@ -887,7 +888,7 @@ def build_index(
         if _put_in_place(out) and resume and _made_as(out) == identity:
             return out
         _check_own(out)
-        build = _Build(lm, saes, documents, config, work, interrupts)
+        build = _Build(lm, saes, documents, config, work, interrupts, policy)
         tokens = build.run(identity, resume, memory, bar)
         sites = [_site_entry(key, sae, checksums["/".join(key)]) for key, sae in saes.items()]
         built = datetime.now(UTC).isoformat(timespec="seconds")
@@ -935,6 +936,7 @@ class _Build:
     config: IndexConfig
     work: Path
     interrupts: Interrupts
+    policy: TokenPolicy
     planned: list[list[Key]] = field(default_factory=list)
 
     def run(self, identity: Mapping[str, Any], resume: bool, memory: int, bar: bool) -> int:
@@ -1018,7 +1020,9 @@ class _Build:
                 tally.load_tensors(checkpoints.tensors(_file(key)))
         names = list(dict.fromkeys(name for _, name in tallies))
         saved, tokens = time.monotonic(), 0
-        for number, (now, seen) in enumerate(_batches(self.lm, self.documents(), self.config), 1):
+        for number, (now, seen) in enumerate(
+            _batches(self.lm, self.documents(), self.config, self.policy), 1
+        ):
             meter.update(now - tokens)
             tokens = now
             if number <= reached:

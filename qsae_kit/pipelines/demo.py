@@ -180,13 +180,7 @@ def _run_demo(
         held_out, training = documents_of(lm, data, 64)
 
     source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
-    suite = train_saes(
-        source,
-        list(config.variants),
-        model_name=lm.model_name,
-        context_size=min(512, lm.context_size),
-        bar=bar,
-    )
+    suite = train_saes(source, list(config.variants), bar=bar)
     save_suite(suite, out / "suite")
     batches = held_out_batches(lm, held_out, config.evaluation_tokens)
     kept = [int(batch.keep.sum()) for batch in batches]

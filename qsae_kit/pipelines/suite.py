@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from qsae_kit.data import mixes
 from qsae_kit.data.documents import read_documents
-from qsae_kit.data.rows import StoredRows
+from qsae_kit.data.rows import Origin, StoredRows
 from qsae_kit.evaluate.score import score_suite
 from qsae_kit.features.indexing import IndexConfig, build_index
 from qsae_kit.io.checkpoints import delete_checkpoint, found
@@ -48,7 +48,7 @@ from qsae_kit.sites import parse_hook_name
 from qsae_kit.steer.behaviours import Goal, StudyPrompts, judged, refusal_prompts
 from qsae_kit.steer.report import STUDY_FILES, write_study
 from qsae_kit.steer.study import StudyConfig, quick, steering_study
-from qsae_kit.train.fit import Meter, fit_live, sites_of
+from qsae_kit.train.fit import Meter, fit_baselines, fit_live, sites_of
 from qsae_kit.train.groups import plan_groups
 from qsae_kit.train.recipe import TrainConfig, default_recipe
 from qsae_kit.train.run import train_saes
@@ -191,10 +191,14 @@ def measure_speeds(lm: HookedLM, config: TrainConfig, width: int) -> Speeds:
         )
     few = replace(config, tokens=8 * config.batch, pool=4 * config.batch)
     rows = StoredRows(
-        {hook: torch.randn(4 * config.batch, width, generator=generator)}, 0, 1.0, lm.device
+        {hook: torch.randn(4 * config.batch, width, generator=generator)},
+        0,
+        1.0,
+        lm.device,
+        Origin(lm.model_name),
     )
     meter = Meter(config.batch)
-    train_saes(rows, [few], model_name=lm.model_name, watch=[meter], bar=False)
+    train_saes(rows, [few], watch=[meter], bar=False)
     said = seconds(
         lambda: lm.generate(
             ["Hello!"] * mixes.BATCH, 8, enable_thinking=False if lm.has_thinking else None
@@ -691,13 +695,17 @@ class _Suite:
             variant: {name: sae for name, sae in saes.items() if name in places}
             for variant, saes in suite.items()
         }
+        [trained] = some.values()
+        says = all(sae.provenance and sae.provenance.recipe for sae in trained.values())
+        # those that an older version trained do not say their recipe, the plan does
+        recipe = None if says else self.recipe
         score_suite(
             self.lm,
             some,
             self.documents,
             self.sizes.evaluated,
             self.out / "baselines",
-            baselines=True,
+            baselines=fit_baselines(self.lm, trained, self.documents, recipe=recipe, bar=self.bar),
             bar=self.bar,
         )
 

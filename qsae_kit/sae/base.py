@@ -40,6 +40,10 @@ class Provenance:
     seed: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     """Figures at the end of training (loss, l0, dead)."""
+    recipe: Mapping[str, Any] | None = None
+    """What it was trained by, as plain values (`train.recipe.recipe_from` reads them); None where
+    that is not known, as of public releases.
+    """
 
 
 class Loss(NamedTuple):

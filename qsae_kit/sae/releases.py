@@ -351,6 +351,15 @@ class Entries:
         value = self.config.get(name)
         return Entries(value if isinstance(value, dict) else {}, self.path)
 
+    def object(self, name: str) -> dict[str, Any] | None:
+        value = self.config.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise ValueError(
+                f"{str(self.path)!r} has {name}={str(value)[:40]}, which must be an object; train"
+                " or save the SAE again."
+            )
+        return value
+
     def text(self, name: str, default: str = "") -> str:
         value = self.config.get(name)
         if value is not None and not isinstance(value, str):
@@ -463,6 +472,7 @@ def _own(found: Found, config: Mapping[str, Any], kit: Entries) -> Found:
         tokens=kit.whole("tokens") or 0,
         seed=kit.whole("seed") or 0,
         figures=dict(kit.part("figures").config),
+        recipe=kit.object("recipe"),
     )
     return replace(
         found,

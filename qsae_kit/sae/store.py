@@ -63,6 +63,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
                 "tokens": origin.tokens,
                 "seed": origin.seed,
                 "figures": origin.figures,
+                "recipe": None if origin.recipe is None else dict(origin.recipe),
             },
         },
     }

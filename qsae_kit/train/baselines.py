@@ -10,7 +10,7 @@ frozen_encoder  trained with a random encoder
 second_seed     the recipe under another seed
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
@@ -18,15 +18,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.data.rows import RowSource
-from qsae_kit.metrics.reconstruction import match
+from qsae_kit.data.rows import Origin, RowSource
 from qsae_kit.sae import SAE, Provenance, ReLUSAE, TopKSAE
-from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.train.recipe import TrainConfig, recipe_from
 from qsae_kit.train.run import SiteTrainer, fit_normaliser, train_saes
 
 PairedSAE = TypeVar("PairedSAE", bound=SAE)
-FOUND_AGAIN = 0.7
-"""Cosine from which a feature counts as found again under another seed."""
 
 
 def pca_sae(x: Float[Tensor, "row d_model"], k: int, provenance: Provenance) -> ReLUSAE:
@@ -64,7 +62,7 @@ def _paired(
     return sae.eval().requires_grad_(False)
 
 
-def untrained_saes(source: RowSource, config: TrainConfig, model_name: str) -> dict[str, SAE]:
+def untrained_saes(source: RowSource, config: TrainConfig) -> dict[str, SAE]:
     """The recipe's initial weights at every site."""
     block = next(iter(source.blocks(config.pool)))
     out = {}
@@ -72,8 +70,31 @@ def untrained_saes(source: RowSource, config: TrainConfig, model_name: str) -> d
         first = rows[: max(1, len(rows) // 2)]
         trainer = SiteTrainer(config, fit_normaliser(first), rows.shape[1], rows.device)
         trainer.start(first)
-        out[site] = trainer.finish(model_name, site, False, 512)
+        out[site] = trainer.finish(source.origin, site)
     return out
+
+
+def recipe_of(saes: Mapping[str, SAE]) -> TrainConfig:
+    """The recipe that the SAEs of one variant were trained by, as their folders say.
+
+    Raises ValueError where one does not say it, or they were trained by several.
+    """
+    recipes = []
+    for site, sae in saes.items():
+        if sae.provenance is None or sae.provenance.recipe is None:
+            raise ValueError(
+                f"The SAE of {site} does not say what it was trained by, as SAEs of other libraries"
+                " and older versions do not; give the recipe (qsae baselines: --arch, --tokens and"
+                " --batch)."
+            )
+        recipes.append(recipe_from(sae.provenance.recipe, f"The recipe of {site}"))
+    if not recipes:
+        raise ValueError("There are no SAEs to make baselines for; give at least one.")
+    if any(recipe != recipes[0] for recipe in recipes):
+        raise ValueError(
+            "The SAEs of the variant were trained by several recipes; give sites of one at a time."
+        )
+    return recipes[0]
 
 
 def frozen_recipes(config: TrainConfig) -> dict[str, TrainConfig]:
@@ -87,7 +108,7 @@ def frozen_recipes(config: TrainConfig) -> dict[str, TrainConfig]:
 
 
 def baseline_suite(
-    source: RowSource, config: TrainConfig, model_name: str, l0: int | None = None, bar: bool = True
+    source: RowSource, config: TrainConfig, l0: int | None = None, bar: bool = True
 ) -> dict[str, dict[str, SAE]]:
     """`{baseline: {hook name: SAE}}` at every site of the source; the trained ones share one
     stream.
@@ -100,27 +121,24 @@ def baseline_suite(
     suite: dict[str, dict[str, SAE]] = {"pca": {}, "neurons": {}}
     for site, rows in block.rows.items():
         norms = fit_normaliser(rows).filter
-        provenance = Provenance(model_name, site, norms, tokens=len(rows), seed=config.seed)
+        provenance = _provenance(source.origin, site, norms, len(rows), config.seed)
         kept = rows[norms.keeps(rows)]
         suite["pca"][site], suite["neurons"][site] = (
             pca_sae(kept, k, provenance),
             neurons_sae(kept, k, provenance),
         )
     del block
-    suite["untrained"] = untrained_saes(source, config, model_name)
+    suite["untrained"] = untrained_saes(source, config)
     recipes = frozen_recipes(config)
-    trained = train_saes(source, list(recipes.values()), model_name=model_name, bar=bar)
+    trained = train_saes(source, list(recipes.values()), bar=bar)
     return suite | {name: trained[recipe.variant] for name, recipe in recipes.items()}
 
 
-def found_again(one: SAE, other: SAE) -> dict[str, float]:
-    """How much of an SAE another run finds: mean |cosine| of decoder rows matched one to one
-    (PW-MCC), and the share of pairs at `FOUND_AGAIN` or more."""
-    cosines = match(one.W_dec.cpu(), other.W_dec.cpu())[2]
-    return {
-        "pw_mcc": float(cosines.mean()),
-        "found_again": float((cosines >= FOUND_AGAIN).double().mean()),
-    }
+def _provenance(origin: Origin, site: str, norms: NormFilter, tokens: int, seed: int) -> Provenance:
+    policy = origin.policy
+    return Provenance(
+        origin.model_name, site, norms, policy.drop_template, policy.context_size, tokens, seed
+    )
 
 
 BASELINES: Sequence[str] = tuple(

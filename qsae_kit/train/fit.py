@@ -1,22 +1,29 @@
-"""`qsae train`: from flags to a run, on a live model or on stored activations."""
+"""`qsae train` and `qsae baselines`: from flags to a run, on a live model or on stored
+activations.
+"""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from qsae_kit.attach import check_fit, policy_of
 from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import LiveRows, StoredRows
+from qsae_kit.data.stored import StoredFile
 from qsae_kit.data.streams import documents_of
+from qsae_kit.io.files import atomic_folder
+from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import SAE
+from qsae_kit.sae.store import save_suite
 from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
+from qsae_kit.train.baselines import baseline_suite, recipe_of
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import Progress, train_saes
 from qsae_kit.train.watch import Watcher
@@ -91,53 +98,6 @@ class Meter:
         return not self.steps or self.steps[max(self.steps)][-1][0] + self.batch > tokens
 
 
-class StoredFile(NamedTuple):
-    """Stored activations with what their header says of them."""
-
-    path: Path
-    acts: Tensor
-    """[row, d_model]"""
-    hook_name: str
-    """"" where the header has none."""
-    scale: float
-    model_name: str
-    drop_template: bool
-
-
-def read_rows(path: Path) -> StoredFile:
-    """A .safetensors file with the tensor `acts` [row, d_model].
-
-    Raises ValueError for a file that is not one of stored activations.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            header, names = file.metadata() or {}, list(file.keys())
-            if "acts" not in names:
-                raise ValueError(
-                    f"{str(path)!r} holds {', '.join(names) or 'nothing'}; expected a tensor acts"
-                    " [row, d_model]."
-                )
-            acts = file.get_tensor("acts")
-    except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"{str(path)!r} cannot be read ({error}); give a .safetensors file of stored"
-            " activations."
-        ) from error
-    if acts.ndim != 2 or not acts.dtype.is_floating_point or len(acts) < 20:
-        raise ValueError(
-            f"{str(path)!r} holds acts of shape {tuple(acts.shape)} and {acts.dtype}; expected"
-            " numbers [row, d_model], 20 rows or more."
-        )
-    return StoredFile(
-        path,
-        acts,
-        header.get("hook_name", ""),
-        float(header.get("scale", "1")),
-        header.get("model", "stored"),
-        header.get("drop_template") == "True",
-    )
-
-
 def fit_stored(
     file: StoredFile,
     site: str,
@@ -181,12 +141,10 @@ def fit_stored(
         )
     meter = Meter(config.batch, curve, held_out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    source = StoredRows({site: acts[:cut]}, config.seed, scale, device)
+    source = StoredRows({site: acts[:cut]}, config.seed, scale, device, file.origin)
     suite = train_saes(
         source,
         [config],
-        model_name=file.model_name,
-        drop_template=file.drop_template,
         folder=out,
         resume=resume,
         watch=[meter, *watch],
@@ -218,6 +176,44 @@ def fit_stored(
     return FitResult(suite, figures, meter.complete(config.tokens))
 
 
+def fit_baselines(
+    lm: HookedLM,
+    saes: Mapping[str, SAE],
+    data: str | None,
+    out: Path | None = None,
+    recipe: TrainConfig | None = None,
+    *,
+    bar: bool = True,
+) -> dict[str, dict[str, SAE]]:
+    """Trains what the SAEs of one variant have to beat (`train.baselines.baseline_suite`), on the
+    documents that are not held out, and gives it as a suite.
+
+    saes: by hook name; baselines are trained by their recipe and on tokens of their kind. out:
+    takes the suite, whole or not at all. recipe: of SAEs that do not say theirs. Raises ValueError
+    for SAEs of another model or of several recipes, without a recipe or with two, for a folder
+    that is not empty, and while another process writes it.
+    """
+    for sae in saes.values():
+        check_fit(lm, sae)
+    if recipe is None:
+        recipe = recipe_of(saes)
+    elif any(sae.provenance is not None and sae.provenance.recipe for sae in saes.values()):
+        raise ValueError("The SAEs say what they were trained by; leave the recipe out.")
+    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(
+            f"{str(out)!r} is not an empty folder; give another one, or remove it first."
+        )
+    policy = policy_of(lm, {"": saes})
+    _, documents = documents_of(lm, data)
+    source = LiveRows(lm, list(saes), lambda: token_batches(lm, documents(), policy=policy))
+    if out is None:
+        return baseline_suite(source, recipe, bar=bar)
+    with only_writer_of(out), atomic_folder(out) as part:
+        suite = baseline_suite(source, recipe, bar=bar)
+        save_suite(suite, part)
+    return suite
+
+
 def fit_live(
     lm: HookedLM,
     data: str | None,
@@ -240,8 +236,6 @@ def fit_live(
     suite = train_saes(
         source,
         configs,
-        model_name=lm.model_name,
-        context_size=min(512, lm.context_size),
         folder=out,
         resume=resume,
         memory=memory,

@@ -1,10 +1,11 @@
 """The recipe of one SAE variant: a value that is checked when it is made."""
 
+import collections.abc
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from inspect import signature
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 
@@ -159,6 +160,47 @@ class TrainConfig:
         aim += [f"frozen_{self.frozen}"] if self.frozen else []
         aim += [f"seed_{self.seed}"] if self.seed else []
         return "-".join([self.architecture, f"x{self.expansion:g}", *aim])
+
+
+def recipe_from(stored: Mapping[str, Any], where: str = "The recipe") -> TrainConfig:
+    """The recipe that `asdict` has made plain values of; entries of later versions are left out.
+
+    where: names what holds it, in messages. Raises ValueError for values of another type, or that
+    no recipe may have.
+    """
+    hints = get_type_hints(TrainConfig)
+    known = {f.name: stored[f.name] for f in fields(TrainConfig) if f.name in stored}
+    for name, value in known.items():
+        allowed = _types(hints[name])
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
+            told = " or ".join(_SAID[kind] for kind in allowed)
+            raise ValueError(
+                f"{where} has {name}={str(value)[:40]!r}, which must be {told}; train or save the"
+                " SAE again."
+            )
+    return TrainConfig(**known)
+
+
+_SAID: Mapping[type, str] = {
+    str: "text",
+    int: "a whole number",
+    float: "a number",
+    dict: "an object",
+    type(None): "null",
+}
+
+
+def _types(hint: Any) -> tuple[type, ...]:
+    """The types that a field's value has in JSON."""
+    if hint is float:
+        return (float, int)
+    if isinstance(hint, type) and hint in _SAID:
+        return (hint,)
+    if get_origin(hint) is Literal:
+        return (str,)
+    if get_origin(hint) is collections.abc.Mapping:
+        return (dict,)
+    return tuple(dict.fromkeys(kind for part in get_args(hint) for kind in _types(part)))
 
 
 POOL_ROWS, POOL_BYTES = 65_536, 4e9

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.data.rows import Block, Place, RowSource, shuffled
+from qsae_kit.data.rows import Block, Origin, Place, RowSource, shuffled
 from qsae_kit.io.checkpoints import Checkpoints
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.memory import Peak, free_memory, kept_memory, return_freed_memory
@@ -175,9 +175,7 @@ class SiteTrainer:
         n = self.normaliser
         return self.sae((x - n.mean) * n.scale) / n.scale + n.mean
 
-    def finish(
-        self, model_name: str, hook_name: str, drop_template: bool, context_size: int
-    ) -> SAE:
+    def finish(self, origin: Origin, hook_name: str) -> SAE:
         """The SAE in raw units with its provenance."""
         n = self.normaliser
         figures = {
@@ -188,14 +186,15 @@ class SiteTrainer:
         }
         self.sae.fold(n.mean, n.scale)
         self.sae.provenance = Provenance(
-            model_name,
+            origin.model_name,
             hook_name,
             n.filter,
-            drop_template,
-            context_size,
+            origin.policy.drop_template,
+            origin.policy.context_size,
             self.rows,
             self.config.seed,
             figures,
+            asdict(self.config),
         )
         return self.sae.exported().eval().requires_grad_(False)
 
@@ -427,9 +426,7 @@ def train_saes(
     source: RowSource,
     configs: Sequence[TrainConfig],
     *,
-    model_name: str,
-    drop_template: bool = False,
-    context_size: int = 512,
+    model_name: str = "",
     folder: Path | None = None,
     resume: bool = False,
     checkpoint_seconds: float = 120.0,
@@ -443,8 +440,8 @@ def train_saes(
     source: `data.rows.LiveRows` or `StoredRows`; it must not run dry before `tokens` rows.
     configs: one a variant; they share tokens, batch and pool; the first one's seed decides the
         order of the rows.
-    drop_template, context_size: what the source's batches were made with; it is stored with the
-        SAEs.
+    model_name: of the model that stored rows are of, where their source does not say it; what the
+        source says of model and tokens is stored with the SAEs.
     folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a
     checkpoint every `checkpoint_seconds` (less often where writing it takes more than a twentieth
     of the time); `resume` goes on from there, on a CPU to the same bits as without a break, and
@@ -458,7 +455,8 @@ def train_saes(
     are; so does SIGTERM, which then ends the process.
 
     Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together,
-    too little data, a folder with another or an unfinished run, or one that another process writes.
+    too little data, a folder with another or an unfinished run, or one that another process writes,
+    and for rows of an unknown model, or of another than `model_name`.
     """
     if resume and folder is None:
         raise ValueError(
@@ -466,7 +464,7 @@ def train_saes(
         )
     _check_configs(configs, source.widths)
     return_freed_memory()
-    origin = Origin(model_name, drop_template, context_size)
+    origin = _origin(source, model_name)
     with only_writer(folder), Interrupts(stop) as interrupts:
         checkpoints, state = None, None
         if folder is not None:
@@ -500,7 +498,7 @@ def train_saes(
                 )
             while trainers:
                 (variant, site), trainer = trainers.popitem()
-                sae = trainer.finish(model_name, site, drop_template, context_size)
+                sae = trainer.finish(origin, site)
                 suite[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
                 if folder is not None:
                     save_sae(sae, suite_folder(folder / "suite", variant, site))
@@ -517,12 +515,19 @@ def train_saes(
     }
 
 
-class Origin(NamedTuple):
+def _origin(source: RowSource, model_name: str) -> Origin:
     """Where a run's rows come from, as its SAEs will say."""
-
-    model_name: str
-    drop_template: bool
-    context_size: int
+    known = source.origin.model_name
+    if not known and not model_name:
+        raise ValueError(
+            "The rows do not say which model they are of; give model_name, or make the source with"
+            " its origin."
+        )
+    if known and model_name not in ("", known):
+        raise ValueError(
+            f"The rows are of {known!r}, and model_name={model_name!r} was given; leave it out."
+        )
+    return source.origin._replace(model_name=known or model_name)
 
 
 def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin) -> dict[str, Any]:
@@ -531,8 +536,8 @@ def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin)
         "recipe": [asdict(config) for config in configs],
         "choice of sites": list(source.sites),
         "model": origin.model_name,
-        "drop_template": origin.drop_template,
-        "context size": origin.context_size,
+        "drop_template": origin.policy.drop_template,
+        "context size": origin.policy.context_size,
         "data": source.fingerprint(),
     }
 

@@ -33,9 +33,7 @@ def main() -> None:
     held_out, training = documents_of(lm, None)
     names = sites_of(lm, "resid,mlp,attn", "all")
     source = LiveRows(lm, names, lambda: token_batches(lm, training()))
-    saes = untrained_saes(
-        source, default_recipe(lm.d_model, len(names), tokens=40_000, batch=512), lm.model_name
-    )
+    saes = untrained_saes(source, default_recipe(lm.d_model, len(names), tokens=40_000, batch=512))
     batches = held_out_batches(lm, held_out, max(TOKENS))
     counts = np.cumsum([int(batch.keep.sum()) for batch in batches])
     rows = []
