@@ -341,14 +341,9 @@ def train(
 
 
 def _say_trained(result: "FitResult", stored: bool, out: Path) -> None:
-    for variant, saes in result.suite.items():
-        for hook_name, sae in saes.items():
-            said = (
-                ", ".join(f"{name} {value:.3g}" for name, value in sae.provenance.figures.items())
-                if sae.provenance
-                else ""
-            )
-            typer.echo(f"{variant}/{hook_name}: {said}")
+    for place, sae in result.suite.saes().items():
+        said = ", ".join(f"{name} {value:.3g}" for name, value in sae.origin.figures.items())
+        typer.echo(f"{place}: {said}")
     if stored:
         figures = {
             name: result.figures[name] for name in ("fvu", "l0", "dead", "held_out", "epochs")
@@ -407,7 +402,7 @@ def evaluate(
 
     import pandas as pd
 
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import attached
     from qsae_kit.data.streams import documents_of
     from qsae_kit.evaluate.score import score_stored, score_suite, smallest_differences
     from qsae_kit.figures.tables import headline
@@ -444,7 +439,7 @@ def evaluate(
     _write_to(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     lm = load_model(model or "tiny", dtype)
-    _say_measured(fit_to_model(lm, trained, lambda: documents_of(lm, data)[1]()))
+    trained = attached(lm, trained, lambda: documents_of(lm, data)[1]())
     scores = score_suite(
         lm, trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts
     )
@@ -556,7 +551,7 @@ def features(
     """Index what every feature of a suite does: densities, examples, promoted tokens,
     neighbours.
     """
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import attached
     from qsae_kit.data.streams import named, stream_of
     from qsae_kit.features.index import load_index
     from qsae_kit.features.indexing import IndexConfig, build_index
@@ -566,18 +561,15 @@ def features(
     _write_to(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     lm = load_model(model, dtype)
-    _say_measured(fit_to_model(lm, trained, stream_of(lm, data)))
+    trained = attached(lm, trained, stream_of(lm, data))
     config = IndexConfig(tokens=tokens, top=top, sampled=sampled)
     build_index(lm, trained, stream_of(lm, data), out, config, data=named(data), resume=resume)
     index = load_index(out)
     seen = index.manifest["tokens"]
-    for name, hook_name in index.keys:
-        figures = index.site(hook_name, name).figures
+    for place in index.places():
+        figures = index.at(place).figures
         dead, dense = ((figures["warnings"].str.contains(w)).mean() for w in ("dead", "dense"))
-        typer.echo(
-            f"{name}/{hook_name}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%}"
-            " dense"
-        )
+        typer.echo(f"{place}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%} dense")
     typer.echo(
         f"{seen:,} tokens. Open it in a notebook:"
         f" qsae_kit.FeatureExplorer(qsae_kit.load_index({str(out)!r}))"
@@ -693,7 +685,7 @@ def steer(
     """
     import pandas as pd
 
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import attached
     from qsae_kit.data.benchmarks import read_bench
     from qsae_kit.data.prompts import read_prompts
     from qsae_kit.io.files import write_table
@@ -755,7 +747,7 @@ def steer(
     asked = [
         [{"role": "user", "content": text}] for texts in made.selection.values() for text in texts
     ]
-    _say_measured(fit_to_model(lm, trained, lambda: asked))
+    trained = attached(lm, trained, lambda: asked)
     first = made.behaviour.kinds[0]
     evaluation = {
         kind: texts if kind == first else texts[:n_others]
@@ -987,7 +979,7 @@ def diff(
     """Apply one suite to two models: the gap in reconstruction at each site, and which features
     fire more or less.
     """
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import measure
     from qsae_kit.data.documents import held_out_batches
     from qsae_kit.data.streams import documents_of
     from qsae_kit.evaluate.modeldiff import compare_models, most_changed
@@ -999,7 +991,7 @@ def diff(
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     pair = load_model(first, dtype), load_model(second, dtype)
     held_out, others = documents_of(pair[1], data)
-    _say_measured(fit_to_model(pair[1], trained, others))
+    measure(pair[1], trained, others)
     found = compare_models(*pair, trained, held_out_batches(pair[1], held_out, tokens))
     write_table(found.sites, out / "sites.csv")
     write_table(found.features, out / "features.parquet")
@@ -1062,11 +1054,6 @@ def convert(
         source, out, variants=variant or (), hook_names=site or (), model_name=model
     )
     typer.echo(f"{len(written)} SAEs in {out}, the first in {written[0]}")
-
-
-def _say_measured(tokens: int) -> None:
-    if tokens:
-        typer.echo(f"The suite names no median norms; they are those of {tokens:,} tokens.")
 
 
 def _numbers(flag: str, text: str) -> list[float]:

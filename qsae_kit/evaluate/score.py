@@ -14,7 +14,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_fit
+from qsae_kit.attach import attached
 from qsae_kit.data.documents import TokenBatch, held_out_batches, token_batches
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.streams import documents_of
@@ -26,6 +26,7 @@ from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import ByVariant
 from qsae_kit.tiny import concepts as planted
 from qsae_kit.tiny.interchange import interchange_table
 from qsae_kit.tiny.recovery import judge, recover, summarise
@@ -96,7 +97,7 @@ class Scores:
 
 def score_suite(
     lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
+    suite: ByVariant,
     data: str | None,
     tokens: int,
     out: Path,
@@ -123,7 +124,7 @@ def score_suite(
 
 def _score_suite(
     lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
+    suite: ByVariant,
     data: str | None,
     tokens: int,
     out: Path,
@@ -131,11 +132,9 @@ def _score_suite(
     concepts: bool,
     bar: bool,
 ) -> Scores:
-    for saes in suite.values():
-        for sae in saes.values():
-            check_fit(lm, sae)  # before anything is trained
+    suite = attached(lm, suite)  # before anything is trained
     held_out, training = documents_of(lm, data)
-    everything: dict[str, dict[str, SAE]] = {variant: dict(saes) for variant, saes in suite.items()}
+    everything = suite
     if baselines:
         sites = list(next(iter(suite.values())))
         source = LiveRows(lm, sites, lambda: token_batches(lm, training()))
@@ -159,7 +158,7 @@ def _score_suite(
 
 def score_planted(
     lm: HookedLM,
-    everything: Mapping[str, Mapping[str, SAE]],
+    everything: ByVariant,
     variant: str,
     out: Path,
     scores: Scores,
@@ -183,9 +182,7 @@ def score_planted(
 SEED_METRICS = ("fvu", "delta_ce", "kl_nats", "ce_score", "kl_score", "top_1", "dead")
 
 
-def seeds(
-    evaluation: pd.DataFrame, variant: str, everything: Mapping[str, Mapping[str, SAE]]
-) -> pd.DataFrame:
+def seeds(evaluation: pd.DataFrame, variant: str, everything: ByVariant) -> pd.DataFrame:
     """What a second seed of the recipe changes, per site: pw_mcc and found_again
     (`train.baselines.found_again`), and for every score the difference between the seeds (d_...).
     All sites together give the smallest difference that can be told from

@@ -684,12 +684,12 @@ class _Study:
         rest = [p for kind, texts in selection.items() if kind != self.target for p in texts]
         found: dict[str, FoundDetector] = {}
         best: FoundDetector | None = None
-        for name, sae in self.suite[self.variant].items():
+        for name in self.suite[self.variant]:
             if self.lm.order_of(name) > max(map(self.lm.order_of, self.names)):
                 break
             one = find_detector(
                 self.lm,
-                {self.variant: {name: sae}},
+                self.suite.only([self.variant], [name]),
                 selection[self.target],
                 rest,
                 enable_thinking=thinking,

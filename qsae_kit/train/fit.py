@@ -15,7 +15,7 @@ from qsae_kit.data.rows import LiveRows, StoredRows
 from qsae_kit.data.streams import documents_of
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
-from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import Progress, train_saes
@@ -31,7 +31,7 @@ WARM_UP_STEPS = 3
 class FitResult:
     """A finished training and, on stored rows, its figures."""
 
-    suite: dict[str, dict[str, SAE]]
+    suite: Suite
     figures: dict[str, Any]
     complete: bool
     """False after an interrupt."""
@@ -255,10 +255,9 @@ def fit_live(
         "tokens_per_s": round(meter.tokens_per_s, 1),
     }
     for variant, saes in suite.items():
-        figures[variant] = {
-            site: sae.provenance.figures for site, sae in saes.items() if sae.provenance
-        }
-    trained = sum(len(saes) for saes in suite.values())
+        figures[variant] = {site: sae.origin.figures for site, sae in saes.items()}
     return FitResult(
-        suite, figures, trained == len(sites) * len(configs) and meter.complete(configs[0].tokens)
+        suite,
+        figures,
+        len(suite.places()) == len(sites) * len(configs) and meter.complete(configs[0].tokens),
     )
