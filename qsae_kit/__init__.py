@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qsae_kit.attach import calibrate
+    from qsae_kit.attach import attached, calibrate
     from qsae_kit.data.documents import token_batches
     from qsae_kit.data.rows import LiveRows, StoredRows
     from qsae_kit.evaluate.evaluation import evaluate_suite
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from qsae_kit.pipelines.demo import DemoConfig, default_config, run_demo
     from qsae_kit.sae.releases import inspect_suite
     from qsae_kit.sae.store import convert_suite, load_sae, load_suite, save_sae, save_suite
+    from qsae_kit.sae.suites import Feature, Place, Suite
     from qsae_kit.sites import Site
     from qsae_kit.steer.behaviours import Behaviour, refusal, tiny_study
     from qsae_kit.steer.changes import (
@@ -72,7 +73,8 @@ HOMES = {
     # SAEs
     "sae.store": ("convert_suite", "load_sae", "load_suite", "save_sae", "save_suite"),
     "sae.releases": ("inspect_suite",),
-    "attach": ("calibrate",),
+    "sae.suites": ("Feature", "Place", "Suite"),
+    "attach": ("attached", "calibrate"),
     # training
     "train.recipe": ("TrainConfig", "default_recipe"),
     "train.run": ("train_saes",),

@@ -1,8 +1,10 @@
-"""What releases of SAEs do not say, measured on the model that they are used on: the median norm of
-every site.
+"""An SAE at its place in a model: does it fit, what does it read, what if it stood in.
+
+What releases of SAEs do not say, the median norm of every site, is measured here on the model that
+they are used on. `attached` does all that a suite needs before it is used.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.suites import ByVariant, Suite
 from qsae_kit.sites import parse_hook_name
 
 ROWS = 8192
@@ -25,7 +28,7 @@ ROWS = 8192
 @torch.no_grad()
 def calibrate(
     lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
+    suite: ByVariant,
     batches: Iterable[TokenBatch],
     rows: int = ROWS,
 ) -> int:
@@ -37,20 +40,15 @@ def calibrate(
     does not say how many features a token fire either, the sparsity becomes the mean of those that
     fire on these tokens. Raises ValueError for batches without tokens.
     """
-    unmeasured = [
-        sae
-        for saes in suite.values()
-        for sae in saes.values()
-        if sae.provenance and not sae.provenance.filter.measured
-    ]
+    unmeasured = [sae for sae in Suite(suite).saes().values() if not sae.origin.filter.measured]
     if not unmeasured:
         return 0
-    names = list(dict.fromkeys(sae.provenance.hook_name for sae in unmeasured if sae.provenance))
+    names = list(dict.fromkeys(sae.origin.hook_name for sae in unmeasured))
     lm.check_hook_names(names)
     for sae in unmeasured:
         check_width(lm, sae)
     without_l0 = [sae for sae in unmeasured if sae.sparsity == sae.d_sae]
-    counted = {sae.provenance.hook_name for sae in without_l0 if sae.provenance}
+    counted = {sae.origin.hook_name for sae in without_l0}
     norms: dict[str, list[torch.Tensor]] = {name: [] for name in names}
     kept: dict[str, list[torch.Tensor]] = {name: [] for name in counted}
     taken = 0
@@ -66,16 +64,11 @@ def calibrate(
     if not taken:
         raise ValueError("There are no tokens to measure the median norm on; give longer texts.")
     for sae in unmeasured:
-        assert sae.provenance is not None
-        median = float(torch.cat(norms[sae.provenance.hook_name]).nanmedian())
-        sae.provenance = replace(
-            sae.provenance, filter=NormFilter(median, sae.provenance.filter.factor)
-        )
+        median = float(torch.cat(norms[sae.origin.hook_name]).nanmedian())
+        sae.provenance = replace(sae.origin, filter=NormFilter(median, sae.origin.filter.factor))
     for sae in without_l0:
-        assert sae.provenance is not None
         parts = [
-            x[sae.provenance.filter.keeps(x)].to(sae.b_dec.device)
-            for x in kept[sae.provenance.hook_name]
+            x[sae.origin.filter.keeps(x)].to(sae.b_dec.device) for x in kept[sae.origin.hook_name]
         ]
         fired = sum(int((sae.encode(some) > 0).sum()) for x in parts for some in x.split(256))
         sae.sparsity = max(1.0, fired / max(1, sum(map(len, parts))))
@@ -84,41 +77,57 @@ def calibrate(
 
 def _first(
     lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
+    suite: ByVariant,
     documents: Callable[[], Iterable[Document]],
 ) -> Iterator[TokenBatch]:
     # made only where something is to be measured
     yield from token_batches(lm, documents(), policy=policy_of(lm, suite))
 
 
-def fit_to_model(
-    lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
-    documents: Callable[[], Iterable[Document]],
-) -> int:
-    """Moves a suite to the model's device and calibrates it on the first of some documents; returns
-    the tokens measured.
+def measure(lm: HookedLM, suite: ByVariant, documents: Callable[[], Iterable[Document]]) -> None:
+    """Calibrates a suite on the first of some documents, and says so where there was something to
+    measure. Raises ValueError as `calibrate`.
     """
-    for saes in suite.values():
-        for sae in saes.values():
-            sae.to(lm.device)
-    return calibrate(lm, suite, _first(lm, suite, documents))
+    if tokens := calibrate(lm, suite, _first(lm, suite, documents)):
+        print(f"The suite names no median norms; they are those of {tokens:,} tokens.")
+
+
+def attached(
+    lm: HookedLM,
+    suite: ByVariant,
+    documents: Callable[[], Iterable[Document]] | None = None,
+) -> Suite:
+    """A suite as a model uses it: every SAE fits the model, lies on its device and has its site's
+    median norm; the SAEs are changed in place.
+
+    documents: gives texts or chats, on the first of which the medians that are lacking are measured
+    (`calibrate`), which is printed. Raises ValueError as `check_fit`, for SAEs without provenance,
+    and for documents without tokens.
+    """
+    own = Suite(suite)
+    saes = own.saes().values()
+    for sae in saes:
+        _check_place(lm, sae)
+    own.to(lm.device)
+    if documents is not None:
+        measure(lm, own, documents)
+    for sae in saes:
+        check_measured(sae)
+    return own
 
 
 def _policy(lm: HookedLM, sae: SAE) -> TokenPolicy:
-    own = sae.provenance
-    if own is None:
-        return TokenPolicy().on(lm)
+    own = sae.origin
     # without markers no token is known to be the template's
     return TokenPolicy(own.drop_template and lm.markers is not None, own.context_size).on(lm)
 
 
-def policy_of(lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]]) -> TokenPolicy:
+def policy_of(lm: HookedLM, suite: ByVariant) -> TokenPolicy:
     """The tokens that the SAEs of a suite were trained on, which batches for them are made by.
 
     Raises ValueError where its SAEs differ.
     """
-    policies = {_policy(lm, sae) for saes in suite.values() for sae in saes.values()}
+    policies = {_policy(lm, sae) for sae in Suite(suite).saes().values()}
     if len(policies) > 1:
         told = "; ".join(_said(policy) for policy in sorted(policies))
         raise ValueError(
@@ -139,10 +148,9 @@ def check_tokens(lm: HookedLM, saes: Iterable[SAE], batches: Iterable[TokenBatch
     for sae in saes:
         own = _policy(lm, sae)
         if (template and own.drop_template) or longest > own.context_size:
-            where = sae.provenance.hook_name if sae.provenance else "no site"
             raise ValueError(
-                f"The SAE of {where} was trained on {_said(own)}, and the batches hold other"
-                " tokens; make them with policy=qsae_kit.attach.policy_of(lm, suite)."
+                f"The SAE of {sae.origin.hook_name} was trained on {_said(own)}, and the batches"
+                " hold other tokens; make them with policy=qsae_kit.attach.policy_of(lm, suite)."
             )
 
 
@@ -168,9 +176,12 @@ def check_fit(lm: HookedLM, sae: SAE) -> None:
     """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the
     site's median norm.
     """
-    if sae.provenance is None:
-        raise ValueError("This SAE names no site; load it from its folder.")
-    site, trained_on = parse_hook_name(sae.provenance.hook_name), sae.provenance.model_name
+    _check_place(lm, sae)
+    check_measured(sae)
+
+
+def _check_place(lm: HookedLM, sae: SAE) -> None:
+    site, trained_on = parse_hook_name(sae.origin.hook_name), sae.origin.model_name
     # the same model may lie elsewhere
     if trained_on not in ("", "stored") and Path(trained_on).name != Path(lm.model_name).name:
         raise ValueError(
@@ -183,7 +194,6 @@ def check_fit(lm: HookedLM, sae: SAE) -> None:
             f" {lm.n_layers - 1}."
         )
     check_width(lm, sae)
-    check_measured(sae)
 
 
 def check_width(lm: HookedLM, sae: SAE) -> None:
@@ -201,8 +211,7 @@ def splice(sae: SAE, keep: Tensor) -> Edit:
     """Replaces a site's activations by their reconstruction at the kept tokens that pass the SAE's
     norm filter.
     """
-    assert sae.provenance is not None
-    norms = sae.provenance.filter
+    norms = sae.origin.filter
 
     def delta(x: Tensor) -> Tensor:
         flat = x[keep].float()
@@ -210,17 +219,16 @@ def splice(sae: SAE, keep: Tensor) -> Edit:
         out[keep] = torch.where(norms.keeps(flat)[:, None], sae(flat) - flat, 0.0).to(x.dtype)
         return out
 
-    return Edit(sae.provenance.hook_name, delta, keep)
+    return Edit(sae.origin.hook_name, delta, keep)
 
 
 def constant(sae: SAE, keep: Tensor, value: Tensor | float) -> Edit:
     """Sets a site's activations to a value (0, or a mean [width]) at the tokens that `splice`
     would replace.
     """
-    assert sae.provenance is not None
-    norms = sae.provenance.filter
+    norms = sae.origin.filter
     return Edit(
-        sae.provenance.hook_name,
+        sae.origin.hook_name,
         lambda x: torch.where(norms.keeps(x)[..., None], value - x, 0.0),
         keep,
     )
@@ -231,14 +239,14 @@ def token_features(
     lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]
 ) -> list[Float[Tensor, "pos d_sae"]]:
     """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
-    assert sae.provenance is not None
+    hook_name = sae.origin.hook_name
     out: list[Tensor] = []
     for start in range(0, len(rows), 32):
         some = rows[start : start + 32]
         ids, mask = lm.pad(some)
         batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask, _policy(lm, sae).drop_template))
-        x = site_activations(lm, [sae.provenance.hook_name], batch)[sae.provenance.hook_name]
-        counted = batch.keep & sae.provenance.filter.keeps(x)
+        x = site_activations(lm, [hook_name], batch)[hook_name]
+        counted = batch.keep & sae.origin.filter.keeps(x)
         f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)
         out += [f[r, : len(own)] for r, own in enumerate(some)]
     return out

@@ -4,6 +4,7 @@ import torch
 
 from qsae_kit.sae import JumpReLUSAE, Provenance
 from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.choose.contrast import decision_activations
 
 SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
@@ -28,4 +29,4 @@ def small_suite(lm):
         )
         sae.init_from_rows(x, torch.Generator().manual_seed(i))
         saes[name] = sae.requires_grad_(False)
-    return {"v": saes}
+    return Suite({"v": saes})

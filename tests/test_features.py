@@ -109,7 +109,7 @@ def share(some, of):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_figures_equal_a_recomputation(index, truth, number):
-    key = index.keys[number]
+    key = index.places()[number]
     documents = truth[key]
     _, counted, phase, f = (torch.cat(parts) for parts in zip(*documents, strict=True))
     early = torch.cat([torch.arange(len(d[0])) < 8 for d in documents])
@@ -145,8 +145,8 @@ def test_figures_equal_a_recomputation(index, truth, number):
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_top_examples_are_the_top_ones(index, truth, number):
-    key = index.keys[number]
-    site = index.site(key[1], key[0])
+    key = index.places()[number]
+    site = index.at(key)
     for feature in range(0, 300, 6):
         best = sorted(
             (float((f[:, feature] * counted).max()) for _, counted, _, f in truth[key]),
@@ -234,7 +234,7 @@ def test_neighbours_and_logits(lm, index, suite):
 
 
 def test_what_fires_together(index, truth):
-    _, counted, _, f = (torch.cat(parts) for parts in zip(*truth[index.keys[0]], strict=True))
+    _, counted, _, f = (torch.cat(parts) for parts in zip(*truth[index.places()[0]], strict=True))
     fires = ((f > 0) & counted[:, None]).double()
     both, count = fires.T @ fires, fires.sum(0)
     jaccard = both / (count[:, None] + count[None] - both)
@@ -254,7 +254,7 @@ def test_what_the_token_alone_tells(index, truth):
     dialogues, scored on odd ones.
     """
     sides = {0: [], 1: []}
-    for number, (ids, counted, _, f) in enumerate(truth[index.keys[0]]):
+    for number, (ids, counted, _, f) in enumerate(truth[index.places()[0]]):
         for i in torch.nonzero(counted & (f > 0).any(1))[:, 0].tolist():
             sides[number % 2].append((int(ids[i]), set(torch.nonzero(f[i] > 0)[:, 0].tolist())))
     table = index.site().figures
@@ -314,13 +314,13 @@ def test_search(index):
         i: sum(word.casefold() in "".join(e.tokens).casefold() for e in site.examples(i)[0])
         for i in range(300)
     }
-    assert page.feature in found.index
+    assert page.feature.number in found.index
     for feature, row in found.iterrows():  # a word over a window's edge counts as shown
         assert hits[feature] <= row["in_examples"] <= len(site.examples(feature)[0])
     assert set(found.index[found["in_examples"] > 0]) >= {i for i, n in hits.items() if n}
     assert found["at_peak"].le(found["in_examples"]).all()
     promoted = page.promoted[0][0]
-    assert site.search(promoted).loc[page.feature, "in_promoted"] >= 1
+    assert site.search(promoted).loc[page.feature.number, "in_promoted"] >= 1
     assert site.search("").empty
     assert site.search("no such text anywhere").empty
     index.label(site, 7, "  about   zebras ")
@@ -394,8 +394,8 @@ def test_live_search(index, suite, lm):
 
 
 def test_recovered_concepts_are_labels(index):
-    variant, hook_name = index.keys[0]
-    site = index.site(hook_name, variant)
+    variant, hook_name = place = index.places()[0]
+    site = index.at(place)
     rows = [
         {
             "concept": concept,
@@ -488,7 +488,7 @@ def test_groups_give_the_same(lm, suite, built, tmp_path, capsys):
     assert "in 2 groups" in capsys.readouterr().out
     assert tables(out) == tables(built)
     out = build_index(lm, {"topk": suite["topk"]}, dialogues, tmp_path, CONFIG, bar=False)
-    assert load_index(out).keys == [("topk", SITES[1])]
+    assert load_index(out).places() == [("topk", SITES[1])]
     assert sorted(p.name for p in out.iterdir()) == [
         "documents.parquet",
         "index.json",

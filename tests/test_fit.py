@@ -43,7 +43,7 @@ def test_stored_rows(tmp_path, acts, arch):
     done = stored(tmp_path, acts, "--arch", arch, *sparsity, "--json", "--curve", "25")
     assert done.exit_code == 0, done.exception
     figures = json.loads(done.stdout)  # one line and nothing else
-    [sae] = load_suite(tmp_path / "out" / "suite").popitem()[1].values()
+    [sae] = load_suite(tmp_path / "out" / "suite").saes().values()
     assert sae.provenance.hook_name == SITE
     held_out = rows()[1800:]
     score = Reconstruction()
@@ -105,7 +105,7 @@ def test_bad_rows_are_counted_not_learnt(tmp_path):
     figures = json.loads(done.stdout)
     assert figures["held_out_not_finite"] == 10
     assert figures["fvu"] < 0.6
-    [sae] = load_suite(tmp_path / "out" / "suite").popitem()[1].values()
+    [sae] = load_suite(tmp_path / "out" / "suite").saes().values()
     assert all(t.isfinite().all() for t in sae.tensors().values())
     assert sae.provenance.figures["skipped"] == pytest.approx(6400 * 0.05, rel=0.3)
 

@@ -256,8 +256,8 @@ def test_settings_are_values_presets_and_files(lm, suite, lab):
 
 def test_finding_features(lab):
     assert lab.found["features"]
-    lab.saes[lab.choices[0]]
-    (f,) = token_features(lab.lm, lab.saes[lab.choices[0]], [lab.lm.chat_tokens(PROMPT, False)])
+    sae = lab.suite.sae(lab.choices[0])
+    (f,) = token_features(lab.lm, sae, [lab.lm.chat_tokens(PROMPT, False)])
     assert [i for i, _ in lab.found["features"]] == f.amax(0).topk(
         len(lab.found["features"])
     ).indices.tolist()

@@ -16,6 +16,7 @@ from qsae_kit.lm.edits import POLICIES, Detector, Edit, applied, selected
 from qsae_kit.lm.hooked import Now
 from qsae_kit.sae import JumpReLUSAE, Provenance
 from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.changes import (
     ACTIONS,
     Change,
@@ -66,9 +67,9 @@ def test_every_action_by_its_formula(suite):
         )
     direction = tuple((3 * unit).tolist())
     added = Change("add", SITES[1], direction=direction, strength=0.7, median_norm=median)
-    torch.testing.assert_close(delta(added, {}, x), expected["add"], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(delta(added, Suite({}), x), expected["add"], atol=1e-4, rtol=1e-5)
     gone = Change("project_out", SITES[1], direction=direction)
-    assert ((x + delta(gone, {}, x)) @ unit).abs().max() < 1e-4
+    assert ((x + delta(gone, Suite({}), x)) @ unit).abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -161,7 +162,7 @@ def test_a_detector_tells_two_kinds_of_prompts_apart(unchecked, lm):
         Provenance("tiny", SITES[0], NormFilter(float(x.norm(dim=-1).median()))),
     )
     sae.init_from_rows(x, torch.Generator().manual_seed(0))
-    suite = {"v": {SITES[0]: sae.requires_grad_(False)}}
+    suite = Suite.of_one(sae.requires_grad_(False), "v")
     first, second = [PROMPTS[0], "How can I thank the nurse?"], PROMPTS[1:]
     found = find_detector(lm, suite, first, second, "prompt", False)
     own = suite["v"][found.condition.hook_name]
@@ -319,13 +320,13 @@ def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, 
     )
     steering.save(tmp_path / "s.json", suite)
     assert load_steering(tmp_path / "s.json", suite) == steering
-    other = {
-        "v": {name: JumpReLUSAE(160, 64, 8.0, sae.provenance) for name, sae in suite["v"].items()}
-    }
+    other = Suite(
+        {"v": {name: JumpReLUSAE(160, 64, 8.0, sae.provenance) for name, sae in suite["v"].items()}}
+    )
     with pytest.raises(ValueError, match="made for another SAE"):
         load_steering(tmp_path / "s.json", other)
     with pytest.raises(ValueError, match="has no SAE"):
-        load_steering(tmp_path / "s.json", {"v": {}})
+        load_steering(tmp_path / "s.json", Suite({}))
     with pytest.raises(ValueError, match="no file"):
         load_steering(tmp_path / "none.json", suite)
     about = json.loads((tmp_path / "s.json").read_text())
@@ -423,7 +424,7 @@ def test_directions_of_another_width_are_refused(unchecked, lm, suite, action, w
     with pytest.raises(ValueError, match=f"direction of {width} values"):
         change.edit(suite)
     with pytest.raises(ValueError, match=rf"shape \[{width}\] was given for activations of 160"):
-        change.edit({}).delta(torch.ones(1, 2, 160))
+        change.edit(Suite({})).delta(torch.ones(1, 2, 160))
 
 
 @pytest.mark.parametrize("value", [10**400, 1e7, float("nan"), -float("inf")])

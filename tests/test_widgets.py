@@ -164,7 +164,7 @@ def test_another_site(index):
     explorer = FeatureExplorer(index)
     explorer.query = "density>0.01"
     explorer.site = 1
-    assert explorer.features.hook_name == SITES[1]
+    assert explorer.features.place.hook_name == SITES[1]
     assert explorer.page["hook_name"] == SITES[1]
     assert explorer.page["feature"] == explorer.selected
 

@@ -350,14 +350,9 @@ def train(
 
 
 def _say_trained(result: "FitResult", stored: bool, out: Path) -> None:
-    for variant, saes in result.suite.items():
-        for hook_name, sae in saes.items():
-            said = (
-                ", ".join(f"{name} {value:.3g}" for name, value in sae.provenance.figures.items())
-                if sae.provenance
-                else ""
-            )
-            typer.echo(f"{variant}/{hook_name}: {said}")
+    for place, sae in result.suite.saes().items():
+        said = ", ".join(f"{name} {value:.3g}" for name, value in sae.origin.figures.items())
+        typer.echo(f"{place}: {said}")
     if stored:
         figures = {
             name: result.figures[name] for name in ("fvu", "l0", "dead", "held_out", "epochs")
@@ -417,7 +412,7 @@ def evaluate(
 
     import pandas as pd
 
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import attached
     from qsae_kit.data.stored import read_rows
     from qsae_kit.data.streams import documents_of
     from qsae_kit.evaluate.score import score_stored, score_suite, smallest_differences
@@ -455,8 +450,9 @@ def evaluate(
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     to_beat = None if baselines is None else load_suite(baselines)
     lm = load_model(model or "tiny", dtype)
-    _say_measured(fit_to_model(lm, to_beat or {}, lambda: documents_of(lm, data)[1]()))
-    _say_measured(fit_to_model(lm, trained, lambda: documents_of(lm, data)[1]()))
+    if to_beat is not None:
+        to_beat = attached(lm, to_beat, lambda: documents_of(lm, data)[1]())
+    trained = attached(lm, trained, lambda: documents_of(lm, data)[1]())
     scores = score_suite(
         lm, trained, data, tokens or 20_000, out, baselines=to_beat, concepts=concepts
     )
@@ -516,7 +512,7 @@ def baselines(
     batch: Annotated[int | None, typer.Option(help="For those: rows a step.", min=1)] = None,
 ) -> None:
     """Train what a suite has to beat, by its own recipe, as a suite beside it."""
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import attached
     from qsae_kit.data.streams import documents_of
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_suite
@@ -538,7 +534,7 @@ def baselines(
         "--arch, --tokens and --batch belong together; give all of a recipe, or none.",
     )
     lm = load_model(model, dtype)
-    _say_measured(fit_to_model(lm, {name: saes}, lambda: documents_of(lm, data)[1]()))
+    attached(lm, {name: saes}, lambda: documents_of(lm, data)[1]())
     recipe = None
     if arch is not None and tokens is not None and batch is not None:
         sae = next(iter(saes.values()))
@@ -634,7 +630,7 @@ def features(
     """Index what every feature of a suite does: densities, examples, promoted tokens,
     neighbours.
     """
-    from qsae_kit.attach import fit_to_model
+    from qsae_kit.attach import attached
     from qsae_kit.data.streams import named, stream_of
     from qsae_kit.features.index import load_index
     from qsae_kit.features.indexing import IndexConfig, build_index
@@ -644,18 +640,15 @@ def features(
     _write_to(out)
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     lm = load_model(model, dtype)
-    _say_measured(fit_to_model(lm, trained, stream_of(lm, data)))
+    trained = attached(lm, trained, stream_of(lm, data))
     config = IndexConfig(tokens=tokens, top=top, sampled=sampled)
     build_index(lm, trained, stream_of(lm, data), out, config, data=named(data), resume=resume)
     index = load_index(out)
     seen = index.manifest["tokens"]
-    for name, hook_name in index.keys:
-        figures = index.site(hook_name, name).figures
+    for place in index.places():
+        figures = index.at(place).figures
         dead, dense = ((figures["warnings"].str.contains(w)).mean() for w in ("dead", "dense"))
-        typer.echo(
-            f"{name}/{hook_name}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%}"
-            " dense"
-        )
+        typer.echo(f"{place}: {len(figures):,} features, {dead:.1%} never fired, {dense:.1%} dense")
     typer.echo(
         f"{seen:,} tokens. Open it in a notebook:"
         f" qsae_kit.FeatureExplorer(qsae_kit.load_index({str(out)!r}))"
@@ -853,7 +846,6 @@ def steer(
         draws=seeds,
         on_study=say,
     )
-    _say_measured(result.measured_tokens)
     if result.drawn is not None:
         typer.echo(
             f"\nOver {seeds} seeds"
@@ -1032,7 +1024,7 @@ def diff(
     """Apply one suite to two models: the gap in reconstruction at each site, and which features
     fire more or less.
     """
-    from qsae_kit.attach import fit_to_model, policy_of
+    from qsae_kit.attach import measure, policy_of
     from qsae_kit.data.documents import held_out_batches
     from qsae_kit.data.streams import documents_of
     from qsae_kit.evaluate.modeldiff import compare_models, most_changed
@@ -1044,7 +1036,7 @@ def diff(
     trained = load_suite(suite, variants=variant or (), hook_names=site or ())
     pair = load_model(first, dtype), load_model(second, dtype)
     held_out, others = documents_of(pair[1], data)
-    _say_measured(fit_to_model(pair[1], trained, others))
+    measure(pair[1], trained, others)
     policy = policy_of(pair[1], trained)
     found = compare_models(*pair, trained, held_out_batches(pair[1], held_out, tokens, policy))
     write_table(found.sites, out / "sites.csv")
@@ -1108,11 +1100,6 @@ def convert(
         source, out, variants=variant or (), hook_names=site or (), model_name=model
     )
     typer.echo(f"{len(written)} SAEs in {out}, the first in {written[0]}")
-
-
-def _say_measured(tokens: int) -> None:
-    if tokens:
-        typer.echo(f"The suite names no median norms; they are those of {tokens:,} tokens.")
 
 
 def _numbers(flag: str, text: str) -> list[float]:

@@ -9,7 +9,7 @@ per category: template tokens are easily reconstructed and predicted, and inflat
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_fit, check_tokens, constant, splice
+from qsae_kit.attach import attached, check_tokens, constant, splice
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
 from qsae_kit.lm.chat import CATEGORIES
@@ -32,10 +32,11 @@ from qsae_kit.metrics.reconstruction import (
     recovered,
 )
 from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import ByVariant, Place
 from qsae_kit.sites import parse_hook_name
 
-Key: TypeAlias = tuple[str, str, str]
-"""Variant, hook name and category."""
+Cell: TypeAlias = tuple[Place, str]
+"""A place (or what stands in at its site) and a category of tokens."""
 
 
 @dataclass
@@ -59,7 +60,7 @@ class Losses:
 @torch.no_grad()
 def evaluate_suite(
     lm: HookedLM,
-    suite: dict[str, dict[str, SAE]],
+    suite: ByVariant,
     batches: Sequence[TokenBatch],
     spliced_batches: int | None = None,
     bar: bool = True,
@@ -77,17 +78,11 @@ def evaluate_suite(
     spliced_tokens (predictions behind these); target, d_sae, trained_tokens, and the decoder's
     cosines. Raises ValueError where an SAE does not fit the model or no token is left.
     """
-    saes = [
-        (variant, name, sae)
-        for variant, site_saes in suite.items()
-        for name, sae in site_saes.items()
-    ]
-    for _, _, sae in saes:
-        check_fit(lm, sae)
-    check_tokens(lm, [sae for _, _, sae in saes], batches)
-    names = list(dict.fromkeys(name for _, name, _ in saes))
+    own = attached(lm, suite)
+    saes, names = own.saes(), own.hook_names
+    check_tokens(lm, saes.values(), batches)
     n_spliced = min(len(batches), len(batches) if spliced_batches is None else spliced_batches)
-    rebuilt: dict[Key, Reconstruction] = defaultdict(Reconstruction)
+    rebuilt: dict[Cell, Reconstruction] = defaultdict(Reconstruction)
     passes = len(batches) + n_spliced * (len(saes) + 2 * len(names))
     with tqdm(total=passes, desc="evaluating", disable=not bar) as meter:
         for batch in batches:
@@ -97,58 +92,56 @@ def evaluate_suite(
                 category: masks[category][batch.keep]
                 for category in (CATEGORIES if lm.markers else masks)
             }
-            for variant, name, sae in saes:
+            for place, sae in saes.items():
                 for category, parts in _reconstruct(
-                    sae, acts[name][batch.keep].float(), inside
+                    sae, acts[place.hook_name][batch.keep].float(), inside
                 ).items():
-                    rebuilt[variant, name, category].add(*parts)
+                    rebuilt[place, category].add(*parts)
             meter.update()
         if lm.markers is not None:  # every token is in one category
-            for variant, name, _ in saes:
-                rebuilt[variant, name, "all"] = sum(
-                    (rebuilt[variant, name, c] for c in CATEGORIES), Reconstruction()
+            for place in saes:
+                rebuilt[place, "all"] = sum(
+                    (rebuilt[place, c] for c in CATEGORIES), Reconstruction()
                 )
-        if not all(rebuilt[variant, name, "all"].rows for variant, name, _ in saes):
+        if not all(rebuilt[place, "all"].rows for place in saes):
             raise ValueError(
                 "There are no tokens to evaluate; give data whose keep-mask and norm filter leave"
                 " some."
             )
-        means = {name: rebuilt[variant, name, "all"].mean.float() for variant, name, _ in saes}
+        means = {place.hook_name: rebuilt[place, "all"].mean.float() for place in saes}
         spliced = _splice_all(lm, saes, means, batches[:n_spliced], meter)
     rows = []
-    for variant, name, sae in saes:
-        site, cosines = parse_hook_name(name), decoder_cosines(sae.W_dec)
+    for place, sae in saes.items():
+        site, cosines = parse_hook_name(place.hook_name), decoder_cosines(sae.W_dec)
         for category in ("all", *CATEGORIES):
-            reconstruction = rebuilt[variant, name, category]
-            if not reconstruction.rows or not spliced[variant, name, category].tokens:
+            reconstruction = rebuilt[place, category]
+            if not reconstruction.rows or not spliced[place, category].tokens:
                 continue
             rows.append(
                 {
-                    "variant": variant,
-                    "site": name,
+                    "variant": place.variant,
+                    "site": place.hook_name,
                     "layer": site.layer,
                     "kind": site.kind,
                     "category": category,
                 }
                 | reconstruction.figures()
-                | _model_figures(spliced, variant, name, category)
-                | {"target": sae.sparsity, "d_sae": sae.d_sae, "trained_tokens": _tokens(sae)}
+                | _model_figures(spliced, place, category)
+                | {
+                    "target": sae.sparsity,
+                    "d_sae": sae.d_sae,
+                    "trained_tokens": sae.origin.tokens,
+                }
                 | cosines
             )
     return pd.DataFrame(rows)
-
-
-def _tokens(sae: SAE) -> int:
-    assert sae.provenance is not None
-    return sae.provenance.tokens
 
 
 def _reconstruct(
     sae: SAE, x: Tensor, inside: dict[str, Tensor]
 ) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
     """Rows that pass the filter, their reconstructions and features, by category."""
-    assert sae.provenance is not None
-    kept = sae.provenance.filter.keeps(x)
+    kept = sae.origin.filter.keeps(x)
     x = x[kept]
     f = sae.encode(x)
     x_hat = sae.decode(f)
@@ -160,15 +153,15 @@ def _reconstruct(
 
 def _splice_all(
     lm: HookedLM,
-    saes: list[tuple[str, str, SAE]],
+    saes: Mapping[Place, SAE],
     means: dict[str, Tensor],
     batches: Sequence[TokenBatch],
     meter: tqdm,
-) -> dict[Key, Losses]:
-    """Losses under every SAE (by variant), and under zero and mean ablation of every site (variants
+) -> dict[Cell, Losses]:
+    """Losses under every SAE, and under zero and mean ablation of every site (variants
     "zero" and "mean").
     """
-    sums: dict[Key, Losses] = defaultdict(Losses)
+    sums: dict[Cell, Losses] = defaultdict(Losses)
     for batch in batches:
         # The last token of a row predicts nothing that is known.
         counted = batch.keep[:, :-1] & batch.mask[:, 1:].bool()
@@ -177,31 +170,31 @@ def _splice_all(
         clean = lm(batch.ids, batch.mask)[:, :-1][counted]
         ce_clean = cross_entropy(clean, targets)
 
-        def run(variant: str, name: str, edit: Edit) -> None:
+        def run(place: Place, edit: Edit) -> None:
             with applied(lm, [edit]):
                 logits = lm(batch.ids, batch.mask)[:, :-1][counted]  # noqa: B023
             ce, kl, agree = compare(clean, logits, targets)  # noqa: B023
             for category, mask in inside.items():  # noqa: B023
                 before = ce_clean[mask]  # noqa: B023
-                sums[variant, name, category].add(
-                    int(mask.sum()), before, ce[mask], kl[mask], agree[mask]
-                )
+                sums[place, category].add(int(mask.sum()), before, ce[mask], kl[mask], agree[mask])
             meter.update()
 
         ablated: set[str] = set()
-        for variant, name, sae in saes:
-            run(variant, name, splice(sae, batch.keep))
+        for place, sae in saes.items():
+            run(place, splice(sae, batch.keep))
+            name = place.hook_name
             if name not in ablated:
-                run("zero", name, constant(sae, batch.keep, 0.0))
-                run("mean", name, constant(sae, batch.keep, means[name].to(lm.device)))
+                run(Place("zero", name), constant(sae, batch.keep, 0.0))
+                run(Place("mean", name), constant(sae, batch.keep, means[name].to(lm.device)))
                 ablated.add(name)
     return sums
 
 
-def _model_figures(
-    sums: dict[Key, Losses], variant: str, name: str, category: str
-) -> dict[str, float]:
-    own, zero, mean = (sums[v, name, category] for v in (variant, "zero", "mean"))
+def _model_figures(sums: Mapping[Cell, Losses], place: Place, category: str) -> dict[str, float]:
+    own, zero, mean = (
+        sums[place._replace(variant=variant), category]
+        for variant in (place.variant, "zero", "mean")
+    )
     n = own.tokens
     return {
         "ce": own.ce_clean / n,

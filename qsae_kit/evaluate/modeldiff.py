@@ -20,7 +20,7 @@ from qsae_kit.data.rows import site_activations
 from qsae_kit.lm.chat import CATEGORIES
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
-from qsae_kit.sae.suites import Suite
+from qsae_kit.sae.suites import ByVariant, Place, Suite
 from qsae_kit.sites import parse_hook_name
 
 
@@ -37,7 +37,7 @@ class ModelDiff(NamedTuple):
     both, as a share of those at which it fires in either)."""
 
 
-def check_pair(first: HookedLM, second: HookedLM, suite: Suite) -> None:
+def check_pair(first: HookedLM, second: HookedLM, suite: ByVariant) -> None:
     """ValueError unless two models have one shape and one vocabulary, and the SAEs are of one of
     them.
     """
@@ -49,50 +49,46 @@ def check_pair(first: HookedLM, second: HookedLM, suite: Suite) -> None:
             " one."
         )
     names = {Path(lm.model_name).name for lm in (first, second)}
-    for saes in suite.values():
-        for sae in saes.values():
-            assert sae.provenance is not None
-            of = sae.provenance.model_name
-            if of and Path(of).name not in names:
-                raise ValueError(
-                    f"The SAE of {sae.provenance.hook_name} is of {of!r}; give one of the two"
-                    f" models {sorted(names)}."
-                )
-            if parse_hook_name(sae.provenance.hook_name).layer >= first.n_layers or {sae.d_in} != {
-                lm.width(sae.provenance.hook_name) for lm in (first, second)
-            }:
-                raise ValueError(
-                    f"The SAE of {sae.provenance.hook_name} does not fit models of the shape"
-                    f" {shapes[0]}."
-                )
-            check_measured(sae)
+    for sae in Suite(suite).saes().values():
+        of, hook_name = sae.origin.model_name, sae.origin.hook_name
+        if of and Path(of).name not in names:
+            raise ValueError(
+                f"The SAE of {hook_name} is of {of!r}; give one of the two models {sorted(names)}."
+            )
+        beyond = parse_hook_name(hook_name).layer >= first.n_layers
+        if beyond or {sae.d_in} != {lm.width(hook_name) for lm in (first, second)}:
+            raise ValueError(
+                f"The SAE of {hook_name} does not fit models of the shape {shapes[0]}."
+            )
+        check_measured(sae)
 
 
 @torch.no_grad()
 def compare_models(
-    first: HookedLM, second: HookedLM, suite: Suite, batches: Sequence[TokenBatch], bar: bool = True
+    first: HookedLM,
+    second: HookedLM,
+    suite: ByVariant,
+    batches: Sequence[TokenBatch],
+    bar: bool = True,
 ) -> ModelDiff:
-    """Applies every SAE of a suite to both models on the same tokens. Raises ValueError as
-    `check_pair`, or without tokens.
+    """Applies every SAE of a suite to both models, which lie on one device, on the same tokens.
+    Raises ValueError as `check_pair`, or without tokens.
     """
     check_pair(first, second, suite)
-    saes = [(variant, name, sae) for variant, of in suite.items() for name, sae in of.items()]
-    check_tokens(second, [sae for _, _, sae in saes], batches)
-    names = list(dict.fromkeys(name for _, name, _ in saes))
-    sums: dict[tuple[str, str, str], list[Reconstruction]] = defaultdict(
+    own = Suite(suite).to(first.device)
+    saes, names = own.saes(), own.hook_names
+    check_tokens(second, saes.values(), batches)
+    sums: dict[tuple[Place, str], list[Reconstruction]] = defaultdict(
         lambda: [Reconstruction(), Reconstruction()]
     )
-    both = {
-        (variant, name): torch.zeros(sae.d_sae, dtype=torch.int64) for variant, name, sae in saes
-    }
+    both = {place: torch.zeros(sae.d_sae, dtype=torch.int64) for place, sae in saes.items()}
     for batch in tqdm(batches, desc="comparing", disable=not bar):
         acts = [site_activations(lm, names, batch) for lm in (first, second)]
         masks = categories_of(first, batch)
         inside = {c: masks[c][batch.keep] for c in (CATEGORIES if first.markers else masks)}
-        for variant, name, sae in saes:
-            assert sae.provenance is not None
-            rows = [a[name][batch.keep].float() for a in acts]
-            kept = sae.provenance.filter.keeps(rows[0]) & sae.provenance.filter.keeps(rows[1])
+        for place, sae in saes.items():
+            rows = [a[place.hook_name][batch.keep].float() for a in acts]
+            kept = sae.origin.filter.keeps(rows[0]) & sae.origin.filter.keeps(rows[1])
             fired = []
             for i, x in enumerate(rows):
                 x = x[kept]
@@ -100,16 +96,16 @@ def compare_models(
                 x_hat = sae.decode(f)
                 fired.append(f > 0)
                 for category, mask in inside.items():
-                    own = mask[kept]
-                    sums[variant, name, category][i].add(x[own], x_hat[own], f[own])
-            both[variant, name] += (fired[0] & fired[1]).sum(0).cpu()
+                    some = mask[kept]
+                    sums[place, category][i].add(x[some], x_hat[some], f[some])
+            both[place] += (fired[0] & fired[1]).sum(0).cpu()
     site_rows, tables = [], []
-    for variant, name, _ in saes:
-        parts = {c: sums[variant, name, c] for c in CATEGORIES if (variant, name, c) in sums}
+    for place in saes:
+        parts = {c: sums[place, c] for c in CATEGORIES if (place, c) in sums}
         whole = (
             [sum((pair[i] for pair in parts.values()), Reconstruction()) for i in (0, 1)]
             if parts
-            else sums[variant, name, "all"]
+            else sums[place, "all"]
         )
         if not whole[0].rows:
             raise ValueError(
@@ -120,8 +116,8 @@ def compare_models(
             if a.rows:
                 site_rows.append(
                     {
-                        "variant": variant,
-                        "site": name,
+                        "variant": place.variant,
+                        "site": place.hook_name,
                         "category": category,
                         "fvu_first": a.fvu,
                         "fvu_second": b.fvu,
@@ -131,19 +127,17 @@ def compare_models(
                         "tokens": a.rows,
                     }
                 )
-        tables.append(_features(variant, name, whole, both[variant, name]))
+        tables.append(_features(place, whole, both[place]))
     return ModelDiff(pd.DataFrame(site_rows), pd.concat(tables, ignore_index=True))
 
 
-def _features(
-    variant: str, name: str, pair: Sequence[Reconstruction], both: torch.Tensor
-) -> pd.DataFrame:
+def _features(place: Place, pair: Sequence[Reconstruction], both: torch.Tensor) -> pd.DataFrame:
     first, second = pair
     one, two = first.fired, second.fired
     table = pd.DataFrame(
         {
-            "variant": variant,
-            "site": name,
+            "variant": place.variant,
+            "site": place.hook_name,
             "feature": range(len(both)),
             "fired_first": one,
             "fired_second": two,

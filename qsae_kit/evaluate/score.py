@@ -14,7 +14,7 @@ from plotly.graph_objects import Figure
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_fit, policy_of
+from qsae_kit.attach import attached, policy_of
 from qsae_kit.data.documents import TokenBatch, held_out_batches
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.stored import StoredFile
@@ -27,6 +27,7 @@ from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction, match
 from qsae_kit.sae import SAE, Provenance
+from qsae_kit.sae.suites import ByVariant, Suite
 from qsae_kit.tiny import concepts as planted
 from qsae_kit.tiny.interchange import interchange_table
 from qsae_kit.tiny.recovery import judge, recover, summarise
@@ -98,7 +99,7 @@ class Scores:
 
 def score_suite(
     lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
+    suite: ByVariant,
     data: str | None,
     tokens: int,
     out: Path,
@@ -126,7 +127,7 @@ def score_suite(
 
 def _score_suite(
     lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
+    suite: ByVariant,
     data: str | None,
     tokens: int,
     out: Path,
@@ -134,14 +135,12 @@ def _score_suite(
     concepts: bool,
     bar: bool,
 ) -> Scores:
-    everything: dict[str, dict[str, SAE]] = {variant: dict(saes) for variant, saes in suite.items()}
+    everything = suite = Suite(suite)
     lead = next(iter(suite))
     if baselines is not None:
         lead = compared_variant(suite, baselines)
         everything |= _beside(suite[lead], baselines)
-    for saes in everything.values():
-        for sae in saes.values():
-            check_fit(lm, sae)  # before anything is passed
+    everything = attached(lm, everything)  # before anything is passed
     policy = policy_of(lm, everything)
     batches = held_out_batches(lm, documents_of(lm, data)[0], tokens, policy)
     table = evaluate_suite(lm, everything, batches, spliced_share(batches), bar)
@@ -160,7 +159,7 @@ def _score_suite(
 
 def score_planted(
     lm: HookedLM,
-    everything: Mapping[str, Mapping[str, SAE]],
+    everything: ByVariant,
     variant: str,
     out: Path,
     scores: Scores,
@@ -217,9 +216,7 @@ def _precedes(own: Provenance, other: Provenance) -> bool:
     return other.seed == own.seed + 1 and all(one[name] == two[name] for name in shared)
 
 
-def _beside(
-    saes: Mapping[str, SAE], baselines: Mapping[str, Mapping[str, SAE]]
-) -> dict[str, dict[str, SAE]]:
+def _beside(saes: Mapping[str, SAE], baselines: Mapping[str, Mapping[str, SAE]]) -> Suite:
     """Baselines at the sites of SAEs. Raises ValueError for a site without."""
     lacking = [site for of in baselines.values() for site in saes if site not in of]
     if lacking:
@@ -227,7 +224,7 @@ def _beside(
             f"The baselines have no SAE at {lacking[0]}; make them for the same sites, or give the"
             " sites that they have."
         )
-    return {name: {site: of[site] for site in saes} for name, of in baselines.items()}
+    return Suite(baselines).only(hook_names=list(saes))
 
 
 def found_again(one: SAE, other: SAE) -> dict[str, float]:
@@ -243,9 +240,7 @@ def found_again(one: SAE, other: SAE) -> dict[str, float]:
 SEED_METRICS = ("fvu", "delta_ce", "kl_nats", "ce_score", "kl_score", "top_1", "dead")
 
 
-def seeds(
-    evaluation: pd.DataFrame, variant: str, everything: Mapping[str, Mapping[str, SAE]]
-) -> pd.DataFrame:
+def seeds(evaluation: pd.DataFrame, variant: str, everything: ByVariant) -> pd.DataFrame:
     """What a second seed of the recipe changes, per site: pw_mcc and found_again
     (`found_again`), and for every score the difference between the seeds (d_...).
     All sites together give the smallest difference that can be told from

@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.attach import token_features
+from qsae_kit.attach import attached, token_features
 from qsae_kit.data.documents import Document, tokenize_document
 from qsae_kit.features.indexing import (
     BINS,
@@ -34,7 +34,6 @@ from qsae_kit.features.indexing import (
     MANIFEST,
     SMALLEST,
     TOKENS,
-    Key,
     read_manifest,
     site_folder,
 )
@@ -44,6 +43,7 @@ from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.chat import answer_start
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import ByVariant, Feature, Place
 from qsae_kit.tiny.recovery import judge
 
 LABELS = "labels.jsonl"
@@ -80,9 +80,7 @@ class Band(NamedTuple):
 class FeaturePage(NamedTuple):
     """All that an index knows of one feature."""
 
-    variant: str
-    hook_name: str
-    feature: int
+    feature: Feature
     label: str
     figures: dict[str, Any]
     """`features.indexing.COLUMNS`."""
@@ -195,8 +193,7 @@ class SiteFeatures:
 
     def __init__(self, index: "FeatureIndex", entry: Mapping[str, Any]) -> None:
         self.index = index
-        self.variant: str = entry["variant"]
-        self.hook_name: str = entry["hook_name"]
+        self.place = Place(entry["variant"], entry["hook_name"])
         self.d_sae: int = entry["d_sae"]
         self.checksum: str = entry["checksum"]
         self.median_norm: float = entry["median_norm"]
@@ -280,9 +277,7 @@ class SiteFeatures:
             bands.append(Band(own[-1].value, own[0].value, picked))
         edges = self.median_norm * 2.0 ** (SMALLEST + np.arange(BINS + 1) / BINS_PER_OCTAVE)
         return FeaturePage(
-            self.variant,
-            self.hook_name,
-            feature,
+            Feature(self.place, feature),
             self.index.labels_of(self).get(feature, ""),
             {str(name): value for name, value in self.figures.loc[feature].items()},
             row["histogram"],
@@ -502,27 +497,30 @@ class FeatureIndex:
         self.folder, self.manifest = folder, manifest
         self.labels = _read_labels(folder / LABELS)
         """Labels by the SAE's checksum and feature."""
-        self._opened: dict[Key, SiteFeatures] = {}
+        self._opened: dict[Place, SiteFeatures] = {}
         self._lm: HookedLM | None = None
         self._saes: dict[str, SAE] = {}
 
     # --- what is in it
 
-    @property
-    def keys(self) -> list[Key]:
-        """Variant and hook name of every SAE."""
-        return [(entry["variant"], entry["hook_name"]) for entry in self.manifest["suite"]]
+    def places(self) -> list[Place]:
+        """Of every SAE."""
+        return [Place(entry["variant"], entry["hook_name"]) for entry in self.manifest["suite"]]
+
+    def at(self, place: Place) -> SiteFeatures:
+        """The features of the SAE at a place. Raises ValueError where there is none."""
+        return self.site(place.hook_name, place.variant)
 
     def site(self, hook_name: str | None = None, variant: str | None = None) -> SiteFeatures:
         """The features of one SAE; the first that matches. Raises ValueError where none does."""
-        for key, entry in zip(self.keys, self.manifest["suite"], strict=True):
-            if variant in (None, key[0]) and hook_name in (None, key[1]):
-                if key not in self._opened:
-                    self._opened[key] = SiteFeatures(self, entry)
-                return self._opened[key]
+        for place, entry in zip(self.places(), self.manifest["suite"], strict=True):
+            if variant in (None, place.variant) and hook_name in (None, place.hook_name):
+                if place not in self._opened:
+                    self._opened[place] = SiteFeatures(self, entry)
+                return self._opened[place]
         wanted = " of ".join(part for part in (hook_name, variant) if part)
         raise ValueError(
-            f"The index has no {wanted!r}; it has {', '.join('/'.join(key) for key in self.keys)}."
+            f"The index has no {wanted!r}; it has {', '.join(map(str, self.places()))}."
         )
 
     @property
@@ -588,7 +586,7 @@ class FeatureIndex:
 
     # --- with the model and the SAEs at hand
 
-    def attach(self, lm: HookedLM, suite: Mapping[str, Mapping[str, SAE]]) -> "FeatureIndex":
+    def attach(self, lm: HookedLM, suite: ByVariant) -> "FeatureIndex":
         """Gives the index its model and SAEs, for what is computed live. Raises ValueError where
         they are others.
         """
@@ -597,11 +595,11 @@ class FeatureIndex:
                 f"The index is of {self.manifest['model']!r}, the model is {lm.model_name!r}; give"
                 " the index's own."
             )
-        given = {sae.checksum(): sae for saes in suite.values() for sae in saes.values()}
+        given = {sae.checksum(): sae for sae in attached(lm, suite).saes().values()}
         missing = [
-            "/".join(k)
-            for k, e in zip(self.keys, self.manifest["suite"], strict=True)
-            if e["checksum"] not in given
+            str(place)
+            for place, entry in zip(self.places(), self.manifest["suite"], strict=True)
+            if entry["checksum"] not in given
         ]
         if missing:
             raise ValueError(
@@ -637,15 +635,14 @@ class FeatureIndex:
         """Labels of an SAE's features."""
         return self.labels.get(site.checksum, {})
 
-    def name_of(self, key: Key, feature: int) -> str:
+    def name_of(self, feature: Feature) -> str:
         """A feature's label, or the token of its largest activation; "" for an SAE that the index
         does not know.
         """
-        if key not in self.keys:
+        if feature.place not in self.places():
             return ""
-        variant, hook_name = key
-        own = self.site(hook_name, variant)
-        return self.labels_of(own).get(feature) or str(own.figures["top_token"].iloc[feature])
+        own, number = self.at(feature.place), feature.number
+        return self.labels_of(own).get(number) or str(own.figures["top_token"].iloc[number])
 
     def label(self, site: SiteFeatures, feature: int, text: str) -> None:
         """Gives a feature a label, or takes it away with an empty one. Raises ValueError for one
@@ -658,8 +655,8 @@ class FeatureIndex:
             )
         line = {
             "sae": site.checksum,
-            "variant": site.variant,
-            "hook_name": site.hook_name,
+            "variant": site.place.variant,
+            "hook_name": site.place.hook_name,
             "feature": site.check(feature),
             "label": text,
             "when": datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -684,9 +681,10 @@ class FeatureIndex:
         told = judge(table)
         count = 0
         for row in told[told["recovered"]].sort_values("f1", ascending=False).to_dict("records"):
-            if (row["finder"], row["site"]) not in self.keys:
+            place = Place(row["finder"], row["site"])
+            if place not in self.places():
                 continue
-            site = self.site(row["site"], row["finder"])
+            site = self.at(place)
             if int(row["feature"]) not in self.labels_of(site):
                 self.label(
                     site, int(row["feature"]), f"planted: {row['concept']} (F1 {row['f1']:.2f})"
@@ -711,7 +709,7 @@ class FeatureIndex:
 
     def __repr__(self) -> str:
         return (
-            f"FeatureIndex({self.manifest['model']!r}, {len(self.keys)} SAEs,"
+            f"FeatureIndex({self.manifest['model']!r}, {len(self.places())} SAEs,"
             f" {self.manifest['tokens']:,} tokens)"
         )
 
@@ -768,7 +766,7 @@ def _read_labels(path: Path) -> dict[str, dict[int, str]]:
 def load_index(
     folder: str | Path,
     lm: HookedLM | None = None,
-    suite: Mapping[str, Mapping[str, SAE]] | None = None,
+    suite: ByVariant | None = None,
 ) -> FeatureIndex:
     """Opens an index; with the model and its SAEs for what is computed live.
 

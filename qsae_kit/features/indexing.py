@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,7 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_fit, policy_of
+from qsae_kit.attach import attached, policy_of
 from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, token_batches
 from qsae_kit.data.rows import site_activations
 from qsae_kit.io.checkpoints import Checkpoints, delete_checkpoint, found
@@ -52,13 +52,12 @@ from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.chat import CATEGORIES, Phase, phases
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import ByVariant, Place
 
 WORK, RETIRED = f"{OWN}building", "retired.json"
 """The working folder of a build in the index's own, and there the manifest of the index that it
 takes the place of.
 """
-Key: TypeAlias = tuple[str, str]
-"""Variant and hook name."""
 VERSION = 1
 MANIFEST, DOCUMENTS, TOKENS, TABLES, FEATURES, EXAMPLES = tuple(
     ("index.json documents.parquet tokens.parquet tables features.parquet examples.parquet").split()
@@ -244,10 +243,9 @@ class Tally:
     @torch.no_grad()
     def add(self, seen: Seen, x: Float[Tensor, "batch pos d_model"]) -> None:
         """Takes a batch's activations at the SAE's site."""
-        assert self.sae.provenance is not None
         batch, d_sae = seen.batch, self.sae.d_sae
         real = batch.mask.bool()
-        counted = batch.keep & self.sae.provenance.filter.keeps(x)
+        counted = batch.keep & self.sae.origin.filter.keeps(x)
         f = self._encode(x.float())
         flat = places_of(f > 0)
         cell = flat.div(d_sae, rounding_mode="floor")
@@ -277,7 +275,6 @@ class Tally:
     def _count(
         self, seen: Seen, counted: Tensor, cell: Tensor, cols: Tensor, values: Tensor
     ) -> None:
-        assert self.sae.provenance is not None
         d_sae = self.sae.d_sae
         phase = torch.zeros_like(seen.batch.ids) if seen.phase is None else seen.phase
         early = torch.arange(phase.shape[1], device=phase.device).expand_as(phase) < EARLY
@@ -290,7 +287,7 @@ class Tally:
         ).view_as(self.fired)
         self.early += torch.bincount(cols[early.reshape(-1)[cell]], minlength=d_sae)
         self.total.index_add_(0, cols, values.double())
-        octave = (values.double() / self.sae.provenance.filter.median).log2()
+        octave = (values.double() / self.sae.origin.filter.median).log2()
         bins = ((octave - SMALLEST) * BINS_PER_OCTAVE).floor().long().clamp(0, BINS - 1)
         self.histogram += torch.bincount(
             cols * BINS + bins, minlength=self.histogram.numel()
@@ -752,16 +749,16 @@ def _batches(
             return
 
 
-def _groups(saes: Mapping[Key, SAE], config: IndexConfig, memory: int) -> list[list[Key]]:
+def _groups(saes: Mapping[Place, SAE], config: IndexConfig, memory: int) -> list[list[Place]]:
     """SAEs in order, together as long as they fit."""
-    groups: list[list[Key]] = []
+    groups: list[list[Place]] = []
     free = 0
-    for key, sae in saes.items():
+    for place, sae in saes.items():
         need = config.bytes(sae.d_sae)
         if not groups or need > free:
             groups.append([])
             free = memory
-        groups[-1].append(key)
+        groups[-1].append(place)
         free -= need
     return groups
 
@@ -840,7 +837,7 @@ SAVE_EVERY = 60.0
 
 def build_index(
     lm: HookedLM,
-    suite: Mapping[str, Mapping[str, SAE]],
+    suite: ByVariant,
     documents: Callable[[], Iterable[Document]],
     out: str | Path,
     config: IndexConfig | None = None,
@@ -850,7 +847,7 @@ def build_index(
     memory: int | None = None,
     bar: bool = True,
 ) -> Path:
-    """Writes an index of every SAE of a suite (variant -> hook name -> SAE) and returns its folder.
+    """Writes an index of every SAE of a suite and returns its folder.
 
     documents: gives the same dialogues each time it is called. data: what they are, for the
     manifest. memory: bytes to take (None: half of what is free); SAEs that do not fit together are
@@ -862,18 +859,12 @@ def build_index(
     index's names, and while another process writes there.
     """
     out, config = Path(out), config or IndexConfig()
-    saes: dict[Key, SAE] = {
-        (variant, name): sae
-        for variant, site_saes in suite.items()
-        for name, sae in site_saes.items()
-    }
+    saes = attached(lm, suite).saes()
     if not saes:
         raise ValueError("The suite holds no SAE; give at least one.")
-    for sae in saes.values():
-        check_fit(lm, sae)
     policy = policy_of(lm, suite)
     memory = free_memory(lm.device) // 2 if memory is None else memory
-    checksums = {"/".join(key): sae.checksum() for key, sae in saes.items()}
+    checksums = {str(place): sae.checksum() for place, sae in saes.items()}
     identity = {
         "index": VERSION,
         "settings": asdict(config),
@@ -890,7 +881,7 @@ def build_index(
         _check_own(out)
         build = _Build(lm, saes, documents, config, work, interrupts, policy)
         tokens = build.run(identity, resume, memory, bar)
-        sites = [_site_entry(key, sae, checksums["/".join(key)]) for key, sae in saes.items()]
+        sites = [_site_entry(place, sae, checksums[str(place)]) for place, sae in saes.items()]
         built = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = identity | {"suite": sites, "tokens": tokens, "built": built}
         lacking = [entry for entry in sites if not (site_folder(work, entry) / FEATURES).is_file()]
@@ -911,18 +902,17 @@ def _stop_if_asked(interrupts: Interrupts) -> None:
         raise KeyboardInterrupt
 
 
-def _site_entry(key: Key, sae: SAE, checksum: str) -> dict[str, Any]:
+def _site_entry(place: Place, sae: SAE, checksum: str) -> dict[str, Any]:
     """What a manifest says of an SAE."""
-    assert sae.provenance is not None
     return {
-        "variant": key[0],
-        "hook_name": key[1],
+        "variant": place.variant,
+        "hook_name": place.hook_name,
         "d_sae": sae.d_sae,
         "architecture": sae.architecture,
         "sparsity": sae.sparsity,
         "checksum": checksum,
-        "median_norm": sae.provenance.filter.median,
-        "norm_factor": sae.provenance.filter.factor,
+        "median_norm": sae.origin.filter.median,
+        "norm_factor": sae.origin.filter.factor,
     }
 
 
@@ -931,13 +921,13 @@ class _Build:
     """One build, in a working folder of its own."""
 
     lm: HookedLM
-    saes: Mapping[Key, SAE]
+    saes: Mapping[Place, SAE]
     documents: Callable[[], Iterable[Document]]
     config: IndexConfig
     work: Path
     interrupts: Interrupts
     policy: TokenPolicy
-    planned: list[list[Key]] = field(default_factory=list)
+    planned: list[list[Place]] = field(default_factory=list)
 
     def run(self, identity: Mapping[str, Any], resume: bool, memory: int, bar: bool) -> int:
         """Writes all tables to the working folder; returns the tokens seen."""
@@ -964,14 +954,13 @@ class _Build:
                 if state is not None and number < state["group"]:
                     meter.update(self.config.tokens)
                     continue
-                tallies = {key: Tally(self.saes[key], self.config) for key in group}
+                tallies = {place: Tally(self.saes[place], self.config) for place in group}
                 resumed = state if state is not None and number == state["group"] else None
                 tokens = self._pass(tallies, dialogues, checkpoints, number, resumed, meter)
                 dialogues.forget(tallies.values(), done=True)
-                for (variant, name), tally in tallies.items():
-                    _write_site(
-                        self.lm, tally, texts, dialogues.ids, self.work / TABLES / variant / name
-                    )
+                for place, tally in tallies.items():
+                    folder = self.work.joinpath(TABLES, *place)
+                    _write_site(self.lm, tally, texts, dialogues.ids, folder)
                     _stop_if_asked(self.interrupts)
         ids = [dialogues.ids[n] for n in sorted(dialogues.ids)]
         _write(
@@ -984,7 +973,7 @@ class _Build:
         )
         return tokens
 
-    def _groups(self, memory: int, state: Mapping[str, Any] | None) -> list[list[Key]]:
+    def _groups(self, memory: int, state: Mapping[str, Any] | None) -> list[list[Place]]:
         """SAEs that are indexed together; of a build that goes on those that were planned then."""
         if state is None:
             self.planned = _groups(self.saes, self.config, memory)
@@ -992,9 +981,9 @@ class _Build:
         told = state.get("groups")
         known = isinstance(told, list) and all(isinstance(group, list) for group in told)
         self.planned = (
-            [[tuple(key) for key in group] for group in told] if known and told is not None else []
+            [[Place(*place) for place in group] for group in told] if known and told else []
         )
-        if [key for group in self.planned for key in group] != list(self.saes):
+        if [place for group in self.planned for place in group] != list(self.saes):
             raise ValueError(
                 "The build to go on with was planned otherwise; start it anew, without resuming."
             )
@@ -1003,7 +992,7 @@ class _Build:
     @torch.no_grad()
     def _pass(
         self,
-        tallies: Mapping[Key, Tally],
+        tallies: Mapping[Place, Tally],
         dialogues: _Dialogues,
         checkpoints: Checkpoints,
         group: int,
@@ -1016,9 +1005,9 @@ class _Build:
         reached = 0
         if state is not None:
             reached = int(state["batches"])
-            for key, tally in tallies.items():
-                tally.load_tensors(checkpoints.tensors(_file(key)))
-        names = list(dict.fromkeys(name for _, name in tallies))
+            for place, tally in tallies.items():
+                tally.load_tensors(checkpoints.tensors(_file(place)))
+        names = list(dict.fromkeys(place.hook_name for place in tallies))
         saved, tokens = time.monotonic(), 0
         for number, (now, seen) in enumerate(
             _batches(self.lm, self.documents(), self.config, self.policy), 1
@@ -1029,11 +1018,11 @@ class _Build:
                 dialogues.check(seen)
                 continue
             acts = site_activations(self.lm, names, seen.batch)
-            for (_, name), tally in tallies.items():
-                tally.add(seen, acts[name])
+            for place, tally in tallies.items():
+                tally.add(seen, acts[place.hook_name])
             dialogues.add(seen, tallies.values())
             if self.interrupts.asked or time.monotonic() - saved > SAVE_EVERY:
-                parts = {_file(key): tally.tensors() for key, tally in tallies.items()} | {
+                parts = {_file(place): tally.tensors() for place, tally in tallies.items()} | {
                     "dialogues": dialogues.tensors()
                 }
                 reached_now = {
@@ -1075,7 +1064,8 @@ def _made_as(out: Path) -> dict[str, Any]:
     """The identity of the build that made an index."""
     manifest = read_manifest(out)
     suite = {
-        f"{entry['variant']}/{entry['hook_name']}": entry["checksum"] for entry in manifest["suite"]
+        str(Place(entry["variant"], entry["hook_name"])): entry["checksum"]
+        for entry in manifest["suite"]
     }
     return {name: value for name, value in manifest.items() if name not in ("tokens", "built")} | {
         "suite": suite
@@ -1211,9 +1201,9 @@ def vocabulary(lm: HookedLM) -> list[str]:
     return lm.tokenizer.batch_decode([[i] for i in range(size)])
 
 
-def _file(key: Key) -> str:
+def _file(place: Place) -> str:
     """A file's name for an SAE in a checkpoint."""
-    return hashlib.sha256("/".join(key).encode()).hexdigest()[:16]
+    return hashlib.sha256(str(place).encode()).hexdigest()[:16]
 
 
 def _write(table: pa.Table, path: Path, rows: int = 4096) -> None:

@@ -24,8 +24,8 @@ from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.sae import SAE
 from qsae_kit.sae.store import save_suite
+from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
 from qsae_kit.steer.behaviours import GOALS, Goal, refusal_prompts
 from qsae_kit.steer.report import render_report, write_study
@@ -62,7 +62,7 @@ class DemoConfig:
 class DemoResult(NamedTuple):
     """What a demo run made; the same is in its folder."""
 
-    suite: dict[str, dict[str, SAE]]
+    suite: Suite
     evaluation: pd.DataFrame
     studies: list[StudyResult]
     """One for each goal."""
@@ -189,7 +189,7 @@ def _run_demo(
     )
     evaluation = evaluate_suite(lm, suite, batches, n_spliced, bar)
     write_table(evaluation, out / "evaluation.csv")
-    lead = {config.variants[0].variant: suite[config.variants[0].variant]}
+    lead = suite.only([config.variants[0].variant])
     studies = [
         steering_study(
             lm,

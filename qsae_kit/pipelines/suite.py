@@ -42,8 +42,8 @@ from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.answering import answer_all
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.pipelines.card import check_card, is_one_of, write_card
-from qsae_kit.sae import SAE
 from qsae_kit.sae.store import load_suite
+from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.steer.behaviours import Goal, StudyPrompts, judged, refusal_prompts
 from qsae_kit.steer.report import STUDY_FILES, write_study
@@ -691,17 +691,13 @@ class _Suite:
         places = self._spread(self.sizes.baselines)
         if not places:
             return
-        some = {
-            variant: {name: sae for name, sae in saes.items() if name in places}
-            for variant, saes in suite.items()
-        }
+        some = suite.only(hook_names=places)
         [trained] = some.values()
-        says = all(sae.provenance and sae.provenance.recipe for sae in trained.values())
         # those that an older version trained do not say their recipe, the plan does
-        recipe = None if says else self.recipe
+        recipe = None if all(sae.origin.recipe for sae in trained.values()) else self.recipe
         score_suite(
             self.lm,
-            some,
+            suite.only(hook_names=places),
             self.documents,
             self.sizes.evaluated,
             self.out / "baselines",
@@ -746,7 +742,7 @@ class _Suite:
     def card(self) -> None:
         write_card(self.out)
 
-    def _suite(self) -> dict[str, dict[str, SAE]]:
+    def _suite(self) -> Suite:
         return load_suite(self.out / "suite", self.lm.device)
 
     def _spread(self, n: int) -> list[str]:

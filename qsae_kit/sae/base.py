@@ -104,6 +104,16 @@ class SAE(nn.Module, ABC):
         self.b_dec = nn.Parameter(torch.zeros(d_in))
 
     @property
+    def origin(self) -> Provenance:
+        """The provenance; ValueError for an SAE that has none."""
+        if self.provenance is None:
+            raise ValueError(
+                "This SAE has no provenance (site, model, filter); load it from its folder, or set"
+                " sae.provenance."
+            )
+        return self.provenance
+
+    @property
     def W_enc(self) -> Float[Tensor, "d_in d_sae"]:
         return self.encoder.T
 

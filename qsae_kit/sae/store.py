@@ -18,6 +18,7 @@ from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.sae import SAE
 from qsae_kit.sae.releases import find_saes, open_release, read_sae, select
+from qsae_kit.sae.suites import ByVariant, Suite
 from qsae_kit.sites import KINDS, parse_hook_name
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
@@ -29,11 +30,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
     Raises ValueError for an SAE without provenance or with values that are not finite, and while
     another process writes it.
     """
-    origin = sae.provenance
-    if origin is None:
-        raise ValueError(
-            "This SAE has no provenance (site, model, filter); set sae.provenance before saving it."
-        )
+    origin = sae.origin
     sae = sae.exported()
     wrong = [name for name, tensor in sae.tensors().items() if not tensor.isfinite().all()]
     if wrong:
@@ -115,9 +112,8 @@ def iter_saes(
         found, key=lambda one: (one.variant, parse_hook_name(one.hook_name).layer, one.hook_name)
     ):
         sae = read_sae(one, root, device)
-        assert sae.provenance is not None
         if model_name:
-            sae.provenance = replace(sae.provenance, model_name=model_name)
+            sae.provenance = replace(sae.origin, model_name=model_name)
         yield one.variant, sae
 
 
@@ -128,30 +124,27 @@ def load_suite(
     variants: Sequence[str] = (),
     hook_names: Sequence[str] = (),
     model_name: str = "",
-) -> dict[str, dict[str, SAE]]:
-    """`{variant: {hook name: SAE}}` of a suite of ours or of a public release, sites in the model's
-    order.
+) -> Suite:
+    """A suite of ours or a public release, `suite[variant][hook_name]`, sites in the model's order.
 
     source: a folder, or the id of a repository on the hub, of which the weights that are wanted are
     fetched. The format is told from the files (`readers`). variants, hook_names: only those (none
     given: all). model_name: instead of what the files say. The SAEs of a public release have no
-    median norm: `calibrate` them before they are used. Raises ValueError where there is none, and
+    median norm, which `attach.attached` measures. Raises ValueError where there is none, and
     for files that cannot be used.
     """
-    suite: dict[str, dict[str, SAE]] = {}
+    saes: dict[str, dict[str, SAE]] = {}
     for variant, sae in iter_saes(
         source, device, variants=variants, hook_names=hook_names, model_name=model_name
     ):
-        assert sae.provenance is not None
-        suite.setdefault(variant, {})[sae.provenance.hook_name] = sae
-    return suite
+        saes.setdefault(variant, {})[sae.origin.hook_name] = sae
+    return Suite(saes)
 
 
-def save_suite(suite: dict[str, dict[str, SAE]], folder: Path) -> None:
+def save_suite(suite: ByVariant, folder: Path) -> None:
     """Writes `<folder>/<variant>/<hook name>/` for every SAE."""
-    for variant, saes in suite.items():
-        for hook_name, sae in saes.items():
-            save_sae(sae, suite_folder(folder, variant, hook_name))
+    for place, sae in Suite(suite).saes().items():
+        save_sae(sae, suite_folder(folder, *place))
 
 
 def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
@@ -182,8 +175,7 @@ def convert_suite(
         for variant, sae in iter_saes(
             source, variants=variants, hook_names=hook_names, model_name=model_name
         ):
-            assert sae.provenance is not None
-            folder = suite_folder(part, variant, sae.provenance.hook_name)
+            folder = suite_folder(part, variant, sae.origin.hook_name)
             save_sae(sae, folder)
             written.append(out / folder.relative_to(part))
     return written

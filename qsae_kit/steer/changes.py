@@ -23,7 +23,7 @@ from qsae_kit.io.files import write_text
 from qsae_kit.io.jsonfiles import JSON_LIMIT, parse_json, read_text
 from qsae_kit.lm.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
 from qsae_kit.sae import SAE
-from qsae_kit.sae.suites import Suite, sae_of
+from qsae_kit.sae.suites import Place, Suite
 from qsae_kit.sites import width_name
 
 
@@ -263,7 +263,7 @@ class Change:
         made = replace(made, positions=self.positions)
         if self.when is None:
             return made
-        own = sae_of(suite, self.when.variant, self.when.hook_name)
+        own = suite.sae(Place(self.when.variant, self.when.hook_name))
         when = detector(
             own, self.when.feature, self.when.threshold, self.when.span, self.when.positions
         )
@@ -271,12 +271,9 @@ class Change:
 
     def _along(self, suite: Suite) -> Edit:
         if self.direction:
-            widths = {
-                sae.d_in
-                for saes in suite.values()
-                for name, sae in saes.items()
-                if width_name(name) == width_name(self.hook_name)
-            }
+            own = width_name(self.hook_name)
+            places = suite.saes().items()
+            widths = {sae.d_in for place, sae in places if width_name(place.hook_name) == own}
             if widths and len(self.direction) not in widths:
                 raise ValueError(
                     f"A direction of {len(self.direction)} values was given, but the suite is of a "
@@ -289,7 +286,7 @@ class Change:
                 self.median_norm,
             )
         else:
-            sae = sae_of(suite, self.variant, self.hook_name)
+            sae = suite.sae(Place(self.variant, self.hook_name))
             check_features(sae, self.features)
             unit, median = (
                 FeatureSet(self.features, self.weights or (1.0,) * len(self.features)).direction(
@@ -302,7 +299,7 @@ class Change:
         return project_out(self.hook_name, unit, share=self.strength)
 
     def _of_features(self, suite: Suite) -> Edit:
-        sae = sae_of(suite, self.variant, self.hook_name)
+        sae = suite.sae(Place(self.variant, self.hook_name))
         if self.action == "clamp":
             return clamp_features(sae, self.features, self.strength * _median(sae))
         return scale_features(sae, self.features, self.strength if self.action == "scale" else 0.0)
@@ -361,17 +358,21 @@ class Steering:
             tuple(replace(change, strength=change.strength * factor) for change in self.changes)
         )
 
-    def saes(self) -> set[tuple[str, str]]:
-        """Variant and hook name of every SAE that is needed."""
-        used = {(change.variant, change.hook_name) for change in self.changes if change.features}
+    def saes(self) -> set[Place]:
+        """Where the SAEs are that are needed."""
+        used = {
+            Place(change.variant, change.hook_name) for change in self.changes if change.features
+        }
         return used | {
-            (change.when.variant, change.when.hook_name) for change in self.changes if change.when
+            Place(change.when.variant, change.when.hook_name)
+            for change in self.changes
+            if change.when
         }
 
     def to_json(self, suite: Suite) -> str:
         """With the checksums of the SAEs that it is for."""
         self.edits(suite)  # every feature exists
-        saes = {"/".join(key): sae_of(suite, *key).checksum() for key in sorted(self.saes())}
+        saes = {str(place): suite.sae(place).checksum() for place in sorted(self.saes())}
         about = {
             "qsae_kit_steering": FORMAT,
             "saes": saes,
@@ -399,11 +400,10 @@ def read_steering(text: str, suite: Suite) -> Steering:
         steering = Steering(tuple(_change(entry) for entry in about["changes"]))
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{no_steering} ({_shown(error)}); save it again.") from error
-    for variant, hook_name in sorted(steering.saes()):
-        key = f"{variant}/{hook_name}"
-        if sae_of(suite, variant, hook_name).checksum() != saes.get(key):
+    for place in sorted(steering.saes()):
+        if suite.sae(place).checksum() != saes.get(str(place)):
             raise ValueError(
-                f"The steering was made for another SAE at {key}; load the suite that it was made"
+                f"The steering was made for another SAE at {place}; load the suite that it was made"
                 " with."
             )
     steering.edits(suite)

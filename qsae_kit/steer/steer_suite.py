@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from qsae_kit.attach import fit_to_model
+from qsae_kit.attach import attached
 from qsae_kit.io.files import write_table
 from qsae_kit.lm.hooked import HookedLM, load_model
 from qsae_kit.sae.suites import Suite
@@ -32,8 +32,6 @@ class SteeredSuite(NamedTuple):
     """seeds.csv: the frozen arms answered again (`repeats.answered_again`)."""
     benches: pd.DataFrame | None
     """benches.csv: the frozen arms on public prompts (`benches.measure_benches`)."""
-    measured_tokens: int
-    """Tokens on which median norms were measured that the suite's release did not name."""
 
 
 def steer_suite(
@@ -71,7 +69,7 @@ def steer_suite(
     if guard and not benches:
         raise ValueError(f"A guard ({guard}) judges answers to benches; give some or leave it out.")
     config = config_for(config, given)
-    measured_tokens = fit_to_model(lm, suite, lambda: _asked(given))
+    suite = attached(lm, suite, lambda: _asked(given))
     study = steering_study(
         lm,
         suite,
@@ -93,7 +91,7 @@ def steer_suite(
     if benches:
         judge = partial(guard_judgements, load_model(guard, guard_dtype)) if guard else None
         measured = _on_benches(lm, suite, out, config, given, arms, benches, judge, guard)
-    return SteeredSuite(study, drawn, measured, measured_tokens)
+    return SteeredSuite(study, drawn, measured)
 
 
 def prompts_of(model_name: str, behaviour: str | StudyPrompts, seed: int = 0) -> StudyPrompts:

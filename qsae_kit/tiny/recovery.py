@@ -21,6 +21,7 @@ from torch import Tensor
 
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import ByVariant
 from qsae_kit.tiny.concepts import (
     Corpus,
     Units,
@@ -241,7 +242,7 @@ def recover(
     lm: HookedLM,
     corpus: Corpus,
     units: Mapping[str, Units],
-    suites: Mapping[str, Mapping[str, SAE]],
+    suites: ByVariant,
     k: int = 5,
     bar: Callable[[Iterable[str]], Iterable[str]] = lambda x: x,
 ) -> pd.DataFrame:

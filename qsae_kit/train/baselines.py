@@ -21,6 +21,7 @@ from torch import Tensor
 from qsae_kit.data.rows import Origin, RowSource
 from qsae_kit.sae import SAE, Provenance, ReLUSAE, TopKSAE
 from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.suites import Suite
 from qsae_kit.train.recipe import TrainConfig, recipe_from
 from qsae_kit.train.run import SiteTrainer, fit_normaliser, train_saes
 
@@ -109,8 +110,8 @@ def frozen_recipes(config: TrainConfig) -> dict[str, TrainConfig]:
 
 def baseline_suite(
     source: RowSource, config: TrainConfig, l0: int | None = None, bar: bool = True
-) -> dict[str, dict[str, SAE]]:
-    """`{baseline: {hook name: SAE}}` at every site of the source; the trained ones share one
+) -> Suite:
+    """`suite[baseline][hook_name]` at every site of the source; the trained ones share one
     stream.
 
     config: the recipe to compare with. l0: the k of PCA and neurons, by default the recipe's
@@ -118,20 +119,20 @@ def baseline_suite(
     """
     k = max(1, round(config.sparsity)) if l0 is None else l0
     block = next(iter(source.blocks(config.pool)))
-    suite: dict[str, dict[str, SAE]] = {"pca": {}, "neurons": {}}
+    saes: dict[str, dict[str, SAE]] = {"pca": {}, "neurons": {}}
     for site, rows in block.rows.items():
         norms = fit_normaliser(rows).filter
         provenance = _provenance(source.origin, site, norms, len(rows), config.seed)
         kept = rows[norms.keeps(rows)]
-        suite["pca"][site], suite["neurons"][site] = (
+        saes["pca"][site], saes["neurons"][site] = (
             pca_sae(kept, k, provenance),
             neurons_sae(kept, k, provenance),
         )
     del block
-    suite["untrained"] = untrained_saes(source, config)
+    saes["untrained"] = untrained_saes(source, config)
     recipes = frozen_recipes(config)
     trained = train_saes(source, list(recipes.values()), bar=bar)
-    return suite | {name: trained[recipe.variant] for name, recipe in recipes.items()}
+    return Suite(saes) | {name: trained[recipe.variant] for name, recipe in recipes.items()}
 
 
 def _provenance(origin: Origin, site: str, norms: NormFilter, tokens: int, seed: int) -> Provenance:

@@ -22,6 +22,7 @@ from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import SAE
 from qsae_kit.sae.store import save_suite
+from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
 from qsae_kit.train.baselines import baseline_suite, recipe_of
 from qsae_kit.train.recipe import TrainConfig
@@ -38,7 +39,7 @@ WARM_UP_STEPS = 3
 class FitResult:
     """A finished training and, on stored rows, its figures."""
 
-    suite: dict[str, dict[str, SAE]]
+    suite: Suite
     figures: dict[str, Any]
     complete: bool
     """False after an interrupt."""
@@ -184,7 +185,7 @@ def fit_baselines(
     recipe: TrainConfig | None = None,
     *,
     bar: bool = True,
-) -> dict[str, dict[str, SAE]]:
+) -> Suite:
     """Trains what the SAEs of one variant have to beat (`train.baselines.baseline_suite`), on the
     documents that are not held out, and gives it as a suite.
 
@@ -203,7 +204,7 @@ def fit_baselines(
         raise ValueError(
             f"{str(out)!r} is not an empty folder; give another one, or remove it first."
         )
-    policy = policy_of(lm, {"": saes})
+    policy = policy_of(lm, {"suite": saes})
     _, documents = documents_of(lm, data)
     source = LiveRows(lm, list(saes), lambda: token_batches(lm, documents(), policy=policy))
     if out is None:
@@ -249,10 +250,9 @@ def fit_live(
         "tokens_per_s": round(meter.tokens_per_s, 1),
     }
     for variant, saes in suite.items():
-        figures[variant] = {
-            site: sae.provenance.figures for site, sae in saes.items() if sae.provenance
-        }
-    trained = sum(len(saes) for saes in suite.values())
+        figures[variant] = {site: sae.origin.figures for site, sae in saes.items()}
     return FitResult(
-        suite, figures, trained == len(sites) * len(configs) and meter.complete(configs[0].tokens)
+        suite,
+        figures,
+        len(suite.places()) == len(sites) * len(configs) and meter.complete(configs[0].tokens),
     )

@@ -23,6 +23,8 @@ from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_sae, save_sae, suite_folder
+from qsae_kit.sae.suites import Suite
+from qsae_kit.sites import parse_hook_name
 from qsae_kit.train.groups import Group, Key, group_of, plan_groups
 from qsae_kit.train.optim import Adam
 from qsae_kit.train.recipe import TrainConfig
@@ -434,7 +436,7 @@ def train_saes(
     watch: Sequence[Callable[[Progress], None]] = (),
     stop: threading.Event | None = None,
     bar: bool = True,
-) -> dict[str, dict[str, SAE]]:
+) -> Suite:
     """Trains every variant at every site of the source; the SAEs of a group see the same batches.
 
     source: `data.rows.LiveRows` or `StoredRows`; it must not run dry before `tokens` rows.
@@ -454,15 +456,18 @@ def train_saes(
     An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they
     are; so does SIGTERM, which then ends the process.
 
-    Returns `{variant: {hook name: SAE}}`. Raises ValueError for configs that do not fit together,
-    too little data, a folder with another or an unfinished run, or one that another process writes,
-    and for rows of an unknown model, or of another than `model_name`.
+    Returns `suite[variant][hook_name]`. Raises ValueError for configs that do not fit together, a
+    source's name that is no site, too little data, a folder with another or an unfinished run, or
+    one that another process writes, and for rows of an unknown model, or of another than
+    `model_name`.
     """
     if resume and folder is None:
         raise ValueError(
             "resume=True was given without a folder to resume from; give the folder of the run."
         )
     _check_configs(configs, source.widths)
+    for site in source.sites:
+        parse_hook_name(site)
     return_freed_memory()
     origin = _origin(source, model_name)
     with only_writer(folder), Interrupts(stop) as interrupts:
@@ -476,14 +481,14 @@ def train_saes(
             say(
                 f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows"
             )
-        suite: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
+        saes: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
         # so that a run can be resumed from its first moment
         if checkpoints is not None and state is None:
             checkpoints.save(_GroupRun(configs, 0, groups[0], groups, None, interrupts).state(), {})
         for number, group in enumerate(groups):
             if folder is not None and state is not None and number < state["group"]:
                 for variant, site in group.keys:
-                    suite[variant][site] = load_sae(suite_folder(folder / "suite", variant, site))
+                    saes[variant][site] = load_sae(suite_folder(folder / "suite", variant, site))
                 continue
             run = _GroupRun(configs, number, group, groups, checkpoints, interrupts)
             if state is not None and number == state["group"]:
@@ -499,7 +504,7 @@ def train_saes(
             while trainers:
                 (variant, site), trainer = trainers.popitem()
                 sae = trainer.finish(origin, site)
-                suite[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
+                saes[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
                 if folder is not None:
                     save_sae(sae, suite_folder(folder / "suite", variant, site))
                 del trainer, sae  # before the next group begins
@@ -509,10 +514,12 @@ def train_saes(
                 )
             if interrupts.asked:
                 break
-    return {
-        variant: {site: saes[site] for site in source.sites if site in saes}
-        for variant, saes in suite.items()
-    }
+    return Suite(
+        {
+            variant: {site: own[site] for site in source.sites if site in own}
+            for variant, own in saes.items()
+        }
+    )
 
 
 def _origin(source: RowSource, model_name: str) -> Origin:

@@ -65,7 +65,7 @@ class FeatureExplorer(View):
     index: `features.index.load_index`'s; opened with its model and suite, it also finds what fires
         on a text and what is near a
     feature. Traits to observe: `selected`, the feature whose page is shown (-1: none), and `site`,
-    the number of the SAE in `features.index.keys`. The search box takes words, feature numbers, and
+    the number of the SAE in `FeatureIndex.places`. The search box takes words, feature numbers, and
     conditions such as `density<0.01 max>3`.
     """
 
@@ -101,9 +101,9 @@ class FeatureExplorer(View):
         own = index.site(hook_name, variant)
         self._shown: pd.DataFrame | None = None
         self._order, self._extra = np.zeros(0, np.int64), dict[str, np.ndarray]()
-        names = ["/".join(key) for key in index.keys]
+        places = index.places()
         super().__init__(
-            sites=names, site=names.index(f"{own.variant}/{own.hook_name}"), live=index.live
+            sites=[str(place) for place in places], site=places.index(own.place), live=index.live
         )
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
         self._reorder()
@@ -114,8 +114,7 @@ class FeatureExplorer(View):
     @property
     def features(self) -> SiteFeatures:
         """The SAE that is shown."""
-        variant, hook_name = self.index.keys[self.site]
-        return self.index.site(hook_name, variant)
+        return self.index.at(self.index.places()[self.site])
 
     def to_frame(self) -> pd.DataFrame:
         """The features that the table shows, in its order."""
@@ -301,8 +300,8 @@ class FeatureExplorer(View):
     def __repr__(self) -> str:
         own = self.features
         return (
-            f"FeatureExplorer({own.variant}/{own.hook_name}, {len(self._order):,} of {own.d_sae:,}"
-            f" features, selected {self.selected})"
+            f"FeatureExplorer({own.place}, {len(self._order):,} of {own.d_sae:,} features, selected"
+            f" {self.selected})"
         )
 
 
@@ -355,6 +354,9 @@ def page_state(page: FeaturePage) -> dict[str, Any]:
         for name, value in page.figures.items()
     }
     return page._asdict() | {
+        "variant": page.feature.place.variant,
+        "hook_name": page.feature.place.hook_name,
+        "feature": page.feature.number,
         "figures": {
             k: None if isinstance(v, float) and not math.isfinite(v) else v
             for k, v in figures.items()

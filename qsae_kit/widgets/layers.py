@@ -11,6 +11,7 @@ import traitlets as T
 from plotly.subplots import make_subplots
 
 from qsae_kit.figures.basic import plot_text, reconstruction_figure, style
+from qsae_kit.sae.suites import Place
 from qsae_kit.sites import look_of
 from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.plots import PlotView
@@ -91,7 +92,7 @@ class LayerLoss(PlotView):
             explorer,
             category,
         )
-        sites = (table["variant"] + "/" + table["site"]).tolist()
+        sites = [str(Place(*row)) for row in zip(table["variant"], table["site"], strict=True)]
         super().__init__(sites=sites)
         shown = explorer.sites[explorer.site] if explorer is not None else ""
         self.selected = shown if shown in sites else sites[0]
@@ -101,10 +102,10 @@ class LayerLoss(PlotView):
         if self.selected not in self.sites:
             self.status = f"There is no site {self.selected!r} in this evaluation."
             return
-        variant, _, hook_name = self.selected.rpartition("/")
+        place = Place.parse(self.selected)
         self.show(
             reconstruction_figure(self.table, self.model_name, self.category),
-            site_frontier(self.table, hook_name, variant, self.category),
+            site_frontier(self.table, place.hook_name, place.variant, self.category),
         )
         if self.explorer is not None and self.selected in self.explorer.sites:
             self.explorer.site = self.explorer.sites.index(self.selected)
@@ -122,9 +123,9 @@ class LayerLoss(PlotView):
                     & (self.table["layer"] == trace.x[point])
                 ]
             else:
-                own = self.selected.rpartition("/")[2]
+                own = Place.parse(self.selected).hook_name
                 rows = self.table[self.table["site"] == own].sort_values("l0").iloc[[point]]
-            self.selected = f"{rows['variant'].iloc[0]}/{rows['site'].iloc[0]}"
+            self.selected = str(Place(rows["variant"].iloc[0], rows["site"].iloc[0]))
 
     def to_frame(self) -> pd.DataFrame:
         """The evaluation's rows that are shown."""

@@ -4,19 +4,17 @@ it.
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 import traitlets as T
 
-from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import Suite
 from qsae_kit.train.run import Progress
 from qsae_kit.train.watch import LiveFigure
 from qsae_kit.widgets.plots import PlotView
 from qsae_kit.widgets.widget import source
-
-Suite: TypeAlias = dict[str, dict[str, SAE]]
 
 
 class TrainingMonitor(PlotView):

@@ -16,12 +16,11 @@ import pandas as pd
 import torch
 import traitlets as T
 
-from qsae_kit.attach import check_fit, token_features
+from qsae_kit.attach import attached, token_features
 from qsae_kit.features.index import FeatureIndex
-from qsae_kit.features.indexing import Key
 from qsae_kit.lm.edits import POLICIES, check_positions
 from qsae_kit.lm.hooked import Generation, HookedLM, Step
-from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import ByVariant, Feature, Place
 from qsae_kit.steer.changes import Action, Change, Steering, check_features, read_steering
 from qsae_kit.steer.pairs import Pair, answer_pair, token_table
 from qsae_kit.widgets.tokens import read_chat
@@ -54,8 +53,9 @@ class _Try:
 class SteeringLab(View):
     """Features to move with sliders, and what the model answers without and with them.
 
-    suite: variant -> hook name -> SAE. index: finds features by words and shows their labels;
-    without one the search takes a feature's number, and lists those that fire on the prompt.
+    suite: the SAEs, moved to the model's device. index: finds features by words and shows their
+    labels; without one the search takes a feature's number, and lists those that fire on the
+    prompt.
     prompt: one question, or lines that begin with `user:` and `assistant:`. Both answers draw the
     same random numbers, so that they differ by the setting alone.
 
@@ -94,19 +94,14 @@ class SteeringLab(View):
     def __init__(
         self,
         lm: HookedLM,
-        suite: Mapping[str, Mapping[str, SAE]],
+        suite: ByVariant,
         prompt: str = "",
         index: FeatureIndex | None = None,
         hook_name: str | None = None,
         steering: Steering | None = None,
     ) -> None:
-        self.lm, self.index, self.suite = lm, index, suite
-        self.saes: dict[Key, SAE] = {
-            (v, name): sae for v, saes in suite.items() for name, sae in saes.items()
-        }
-        for sae in self.saes.values():
-            check_fit(lm, sae)
-        self.choices = list(self.saes)
+        self.lm, self.index, self.suite = lm, index, attached(lm, suite)
+        self.choices = self.suite.places()
         first = 0 if hook_name is None else self._number_of(hook_name)
         self._guard, self._number = threading.RLock(), 0
         self._now: _Try | None = None
@@ -114,7 +109,7 @@ class SteeringLab(View):
         self._thread: threading.Thread | None = None
         self._tries: list[dict[str, Any]] = []
         super().__init__(
-            sites=["/".join(key) for key in self.choices],
+            sites=[str(place) for place in self.choices],
             site=first,
             prompt=prompt,
             can_think=lm.has_thinking,
@@ -145,8 +140,8 @@ class SteeringLab(View):
         changes = []
         for control in settings["controls"]:
             if control["on"]:
-                variant, hook_name = self.choices[control["site"]]
-                check_features(self.saes[variant, hook_name], [control["feature"]])
+                variant, hook_name = place = self.choices[control["site"]]
+                check_features(self.suite.sae(place), [control["feature"]])
                 strength = float(control["strength"])
                 changes.append(
                     Change(
@@ -177,7 +172,10 @@ class SteeringLab(View):
         steering.edits(self.suite)
         self.controls = [
             self._control(
-                self.choices.index((c.variant, c.hook_name)), c.features[0], c.action, c.strength
+                self.choices.index(Place(c.variant, c.hook_name)),
+                c.features[0],
+                c.action,
+                c.strength,
             )
             for c in steering.changes
         ]
@@ -194,17 +192,16 @@ class SteeringLab(View):
         feature that is not there.
         """
         number = self.site if hook_name is None else self._number_of(hook_name)
-        check_features(self.saes[self.choices[number]], [feature])
+        check_features(self.suite.sae(self.choices[number]), [feature])
         self.controls = [*self.controls, self._control(number, feature, action, strength)]
 
     def _number_of(self, hook_name: str) -> int:
         """Of the first SAE at a site."""
-        for number, (_, name) in enumerate(self.choices):
-            if name == hook_name:
+        for number, place in enumerate(self.choices):
+            if place.hook_name == hook_name:
                 return number
         raise ValueError(
-            f"The suite has no SAE at {hook_name!r}; it has"
-            f" {', '.join('/'.join(k) for k in self.choices)}."
+            f"The suite has no SAE at {hook_name!r}; it has {', '.join(map(str, self.choices))}."
         )
 
     def _control(self, site: int, feature: int, action: str, strength: float) -> dict[str, Any]:
@@ -220,7 +217,8 @@ class SteeringLab(View):
 
     def _name(self, site: int, feature: int) -> str:
         """A feature's label, or its strongest token, where the index knows the SAE."""
-        return "" if self.index is None else self.index.name_of(self.choices[site], feature)
+        place = self.choices[site]
+        return "" if self.index is None else self.index.name_of(Feature(place, feature))
 
     # --- finding features
 
@@ -228,14 +226,13 @@ class SteeringLab(View):
         """Lists features of the searched site: by number, by words where there is an index, else by
         what fires on the prompt.
         """
-        key = self.choices[self.site]
-        sae, text = self.saes[key], text.strip()
+        place = self.choices[self.site]
+        sae, text = self.suite.sae(place), text.strip()
         if text.isdigit():
             check_features(sae, [int(text)])
             ids = [int(text)]
-        elif text and self.index is not None and key in self.index.keys:
-            variant, hook_name = key
-            ids = [int(i) for i in self.index.site(hook_name, variant).search(text).index[:FOUND]]
+        elif text and self.index is not None and place in self.index.places():
+            ids = [int(i) for i in self.index.at(place).search(text).index[:FOUND]]
         elif self.prompt.strip():
             with self.lm.lock.attempt() as entered:  # waiting here would keep Stop from being heard
                 if not entered:
@@ -256,12 +253,12 @@ class SteeringLab(View):
         """Features that fire on the prompt, by activation; where the index knows how rarely they
         fire, rare ones first.
         """
-        variant, hook_name = self.choices[self.site]
+        place = self.choices[self.site]
         row = self.lm.chat_tokens(read_chat(self.prompt), self._thinking)
-        (f,) = token_features(self.lm, self.saes[variant, hook_name], [row])
+        (f,) = token_features(self.lm, self.suite.sae(place), [row])
         weight = f.amax(0).cpu()
-        if self.index is not None and (variant, hook_name) in self.index.keys:
-            figures = self.index.site(hook_name, variant).figures
+        if self.index is not None and place in self.index.places():
+            figures = self.index.at(place).figures
             seen = torch.tensor(figures[["density", "max"]].to_numpy())
             weight = torch.where(
                 weight > 0,
@@ -439,7 +436,7 @@ class SteeringLab(View):
             self.send({"op": "answered"})
         elif op == "add":
             control = self._control(int(message["site"]), int(message["feature"]), "add", 0.0)
-            check_features(self.saes[self.choices[control["site"]]], [control["feature"]])
+            check_features(self.suite.sae(self.choices[control["site"]]), [control["feature"]])
             # the page adds it to the sliders as they are there
             self.send({"op": "added", "control": control})
         elif op == "keep":

@@ -11,12 +11,11 @@ import pandas as pd
 import torch
 import traitlets as T
 
-from qsae_kit.attach import check_fit, token_features
+from qsae_kit.attach import attached, token_features
 from qsae_kit.data.documents import ROLES, Document, tokenize_document
 from qsae_kit.features.index import FeatureIndex
-from qsae_kit.features.indexing import Key
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.sae import SAE
+from qsae_kit.sae.suites import ByVariant, Feature
 from qsae_kit.widgets.widget import View, source
 
 TOP, HEAT = 8, 16
@@ -41,8 +40,8 @@ def read_chat(text: str) -> Document:
 class TokenActivations(View):
     """The features of a chat's tokens, at any SAE of a suite, computed as one types.
 
-    suite: variant -> hook name -> SAE. index: shows its labels and strongest tokens beside the
-        features' numbers.
+    suite: the SAEs, moved to the model's device. index: shows its labels and strongest tokens
+        beside the features' numbers.
     Traits to observe: `text`, `site` (number of the SAE in `choices`) and `feature`, the one that
     tokens are shaded by (-1: the one with the largest activation).
     """
@@ -58,32 +57,27 @@ class TokenActivations(View):
     def __init__(
         self,
         lm: HookedLM,
-        suite: Mapping[str, Mapping[str, SAE]],
+        suite: ByVariant,
         text: str,
         index: FeatureIndex | None = None,
         hook_name: str | None = None,
         variant: str | None = None,
     ) -> None:
-        self.lm, self.index = lm, index
-        self.saes: dict[Key, SAE] = {
-            (v, name): sae for v, saes in suite.items() for name, sae in saes.items()
-        }
-        self.choices = list(self.saes)
-        for sae in self.saes.values():
-            check_fit(lm, sae)
+        self.lm, self.suite, self.index = lm, attached(lm, suite), index
+        self.choices = self.suite.places()
         fitting = [
-            i
-            for i, key in enumerate(self.choices)
-            if variant in (None, key[0]) and hook_name in (None, key[1])
+            number
+            for number, place in enumerate(self.choices)
+            if variant in (None, place.variant) and hook_name in (None, place.hook_name)
         ]
         if not fitting:
             raise ValueError(
                 f"The suite has no SAE of {hook_name or variant!r}; it has"
-                f" {', '.join('/'.join(k) for k in self.choices)}."
+                f" {', '.join(map(str, self.choices))}."
             )
         self._guard, self._asked = threading.RLock(), 0
         self._frame = pd.DataFrame()
-        super().__init__(sites=["/".join(key) for key in self.choices], site=fitting[0], text=text)
+        super().__init__(sites=[str(p) for p in self.choices], site=fitting[0], text=text)
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
         self._compute(0)
 
@@ -163,12 +157,13 @@ class TokenActivations(View):
         """
         document = read_chat(self.text) if self.lm.tokenizer.chat_template else self.text
         ids = tokenize_document(self.lm, document, self.lm.context_size)
-        (f,) = token_features(self.lm, self.saes[self.choices[self.site]], [ids])
+        (f,) = token_features(self.lm, self.suite.sae(self.choices[self.site]), [ids])
         return self.lm.to_str_tokens(ids), f.cpu()
 
     def name(self, feature: int) -> str:
         """A feature's label, or its strongest token, where the index knows the SAE."""
-        return "" if self.index is None else self.index.name_of(self.choices[self.site], feature)
+        place = self.choices[self.site]
+        return "" if self.index is None else self.index.name_of(Feature(place, feature))
 
     def to_frame(self) -> pd.DataFrame:
         """Activations of the heat map's features, a row a token."""

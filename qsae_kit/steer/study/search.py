@@ -117,12 +117,12 @@ def site_detectors(setting: Setting, plan: Plan) -> dict[str, FoundDetector]:
     last = max(map(lm.order_of, setting.hook_names))
     found: dict[str, FoundDetector] = {}
     best: FoundDetector | None = None
-    for name, sae in setting.suite[setting.variant].items():
+    for name in setting.suite[setting.variant]:
         if lm.order_of(name) > last:
             break
         one = find_detector(
             lm,
-            {setting.variant: {name: sae}},
+            setting.suite.only([setting.variant], [name]),
             selection[plan.target],
             rest,
             enable_thinking=setting.thinking,
