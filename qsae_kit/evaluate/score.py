@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from tqdm.auto import tqdm
 from qsae_kit.attach import check_fit
 from qsae_kit.data.documents import TokenBatch, held_out_batches, token_batches
 from qsae_kit.data.rows import LiveRows
-from qsae_kit.data.streams import documents_of
+from qsae_kit.data.streams import documents_of, read_by
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.figures.basic import reconstruction_figure
 from qsae_kit.figures.frontiers import baseline_figure, concept_figure, frontier_figure
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
@@ -103,6 +104,7 @@ def score_suite(
     *,
     baselines: bool = False,
     concepts: bool = False,
+    fresh: bool = False,
     bar: bool = True,
 ) -> Scores:
     """Evaluates a suite, with its baselines where wanted, on held-out tokens; writes tables (.csv,
@@ -110,15 +112,51 @@ def score_suite(
 
     Baselines are trained like the suite's first variant, on the documents that are not held out.
     concepts: which planted concepts of the bundled model are recovered, by the suite and by every
-    baseline; ValueError for another model.
+    baseline; ValueError for another model. fresh: an evaluation that is in the folder goes. Raises
+    ValueError where the folder holds another one and `fresh` is not given, and where it holds files
+    with these names that are of none.
     """
     if concepts and lm.model_name != "tiny":
         raise ValueError(
             f"The concepts of {lm.model_name!r} are not known; --concepts is for the bundled model,"
             " tiny."
         )
+    for saes in suite.values():
+        for sae in saes.values():
+            check_fit(lm, sae)  # before anything is trained
+    identity = {
+        **read_by(lm, data),
+        "tokens": tokens,
+        "saes": {
+            f"{variant}/{site}": sae.checksum()
+            for variant, saes in suite.items()
+            for site, sae in saes.items()
+        },
+        "baselines": baselines,
+        "concepts": concepts,
+    }
+    names = [*_table("evaluation"), "evaluation.html"]
+    if baselines:
+        names += ["baselines.html", *_table("seeds")]
+    if concepts:
+        names += [name for told in PLANTED.values() for name in _table(told)] + ["concepts.html"]
     with only_writer(out):
-        return _score_suite(lm, suite, data, tokens, out, baselines, concepts, bar)
+        run = Run(out, identity, names, name=EVALUATION, what="evaluation", fresh=fresh)
+        run.begin()
+        run.again("evaluate")
+        scores = _score_suite(lm, suite, data, tokens, out, baselines, concepts, bar)
+        run.done("evaluate", names)
+    return scores
+
+
+EVALUATION, SWEEP = "evaluation.run.json", "sweep.run.json"
+"""The records of an evaluation and of a sweep in their folders."""
+PLANTED = {"concepts": "concepts", "summary": "concept_summary", "interchange": "interchange"}
+"""The tables of `Scores` about planted concepts, and their files."""
+
+
+def _table(name: str) -> list[str]:
+    return [f"{name}{suffix}" for suffix in SUFFIXES]
 
 
 def _score_suite(
@@ -131,9 +169,6 @@ def _score_suite(
     concepts: bool,
     bar: bool,
 ) -> Scores:
-    for saes in suite.values():
-        for sae in saes.values():
-            check_fit(lm, sae)  # before anything is trained
     held_out, training = documents_of(lm, data)
     everything: dict[str, dict[str, SAE]] = {variant: dict(saes) for variant, saes in suite.items()}
     if baselines:
@@ -175,8 +210,8 @@ def score_planted(
     )
     scores.summary = summarise(scores.concepts)
     scores.interchange = interchange_table(lm, scores.concepts, everything[variant], variant)
-    for name in ("concepts", "summary", "interchange"):
-        save_tables(getattr(scores, name), out / ("concept_summary" if name == "summary" else name))
+    for name, told in PLANTED.items():
+        save_tables(getattr(scores, name), out / told)
     _save_figure(concept_figure(judge(scores.concepts)), out / "concepts.html")
 
 
@@ -242,13 +277,17 @@ def recipe_of(saes: Mapping[str, SAE]) -> TrainConfig:
     )
 
 
+SUFFIXES = (".csv", ".parquet")
+"""Of a table's files."""
+
+
 def _share(batches: Sequence[TokenBatch], share: float) -> int:
     return max(1, round(share * len(batches)))
 
 
 def save_tables(table: pd.DataFrame, path: Path) -> None:
     """A DataFrame as <path>.csv and <path>.parquet, each whole or not at all."""
-    for suffix in (".csv", ".parquet"):
+    for suffix in SUFFIXES:
         write_table(table, path.with_suffix(suffix))
 
 
@@ -266,7 +305,7 @@ def sweep(
     tokens: int,
     out: Path,
     *,
-    resume: bool = False,
+    fresh: bool = False,
     bar: bool = True,
 ) -> pd.DataFrame:
     """Trains every L0 at every width from one stream, evaluates them, and writes sweep.csv,
@@ -275,10 +314,27 @@ def sweep(
     lengths: numbers of training tokens, each a run of its own in tokens_<n>/ (a decayed learning
         rate has no useful middle).
     tokens: held-out ones. The table is `evaluate_suite`'s with the columns expansion and target,
-    and effective_rank. Raises ValueError while another process writes there.
+    and effective_rank. A sweep that was cut off goes on; fresh: it starts anew. Raises ValueError
+    where the folder holds another one and `fresh` is not given, or files with these names that are
+    of none, and while another process writes there.
     """
+    identity = {
+        **read_by(lm, data),
+        "sites": list(sites),
+        "recipe": asdict(config),
+        "l0s": list(l0s),
+        "expansions": list(expansions),
+        "lengths": list(lengths),
+        "tokens": tokens,
+    }
+    names = [*_table("sweep"), "sweep.html"]
     with only_writer(out):
-        return _sweep(lm, data, sites, config, l0s, expansions, lengths, tokens, out, resume, bar)
+        run = Run(out, identity, names, name=SWEEP, what="sweep", fresh=fresh)
+        run.begin()
+        run.again("sweep")
+        table = _sweep(lm, data, sites, config, l0s, expansions, lengths, tokens, out, fresh, bar)
+        run.done("sweep", names)
+    return table
 
 
 def _sweep(
@@ -291,7 +347,7 @@ def _sweep(
     lengths: Sequence[int],
     tokens: int,
     out: Path,
-    resume: bool,
+    fresh: bool,
     bar: bool,
 ) -> pd.DataFrame:
     recipes = [replace(config, sparsity=l0, expansion=x) for x in expansions for l0 in l0s]
@@ -299,7 +355,7 @@ def _sweep(
     tables = []
     for n in lengths:
         some = [replace(recipe, tokens=n) for recipe in recipes]
-        suite = fit_live(lm, data, sites, some, out / f"tokens_{n}", resume=resume, bar=bar).suite
+        suite = fit_live(lm, data, sites, some, out / f"tokens_{n}", fresh=fresh, bar=bar).suite
         own = evaluate_suite(lm, suite, batches, _share(batches, SPLICED_SHARE), bar)
         # asked for: sites skip different numbers of rows
         tables.append(own.assign(trained_tokens=n))

@@ -26,6 +26,7 @@ from qsae_kit.attach import check_fit
 from qsae_kit.data.facts import facts_of, plain_texts
 from qsae_kit.data.prompts import STOCK_REFUSALS
 from qsae_kit.io.journal import Journal
+from qsae_kit.io.runs import plain
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.answering import (
     Asked,
@@ -230,6 +231,17 @@ class Chosen(NamedTuple):
         )
 
 
+STUDY_FILES = tuple(
+    (
+        "study.csv candidates.csv selection.csv examples.csv prompts.json study.json steering.json "
+        "dose.html controls.html report.html"
+    ).split()
+)
+"""What `steer.report.write_study` writes."""
+JOURNAL = "journal.jsonl"
+"""The record of a study in its folder, with every step."""
+
+
 class StudyResult(NamedTuple):
     """A finished study."""
 
@@ -255,6 +267,8 @@ class StudyResult(NamedTuple):
     verdict: str
     prompts: dict[str, dict[str, list[str]]]
     """The selection and the evaluation prompts by kind."""
+    identity: Mapping[str, Any]
+    """What tells the study from others: model, weights, SAEs, configuration, prompts."""
 
 
 class _Lab:
@@ -439,6 +453,7 @@ def steering_study(
     hook_names: Sequence[str] = (),
     variant: str = "",
     folder: Path | None = None,
+    fresh: bool = False,
     bar: bool = True,
 ) -> StudyResult:
     """The whole study: features, site and strength on selection prompts, figures and controls on
@@ -448,9 +463,10 @@ def steering_study(
         frozen_soft_decoder are controls at the
     same site. behaviour: refusal by default. hook_names, variant: where to choose from
     (`steered_sites`). folder: every step is written there, and a study that was cut off goes on
-    (`journal.jsonl`); the same seed gives the same digits. Raises ValueError for prompts that are
-    missing, empty, in both sets or all of one kind, for sites that are not there, and while another
-    process writes to the folder.
+    (`journal.jsonl`); the same seed gives the same digits. fresh: a study that is there goes, with
+    its `STUDY_FILES`. Raises ValueError for prompts that are missing, empty, in both sets or all of
+    one kind, for sites that are not there, where the folder holds another study (unless `fresh` is
+    given) or files with a study's names that are of none, and while another process writes to it.
     """
     behaviour = behaviour or refusal()
     check_prompts(behaviour, config.target, selection, evaluation)
@@ -473,8 +489,9 @@ def steering_study(
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
     }
     with only_writer(folder):
-        journal = Journal(folder and folder / "journal.jsonl", about)
-        return _Study(lm, suite, prompts, behaviour, config, variant, names, journal, bar).run()
+        journal = Journal(folder and folder / JOURNAL, about, STUDY_FILES, fresh)
+        study = _Study(lm, suite, prompts, behaviour, config, variant, names, journal, bar)
+        return study.run()._replace(identity=plain(about))
 
 
 class _Study:
@@ -1147,6 +1164,7 @@ class _Study:
             headline,
             verdict(headline),
             self.prompts,
+            {},
         )
 
     def _about(self, chosen: Chosen) -> dict[str, Any]:
