@@ -109,9 +109,9 @@ def suites_model():
 CASES = {
     "train": Case(
         "train --layers 2 --sites resid,mlp --expansion 4 --batch 256 --pool 4096 --tokens 40000"
-        " --resume --out {out}"
+        " --out {out}"
     ),
-    "features": Case("features --suite {suite} --tokens 30000 --resume --out {out}"),
+    "features": Case("features --suite {suite} --tokens 30000 --out {out}"),
     "steer": Case(
         "steer --suite {suite} --quick --n-selection 6 --n-evaluation 6 --n-random 2"
         " --max-new-tokens 24 --features 2 --out {out}"

@@ -165,7 +165,9 @@ def test_the_journal_goes_on_after_a_cut_line(tmp_path):
         {"key": "a", "value": [0.1, [1, 2]]},
         {"key": "b", "value": 3},
     ]
-    with pytest.raises(ValueError, match=r"is of another run \(run differ\)"):
+    with pytest.raises(
+        ValueError, match=r"is of another run: run is 2 now and was 1 there; give the same"
+    ):
         Journal(path, {"run": 2})
     assert Journal(None, {}).get("a", lambda: 1) == 1
 

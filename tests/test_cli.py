@@ -297,9 +297,9 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == set(
-        ("suite evaluation.csv steering.csv suppress induce report.html").split()
+        ("suite evaluation.csv steering.csv suppress induce report.html demo.run.json").split()
     )
-    assert {p.name for p in (out / "suppress").iterdir()} == STUDY_FILES
+    assert {p.name for p in (out / "suppress").iterdir()} == {*STUDY_FILES, "journal.jsonl"}
     suite = load_suite(out / "suite")
     assert {v: list(s) for v, s in suite.items()} == {
         v: ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]

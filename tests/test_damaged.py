@@ -19,7 +19,7 @@ from qsae_kit.data.rows import StoredRows
 from qsae_kit.features import indexing as builds
 from qsae_kit.features.index import FeatureIndex
 from qsae_kit.features.indexing import EXAMPLES, FEATURES, IndexConfig, read_manifest
-from qsae_kit.io.checkpoints import LOG, STATE, Checkpoints, delete_checkpoint
+from qsae_kit.io.checkpoints import LOG, STATE, Checkpoints, delete_checkpoint, delete_checkpoints
 from qsae_kit.io.journal import Journal
 from qsae_kit.pipelines.card import published
 from qsae_kit.pipelines.suite import RECORD, Record, read_plan
@@ -245,6 +245,7 @@ def test_a_rebuilt_index_leaves_what_is_not_its_own(lm, index):
         dialogues,
         index,
         IndexConfig(tokens=2000),
+        fresh=True,
         bar=False,
     )
     assert [(index / name).read_text() for name in mine] == ["mine"] * len(mine)
@@ -257,14 +258,14 @@ def test_a_rebuilt_index_leaves_what_is_not_its_own(lm, index):
 CONFIG = TrainConfig("topk", sparsity=2, expansion=2, tokens=512, batch=128, pool=256)
 
 
-def run(folder, resume=True):
+def run(folder, fresh=False):
     rows = torch.randn(512, 8, generator=torch.Generator().manual_seed(1))
     return train_saes(
         StoredRows({SITE: rows}, 0, 1.0),
         [CONFIG],
         model_name="tiny",
         folder=folder,
-        resume=resume,
+        fresh=fresh,
         bar=False,
     )
 
@@ -334,15 +335,24 @@ def test_a_checkpoint_with_others_files_and_names(tmp_path):
 )
 def test_a_train_jsonl_of_the_user_s_stays(tmp_path, data):
     (tmp_path / LOG).write_bytes(data)
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match="is of no training, and would be written over"):
+            run(tmp_path, fresh)
+        assert content(tmp_path) == {tmp_path / LOG: data}
+    (tmp_path / LOG).unlink()
+    run(tmp_path)
+    (tmp_path / LOG).write_bytes(data)
     with pytest.raises(ValueError, match="is no log of a training, and would be written over"):
-        run(tmp_path, resume=False)
-    assert content(tmp_path) == {tmp_path / LOG: data}
+        run(tmp_path)
+    assert (tmp_path / LOG).read_bytes() == data
 
 
 @pytest.mark.parametrize("cut", [b'{"gr', b'{"group": 0, "rows": 128, "secon', b"{"])
 def test_a_line_of_the_log_that_was_cut_off(tmp_path, cut):
+    run(tmp_path)
+    delete_checkpoints(tmp_path)  # as if it had been killed before its first one
     (tmp_path / LOG).write_bytes(cut)
-    run(tmp_path, resume=False)
+    run(tmp_path)
     assert (tmp_path / LOG).read_bytes().startswith(b'{"group": 0')
 
 
@@ -389,7 +399,7 @@ def test_a_suite_s_manifest_and_plan_that_are_none(tmp_path, text):
         ("plan.json", lambda: read_plan(tmp_path / "plan.json")),
     ):
         (tmp_path / name).write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match=r"no manifest|no plan|is not JSON") as error:
+        with pytest.raises(ValueError, match=r"no record|no plan|is not JSON") as error:
             reads()
         one_sentence(error)
         assert (tmp_path / name).read_text(encoding="utf-8") == text
@@ -416,7 +426,7 @@ def test_names_in_a_suite_s_manifest(tmp_path, name):
     (out / "notes.md").write_text("mine")
     record = {"run": {"model": "tiny"}, "stages": {"data": {name: {"bytes": 4, "sha256": "x"}}}}
     (out / RECORD).write_text(json.dumps(record))
-    with pytest.raises(ValueError, match=r"no manifest of a suite|has the name") as error:
+    with pytest.raises(ValueError, match=r"no record of a suite|has the name") as error:
         Record(out, {"model": "tiny"})
     one_sentence(error)
     assert (tmp_path / "victim.txt").read_text() == (out / "notes.md").read_text() == "mine"
@@ -522,9 +532,7 @@ def test_a_build_goes_on_as_it_was_planned_whatever_is_free_then(lm, tmp_path, m
     monkeypatch.setattr(builds, "site_activations", cut)
     with pytest.raises(RuntimeError, match="cut off"):
         build_index(lm, saes, dialogues, tmp_path / "i", config, memory=1, bar=False)
-    out = build_index(
-        lm, saes, dialogues, tmp_path / "i", config, memory=10**10, resume=True, bar=False
-    )
+    out = build_index(lm, saes, dialogues, tmp_path / "i", config, memory=10**10, bar=False)
     index = load_index(out)
     assert [index.site(SITE, variant).d_sae for variant in "abc"] == [16] * 3
 
@@ -535,7 +543,7 @@ def test_killed_at_its_very_last_step_a_build_is_done(lm, index, monkeypatch):
     for name in ("index.json",):
         (work / name).write_bytes((index / name).read_bytes())
     before = content(index / "tables")
-    assert builds._put_in_place(index)
+    builds._put_in_place(index)
     assert not work.exists()
     assert content(index / "tables") == before
 
@@ -546,6 +554,12 @@ def test_what_is_said_where_an_index_cannot_be_built_in_another_s_place(lm, inde
     sae = TopKSAE(lm.d_model, 16, 2, Provenance(lm.model_name, SITE, NormFilter(10.0)))
     with pytest.raises(ValueError, match="nothing is built: give another folder"):
         build_index(
-            lm, {"other": {SITE: sae}}, dialogues, index, IndexConfig(tokens=2000), bar=False
+            lm,
+            {"other": {SITE: sae}},
+            dialogues,
+            index,
+            IndexConfig(tokens=2000),
+            fresh=True,
+            bar=False,
         )
     assert (index / "index.json").read_text() == text

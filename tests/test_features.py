@@ -487,7 +487,11 @@ def test_groups_give_the_same(lm, suite, built, tmp_path, capsys):
     out = build_index(lm, suite, dialogues, tmp_path, CONFIG, data="the world", memory=1, bar=False)
     assert "in 2 groups" in capsys.readouterr().out
     assert tables(out) == tables(built)
-    out = build_index(lm, {"topk": suite["topk"]}, dialogues, tmp_path, CONFIG, bar=False)
+    one = {"topk": suite["topk"]}
+    with pytest.raises(ValueError, match=r"another feature index: suite.* \(--fresh"):
+        build_index(lm, one, dialogues, tmp_path, CONFIG, data="the world", bar=False)
+    assert tables(out) == tables(built)
+    out = build_index(lm, one, dialogues, tmp_path, CONFIG, fresh=True, bar=False)
     assert load_index(out).places() == [("topk", SITES[1])]
     assert sorted(p.name for p in out.iterdir()) == [
         "documents.parquet",
@@ -516,8 +520,8 @@ def test_a_build_that_is_cut_off_goes_on(lm, suite, built, tmp_path, monkeypatch
         )
     with pytest.raises(ValueError, match="holds no feature index"):
         load_index(tmp_path)
-    with pytest.raises(ValueError, match="another data"):
-        build_index(lm, suite, dialogues, tmp_path, CONFIG, data="others", resume=True, bar=False)
+    with pytest.raises(ValueError, match='data is "others" now and was "the world" there'):
+        build_index(lm, suite, dialogues, tmp_path, CONFIG, data="others", bar=False)
     with pytest.raises(ValueError, match="looked at other dialogues"):
         build_index(
             lm,
@@ -526,7 +530,6 @@ def test_a_build_that_is_cut_off_goes_on(lm, suite, built, tmp_path, monkeypatch
             tmp_path,
             CONFIG,
             data="the world",
-            resume=True,
             memory=memory,
             bar=False,
         )
@@ -538,7 +541,6 @@ def test_a_build_that_is_cut_off_goes_on(lm, suite, built, tmp_path, monkeypatch
         tmp_path,
         CONFIG,
         data="the world",
-        resume=True,
         memory=memory,
         bar=False,
     )

@@ -222,11 +222,12 @@ def test_the_site_is_named_once(tmp_path):
 def test_going_on_with_other_data_or_a_longer_run(tmp_path, acts):
     assert stored(tmp_path, acts).exit_code == 0
     save_file({"acts": rows() * 2}, tmp_path / "other.safetensors")
-    assert "another data" in str(
-        stored(tmp_path, tmp_path / "other.safetensors", "--resume").exception
-    )
-    assert "another recipe" in str(stored(tmp_path, acts, "--resume", "--tokens", "9600").exception)
-    assert "holds a run already" in str(stored(tmp_path, acts).exception)
+    other = tmp_path / "other.safetensors"
+    assert "another training: data is" in str(stored(tmp_path, other).exception)
+    longer = ("--tokens", "9600")
+    assert "training: recipe.0.tokens is 9600 now" in str(stored(tmp_path, acts, *longer).exception)
+    assert stored(tmp_path, acts).exit_code == 0  # it is done, and stays
+    assert stored(tmp_path, other, "--fresh").exit_code == 0
 
 
 WRONG = [

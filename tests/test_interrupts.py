@@ -69,7 +69,6 @@ def test_an_interrupted_command_says_so_with_its_exit_code(tmp_path, monkeypatch
         "256",
         "--out",
         str(tmp_path),
-        "--resume",
     ]
     done = CliRunner().invoke(app, [*words, "--json"])
     assert done.exit_code == INTERRUPTED == 130
@@ -80,15 +79,11 @@ def test_an_interrupted_command_says_so_with_its_exit_code(tmp_path, monkeypatch
     assert "Stopped" not in done.output
 
 
-def test_resume_may_always_be_given(lm, tmp_path):
-    first = train_saes(
-        source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False
-    )
+def test_a_run_goes_on_by_itself(lm, tmp_path):
+    first = train_saes(source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", bar=False)
     second = train_saes(source(lm), [CONFIG], model_name="tiny", bar=False)
     assert torch.equal(first[CONFIG.variant][SITE].W_dec, second[CONFIG.variant][SITE].W_dec)
-    again = train_saes(
-        source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False
-    )
+    again = train_saes(source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", bar=False)
     assert torch.equal(first[CONFIG.variant][SITE].W_dec, again[CONFIG.variant][SITE].W_dec)
 
 
@@ -102,9 +97,7 @@ def test_sigterm_leaves_a_checkpoint_and_ends_the_process(lm, tmp_path, one_thre
     assert forked(work, None, tmp_path / "said") == TERMINATED
     assert [p.name for p in (tmp_path / "a").glob("checkpoint-*")] == ["checkpoint-0-1024"]
     assert not list((tmp_path / "a").glob(".qsae-*"))
-    stopped = train_saes(
-        source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", resume=True, bar=False
-    )
+    stopped = train_saes(source(lm), [CONFIG], model_name="tiny", folder=tmp_path / "a", bar=False)
     whole = train_saes(source(lm), [CONFIG], model_name="tiny", bar=False)
     assert torch.equal(stopped[CONFIG.variant][SITE].W_dec, whole[CONFIG.variant][SITE].W_dec)
 
@@ -166,7 +159,6 @@ def test_a_real_command_under_sigterm(tmp_path):
         "2000000",
         "--out",
         str(tmp_path / "out"),
-        "--resume",
     ]
     run = subprocess.Popen([sys.executable, "-m", "qsae_kit.cli", *words], stderr=subprocess.PIPE)
     until = time.monotonic() + 120

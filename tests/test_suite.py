@@ -24,6 +24,7 @@ from huggingface_hub.utils._paths import DEFAULT_IGNORE_PATTERNS
 
 from qsae_kit import load_index, load_model
 from qsae_kit.cli.app import main
+from qsae_kit.io.runs import Run
 from qsae_kit.pipelines import card, suite
 from qsae_kit.pipelines.card import plain, push
 from qsae_kit.pipelines.suite import (
@@ -163,9 +164,9 @@ def test_a_stage_that_is_done_is_never_made_again_by_itself(made, lm, tmp_path, 
     make_suite(lm, out, CONFIG, bar=False)  # nothing that is left to do needs it
     assert ran == []
     assert table.read_bytes() == before
-    with pytest.raises(ValueError, match="another dtype; give the same"):
+    with pytest.raises(ValueError, match=r'another suite: dtype is "torch\.bfloat16" now'):
         make_suite(load_model("tiny", "bfloat16"), out, CONFIG, bar=False)
-    with pytest.raises(ValueError, match="another budget and baseline_sites"):
+    with pytest.raises(ValueError, match='another suite: budget is "60k" now'):
         make_suite(lm, out, SuiteConfig("60k", "resid", "2,3", baseline_sites=0), bar=False)
 
 
@@ -247,7 +248,7 @@ def test_cut_off_while_room_is_made_nothing_is_built_upon_what_is_gone(
 ):
     out = copied(made, tmp_path)
     (out / "data" / "documents.jsonl").write_text("changed")
-    calls, inner = [], Record.write
+    calls, inner = [], Run.write
 
     def write(self):
         calls.append(self)
@@ -255,10 +256,10 @@ def test_cut_off_while_room_is_made_nothing_is_built_upon_what_is_gone(
             raise OSError(5, "I/O error")
         inner(self)
 
-    monkeypatch.setattr(Record, "write", write)
+    monkeypatch.setattr(Run, "write", write)
     with contextlib.suppress(OSError):
         make_suite(lm, out, CONFIG, remake=True, bar=False)
-    monkeypatch.setattr(Record, "write", inner)
+    monkeypatch.setattr(Run, "write", inner)
     done = json.loads((out / "manifest.json").read_text())["stages"]
     assert list(done) == list(STAGES[: len(done)])  # never a later stage without those before it
 
@@ -662,7 +663,7 @@ def test_a_readme_of_the_user_s_stays(lm, tmp_path):
 
 def test_a_record_of_another_suite(tmp_path):
     Record(tmp_path, {"model": "tiny", "budget": "1M"}).write()
-    with pytest.raises(ValueError, match="another budget; give the same, or another folder"):
+    with pytest.raises(ValueError, match='budget is "2M" now and was "1M" there; give'):
         Record(tmp_path, {"model": "tiny", "budget": "2M"})
 
 

@@ -212,7 +212,7 @@ def test_every_kind_of_state_is_kept(tmp_path, config):
     options = {"model_name": "t", "bar": False, "checkpoint_seconds": 0.0, "folder": tmp_path}
     with pytest.raises(Stop):
         train_saes(source(), [config], watch=[die], **options)
-    assert_same(weights(train_saes(source(), [config], resume=True, **options)), weights(whole))
+    assert_same(weights(train_saes(source(), [config], **options)), weights(whole))
 
 
 def test_the_default_recipe_says_what_it_takes():
@@ -278,15 +278,14 @@ def test_a_run_that_died_goes_on_to_the_same_bits(tmp_path, n_groups):
                     source(),
                     VARIANTS,
                     watch=[die],
-                    resume=any(folder.glob("checkpoint-*")),
                     **options,
                 )
             calls = 0
-        resumed = train_saes(source(), VARIANTS, resume=any(folder.glob("checkpoint-*")), **options)
+        resumed = train_saes(source(), VARIANTS, **options)
         assert_same(weights(resumed), weights(whole))
         assert_same(weights(load_suite(folder / "suite")), weights(whole))
         # nothing left to do
-        assert_same(weights(train_saes(source(), VARIANTS, resume=True, **options)), weights(whole))
+        assert_same(weights(train_saes(source(), VARIANTS, **options)), weights(whole))
         lines = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
         assert lines[-1]["rows"] == 11_776
         places = [(line["group"], line["rows"]) for line in lines]
@@ -311,9 +310,7 @@ def test_an_interrupt_leaves_valid_saes_and_a_checkpoint(tmp_path):
     assert half[VARIANTS[0].variant]["blocks.0.hook_mlp_out"].provenance.tokens == 5120
     assert_same(weights(load_suite(tmp_path / "suite")), weights(half))
     assert_same(
-        weights(
-            train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path, resume=True)
-        ),
+        weights(train_saes(source(), VARIANTS, model_name="t", bar=False, folder=tmp_path)),
         weights(whole),
     )
 
@@ -321,12 +318,39 @@ def test_an_interrupt_leaves_valid_saes_and_a_checkpoint(tmp_path):
 def test_another_run_is_not_written_over(tmp_path):
     options = {"model_name": "t", "bar": False, "folder": tmp_path}
     train_saes(source(), VARIANTS, **options)
-    with pytest.raises(ValueError, match="holds a run already"):
-        train_saes(source(), VARIANTS, **options)
-    with pytest.raises(ValueError, match="another recipe"):
-        train_saes(source(), VARIANTS[:1], resume=True, **options)
-    with pytest.raises(ValueError, match="without a folder"):
-        train_saes(source(), VARIANTS, model_name="t", bar=False, resume=True)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(ValueError, match=r"another training: recipe.1 is absent now.* \(--fresh"):
+        train_saes(source(), VARIANTS[:1], **options)
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+def test_started_anew_a_run_takes_its_own_files_away_and_no_others(tmp_path):
+    options = {"model_name": "t", "bar": False, "folder": tmp_path}
+    train_saes(source(), VARIANTS, **options)
+    [gone] = {config.variant for config in VARIANTS[1:2]}
+    mine = tmp_path / "suite" / gone / "notes.md"
+    mine.write_text("mine")
+    train_saes(source(), VARIANTS[:1], fresh=True, **options)
+    assert mine.read_text() == "mine"
+    kept = {p.parent.parent.name for p in tmp_path.glob("suite/*/*/cfg.json")}
+    assert kept == {VARIANTS[0].variant}
+    [changed, *_] = tmp_path.glob("suite/*/*/cfg.json")
+    changed.write_text(changed.read_text() + " ")
+    with pytest.raises(ValueError, match="was changed since it was made, so it stays"):
+        train_saes(source(), VARIANTS, fresh=True, **options)
+    assert list(tmp_path.glob("checkpoint-*"))
+
+
+def test_saes_without_a_record_are_not_written_over(tmp_path):
+    options = {"model_name": "t", "bar": False, "folder": tmp_path}
+    [site, *_] = source().sites
+    own = tmp_path / "suite" / VARIANTS[0].variant / site / "cfg.json"
+    own.parent.mkdir(parents=True)
+    own.write_text("mine")
+    for fresh in (False, True):
+        with pytest.raises(ValueError, match="is of no training, and would be written over"):
+            train_saes(source(), VARIANTS, fresh=fresh, **options)
+    assert [p.read_text() for p in tmp_path.rglob("*") if p.is_file()] == ["mine"]
 
 
 def test_rows_that_are_not_finite_are_skipped_and_counted():
@@ -433,30 +457,27 @@ from qsae_kit.train.run import train_saes
 sys.path.insert(0, sys.argv[1])
 from test_train import VARIANTS, assert_same, source, weights
 
-def run(folder, resume):  # in a child, so that it can be killed
+def run(folder):  # in a child, so that it can be killed
     pid = os.fork()
     if pid == 0:
         torch.set_num_threads(1)
         suite = train_saes(
-            source(), VARIANTS, model_name="t", bar=False, folder=folder, resume=resume,
+            source(), VARIANTS, model_name="t", bar=False, folder=folder,
             checkpoint_seconds=0.0, memory=int(sys.argv[3])
         )
         torch.save(weights(suite), folder.with_suffix(".pt"))
         os._exit(0)
     return pid
 
-def started(folder):
-    return any(folder.glob("checkpoint-*/state.json"))
-
 rng = random.Random(0)
 folder = Path(sys.argv[2])
 began = time.time()
-assert os.waitpid(run(folder / "whole", False), 0)[1] == 0
+assert os.waitpid(run(folder / "whole"), 0)[1] == 0
 whole = time.time() - began
 kills = restarts = 0
 while kills < 20:
     target = folder / f"killed{restarts}"
-    pid = run(target, started(target))
+    pid = run(target)
     deadline = time.time() + rng.random() * whole * 0.4
     while time.time() < deadline and not os.waitpid(pid, os.WNOHANG)[0]:
         time.sleep(0.002)
@@ -467,7 +488,7 @@ while kills < 20:
     os.waitpid(pid, 0)
     kills += 1
 if not target.with_suffix(".pt").exists():
-    assert os.waitpid(run(target, started(target)), 0)[1] == 0
+    assert os.waitpid(run(target), 0)[1] == 0
 ends = [torch.load(path, weights_only=True) for path in folder.glob("*.pt")]
 assert len(ends) >= 2
 for end in ends:

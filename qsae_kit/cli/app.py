@@ -41,6 +41,7 @@ Variants = Annotated[
     list[str] | None,
     typer.Option("--variant", help="Only this variant of the suite; may be given again."),
 ]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew: a run that --out holds goes.")]
 
 
 LIKELY_WIDTH = 1024
@@ -68,6 +69,7 @@ def demo(
         typer.Option(help="Chats to train on: a .jsonl or .txt file, or a data set's id."),
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on.")] = None,
+    fresh: Fresh = False,
 ) -> None:
     """Train SAEs, evaluate them per layer and site, and steer refusal both ways."""
     import pandas as pd
@@ -85,7 +87,7 @@ def demo(
         config = replace(
             config, variants=tuple(replace(variant, tokens=tokens) for variant in config.variants)
         )
-    result = run_demo(lm, out, config, data)
+    result = run_demo(lm, out, config, data, fresh=fresh)
     with pd.option_context(
         "display.width", 250, "display.max_columns", 30, "display.max_rows", 100
     ):
@@ -225,7 +227,7 @@ def train(
     out: Annotated[
         Path, typer.Option(help="Folder for suite/, train.jsonl and checkpoints.")
     ] = Path("runs/train"),
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    fresh: Fresh = False,
     option: Annotated[
         list[str] | None,
         typer.Option(help='Of the architecture, such as "sparsity_loss=step"; may be given again.'),
@@ -333,19 +335,19 @@ def train(
     watchers = [WATCHERS[watch](out / watch)] if watch is not None else []
     if file is not None:
         result = fit.fit_stored(
-            file, site, config, out, resume=resume, curve=curve, watch=watchers, bar=not json_
+            file, site, config, out, fresh=fresh, curve=curve, watch=watchers, bar=not json_
         )
     else:
         assert lm is not None
         result = fit.fit_live(
-            lm, data, hook_names, configs, out, resume=resume, watch=watchers, bar=not json_
+            lm, data, hook_names, configs, out, fresh=fresh, watch=watchers, bar=not json_
         )
     if json_:
         typer.echo(json.dumps(result.figures | {"complete": result.complete}))
     else:
         _say_trained(result, file is not None, out)
     if not result.complete:
-        say(f"Stopped before the end; the same command with --resume goes on (--out {out}).")
+        say(f"Stopped before the end; the same command goes on (--out {out}).")
         raise typer.Exit(INTERRUPTED)
 
 
@@ -396,6 +398,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the tables and figures.")] = Path(
         "runs/eval"
     ),
+    fresh: Fresh = False,
     acts: Annotated[
         Path | None, typer.Option(help="Instead: stored activations, acts [row, d_model].")
     ] = None,
@@ -454,7 +457,14 @@ def evaluate(
         to_beat = attached(lm, to_beat, lambda: documents_of(lm, data)[1]())
     trained = attached(lm, trained, lambda: documents_of(lm, data)[1]())
     scores = score_suite(
-        lm, trained, data, tokens or 20_000, out, baselines=to_beat, concepts=concepts
+        lm,
+        trained,
+        data,
+        tokens or 20_000,
+        out,
+        baselines=to_beat,
+        concepts=concepts,
+        fresh=fresh,
     )
     table = scores.evaluation
     shown = "assistant" if (table["category"] == "assistant").any() else "all"
@@ -576,7 +586,7 @@ def sweep(
     out: Annotated[
         Path, typer.Option(help="Folder for tokens_N/suite/, sweep.csv, .parquet and .html.")
     ] = Path("runs/sweep"),
-    resume: Annotated[bool, typer.Option(help="Go on with the run in --out.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Train several sparsities and widths from one stream, and plot sparsity against fidelity."""
     from qsae_kit.lm.hooked import load_model
@@ -598,7 +608,7 @@ def sweep(
         tokens=max(lengths),
         batch=batch,
     )
-    table = run_sweep(lm, data, names, config, l0s, widths, lengths, held_out, out, resume=resume)
+    table = run_sweep(lm, data, names, config, l0s, widths, lengths, held_out, out, fresh=fresh)
     columns = (
         "site expansion trained_tokens target l0 fvu delta_ce dead effective_rank tokens"
     ).split()
@@ -625,7 +635,7 @@ def features(
         int, typer.Option(help="Firing tokens drawn at random of each feature.", min=1)
     ] = 24,
     out: Annotated[Path, typer.Option(help="Folder of the index.")] = Path("runs/features"),
-    resume: Annotated[bool, typer.Option(help="Go on with the build in --out.")] = False,
+    fresh: Fresh = False,
 ) -> None:
     """Index what every feature of a suite does: densities, examples, promoted tokens,
     neighbours.
@@ -642,7 +652,7 @@ def features(
     lm = load_model(model, dtype)
     trained = attached(lm, trained, stream_of(lm, data))
     config = IndexConfig(tokens=tokens, top=top, sampled=sampled)
-    build_index(lm, trained, stream_of(lm, data), out, config, data=named(data), resume=resume)
+    build_index(lm, trained, stream_of(lm, data), out, config, data=named(data), fresh=fresh)
     index = load_index(out)
     seen = index.manifest["tokens"]
     for place in index.places():
@@ -758,6 +768,7 @@ def steer(
     out: Annotated[
         Path, typer.Option(help="Folder for study.csv, study.json, steering.json and report.html.")
     ] = Path("runs/steer"),
+    fresh: Fresh = False,
 ) -> None:
     """Choose features that steer a behaviour, and measure them with their price and controls. A
     cut-off study goes on.
@@ -845,6 +856,7 @@ def steer(
         guard_dtype=dtype,
         draws=seeds,
         on_study=say,
+        fresh=fresh,
     )
     if result.drawn is not None:
         typer.echo(
@@ -936,6 +948,7 @@ def suite(
     seed: int = 0,
     out: Annotated[Path, typer.Option(help="Folder of the suite.")] = Path("runs/suite"),
     plan: Annotated[bool, typer.Option("--plan", help="Print the plan, and make nothing.")] = False,
+    fresh: Fresh = False,
     remake: Annotated[
         bool,
         typer.Option(
@@ -994,7 +1007,7 @@ def suite(
     if plan:
         typer.echo(said_plan(make_plan(lm, config, out, taken)))
         return
-    make_suite(lm, out, config, memory=taken, folder=data_folder, remake=remake)
+    make_suite(lm, out, config, memory=taken, folder=data_folder, remake=remake, fresh=fresh)
     typer.echo(
         f"The suite: {out}; its card: {out / 'README.md'}; what is in it: {out / 'manifest.json'}"
     )

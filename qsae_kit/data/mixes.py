@@ -5,7 +5,6 @@ A manifest is a versioned JSON file; its data sets are never bundled. Documents 
 a file of their own, batch by batch, and are then dealt out in the manifest's shares of tokens.
 """
 
-import hashlib
 import json
 import math
 import os
@@ -27,6 +26,7 @@ from qsae_kit.data.prompts import read_prompts
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues
 from qsae_kit.io.files import atomic_file, check_file, checked_name, write_text
 from qsae_kit.io.jsonfiles import read_json
+from qsae_kit.io.runs import check_same, checksum, plain
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.steer.behaviours import refusal_prompts
 from qsae_kit.world import world
@@ -211,8 +211,7 @@ def default_manifest(model_name: str) -> str:
 
 def file_id(path: Path) -> str:
     """A file's name and checksum: what tells it from others, wherever it lies."""
-    with path.open("rb") as file:
-        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}"
+    return f"{path.name} {checksum(path)}"
 
 
 # --- what must not be in the data
@@ -400,13 +399,16 @@ class _SlotFile:
     was cut off is dropped.
     """
 
-    def __init__(self, out: Path, name: str, about: Mapping[str, Any]) -> None:
-        """Raises ValueError where another file has the slot's name."""
+    def __init__(self, out: Path, name: str, about: Mapping[str, Any], fresh: bool = False) -> None:
+        """about: what the slot's documents are made of. fresh: those that are there go.
+
+        Raises ValueError where another file has the slot's name, or the slot is of another mix and
+        `fresh` is not given.
+        """
         self.path, self.state_path = _slot_files(out, name)
         path = self.path
         check_file(path)
         size = path.stat().st_size if path.is_file() else 0
-        told = json.loads(json.dumps(about))
         state = (
             read_json(self.state_path, "a slot's state")
             if os.path.lexists(self.state_path)
@@ -416,9 +418,15 @@ class _SlotFile:
             raise ValueError(
                 f"{str(path)!r} is no slot that this package wrote, and stays; give another folder."
             )
-        self.state: dict[str, Any] = {"about": told, **dict.fromkeys(COUNTS, 0), "done": False}
-        if state is not None and state["about"] == told and state["bytes"] <= size:
-            self.state = state
+        self.state: dict[str, Any] = {
+            "about": plain(about),
+            **dict.fromkeys(COUNTS, 0),
+            "done": False,
+        }
+        if state is not None and not fresh:
+            check_same(path, "mix", about, state["about"])
+            if state["bytes"] <= size:
+                self.state = state
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(self.state_path, json.dumps(self.state) + "\n")
         with path.open("ab") as file:
@@ -461,7 +469,8 @@ def _is_slot_state(state: Mapping[str, Any]) -> bool:
     """Whether a file's entries are a slot's state."""
     if "about" not in state or not isinstance(state.get("done"), bool):
         return False
-    return all(isinstance(state.get(name), int) and state[name] >= 0 for name in COUNTS)
+    counts = all(isinstance(state.get(name), int) and state[name] >= 0 for name in COUNTS)
+    return counts and isinstance(state["about"], dict)
 
 
 BATCH = 64
@@ -529,6 +538,7 @@ def write_mix(
     files: Mapping[str, Path] = {},
     folder: Path | None = None,
     seed: int = 0,
+    fresh: bool = False,
     bar: bool = True,
 ) -> dict[str, Any]:
     """Writes documents.jsonl, and data.json with what is in it, to `out`; a cut-off run goes on, to
@@ -537,8 +547,9 @@ def write_mix(
     tokens: what training will see, all epochs together. files: a file of one's own
     (`data.documents.read_documents`, or prompts) in the place of a slot's data set. folder: where
     downloaded data sets lie, each under its id. Slots whose source ends early give what they have,
-    and the others their share of it: training goes round more often. Raises ValueError for an
-    unknown slot, a data set that cannot be had, and slots without documents.
+    and the others their share of it: training goes round more often. fresh: slots that are there
+    are written anew. Raises ValueError for an unknown slot, a data set that cannot be had, slots
+    without documents, and where slots of another mix are there and `fresh` is not given.
     """
     unknown = [name for name in files if name not in {slot.name for slot in manifest.slots}]
     if unknown:
@@ -559,7 +570,7 @@ def write_mix(
             "seed": seed,
             "model": lm.model_name,
         }
-        store = stores[slot.name] = _SlotFile(out, slot.name, about)
+        store = stores[slot.name] = _SlotFile(out, slot.name, about, fresh)
         _fill(
             lm,
             slot,
@@ -618,6 +629,20 @@ def delete_slots(out: Path, manifest: Manifest) -> None:
     for slot in manifest.slots:
         for path in _slot_files(out, slot.name):
             path.unlink(missing_ok=True)
+    with suppress(OSError):  # it is not there, or not empty
+        (out / SLOTS).rmdir()
+
+
+def delete_all_slots(out: Path) -> None:
+    """Takes the slots of any mix away; what is no slot of this package stays."""
+    for state_path in sorted((out / SLOTS).glob("*.json")):
+        try:
+            state = read_json(state_path, "a slot's state")
+        except ValueError:
+            continue
+        if isinstance(state, dict) and _is_slot_state(state):
+            state_path.with_suffix(".jsonl").unlink(missing_ok=True)
+            state_path.unlink()  # last: without it the other would be nobody's
     with suppress(OSError):  # it is not there, or not empty
         (out / SLOTS).rmdir()
 

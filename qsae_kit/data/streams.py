@@ -4,8 +4,10 @@ held out.
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from qsae_kit.data.documents import Document, again, read_documents, split_documents
+from qsae_kit.io.runs import checksum
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.world import world
 
@@ -22,6 +24,17 @@ def named(data: str | None) -> str:
         return "the bundled model's world"
     path = Path(data)
     return path.name if path.is_absolute() or path.exists() else data
+
+
+def read_by(lm: HookedLM, data: str | None) -> dict[str, Any]:
+    """Which model reads which documents; a file is told by its contents, wherever it lies."""
+    is_file = data is not None and Path(data).is_file()
+    return {
+        "model": lm.model_name,
+        "weights": lm.weights_digest(),
+        "dtype": str(lm.dtype),
+        "data": f"{named(data)} {checksum(Path(data))}" if is_file and data else named(data),
+    }
 
 
 def stream_of(

@@ -18,11 +18,12 @@ from qsae_kit.attach import attached, policy_of
 from qsae_kit.data.documents import TokenBatch, held_out_batches
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.stored import StoredFile
-from qsae_kit.data.streams import documents_of
+from qsae_kit.data.streams import documents_of, read_by
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.figures.basic import reconstruction_figure
 from qsae_kit.figures.frontiers import baseline_figure, concept_figure
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction, match
@@ -106,6 +107,7 @@ def score_suite(
     *,
     baselines: Mapping[str, Mapping[str, SAE]] | None = None,
     concepts: bool = False,
+    fresh: bool = False,
     bar: bool = True,
 ) -> Scores:
     """Evaluates a suite, beside its baselines where they are given, on held-out tokens of the kind
@@ -114,15 +116,48 @@ def score_suite(
     baselines: what `train.fit.fit_baselines` has trained for one of the suite's variants; they are
     compared where the suite has an SAE. concepts: which planted concepts of the bundled model are
     recovered, by the suite and by every baseline. Raises ValueError for concepts of another model,
-    and for baselines of another recipe or other sites.
+    and for baselines of another recipe or other sites. fresh: an evaluation that is in the folder
+    goes; another one is refused without, and so are files with these names that are of none.
     """
     if concepts and lm.model_name != "tiny":
         raise ValueError(
             f"The concepts of {lm.model_name!r} are not known; --concepts is for the bundled model,"
             " tiny."
         )
+    identity = {
+        **read_by(lm, data),
+        "tokens": tokens,
+        "saes": _checksums(suite),
+        "baselines": None if baselines is None else _checksums(baselines),
+        "concepts": concepts,
+    }
+    names = [*tables_of("evaluation"), "evaluation.html"]
+    if baselines is not None:
+        names += ["baselines.html", *tables_of("seeds")]
+    if concepts:
+        names += [name for told in PLANTED.values() for name in tables_of(told)] + ["concepts.html"]
     with only_writer(out):
-        return _score_suite(lm, suite, data, tokens, out, baselines, concepts, bar)
+        run = Run(out, identity, names, name=EVALUATION, what="evaluation", fresh=fresh)
+        run.begin()
+        run.again("evaluate")
+        scores = _score_suite(lm, suite, data, tokens, out, baselines, concepts, bar)
+        run.done("evaluate", names)
+    return scores
+
+
+EVALUATION = "evaluation.run.json"
+"""The record of an evaluation in its folder."""
+PLANTED = {"concepts": "concepts", "summary": "concept_summary", "interchange": "interchange"}
+"""The tables of `Scores` about planted concepts, and their files."""
+
+
+def tables_of(name: str) -> list[str]:
+    """The files that `save_tables` writes."""
+    return [f"{name}{suffix}" for suffix in SUFFIXES]
+
+
+def _checksums(suite: ByVariant) -> dict[str, str]:
+    return {str(place): sae.checksum() for place, sae in Suite(suite).saes().items()}
 
 
 def _score_suite(
@@ -175,8 +210,8 @@ def score_planted(
     )
     scores.summary = summarise(scores.concepts)
     scores.interchange = interchange_table(lm, scores.concepts, everything[variant], variant)
-    for name in ("concepts", "summary", "interchange"):
-        save_tables(getattr(scores, name), out / ("concept_summary" if name == "summary" else name))
+    for name, told in PLANTED.items():
+        save_tables(getattr(scores, name), out / told)
     save_figure(concept_figure(judge(scores.concepts)), out / "concepts.html")
 
 
@@ -275,6 +310,10 @@ def save_figure(figure: Figure, path: Path) -> None:
     write_text(path, figure.to_html(include_plotlyjs=True, div_id=path.stem))
 
 
+SUFFIXES = (".csv", ".parquet")
+"""Of a table's files."""
+
+
 def spliced_share(batches: Sequence[TokenBatch]) -> int:
     """The number of batches that are spliced."""
     return max(1, round(SPLICED_SHARE * len(batches)))
@@ -282,7 +321,7 @@ def spliced_share(batches: Sequence[TokenBatch]) -> int:
 
 def save_tables(table: pd.DataFrame, path: Path) -> None:
     """A DataFrame as <path>.csv and <path>.parquet, each whole or not at all."""
-    for suffix in (".csv", ".parquet"):
+    for suffix in SUFFIXES:
         write_table(table, path.with_suffix(suffix))
 
 

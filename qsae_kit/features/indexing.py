@@ -48,6 +48,7 @@ from qsae_kit.io.files import OWN, atomic_file, checked_name, inside, write_text
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.memory import free_memory
+from qsae_kit.io.runs import check_same
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.chat import CATEGORIES, Phase, phases
 from qsae_kit.lm.hooked import HookedLM
@@ -843,7 +844,7 @@ def build_index(
     config: IndexConfig | None = None,
     *,
     data: str = "",
-    resume: bool = False,
+    fresh: bool = False,
     memory: int | None = None,
     bar: bool = True,
 ) -> Path:
@@ -852,11 +853,12 @@ def build_index(
     documents: gives the same dialogues each time it is called. data: what they are, for the
     manifest. memory: bytes to take (None: half of what is free); SAEs that do not fit together are
     indexed one group after another, a pass of the model
-    each. resume: goes on with a build that was cut off in `out`. An index that is there already is
-    replaced once the new one is whole; its labels stay, and so do files that are not an index's. An
-    interrupt leaves a checkpoint. Raises ValueError where an SAE does not fit the model, for data
-    without tokens, for going on with another build, for a folder in which other files have an
-    index's names, and while another process writes there.
+    each. A build that was cut off in `out` is gone on with, and a whole index of the same identity
+    is returned as it is. fresh: builds anew; an index that is there already is replaced once the
+    new one is whole. Its labels stay, and so do files that are not an index's. An interrupt leaves
+    a checkpoint. Raises ValueError where an SAE does not fit the model, for data without tokens,
+    where another index or build is there and `fresh` is not given, for a folder in which other
+    files have an index's names, and while another process writes there.
     """
     out, config = Path(out), config or IndexConfig()
     saes = attached(lm, suite).saes()
@@ -876,19 +878,22 @@ def build_index(
     }
     with only_writer(out), Interrupts() as interrupts:
         work = out / WORK
-        if _put_in_place(out) and resume and _made_as(out) == identity:
-            return out
+        _put_in_place(out)
         _check_own(out)
+        # what a build that was cut off is, its checkpoint says, not the index that it replaces
+        if (out / MANIFEST).is_file() and not fresh and not found(work):
+            check_same(out, "feature index", identity, _made_as(out))
+            return out
         build = _Build(lm, saes, documents, config, work, interrupts, policy)
-        tokens = build.run(identity, resume, memory, bar)
+        tokens = build.run(identity, fresh, memory, bar)
         sites = [_site_entry(place, sae, checksums[str(place)]) for place, sae in saes.items()]
         built = datetime.now(UTC).isoformat(timespec="seconds")
         manifest = identity | {"suite": sites, "tokens": tokens, "built": built}
         lacking = [entry for entry in sites if not (site_folder(work, entry) / FEATURES).is_file()]
         if lacking:
             raise ValueError(
-                f"The build lacks the tables of {lacking[0]['hook_name']}; start it anew, without"
-                " resuming."
+                f"The build lacks the tables of {lacking[0]['hook_name']}; start it anew"
+                " (--fresh, or fresh=True)."
             )
         # from here on it is whole
         write_text(work / MANIFEST, json.dumps(manifest, indent=1) + "\n")
@@ -929,10 +934,10 @@ class _Build:
     policy: TokenPolicy
     planned: list[list[Place]] = field(default_factory=list)
 
-    def run(self, identity: Mapping[str, Any], resume: bool, memory: int, bar: bool) -> int:
+    def run(self, identity: Mapping[str, Any], fresh: bool, memory: int, bar: bool) -> int:
         """Writes all tables to the working folder; returns the tokens seen."""
         checkpoints = Checkpoints(self.work, identity)
-        state = checkpoints.load() if resume else None
+        state = None if fresh else checkpoints.load()
         if state is None:
             shutil.rmtree(self.work, ignore_errors=True)
         checkpoints.begin(state)
@@ -985,7 +990,8 @@ class _Build:
         )
         if [place for group in self.planned for place in group] != list(self.saes):
             raise ValueError(
-                "The build to go on with was planned otherwise; start it anew, without resuming."
+                "The build to go on with was planned otherwise; start it anew (--fresh, or"
+                " fresh=True)."
             )
         return self.planned
 
@@ -1034,7 +1040,7 @@ class _Build:
                 checkpoints.save(reached_now, parts)
                 saved = time.monotonic()
             if self.interrupts.asked:
-                say("The index was stopped before its end; the same call with resume goes on.")
+                say("The index was stopped before its end; the same call goes on.")
                 raise KeyboardInterrupt
         if not any(tally.rows for tally in tallies.values()):
             raise ValueError(
@@ -1072,22 +1078,21 @@ def _made_as(out: Path) -> dict[str, Any]:
     }
 
 
-def _put_in_place(out: Path) -> bool:
+def _put_in_place(out: Path) -> None:
     """Moves a whole build from its working folder to its place, and can go on from any point at
     which it was killed.
 
     The index that was there goes, manifest first, so that there is none for a moment rather than a
-    mixture; labels stay, and so does all that is not an index's. Returns whether there was a whole
-    build.
+    mixture; labels stay, and so does all that is not an index's.
     """
     work = out / WORK
     if not (work / MANIFEST).is_file():
-        return False
+        return
     if (out / MANIFEST).is_file() and (out / MANIFEST).read_bytes() == (
         work / MANIFEST
     ).read_bytes():
         shutil.rmtree(work)  # it was killed at its very last step
-        return True
+        return
     for old in found(work):
         delete_checkpoint(old)
     if (out / MANIFEST).is_file():
@@ -1101,7 +1106,6 @@ def _put_in_place(out: Path) -> bool:
         os.replace(file, place)
     write_text(out / MANIFEST, (work / MANIFEST).read_text(encoding="utf-8"))
     shutil.rmtree(work)
-    return True
 
 
 def _delete_index(out: Path, manifest: Mapping[str, Any]) -> None:

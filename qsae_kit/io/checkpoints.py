@@ -18,6 +18,7 @@ from qsae_kit.io.files import (
     sweep_folder,
 )
 from qsae_kit.io.jsonfiles import parse_json, read_json
+from qsae_kit.io.runs import check_same, plain
 from qsae_kit.io.tensorfiles import write_tensors
 
 STATE, LOG = "state.json", "train.jsonl"
@@ -38,7 +39,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
         self.folder = folder
-        self.identity = json.loads(json.dumps(identity))
+        self.identity = plain(identity)
 
     def _found(self) -> list[Path]:
         return found(self.folder)
@@ -51,14 +52,7 @@ class Checkpoints:
         if not there:
             return None
         saved = _read_state(there[-1])
-        other = [
-            name for name, value in self.identity.items() if saved["identity"].get(name) != value
-        ]
-        if other:
-            raise ValueError(
-                f"{str(self.folder)!r} holds a run with another {' and '.join(other)}; give the"
-                " same, or another folder."
-            )
+        check_same(self.folder, "run", self.identity, saved["identity"])
         return saved["state"]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
@@ -159,6 +153,12 @@ def delete_checkpoint(folder: Path) -> None:
         return
     for name in (STATE, *sorted(own - {STATE})):
         inside(folder, name, "A checkpoint's state").unlink(missing_ok=True)
+
+
+def delete_checkpoints(folder: Path) -> None:
+    """Deletes the checkpoints in a folder, the newest last."""
+    for checkpoint in found(folder):
+        delete_checkpoint(checkpoint)
 
 
 def _reached(line: bytes) -> tuple[int, int] | None:

@@ -4,12 +4,13 @@ digits.
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qsae_kit.io.files import check_file
 from qsae_kit.io.jsonfiles import parse_json, read_bytes
+from qsae_kit.io.runs import check_free, check_same, plain
 
 LIMIT = 2**30
 """Bytes of a journal."""
@@ -18,26 +19,36 @@ LIMIT = 2**30
 class Journal:
     """Results of steps as JSON lines in a file; without a path they are kept in memory alone."""
 
-    def __init__(self, path: Path | None, about: Mapping[str, Any]) -> None:
-        """about: what the run is; the file's first line. Raises ValueError where the file is of
-        another run, or no journal.
+    def __init__(
+        self,
+        path: Path | None,
+        about: Mapping[str, Any],
+        products: Sequence[str] = (),
+        fresh: bool = False,
+    ) -> None:
+        """about: what the run is; the file's first line. products: names of the files beside it
+        that the run writes at its end. fresh: a journal that is there goes, with its products.
+
+        Raises ValueError where the file is of another run and `fresh` is not given, is no journal,
+        or is not there while files with the products' names are.
         """
         self.path = path
         self.done: dict[str, Any] = {}
         if path is None:
             return
         check_file(path)
-        told = json.loads(json.dumps(about))
+        told = plain(about)
         entries = _entries(path) if path.exists() else []
-        if entries:
-            changed = [
-                name for name in {*told, *entries[0]} if told.get(name) != entries[0].get(name)
-            ]
-            if changed:
-                raise ValueError(
-                    f"{str(path)!r} is of another run ({', '.join(sorted(changed))} differ); choose"
-                    " another folder or delete it."
-                )
+        if entries and fresh:
+            for name in products:
+                check_file(path.with_name(name))
+                path.with_name(name).unlink(missing_ok=True)
+            path.unlink()  # last, so that a kill leaves what says whose the others are
+            entries = []
+        elif entries:
+            check_same(path, "run", told, entries[0])
+        else:
+            check_free(path.parent, products, "run")
         self.done = {entry["key"]: entry["value"] for entry in entries[1:]}
         path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(entry) + "\n" for entry in entries or [told])

@@ -3,7 +3,7 @@ in one go.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,20 +18,21 @@ from qsae_kit.data.documents import (
     token_batches,
 )
 from qsae_kit.data.rows import LiveRows
-from qsae_kit.data.streams import documents_of
+from qsae_kit.data.streams import documents_of, read_by
 from qsae_kit.data.written import mixed_prompts, own_dialogues
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.sae.store import save_suite
+from qsae_kit.sae.store import load_suite, save_suite
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
 from qsae_kit.steer.behaviours import GOALS, Goal, refusal_prompts
 from qsae_kit.steer.report import render_report, write_study
-from qsae_kit.steer.study import StudyConfig, StudyResult, steering_study
+from qsae_kit.steer.study import JOURNAL, STUDY_FILES, StudyConfig, StudyResult, steering_study
 from qsae_kit.train.recipe import TrainConfig
-from qsae_kit.train.run import train_saes
+from qsae_kit.train.run import sae_files, train_saes
 
 
 @dataclass(frozen=True)
@@ -144,20 +145,53 @@ def run_demo(
     config: DemoConfig | None = None,
     data: str | None = None,
     bar: bool = True,
+    fresh: bool = False,
 ) -> DemoResult:
     """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, a folder of each
     study (`steer.report.write_study`) and report.html to `out`.
 
-    data: a file or data set of chats to train on instead of the default. Raises ValueError for
-    sites or layers that do not exist, and for bad data, before anything is written, and while
-    another process writes there.
+    data: a file or data set of chats to train on instead of the default. A demo that was cut off
+    there goes on after the last stage that was done; fresh: it starts anew. Raises ValueError for
+    sites or layers that do not exist, and for bad data, before anything is written, where the
+    folder holds another demo and `fresh` is not given, or files with these names that are of none,
+    and while another process writes there.
     """
     with only_writer(out):
-        return _run_demo(lm, out, config or default_config(lm), data, bar)
+        return _run_demo(lm, out, config or default_config(lm), data, bar, fresh)
+
+
+DEMO = "demo.run.json"
+"""The record of a demo in its folder."""
+TABLES = ("evaluation.csv", "steering.csv", "report.html")
+
+
+def _trained(
+    lm: HookedLM, out: Path, config: DemoConfig, source: LiveRows, run: Run, bar: bool
+) -> Suite:
+    """The SAEs of a demo: those in its folder where they are noted there, else trained now."""
+    if "train" in run.stages and run.as_it_was("train"):
+        variants = [recipe.variant for recipe in config.variants]
+        there = load_suite(out / "suite", lm.device, variants=variants, hook_names=source.sites)
+        kept = {name: {site: there[name][site] for site in source.sites} for name in variants}
+        return Suite(kept)
+    run.again("train")
+    suite = train_saes(source, list(config.variants), bar=bar)
+    save_suite(suite, out / "suite")
+    run.done("train", _sae_names(config, source.sites))
+    return suite
+
+
+def _sae_names(config: DemoConfig, sites: Sequence[str]) -> list[str]:
+    return [
+        name
+        for recipe in config.variants
+        for site in sites
+        for name in sae_files(recipe.variant, site)
+    ]
 
 
 def _run_demo(
-    lm: HookedLM, out: Path, config: DemoConfig, data: str | None, bar: bool
+    lm: HookedLM, out: Path, config: DemoConfig, data: str | None, bar: bool, fresh: bool
 ) -> DemoResult:
     names = [
         site.hook_name
@@ -180,8 +214,13 @@ def _run_demo(
         held_out, training = documents_of(lm, data, 64)
 
     source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
-    suite = train_saes(source, list(config.variants), bar=bar)
-    save_suite(suite, out / "suite")
+    studied = [f"{goal}/{name}" for goal in config.goals for name in (*STUDY_FILES, JOURNAL)]
+    files = [*TABLES, *studied, *_sae_names(config, names)]
+    identity = {**read_by(lm, data), "demo": asdict(config)}
+    run = Run(out, identity, files, name=DEMO, what="demo", fresh=fresh)
+    run.begin()
+    suite = _trained(lm, out, config, source, run, bar)
+    run.again("tables")
     batches = held_out_batches(lm, held_out, config.evaluation_tokens)
     kept = [int(batch.keep.sum()) for batch in batches]
     n_spliced = next(
@@ -198,6 +237,7 @@ def _run_demo(
             fewer,
             given.behaviour,
             replace(config.study, goal=goal),
+            folder=out / goal,
             bar=bar,
         )
         for goal in config.goals
@@ -207,4 +247,5 @@ def _run_demo(
     for study in studies:
         write_study(study, lead, lm.model_name, out / study.config.goal)
     write_text(out / "report.html", render_report(lm.model_name, evaluation, studies))
+    run.done("tables", [*TABLES, *studied])
     return result

@@ -32,12 +32,13 @@ from qsae_kit.data import mixes
 from qsae_kit.data.documents import read_documents
 from qsae_kit.data.rows import Origin, StoredRows
 from qsae_kit.evaluate.score import score_suite
-from qsae_kit.features.indexing import IndexConfig, build_index
-from qsae_kit.io.checkpoints import delete_checkpoint, found
+from qsae_kit.features.indexing import WORK, IndexConfig, build_index
+from qsae_kit.io.checkpoints import delete_checkpoints
 from qsae_kit.io.files import OWN, inside, sweep_folder, write_text
 from qsae_kit.io.interrupts import say
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.memory import free_memory
+from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.answering import answer_all
 from qsae_kit.lm.hooked import HookedLM
@@ -46,19 +47,15 @@ from qsae_kit.sae.store import load_suite
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.steer.behaviours import Goal, StudyPrompts, judged, refusal_prompts
-from qsae_kit.steer.report import STUDY_FILES, write_study
-from qsae_kit.steer.study import StudyConfig, quick, steering_study
+from qsae_kit.steer.report import write_study
+from qsae_kit.steer.study import JOURNAL, STUDY_FILES, StudyConfig, quick, steering_study
 from qsae_kit.train.fit import Meter, fit_baselines, fit_live, sites_of
 from qsae_kit.train.groups import plan_groups
 from qsae_kit.train.recipe import TrainConfig, default_recipe
-from qsae_kit.train.run import train_saes
+from qsae_kit.train.run import TRAINING, train_saes
 
 STAGES = ("data", "train", "evaluate", "index", "study", "card")
 RECORD, PLAN = "manifest.json", "plan.json"
-HASHED = 64 * 2**20
-"""Bytes up to which a file's checksum is looked at again before its stage is skipped; of larger
-ones the size.
-"""
 BYTES_A_TOKEN = 5
 """Of a document on disk."""
 FEW = 1_000_000
@@ -346,12 +343,17 @@ def said_plan(plan: Mapping[str, Any]) -> str:
 
 PRODUCTS: dict[str, tuple[str, ...]] = {
     "data": ("data/documents.jsonl", "data/data.json"),
-    "train": ("suite/*/*/cfg.json", "suite/*/*/sae_weights.safetensors", "train.jsonl"),
+    "train": (
+        "suite/*/*/cfg.json",
+        "suite/*/*/sae_weights.safetensors",
+        "train.jsonl",
+        TRAINING,
+    ),
     "evaluate": (
         *(
             f"{folder}/evaluation.{kind}"
             for folder in ("evaluation", "baselines")
-            for kind in ("csv", "parquet", "html")
+            for kind in ("csv", "parquet", "html", "run.json")
         ),
         *(f"baselines/{name}" for name in ("baselines.html", "seeds.csv", "seeds.parquet")),
     ),
@@ -359,7 +361,7 @@ PRODUCTS: dict[str, tuple[str, ...]] = {
         *(f"features/{name}" for name in ("index.json", "documents.parquet", "tokens.parquet")),
         *(f"features/tables/*/*/{name}.parquet" for name in ("features", "examples")),
     ),
-    "study": tuple(f"study/{name}" for name in (*STUDY_FILES, "journal.jsonl")),
+    "study": tuple(f"study/{name}" for name in (*STUDY_FILES, JOURNAL)),
     "card": ("README.md",),
 }
 """What the stages write; whatever else lies in the folder is not theirs."""
@@ -379,63 +381,52 @@ REPLACED = f"{OWN}replaced"
 
 
 class Record:
-    """Which stages are done, with their files."""
+    """Which stages are done, with their files: a `Run` whose stages can be made anew."""
 
-    def __init__(self, out: Path, identity: Mapping[str, Any]) -> None:
-        """Nothing is written yet. Raises ValueError where the folder holds another suite, a
-        manifest that is none of a suite, or, without one, files that a suite would write over."""
-        self.out, self.path = out, out / RECORD
-        told = json.loads(json.dumps(identity))
-        self.entry: dict[str, Any] = {"run": told, "stages": {}}
-        if os.path.lexists(self.path):
-            self.entry = read_json(self.path, "a suite's manifest")
-            _check_record(self.path, self.entry)
-            other = [name for name in told if self.entry["run"].get(name) != told[name]]
-            if other:
+    def __init__(self, out: Path, identity: Mapping[str, Any], fresh: bool = False) -> None:
+        """Nothing is written yet. Raises ValueError where the folder holds another suite and
+        `fresh` is not given, a manifest that is none of a suite, or, without one, files that a
+        suite would write over."""
+        names = [PLAN, *(name for stage in STAGES for name in PRODUCTS[stage])]
+        self.out = out
+        self.run = Run(out, identity, names, name=RECORD, what="suite", fresh=fresh)
+        self.training = (
+            Run(out, {}, (), name=TRAINING, what="training", fresh=True) if fresh else None
+        )
+        for stage, files in self.run.stages.items():
+            if stage not in STAGES or not all(is_one_of(name, PRODUCTS[stage]) for name in files):
                 raise ValueError(
-                    f"{str(out)!r} holds a suite with another {' and '.join(other)}; give the same,"
-                    " or another folder."
+                    f"{str(self.run.path)!r} is no record of a suite; give another folder."
                 )
-        elif there := [
-            path for names in PRODUCTS.values() for name in names for path in out.glob(name)
-        ]:
-            raise ValueError(
-                f"{str(there[0])!r} is of no suite, and would be written over; give another folder."
-            )
 
     def write(self) -> None:
-        write_text(self.path, json.dumps(self.entry, indent=1) + "\n")
+        """Writes the manifest; a suite that makes room for this one goes first."""
+        self.run.begin(self._clear)
+
+    def _clear(self) -> None:
+        """Takes away what the suite that was there needed to go on."""
+        mixes.delete_all_slots(self.out / "data")
+        shutil.rmtree(self.out / "features" / WORK, ignore_errors=True)
+        if self.training is not None:
+            self.training.make_room(lambda: delete_checkpoints(self.out))
+        shutil.rmtree(self.out / REPLACED, ignore_errors=True)
 
     def pending(self) -> list[str]:
         """The stages that are not done."""
-        return [stage for stage in STAGES if stage not in self.entry["stages"]]
+        return [stage for stage in STAGES if stage not in self.run.stages]
 
     def changed(self) -> list[str]:
         """The stages that are done and whose files are not all there as they were."""
         return [
-            stage
-            for stage in STAGES
-            if stage in self.entry["stages"] and not self._as_it_was(stage)
+            stage for stage in STAGES if stage in self.run.stages and not self.run.as_it_was(stage)
         ]
-
-    def _as_it_was(self, stage: str) -> bool:
-        files = self.entry["stages"][stage]
-        return all(
-            self._same(inside(self.out, name, "The suite's manifest"), told)
-            for name, told in files.items()
-        )
-
-    def _same(self, path: Path, told: Mapping[str, Any]) -> bool:
-        if not path.is_file() or path.stat().st_size != told["bytes"]:
-            return False
-        return told["bytes"] > HASHED or _sha256(path) == told["sha256"]
 
     def put_aside(self, stages: Sequence[str]) -> None:
         """Makes room for stages that are made anew: what they had written is kept until they are
         done again.
         """
         for stage in reversed(stages):  # what a kill leaves is never built upon what is gone
-            for name in self.entry["stages"].get(stage, {}):
+            for name in self.run.stages.get(stage, {}):
                 path, kept = (
                     inside(self.out, name, "The suite's manifest"),
                     self.out / REPLACED / stage / name,
@@ -443,50 +434,16 @@ class Record:
                 if path.is_file():
                     kept.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(path, kept)
-            if self.entry["stages"].pop(stage, None) is not None:
-                self.write()
+            self.run.again(stage)
 
     def done(self, stage: str, names: Sequence[str]) -> None:
         """Notes a stage's files, of these names, and lets go of those that they took the place
         of.
         """
-        there = {name: self.out / name for name in sorted(names) if (self.out / name).is_file()}
-        self.entry["stages"][stage] = {
-            name: {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-            for name, path in there.items()
-        }
-        self.write()
+        self.run.done(stage, names)
         shutil.rmtree(self.out / REPLACED / stage, ignore_errors=True)
         with suppress(OSError):  # it is not there, or not empty
             (self.out / REPLACED).rmdir()
-
-
-def _check_record(path: Path, entry: Any) -> None:
-    """ValueError for a file that is no suite's manifest, or names what is none of a suite's
-    files.
-    """
-    wrong = f"{str(path)!r} is no manifest of a suite; give another folder."
-    if not isinstance(entry, dict) or not all(
-        isinstance(entry.get(name), dict) for name in ("run", "stages")
-    ):
-        raise ValueError(wrong)
-    for stage, files in entry["stages"].items():
-        if stage not in STAGES or not isinstance(files, dict):
-            raise ValueError(wrong)
-        for name, told in files.items():
-            inside(path.parent, name, "The suite's manifest")
-            numbers = (
-                isinstance(told, dict)
-                and isinstance(told.get("bytes"), int)
-                and isinstance(told.get("sha256"), str)
-            )
-            if not numbers or not is_one_of(name, PRODUCTS[stage]):
-                raise ValueError(wrong)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- the run
@@ -500,32 +457,38 @@ def make_suite(
     memory: int | None = None,
     folder: Path | None = None,
     remake: bool = False,
+    fresh: bool = False,
     bar: bool = True,
 ) -> dict[str, Any]:
     """Makes a suite, or goes on with it; returns its plan.
 
     A stage that is done is never made again by itself, whatever became of its files or of those
     that it was made from. remake: makes the first stage whose files are gone or changed anew, and
-    all that follow it; the old ones are kept until then.
+    all that follow it; the old ones are kept until then. fresh: a suite that is in the folder goes,
+    and this one starts anew.
     memory: bytes that training may take beside the model (None: most of what is free). folder:
     where downloaded data sets lie, each under its id, instead of the hub. Raises ValueError for
-    what `make_plan` and `data.mixes.write_mix` do, for a folder that holds another suite or a
-    README.md that is no card, where something that is left to do needs files that are gone or
-    changed, and while another process writes there.
+    what `make_plan` and `data.mixes.write_mix` do, for a folder that holds another suite (unless
+    `fresh` is given) or a README.md that is no card, where something that is left to do needs files
+    that are gone or changed, and while another process writes there.
     """
     with only_writer(out):
         check_card(out)
-        record = Record(out, identity_of(lm, config))
+        record = Record(out, identity_of(lm, config), fresh)
         if links := [name for name in FOLDERS if (out / name).is_symlink()]:
             raise ValueError(
                 f"{str(out / links[0])!r} is a link; put a folder there, or make the whole suite"
                 " where it leads."
             )
-        if not (out / PLAN).is_file():
-            plan = make_plan(lm, config, out, memory)
-            write_text(out / PLAN, json.dumps(plan, indent=1) + "\n")
-        plan = read_plan(out / PLAN)
+        made = None
+        if fresh or not (out / PLAN).is_file():
+            made = make_plan(lm, config, out, memory)
+        else:
+            read_plan(out / PLAN)
         record.write()
+        if made is not None:
+            write_text(out / PLAN, json.dumps(made, indent=1) + "\n")
+        plan = read_plan(out / PLAN)
         if bar:
             tqdm.write(said_plan(plan))
         suite = _Suite(lm, out, config, plan, memory, folder, bar)
@@ -655,7 +618,6 @@ class _Suite:
             self.plan["sites"],
             [self.recipe],
             self.out,
-            resume=True,
             memory=self.memory,
             stop=stop,
             bar=self.bar,
@@ -674,8 +636,7 @@ class _Suite:
         if "data" not in record.pending():
             mixes.delete_slots(self.out / "data", manifest_of(self.lm, self.config))
         if "train" not in record.pending():
-            for checkpoint in found(self.out):
-                delete_checkpoint(checkpoint)
+            delete_checkpoints(self.out)
             sweep_folder(self.out, "checkpoint-*")
 
     def evaluate(self) -> None:
@@ -713,7 +674,6 @@ class _Suite:
             self.out / "features",
             IndexConfig(tokens=self.sizes.indexed),
             data=self.plan["recipe"],
-            resume=True,
             bar=self.bar,
         )
 

@@ -55,13 +55,15 @@ def measure_benches(
     guard_name: str = "",
     without: Collection[str] = (),
     folder: Path | None = None,
+    fresh: bool = False,
     seed: int = 0,
 ) -> pd.DataFrame:
     """One row for each part of each bench and each arm, the unsteered model first.
 
     arms: name -> steering with the SAEs of a suite. without: prompts that were used to choose them,
     which are left out here. folder: steps are kept in its benches.jsonl, and a run that was cut off
-    goes on; one of other arms, SAEs or guard (`guard_name`) is refused there. Columns: bench, part,
+    goes on; one of other arms, SAEs or guard (`guard_name`) is refused there, or with `fresh` makes
+    room. Columns: bench, part,
     harmful, intervention, n, left_out; refusal_rate with ci_low and ci_high (95 % Wilson),
     broken_rate, change with change_low and change_high (of the rate against the unsteered model, 95
     % paired bootstrap), published (`PUBLISHED`); with a guard guard_refusal_rate, unsafe_rate
@@ -87,7 +89,7 @@ def measure_benches(
         return _said(lm, behaviour, texts, edits, max_new_tokens, enable_thinking, guard)
 
     with only_writer(folder):
-        journal = Journal(folder and folder / "benches.jsonl", about)
+        journal = Journal(folder and folder / "benches.jsonl", about, ["benches.csv"], fresh)
         rows = []
         for (bench, part), texts in kept.items():
             clean = ""

@@ -47,12 +47,14 @@ def answered_again(
     max_new_tokens: int,
     thinking: bool | None,
     folder: Path | None = None,
+    fresh: bool = False,
 ) -> pd.DataFrame:
     """A row for each seed, arm (the unsteered one, none, first) and kind of prompt.
 
     Columns: seed, intervention, prompt_kind, n, refusal_rate (answers that show the behaviour) with
     its Wilson interval (ci_low, ci_high), broken_rate, thought: the share of answers with thoughts
-    that came to an end. folder: a cut-off run goes on there. Raises ValueError for no seed or the
+    that came to an end. folder: a cut-off run goes on there; fresh:
+    it starts anew. Raises ValueError for no seed or the
     same one twice.
     """
     if not seeds or len(set(seeds)) < len(seeds):
@@ -88,7 +90,7 @@ def answered_again(
         }
 
     with only_writer(folder):
-        journal = Journal(folder and folder / "seeds.jsonl", about)
+        journal = Journal(folder and folder / "seeds.jsonl", about, ["seeds.csv"], fresh)
         rows = []
         for seed, arm, kind in product(seeds, edits, prompts):
             said = journal.get(f"{seed}/{arm}/{kind}", partial(ask, seed, arm, kind))

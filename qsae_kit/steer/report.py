@@ -14,19 +14,13 @@ from jinja2 import Environment, StrictUndefined
 from qsae_kit.figures.basic import controls_figure, dose_figure, reconstruction_figure
 from qsae_kit.figures.tables import headline
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.journal import Journal
 from qsae_kit.io.writers import only_writer
 from qsae_kit.sae.suites import Suite
-from qsae_kit.steer.study import StudyResult
+from qsae_kit.steer.study import JOURNAL, STUDY_FILES, StudyResult
 from qsae_kit.steer.study.findings import COLUMNS
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
-STUDY_FILES = tuple(
-    (
-        "study.csv candidates.csv selection.csv examples.csv prompts.json study.json steering.json "
-        "dose.html controls.html report.html"
-    ).split()
-)
-"""What `write_study` writes."""
 SHOWN = (
     "intervention prompt_kind strength n refusal_rate ci_low ci_high correct_rate broken_rate "
     "change change_low change_high kl_first kl_answer perplexity repetition"
@@ -123,8 +117,12 @@ def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) ->
     """Writes study.csv (its columns are `steer.study.findings.COLUMNS`), study.json (headline,
     verdict, configuration), steering.json (the frozen edit, for `load_steering`), candidates.csv,
     selection.csv, examples.csv, prompts.json, two figures and report.html.
+
+    Raises ValueError for a folder that holds another study, or files with these names that are of
+    none.
     """
     with only_writer(out):
+        Journal(out / JOURNAL, study.identity, STUDY_FILES)
         write_table(study.table, out / "study.csv")
         write_table(study.candidates, out / "candidates.csv")
         write_table(study.selection, out / "selection.csv")

@@ -47,6 +47,7 @@ def steer_suite(
     guard: str = "",
     guard_dtype: str = "auto",
     draws: int = 0,
+    fresh: bool = False,
     bar: bool = True,
     on_study: Callable[[StudyResult], None] | None = None,
 ) -> SteeredSuite:
@@ -59,7 +60,8 @@ def steer_suite(
     prompts, as `read_bench` gives, on which the frozen edit and the difference of means are
     measured too, without prompts that selection used; guard: a model that judges those answers.
     draws: how often the frozen arms are answered again with drawn answers, under seeds from the
-    study's on. on_study: is called once the study is written. Raises ValueError for another
+    study's on. fresh: what a run there has left goes.
+    on_study: is called once the study is written. Raises ValueError for another
     behaviour's name, for benches of a behaviour other than refusal, and as `steering_study`.
     """
     given = prompts_of(lm.model_name, behaviour, config.seed)
@@ -80,17 +82,18 @@ def steer_suite(
         hook_names=hook_names,
         variant=variant,
         folder=out,
+        fresh=fresh,
         bar=bar,
     )
     write_study(study, suite, lm.model_name, out)
     if on_study is not None:
         on_study(study)
     arms = {"features": study.steering, "difference_of_means": study.means}
-    drawn = _drawn_again(lm, suite, out, config, given, arms, draws) if draws else None
+    drawn = _drawn_again(lm, suite, out, config, given, arms, draws, fresh) if draws else None
     measured = None
     if benches:
         judge = partial(guard_judgements, load_model(guard, guard_dtype)) if guard else None
-        measured = _on_benches(lm, suite, out, config, given, arms, benches, judge, guard)
+        measured = _on_benches(lm, suite, out, config, given, arms, benches, judge, guard, fresh)
     return SteeredSuite(study, drawn, measured)
 
 
@@ -148,6 +151,7 @@ def _on_benches(
     benches: Prompts,
     judge: Guard | None,
     guard: str,
+    fresh: bool,
 ) -> pd.DataFrame:
     measured = measure_benches(
         lm,
@@ -161,6 +165,7 @@ def _on_benches(
         guard_name=guard,
         without=selected_texts(given),
         folder=out,
+        fresh=fresh,
     )
     write_table(measured, out / "benches.csv")
     return measured
@@ -174,6 +179,7 @@ def _drawn_again(
     given: StudyPrompts,
     arms: dict[str, Steering],
     draws: int,
+    fresh: bool,
 ) -> pd.DataFrame:
     drawn = answered_again(
         lm,
@@ -185,6 +191,7 @@ def _drawn_again(
         config.max_new_tokens,
         config.thinking if lm.has_thinking else None,
         out,
+        fresh,
     )
     write_table(drawn, out / "seeds.csv")
     return drawn

@@ -14,20 +14,24 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qsae_kit.data.rows import Block, Origin, Place, RowSource, shuffled
-from qsae_kit.io.checkpoints import Checkpoints
+from qsae_kit.io.checkpoints import LOG, Checkpoints, delete_checkpoints, found
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.memory import Peak, free_memory, kept_memory, return_freed_memory
+from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sae.store import load_sae, save_sae, suite_folder
+from qsae_kit.sae.store import CONFIG, WEIGHTS, load_sae, save_sae, suite_folder
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.train.groups import Group, Key, group_of, plan_groups
 from qsae_kit.train.optim import Adam
 from qsae_kit.train.recipe import TrainConfig
+
+TRAINING = "train.run.json"
+"""The record of a training in its folder."""
 
 
 class Normaliser(NamedTuple):
@@ -430,7 +434,7 @@ def train_saes(
     *,
     model_name: str = "",
     folder: Path | None = None,
-    resume: bool = False,
+    fresh: bool = False,
     checkpoint_seconds: float = 120.0,
     memory: int | None = None,
     watch: Sequence[Callable[[Progress], None]] = (),
@@ -444,10 +448,11 @@ def train_saes(
         order of the rows.
     model_name: of the model that stored rows are of, where their source does not say it; what the
         source says of model and tokens is stored with the SAEs.
-    folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl` and, while it runs, a
-    checkpoint every `checkpoint_seconds` (less often where writing it takes more than a twentieth
-    of the time); `resume` goes on from there, on a CPU to the same bits as without a break, and
-    starts where there is none yet.
+    folder: takes `suite/<variant>/<hook name>/`, the log `train.jsonl`, the record
+    `train.run.json` and, while it runs, a checkpoint every `checkpoint_seconds` (less often where
+    writing it takes more than a twentieth of the time). A run that was cut off there is gone on
+    with, on a CPU to the same bits as without a break.
+    fresh: a run that is in the folder goes, with its SAEs, and this one starts anew.
     memory: bytes that may be used beside the model, by default most of what is free; sites that do
     not fit together are trained one group after another, each with a pass over the data, and are
     returned on the CPU.
@@ -457,24 +462,23 @@ def train_saes(
     are; so does SIGTERM, which then ends the process.
 
     Returns `suite[variant][hook_name]`. Raises ValueError for configs that do not fit together, a
-    source's name that is no site, too little data, a folder with another or an unfinished run, or
-    one that another process writes, and for rows of an unknown model, or of another than
-    `model_name`.
+    source's name that is no site, too little data, a folder with another run (unless `fresh` is
+    given) or with files of the same names that are of none, or one that another process writes, and
+    for rows of an unknown model, or of another than `model_name`.
     """
-    if resume and folder is None:
-        raise ValueError(
-            "resume=True was given without a folder to resume from; give the folder of the run."
-        )
     _check_configs(configs, source.widths)
     for site in source.sites:
         parse_hook_name(site)
     return_freed_memory()
     origin = _origin(source, model_name)
     with only_writer(folder), Interrupts(stop) as interrupts:
-        checkpoints, state = None, None
+        checkpoints, state, record = None, None, None
         if folder is not None:
-            checkpoints = Checkpoints(folder, _identity(source, configs, origin))
-            state = _found_state(checkpoints, resume)
+            identity = _identity(source, configs, origin)
+            checkpoints = Checkpoints(folder, identity)
+            files = [LOG, *(name for key in _keys(source, configs) for name in sae_files(*key))]
+            record = Run(folder, identity, files, name=TRAINING, what="training", fresh=fresh)
+            state = _found_state(checkpoints, record, fresh)
         groups = _groups(source, configs, memory, state)
         if bar:
             sizes = ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
@@ -505,8 +509,10 @@ def train_saes(
                 (variant, site), trainer = trainers.popitem()
                 sae = trainer.finish(origin, site)
                 saes[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
-                if folder is not None:
+                if folder is not None and record is not None:
+                    record.again(f"{variant}/{site}")
                     save_sae(sae, suite_folder(folder / "suite", variant, site))
+                    record.done(f"{variant}/{site}", sae_files(variant, site))
                 del trainer, sae  # before the next group begins
             if run.complete and checkpoints is not None:
                 checkpoints.save(
@@ -549,18 +555,34 @@ def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin)
     }
 
 
-def _found_state(checkpoints: Checkpoints, resume: bool) -> dict[str, Any] | None:
-    """The state to go on from, None where there is none yet; what a killed run left is cleared."""
-    state = checkpoints.load()
-    if state is not None and not resume:
+def _keys(source: RowSource, configs: Sequence[TrainConfig]) -> list[Key]:
+    return [(config.variant, site) for config in configs for site in source.sites]
+
+
+def sae_files(variant: str, site: str) -> list[str]:
+    """The names of an SAE's files in the folder of a run."""
+    return [f"suite/{variant}/{site}/{name}" for name in (CONFIG, WEIGHTS)]
+
+
+def _found_state(checkpoints: Checkpoints, record: Run, fresh: bool) -> dict[str, Any] | None:
+    """The state to go on from, None where there is none yet; what a killed run left is cleared.
+
+    fresh: the run that is there goes.
+    """
+    folder = checkpoints.folder
+    there = found(folder)
+    if there and not record.path.exists():
         raise ValueError(
-            f"{str(checkpoints.folder)!r} holds a run already; resume it or choose another folder."
+            f"{str(there[-1])!r} is of no training that this version can go on with; give another"
+            " folder."
         )
+    state = None if fresh else checkpoints.load()
     if state is not None and not _is_state(state):
         raise ValueError(
             f"The checkpoint in {str(checkpoints.folder)!r} was not written by this package's"
             " training; choose another folder."
         )
+    record.begin(lambda: delete_checkpoints(folder))
     checkpoints.begin(state)
     return state
 

@@ -7,6 +7,14 @@ site and strength, `chosen` what was decided, `arms` what is measured, `measure`
 
 from qsae_kit.steer.study.arms import CONTROL_SAES
 from qsae_kit.steer.study.config import StudyConfig, quick
-from qsae_kit.steer.study.steps import StudyResult, steering_study
+from qsae_kit.steer.study.steps import JOURNAL, STUDY_FILES, StudyResult, steering_study
 
-__all__ = ["CONTROL_SAES", "StudyConfig", "StudyResult", "quick", "steering_study"]
+__all__ = [
+    "CONTROL_SAES",
+    "JOURNAL",
+    "STUDY_FILES",
+    "StudyConfig",
+    "StudyResult",
+    "quick",
+    "steering_study",
+]

@@ -30,6 +30,7 @@ from tqdm.auto import tqdm
 
 from qsae_kit.attach import check_fit
 from qsae_kit.io.journal import Journal
+from qsae_kit.io.runs import plain
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.edits import Policy
 from qsae_kit.lm.hooked import HookedLM
@@ -54,6 +55,15 @@ from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_
 
 FORMAT = 4
 """Of the journal: a study that another version began is refused."""
+JOURNAL = "journal.jsonl"
+"""The record of a study in its folder, with every step."""
+STUDY_FILES = tuple(
+    (
+        "study.csv candidates.csv selection.csv examples.csv prompts.json study.json steering.json "
+        "dose.html controls.html report.html"
+    ).split()
+)
+"""What `steer.report.write_study` writes."""
 LAST_SHARE = 0.8
 """Sites in the last fifth of the layers are left out (Arditi et al. 2024, arXiv 2406.11717, section
 2.3).
@@ -89,6 +99,8 @@ class StudyResult(NamedTuple):
     verdict: str
     prompts: dict[str, dict[str, list[str]]]
     """The selection and the evaluation prompts by kind."""
+    identity: Mapping[str, Any]
+    """What tells the study from others: model, weights, SAEs, configuration, prompts."""
 
 
 def steering_study(
@@ -102,6 +114,7 @@ def steering_study(
     hook_names: Sequence[str] = (),
     variant: str = "",
     folder: Path | None = None,
+    fresh: bool = False,
     bar: bool = True,
 ) -> StudyResult:
     """The whole study: features, site and strength on selection prompts, figures and controls on
@@ -110,9 +123,11 @@ def steering_study(
     suite: variant -> hook name -> SAE; variants whose names end with frozen_decoder or
     frozen_soft_decoder are controls at the same site. behaviour: refusal by default. hook_names,
     variant: where to choose from (`steered_sites`). folder: every step is written there, and a
-    study that was cut off goes on (`journal.jsonl`); the same seed gives the same digits. Raises
-    ValueError for prompts that are missing, empty, in both sets or all of one kind, for sites that
-    are not there, and while another process writes to the folder.
+    study that was cut off goes on (`journal.jsonl`); the same seed gives the same digits. fresh:
+    a study that is there goes, with its `STUDY_FILES`. Raises ValueError for prompts that are
+    missing, empty, in both sets or all of one kind, for sites that are not there, where the folder
+    holds another study (unless `fresh` is given) or files with a study's names that are of none,
+    and while another process writes to the folder.
     """
     # 1
     setting = checked_setting(
@@ -120,7 +135,7 @@ def steering_study(
     )
     with only_writer(folder):
         # 2
-        journal = open_journal(setting, folder)
+        journal = open_journal(setting, folder, fresh)
         # 3
         began = time.monotonic()
         lab = Lab(setting, journal, "selection")
@@ -218,10 +233,15 @@ def steered_sites(
     return variant, list(hook_names) or streams or early or known
 
 
-def open_journal(setting: Setting, folder: Path | None) -> Journal:
+def open_journal(setting: Setting, folder: Path | None, fresh: bool) -> Journal:
     """The journal of exactly this study; in memory without a folder."""
+    return Journal(folder and folder / JOURNAL, identity_of_study(setting), STUDY_FILES, fresh)
+
+
+def identity_of_study(setting: Setting) -> dict[str, Any]:
+    """What tells a study from others."""
     lm, saes = setting.lm, setting.suite[setting.variant]
-    about = {
+    return {
         "study": FORMAT,
         "model": lm.model_name,
         "weights": lm.weights_digest(),
@@ -231,7 +251,6 @@ def open_journal(setting: Setting, folder: Path | None) -> Journal:
         "saes": {f"{setting.variant}/{name}": saes[name].checksum() for name in setting.hook_names},
         "prompts": hashlib.sha256(json.dumps(setting.prompts).encode()).hexdigest(),
     }
-    return Journal(folder and folder / "journal.jsonl", about)
 
 
 def plan_of(lab: Lab) -> Plan:
@@ -335,6 +354,7 @@ def told(
         headline,
         verdict(headline),
         prompts,
+        plain(identity_of_study(setting)),
     )
 
 
