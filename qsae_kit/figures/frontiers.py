@@ -29,7 +29,7 @@ def frontier_figure(table: pd.DataFrame, model_name: str = "", category: str = "
     """Sparsity against fidelity: FVU at the left and the rise of cross-entropy at the right against
     L0, a line a site and width.
 
-    table: the table of `evaluate.score.sweep`. Sites of a later layer are drawn darker.
+    table: the table of `pipelines.sweep.sweep`. Sites of a later layer are drawn darker.
     """
     table = table[table["category"] == category]
     figure = make_subplots(
