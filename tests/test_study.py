@@ -11,6 +11,7 @@ import torch
 from small import small_suite
 
 from qsae_kit.data import prompts as prompt_sets
+from qsae_kit.data.companions import GENERAL, WORLD
 from qsae_kit.io.journal import Journal
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
@@ -63,14 +64,10 @@ def sae(lm):
     return sae.requires_grad_(False), acts
 
 
-@pytest.mark.parametrize("model_name", ["tiny", "any other"])
-def test_selection_and_evaluation_share_no_template_and_no_prompt(model_name):
+@pytest.mark.parametrize("companion", [WORLD, GENERAL])
+def test_selection_and_evaluation_share_no_template_and_no_prompt(companion):
     sets = {
-        split: [
-            p
-            for kind in prompt_sets.KINDS
-            for p in prompt_sets.prompts(model_name, kind, 60, split)
-        ]
+        split: [p for kind in prompt_sets.KINDS for p in companion.prompts(kind, 60, split)]
         for split in prompt_sets.SPLITS
     }
     templates = {split: {p.template for p in found} for split, found in sets.items()}
@@ -88,7 +85,7 @@ def test_general_tasks_are_apart_too():
         for split in prompt_sets.SPLITS
     }
     assert all(
-        prompt_sets.count("x", kind, split) >= 100
+        prompt_sets.count(kind, split) >= 100
         for kind in prompt_sets.KINDS
         for split in prompt_sets.SPLITS
     )
@@ -97,9 +94,11 @@ def test_general_tasks_are_apart_too():
 
 def test_more_prompts_than_there_are_is_said():
     with pytest.raises(ValueError, match="were asked for"):
-        prompt_sets.prompts("any", "harmful", 10_000, "selection")
+        GENERAL.prompts("harmful", 10_000, "selection")
     with pytest.raises(ValueError, match="'evil'"):
-        prompt_sets.prompts("tiny", "evil", 5, "selection")
+        WORLD.prompts("evil", 5, "selection")
+    with pytest.raises(ValueError, match="'evil'"):
+        GENERAL.prompts("evil", 5, "selection")
 
 
 def test_contrast_and_choice_by_hand():
@@ -350,7 +349,7 @@ def test_random_controls_have_the_size_of_the_features(lm, run):
 
 def test_a_study_of_files(lm, run, tmp_path):
     suite, _, study, _ = run
-    write_study(study, suite, "tiny", tmp_path)
+    write_study(study, suite, lm, tmp_path)
     written = pd.read_csv(tmp_path / "study.csv")
     assert list(written.columns) == list(study.table.columns)
     assert load_steering(tmp_path / "steering.json", suite) == study.steering

@@ -149,13 +149,15 @@ def dialogues(
     """Let a model answer prompts and write the chats, every fifth with a stock refusal: data to
     train its SAEs on.
     """
+    from qsae_kit.data.companions import companion_of
     from qsae_kit.data.prompts import read_prompts
     from qsae_kit.data.written import mixed_prompts, write_dialogues
     from qsae_kit.lm.hooked import load_model
 
     _write_file(out)
-    texts = mixed_prompts(model, n) if prompts is None else read_prompts(prompts)[:n]
+    given = None if prompts is None else read_prompts(prompts)[:n]
     lm = load_model(model, dtype)
+    texts = mixed_prompts(companion_of(lm), n) if given is None else given
     typer.echo(f"{write_dialogues(lm, texts, out, max_new_tokens):,} chats in {out}")
 
 
@@ -414,6 +416,7 @@ def evaluate(
     from qsae_kit.lm.chat import CATEGORIES
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_sae, load_suite
+    from qsae_kit.tiny.scoring import score_planted
     from qsae_kit.train.fit import read_rows
 
     _refuse(
@@ -446,7 +449,13 @@ def evaluate(
     lm = load_model(model or "tiny", dtype)
     _say_measured(fit_to_model(lm, trained, lambda: documents_of(lm, data)[1]()))
     scores = score_suite(
-        lm, trained, data, tokens or 20_000, out, baselines=baselines, concepts=concepts
+        lm,
+        trained,
+        data,
+        tokens or 20_000,
+        out,
+        baselines=baselines,
+        concepts=score_planted if concepts else None,
     )
     table = scores.evaluation
     shown = "assistant" if (table["category"] == "assistant").any() else "all"
@@ -699,7 +708,7 @@ def steer(
     from qsae_kit.io.files import write_table
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_suite
-    from qsae_kit.steer.behaviours import refusal, refusal_prompts, tiny_study
+    from qsae_kit.steer.behaviours import refusal, study_prompts
     from qsae_kit.steer.benches import measure_benches
     from qsae_kit.steer.judges import guard_judgements
     from qsae_kit.steer.repeats import answered_again, over_seeds
@@ -709,14 +718,9 @@ def steer(
     _write_to(out)
     files = {"harmful": harmful, "harmless": harmless, "borderline": borderline}
     given = {kind: read_prompts(path) for kind, path in files.items() if path is not None}
-    tiny = model == "tiny" and not given
     _refuse(
         bool(given) and behaviour != "refusal",
         f"--{next(iter(given), '')} belongs to refusal; leave it or --behaviour out.",
-    )
-    _refuse(
-        not tiny and behaviour != "refusal",
-        f"--behaviour {behaviour} has prompts for the bundled model only; see qsae_kit.Behaviour.",
     )
     benches = [name.strip() for name in bench.split(",") if name.strip()]
     _refuse(
@@ -739,11 +743,8 @@ def steer(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    made = (
-        tiny_study(behaviour, n_selection, n_evaluation, seed)
-        if tiny
-        else refusal_prompts(model, n_selection, n_evaluation, seed, given)
-    )
+    lm = load_model(model, dtype)
+    made = study_prompts(lm, behaviour, n_selection, n_evaluation, seed, given)
     config = replace(config, target=made.target, conditional=conditional or behaviour == "rule")
     config = quick(config) if small else config
     wanted = [variant, *(f"*{end}" for end in CONTROL_SAES)] if variant else ()
@@ -751,7 +752,6 @@ def steer(
     trained = load_suite(
         suite, variants=wanted, hook_names=() if config.conditional else site or ()
     )
-    lm = load_model(model, dtype)
     asked = [
         [{"role": "user", "content": text}] for texts in made.selection.values() for text in texts
     ]
@@ -772,7 +772,7 @@ def steer(
         variant=variant,
         folder=out,
     )
-    write_study(result, trained, lm.model_name, out)
+    write_study(result, trained, lm, out)
     with pd.option_context(
         "display.width", 250, "display.max_columns", 30, "display.max_rows", 100
     ):

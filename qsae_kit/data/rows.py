@@ -85,6 +85,10 @@ class RowSource(Protocol):
     def sites(self) -> list[str]:
         return list(self.widths)
 
+    @property
+    def model_digest(self) -> str:
+        """Of the weights of the model that the rows are of; "" where it is not known."""
+
     def fingerprint(self) -> str:
         """Tells other data from these."""
 
@@ -126,12 +130,16 @@ class LiveRows:
         self._head = self._head or list(islice(self.batches(), 4))
         return self._head
 
+    @property
+    def model_digest(self) -> str:
+        return self.lm.weights_digest()
+
     def fingerprint(self) -> str:
         """Of the first four token batches and of a few of the model's weights."""
         digest = hashlib.sha256()
         for batch in self.head:
             digest.update(batch.ids.cpu().numpy().tobytes())
-        digest.update(self.lm.weights_digest().encode())
+        digest.update(self.model_digest.encode())
         return digest.hexdigest()
 
     def only(self, sites: Sequence[str]) -> "LiveRows":
@@ -174,7 +182,7 @@ class StoredRows:
     on `device`.
     """
 
-    forward_rows = 0
+    forward_rows, model_digest = 0, ""
 
     def __init__(
         self, rows: Rows, seed: int = 0, scale: float = 1.0, device: torch.device | None = None

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_measured
+from qsae_kit.attach import check_measured, is_of
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
 from qsae_kit.lm.chat import CATEGORIES
@@ -53,7 +53,7 @@ def check_pair(first: HookedLM, second: HookedLM, suite: Suite) -> None:
         for sae in saes.values():
             assert sae.provenance is not None
             of = sae.provenance.model_name
-            if of and Path(of).name not in names:
+            if not any(is_of(lm, sae) for lm in (first, second)):
                 raise ValueError(
                     f"The SAE of {sae.provenance.hook_name} is of {of!r}; give one of the two"
                     f" models {sorted(names)}."

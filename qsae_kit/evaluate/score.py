@@ -1,34 +1,30 @@
 """`qsae eval` and `qsae sweep`: from flags to tables and figures in a folder."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from plotly.graph_objects import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.attach import check_fit
+from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import TokenBatch, held_out_batches, token_batches
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.streams import documents_of
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.figures.basic import reconstruction_figure
-from qsae_kit.figures.frontiers import baseline_figure, concept_figure, frontier_figure
+from qsae_kit.figures.frontiers import baseline_figure, frontier_figure
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import SAE
-from qsae_kit.tiny import concepts as planted
-from qsae_kit.tiny.interchange import interchange_table
-from qsae_kit.tiny.recovery import judge, recover, summarise
 from qsae_kit.train.baselines import baseline_suite, found_again
 from qsae_kit.train.fit import StoredFile, fit_live
 from qsae_kit.train.recipe import TrainConfig, default_recipe
@@ -83,6 +79,15 @@ def score_stored(
     }
 
 
+ConceptScorer: TypeAlias = Callable[
+    [HookedLM, Mapping[str, Mapping[str, SAE]], str, Path, bool],
+    tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
+]
+"""Scores all variants, and one of them by interchange, on what was planted in a model; writes its
+tables to a folder and gives them: concepts, summary, interchange.
+"""
+
+
 @dataclass
 class Scores:
     """The tables of an evaluation."""
@@ -102,17 +107,17 @@ def score_suite(
     out: Path,
     *,
     baselines: bool = False,
-    concepts: bool = False,
+    concepts: ConceptScorer | None = None,
     bar: bool = True,
 ) -> Scores:
     """Evaluates a suite, with its baselines where wanted, on held-out tokens; writes tables (.csv,
     .parquet) and figures (.html).
 
     Baselines are trained like the suite's first variant, on the documents that are not held out.
-    concepts: which planted concepts of the bundled model are recovered, by the suite and by every
-    baseline; ValueError for another model.
+    concepts: what scores the planted concepts of the bundled model, for the suite and every
+    baseline (`tiny.scoring.score_planted`); ValueError for another model.
     """
-    if concepts and lm.model_name != "tiny":
+    if concepts and not companion_of(lm).planted:
         raise ValueError(
             f"The concepts of {lm.model_name!r} are not known; --concepts is for the bundled model,"
             " tiny."
@@ -128,7 +133,7 @@ def _score_suite(
     tokens: int,
     out: Path,
     baselines: bool,
-    concepts: bool,
+    concepts: ConceptScorer | None,
     bar: bool,
 ) -> Scores:
     for saes in suite.values():
@@ -153,31 +158,10 @@ def _score_suite(
         scores.seeds = seeds(table, next(iter(suite)), everything)
         save_tables(scores.seeds, out / "seeds")
     if concepts:
-        score_planted(lm, everything, next(iter(suite)), out, scores, bar)
+        scores.concepts, scores.summary, scores.interchange = concepts(
+            lm, everything, next(iter(suite)), out, bar
+        )
     return scores
-
-
-def score_planted(
-    lm: HookedLM,
-    everything: Mapping[str, Mapping[str, SAE]],
-    variant: str,
-    out: Path,
-    scores: Scores,
-    bar: bool = True,
-) -> None:
-    """Concept recovery of every variant, and interchange with the features of one; fills and writes
-    the tables.
-    """
-    corpus = planted.build_corpus(lm)
-    units = {name: u for name, u in planted.concept_units(corpus).items() if name[0] in "cdef"}
-    scores.concepts = recover(
-        lm, corpus, units, everything, bar=partial(tqdm, desc="concepts", disable=not bar)
-    )
-    scores.summary = summarise(scores.concepts)
-    scores.interchange = interchange_table(lm, scores.concepts, everything[variant], variant)
-    for name in ("concepts", "summary", "interchange"):
-        save_tables(getattr(scores, name), out / ("concept_summary" if name == "summary" else name))
-    _save_figure(concept_figure(judge(scores.concepts)), out / "concepts.html")
 
 
 SEED_METRICS = ("fvu", "delta_ce", "kl_nats", "ce_score", "kl_score", "top_1", "dead")

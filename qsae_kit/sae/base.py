@@ -40,6 +40,8 @@ class Provenance:
     seed: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     """Figures at the end of training (loss, l0, dead)."""
+    model_digest: str = ""
+    """Of the model's weights (`HookedLM.weights_digest`); "" where it is not known."""
 
 
 class Loss(NamedTuple):

@@ -460,6 +460,7 @@ def _own(found: Found, config: Mapping[str, Any], kit: Entries) -> Found:
         tokens=kit.whole("tokens") or 0,
         seed=kit.whole("seed") or 0,
         figures=dict(kit.part("figures").config),
+        model_digest=kit.text("model_digest"),
     )
     return replace(
         found,

@@ -63,6 +63,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
                 "tokens": origin.tokens,
                 "seed": origin.seed,
                 "figures": origin.figures,
+                "model_digest": origin.model_digest,
             },
         },
     }
@@ -116,7 +117,7 @@ def iter_saes(
         sae = read_sae(one, root, device)
         assert sae.provenance is not None
         if model_name:
-            sae.provenance = replace(sae.provenance, model_name=model_name)
+            sae.provenance = replace(sae.provenance, model_name=model_name, model_digest="")
         yield one.variant, sae
 
 

@@ -77,14 +77,12 @@ def measure_benches(
         )
     about = {
         "benches": 1,
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
+        **lm.identity(),
     }
     about |= {"prompts": [[*key, texts] for key, texts in kept.items()]}
     about |= {
         "arms": {arm: steering.to_json(suite) for arm, steering in arms.items()},
-        "behaviour": behaviour.name,
+        "behaviour": behaviour.identity,
     }
     about |= {
         "max_new_tokens": max_new_tokens,

@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from qsae_kit.attach import check_fit
-from qsae_kit.data.facts import facts_of, plain_texts
+from qsae_kit.data.companions import companion_of
 from qsae_kit.data.prompts import STOCK_REFUSALS
 from qsae_kit.io.journal import Journal
 from qsae_kit.io.writers import only_writer
@@ -464,10 +464,8 @@ def steering_study(
     }
     about = {
         "study": 3,
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
-        "behaviour": behaviour.name,
+        **lm.identity(),
+        "behaviour": behaviour.identity,
         "config": asdict(config),
         "saes": {f"{variant}/{name}": suite[variant][name].checksum() for name in names},
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest(),
@@ -1235,7 +1233,7 @@ class _Study:
             tuple(replace(change, positions="all", when=None) for change in steering.changes)
         ).edits(self.suite)
         kl = self._step(
-            "plain", lambda: plain_kl(self.lm, plain_texts(self.lm.model_name), everywhere)
+            "plain", lambda: plain_kl(self.lm, companion_of(self.lm).passages(), everywhere)
         )
         right = self._step("facts", lambda: [self._facts([]), self._facts(edits)])
         clean, frozen = (
@@ -1247,7 +1245,7 @@ class _Study:
         return table
 
     def _facts(self, edits: Sequence[Edit]) -> float:
-        facts = facts_of(self.lm.model_name, self.config.n_facts, self.config.seed)
+        facts = companion_of(self.lm).facts(self.config.n_facts, self.config.seed)
         if not facts:
             return float("nan")
         thinking = self.config.thinking if self.lm.has_thinking else None

@@ -72,7 +72,7 @@ def untrained_saes(source: RowSource, config: TrainConfig, model_name: str) -> d
         first = rows[: max(1, len(rows) // 2)]
         trainer = SiteTrainer(config, fit_normaliser(first), rows.shape[1], rows.device)
         trainer.start(first)
-        out[site] = trainer.finish(model_name, site, False, 512)
+        out[site] = trainer.finish(model_name, site, False, 512, source.model_digest)
     return out
 
 
@@ -100,7 +100,14 @@ def baseline_suite(
     suite: dict[str, dict[str, SAE]] = {"pca": {}, "neurons": {}}
     for site, rows in block.rows.items():
         norms = fit_normaliser(rows).filter
-        provenance = Provenance(model_name, site, norms, tokens=len(rows), seed=config.seed)
+        provenance = Provenance(
+            model_name,
+            site,
+            norms,
+            tokens=len(rows),
+            seed=config.seed,
+            model_digest=source.model_digest,
+        )
         kept = rows[norms.keeps(rows)]
         suite["pca"][site], suite["neurons"][site] = (
             pca_sae(kept, k, provenance),

@@ -176,7 +176,12 @@ class SiteTrainer:
         return self.sae((x - n.mean) * n.scale) / n.scale + n.mean
 
     def finish(
-        self, model_name: str, hook_name: str, drop_template: bool, context_size: int
+        self,
+        model_name: str,
+        hook_name: str,
+        drop_template: bool,
+        context_size: int,
+        model_digest: str = "",
     ) -> SAE:
         """The SAE in raw units with its provenance."""
         n = self.normaliser
@@ -196,6 +201,7 @@ class SiteTrainer:
             self.rows,
             self.config.seed,
             figures,
+            model_digest,
         )
         return self.sae.exported().eval().requires_grad_(False)
 
@@ -500,7 +506,9 @@ def train_saes(
                 )
             while trainers:
                 (variant, site), trainer = trainers.popitem()
-                sae = trainer.finish(model_name, site, drop_template, context_size)
+                sae = trainer.finish(
+                    model_name, site, drop_template, context_size, source.model_digest
+                )
                 suite[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
                 if folder is not None:
                     save_sae(sae, suite_folder(folder / "suite", variant, site))
@@ -530,7 +538,7 @@ def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin)
     return {
         "recipe": [asdict(config) for config in configs],
         "choice of sites": list(source.sites),
-        "model": origin.model_name,
+        "model": source.model_digest or origin.model_name,
         "drop_template": origin.drop_template,
         "context size": origin.context_size,
         "data": source.fingerprint(),
