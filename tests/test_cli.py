@@ -64,10 +64,6 @@ def complaint(done):
             "The goal 'both' was given; choose from suppress, induce",
         ),
         (["steer", "--suite", "EMPTY", "--harmful", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
-        (
-            ["steer", "--suite", "EMPTY", "--model", "smollm2", "--behaviour", "bias"],
-            "has prompts for the bundled model only",
-        ),
         (["steer", "--suite", "EMPTY", "--guard", "tiny"], "belong to --bench"),
         (
             ["steer", "--suite", "EMPTY", "--bench", "xstest", "--behaviour", "bias"],

@@ -743,15 +743,16 @@ def steer(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    lm = load_model(model, dtype)
-    made = study_prompts(lm, behaviour, n_selection, n_evaluation, seed, given)
-    config = replace(config, target=made.target, conditional=conditional or behaviour == "rule")
+    config = replace(config, conditional=conditional or behaviour == "rule")
     config = quick(config) if small else config
     wanted = [variant, *(f"*{end}" for end in CONTROL_SAES)] if variant else ()
     # detectors lie before
     trained = load_suite(
         suite, variants=wanted, hook_names=() if config.conditional else site or ()
     )
+    lm = load_model(model, dtype)
+    made = study_prompts(lm, behaviour, n_selection, n_evaluation, seed, given)
+    config = replace(config, target=made.target)
     asked = [
         [{"role": "user", "content": text}] for texts in made.selection.values() for text in texts
     ]
