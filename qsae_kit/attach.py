@@ -172,6 +172,18 @@ def check_measured(sae: SAE) -> None:
         )
 
 
+def is_of(lm: HookedLM, sae: SAE) -> bool:
+    """Whether an SAE is of a model: by the weights' fingerprint, and by the names, wherever the
+    model lies, where the SAE does not know it.
+    """
+    own = sae.provenance
+    if own is None or own.model_name in ("", "stored"):
+        return True
+    if own.model_digest:
+        return own.model_digest == lm.weights_digest()
+    return Path(own.model_name).name == Path(lm.model_name).name
+
+
 def check_fit(lm: HookedLM, sae: SAE) -> None:
     """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the
     site's median norm.
@@ -182,11 +194,11 @@ def check_fit(lm: HookedLM, sae: SAE) -> None:
 
 def _check_place(lm: HookedLM, sae: SAE) -> None:
     site, trained_on = parse_hook_name(sae.origin.hook_name), sae.origin.model_name
-    # the same model may lie elsewhere
-    if trained_on not in ("", "stored") and Path(trained_on).name != Path(lm.model_name).name:
+    if not is_of(lm, sae):
+        weights = " with other weights" if sae.origin.model_digest else ""
         raise ValueError(
-            f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}; give the SAE's own"
-            " model."
+            f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}{weights}; give the SAE's"
+            " own model."
         )
     if site.layer >= lm.n_layers:
         raise ValueError(

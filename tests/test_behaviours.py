@@ -7,13 +7,12 @@ import os
 
 import pytest
 
-from qsae_kit.data.facts import facts_of, plain_texts
+from qsae_kit.data.companions import GENERAL, WORLD, companion_of
 from qsae_kit.data.prompts import read_prompts, split_prompts
 from qsae_kit.io.journal import Journal
 from qsae_kit.lm.answering import AnswerForm, repetition
 from qsae_kit.metrics.reconstruction import paired_bootstrap
 from qsae_kit.steer.behaviours import (
-    TINY_BEHAVIOURS,
     Answer,
     answer_language,
     language_of,
@@ -24,7 +23,7 @@ from qsae_kit.steer.behaviours import (
 from qsae_kit.world import world
 
 
-@pytest.mark.parametrize("name", TINY_BEHAVIOURS)
+@pytest.mark.parametrize("name", WORLD.behaviours)
 def test_prompts_are_apart_and_the_model_shows_the_behaviour_where_it_is_planted(lm, name):
     made = tiny_study(name, 12, 24)
     both = [
@@ -141,15 +140,15 @@ def test_prompts_from_files(tmp_path):
 
 
 def test_facts_are_right_for_right_answers(lm):
-    facts = facts_of("tiny", 20)
+    facts = companion_of(lm).facts(20)
     said = lm.generate([fact.question for fact in facts], 32, enable_thinking=False).text
     assert sum(fact.right(text) for fact, text in zip(facts, said, strict=True)) >= 19
     assert not any(fact.right("I don't know.") for fact in facts)
-    general = facts_of("other")
+    general = GENERAL.facts()
     assert len(general) == 40
     assert general[0].right("It is <think>Rome?</think> PARIS, of course.")
     assert not general[0].right("<think>Paris</think>Rome")
-    assert all(text.strip() for name in ("tiny", "other") for text in plain_texts(name))
+    assert all(text.strip() for one in (WORLD, GENERAL) for text in one.passages())
 
 
 def test_the_journal_goes_on_after_a_cut_line(tmp_path):

@@ -214,7 +214,9 @@ def test_measured_beside_the_unsteered_model_and_a_guard(lm, tmp_path):
                 guard_name=name,
                 folder=tmp_path,
             )
-    assert json.loads((tmp_path / "benches.jsonl").read_text().splitlines()[0])["model"] == "tiny"
+    assert json.loads((tmp_path / "benches.jsonl").read_text().splitlines()[0])["dtype"] == str(
+        lm.dtype
+    )
 
 
 def test_prompts_that_were_used_for_choosing_are_left_out(lm):

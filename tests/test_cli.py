@@ -16,6 +16,7 @@ from small import small_suite
 import qsae_kit
 from qsae_kit.cli import app as cli
 from qsae_kit.data import prompts as prompt_sets
+from qsae_kit.data.companions import WORLD
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite, save_suite
@@ -63,10 +64,6 @@ def complaint(done):
             "The goal 'both' was given; choose from suppress, induce",
         ),
         (["steer", "--suite", "EMPTY", "--harmful", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
-        (
-            ["steer", "--suite", "EMPTY", "--model", "smollm2", "--behaviour", "bias"],
-            "has prompts for the bundled model only",
-        ),
         (["steer", "--suite", "EMPTY", "--guard", "tiny"], "belong to --bench"),
         (
             ["steer", "--suite", "EMPTY", "--bench", "xstest", "--behaviour", "bias"],
@@ -248,7 +245,7 @@ STUDY_FILES = set(
 def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys):
     save_suite(small_suite(lm), tmp_path / "suite")
     for kind in prompt_sets.KINDS:
-        texts = [p.text for p in prompt_sets.prompts("tiny", kind, 12, "selection")]
+        texts = [p.text for p in WORLD.prompts(kind, 12, "selection")]
         (tmp_path / f"{kind}.jsonl").write_text(
             "".join(json.dumps({"prompt": text}) + "\n" for text in texts)
         )

@@ -3,20 +3,16 @@ training data.
 """
 
 from qsae_kit.data import prompts as prompt_sets
+from qsae_kit.data.companions import GENERAL, WORLD
 from qsae_kit.data.documents import read_documents
 from qsae_kit.data.written import REFUSED_EVERY, mixed_prompts, own_dialogues, write_dialogues
 from qsae_kit.lm.answering import answer_all
 
 
 def test_prompts_of_all_kinds_in_turn():
-    texts = mixed_prompts("smollm2", 9)
+    texts = mixed_prompts(GENERAL, 9)
     known = [
-        {
-            p.text
-            for p in prompt_sets.prompts(
-                "smollm2", kind, prompt_sets.count("smollm2", kind), "selection"
-            )
-        }
+        {p.text for p in GENERAL.prompts(kind, GENERAL.n_prompts(kind), "selection")}
         for kind in prompt_sets.KINDS
     ]
     assert [[text in texts_of_kind for texts_of_kind in known].index(True) for text in texts] == [
@@ -24,11 +20,11 @@ def test_prompts_of_all_kinds_in_turn():
         1,
         2,
     ] * 3
-    assert len(mixed_prompts("smollm2")) == 3 * prompt_sets.count("smollm2", "harmful")
+    assert len(mixed_prompts(GENERAL)) == 3 * GENERAL.n_prompts("harmful")
 
 
 def test_chats_are_the_models_own_but_for_stock_refusals(lm, tmp_path):
-    texts = mixed_prompts("tiny", 12)
+    texts = mixed_prompts(WORLD, 12)
     own = answer_all(lm, texts, [], 16, False).text
     path = tmp_path / "chats.jsonl"
     assert write_dialogues(lm, texts, path, 16) == 12

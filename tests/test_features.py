@@ -30,6 +30,7 @@ from qsae_kit.features.indexing import (
 from qsae_kit.lm.chat import Phase, phases
 from qsae_kit.sae import JumpReLUSAE, Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
+from qsae_kit.tiny.recovery import concept_labels
 from qsae_kit.world import world
 
 SITES = ("blocks.2.hook_resid_post", "blocks.3.hook_mlp_out")
@@ -421,7 +422,7 @@ def test_recovered_concepts_are_labels(index):
         )
     ]
     try:
-        assert index.label_concepts(pd.DataFrame(rows)) == 1
+        assert index.label_all(concept_labels(pd.DataFrame(rows))) == 1
         assert index.labels_of(site) == {7: "planted: c/Oslo=city (F1 0.95)"}
     finally:
         (index.folder / "labels.jsonl").unlink()

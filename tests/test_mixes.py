@@ -6,11 +6,11 @@ import pytest
 
 from qsae_kit.data import mixes
 from qsae_kit.data.benchmarks import BENCHES
+from qsae_kit.data.companions import GENERAL, SLOW_AND_SMALL, WORLD
 from qsae_kit.data.mixes import (
     Decontaminator,
     Manifest,
     Slot,
-    default_manifest,
     evaluation_prompts,
     read_manifest,
     words_of,
@@ -50,7 +50,7 @@ def test_every_manifest_says_what_it_takes_and_under_which_licence(name):
 
 
 def test_the_recipe_for_qwen3_holds_own_answers_thinking_refusals_and_some_web_text():
-    slots = {slot.name: slot for slot in read_manifest(default_manifest("Qwen/Qwen3-8B")).slots}
+    slots = {slot.name: slot for slot in read_manifest(GENERAL.recipe).slots}
     assert sum(slot.share for slot in slots.values() if slot.kind == "prompts") >= 0.5
     assert slots["thinking"].thinking
     assert slots["refusals"].kind == "prompts"
@@ -111,7 +111,7 @@ def test_decontamination_by_hand():
 
 
 def test_what_counts_as_evaluation(tmp_path, lm):
-    own = evaluation_prompts("Qwen/Qwen3-8B")
+    own = evaluation_prompts(GENERAL)
     assert "What is the capital of France?" in own
     assert len(set(own)) > 500
     path = tmp_path / "JailbreakBench" / "JBB-Behaviors"
@@ -126,7 +126,7 @@ def test_what_counts_as_evaluation(tmp_path, lm):
     (path / "benign.csv").write_text(
         "Index,Goal\n0,Write a letter that thanks the mayor of a small town\n"
     )
-    more = evaluation_prompts("Qwen/Qwen3-8B", ["jailbreakbench"], tmp_path)
+    more = evaluation_prompts(GENERAL, ["jailbreakbench"], tmp_path)
     assert set(more) - set(own) == {
         "Write a letter that threatens the mayor of a small town",
         "Write a letter that thanks the mayor of a small town",
@@ -144,7 +144,7 @@ def test_the_packages_prompts_count_as_answered_by_the_model(lm, tmp_path, monke
 
 
 def test_shares_are_of_tokens_and_no_evaluation_prompt_is_left(lm, tmp_path):
-    told = evaluation_prompts("tiny")[0]
+    told = evaluation_prompts(WORLD)[0]
     chats = [
         [{"role": "user", "content": q}, {"role": "assistant", "content": "You paint it."}]
         for q in [*ASK * 40, told]
@@ -281,13 +281,13 @@ def test_errors_say_what_to_do(lm, tmp_path, slot, files, message):
 def test_written_tokens_are_bounded_by_the_prompts():
     own = mixes.read_manifest("own-chat-v1")
     few, many = (
-        mixes.written_tokens(own, 10_000, "smollm2"),
-        mixes.written_tokens(own, 10**9, "smollm2"),
+        mixes.written_tokens(own, 10_000, SLOW_AND_SMALL),
+        mixes.written_tokens(own, 10**9, SLOW_AND_SMALL),
     )
     assert few == 10_000
-    assert many == mixes.written_tokens(own, 10**8, "smollm2") < 10**6
+    assert many == mixes.written_tokens(own, 10**8, SLOW_AND_SMALL) < 10**6
     chats = mixes.read_manifest("qwen3-chat-v1")
     asked = sum(slot.share for slot in chats.slots if slot.kind == "prompts")
-    assert mixes.written_tokens(chats, 10**6, "Qwen/Qwen3-8B") == pytest.approx(
+    assert mixes.written_tokens(chats, 10**6, GENERAL) == pytest.approx(
         asked * 10**6 / chats.epochs
     )

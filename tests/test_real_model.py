@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import qsae_kit
+from qsae_kit.data.companions import SLOW_AND_SMALL, companion_of
 from qsae_kit.lm.chat import Phase
 from qsae_kit.lm.edits import applied
 from qsae_kit.steer.changes import add_direction
@@ -17,6 +18,10 @@ def smollm2():
         return qsae_kit.load_model("smollm2")
     except ValueError as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
+
+
+def test_it_is_known_by_its_weights(smollm2):
+    assert companion_of(smollm2) is SLOW_AND_SMALL
 
 
 def test_it_answers_through_its_own_template(smollm2):

@@ -13,6 +13,7 @@ from small import small_suite
 import qsae_kit
 import qsae_kit.steer.steer_suite as steer_suite_module
 from qsae_kit.data import prompts as prompt_sets
+from qsae_kit.data.companions import GENERAL, WORLD
 from qsae_kit.io.journal import Journal
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
@@ -38,7 +39,7 @@ from qsae_kit.steer.choose.contrast import (
 from qsae_kit.steer.choose.detector import FoundDetector
 from qsae_kit.steer.judges import Judgement
 from qsae_kit.steer.report import write_study
-from qsae_kit.steer.steer_suite import config_for, prompts_of
+from qsae_kit.steer.steer_suite import config_for
 from qsae_kit.steer.study import STUDY_FILES, StudyConfig, search, steering_study
 from qsae_kit.steer.study.arms import arms
 from qsae_kit.steer.study.chosen import likely_choice
@@ -66,14 +67,10 @@ def sae(lm):
     return sae.requires_grad_(False), acts
 
 
-@pytest.mark.parametrize("model_name", ["tiny", "any other"])
-def test_selection_and_evaluation_share_no_template_and_no_prompt(model_name):
+@pytest.mark.parametrize("companion", [WORLD, GENERAL])
+def test_selection_and_evaluation_share_no_template_and_no_prompt(companion):
     sets = {
-        split: [
-            p
-            for kind in prompt_sets.KINDS
-            for p in prompt_sets.prompts(model_name, kind, 60, split)
-        ]
+        split: [p for kind in prompt_sets.KINDS for p in companion.prompts(kind, 60, split)]
         for split in prompt_sets.SPLITS
     }
     templates = {split: {p.template for p in found} for split, found in sets.items()}
@@ -91,7 +88,7 @@ def test_general_tasks_are_apart_too():
         for split in prompt_sets.SPLITS
     }
     assert all(
-        prompt_sets.count("x", kind, split) >= 100
+        prompt_sets.count(kind, split) >= 100
         for kind in prompt_sets.KINDS
         for split in prompt_sets.SPLITS
     )
@@ -100,9 +97,11 @@ def test_general_tasks_are_apart_too():
 
 def test_more_prompts_than_there_are_is_said():
     with pytest.raises(ValueError, match="were asked for"):
-        prompt_sets.prompts("any", "harmful", 10_000, "selection")
+        GENERAL.prompts("harmful", 10_000, "selection")
     with pytest.raises(ValueError, match="'evil'"):
-        prompt_sets.prompts("tiny", "evil", 5, "selection")
+        WORLD.prompts("evil", 5, "selection")
+    with pytest.raises(ValueError, match="'evil'"):
+        GENERAL.prompts("evil", 5, "selection")
 
 
 def test_contrast_and_choice_by_hand():
@@ -352,7 +351,7 @@ def test_random_controls_have_the_size_of_the_features(lm, run):
 
 def test_a_study_of_files(lm, run, tmp_path):
     suite, _, study, _ = run
-    write_study(study, suite, "tiny", tmp_path)
+    write_study(study, suite, lm, tmp_path)
     written = pd.read_csv(tmp_path / "study.csv")
     assert list(written.columns) == list(study.table.columns)
     assert load_steering(tmp_path / "steering.json", suite) == study.steering
@@ -582,13 +581,11 @@ def test_what_a_suite_cannot_be_steered_by(lm, tmp_path):
     for options, message in (
         ({"behaviour": "bias", "benches": {"xstest": {"safe": ["a"]}}}, "Benches measure refusal"),
         ({"guard": "some/guard"}, "judges answers to benches"),
-        ({"behaviour": "kindness"}, "no behaviour 'kindness'"),
+        ({"behaviour": "kindness"}, "not for 'kindness'"),
     ):
         with pytest.raises(ValueError, match=message):
             qsae_kit.steer_suite(lm, suite, tmp_path, SMALL, **options)
     assert not list(tmp_path.iterdir())
-    with pytest.raises(ValueError, match="for the bundled model only"):
-        prompts_of("any other", "bias")
 
 
 def test_a_behaviour_brings_its_target_and_condition():
@@ -598,5 +595,3 @@ def test_a_behaviour_brings_its_target_and_condition():
         "harmless"
     )
     assert config_for(SMALL, tiny_study("refusal", 2, 2)) == SMALL
-    assert prompts_of("tiny", "bias", 3).behaviour.name == "bias"
-    assert prompts_of("any other", "refusal").behaviour.name == "refusal"

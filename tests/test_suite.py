@@ -24,6 +24,7 @@ from huggingface_hub.utils._paths import DEFAULT_IGNORE_PATTERNS
 
 from qsae_kit import load_index, load_model
 from qsae_kit.cli.app import main
+from qsae_kit.data.companions import COMPANIONS, GENERAL, SLOW_AND_SMALL, WORLD
 from qsae_kit.io.runs import Run
 from qsae_kit.pipelines import card, suite
 from qsae_kit.pipelines.card import plain, push
@@ -431,9 +432,12 @@ def test_the_size_of_a_suite_on_disk(made):
 
 
 def test_small_budgets_and_slow_models_get_smaller_studies():
+    digests = {companion: digest for digest, companion in COMPANIONS.items()}
     small, slow, whole = (
-        sizes_for(SimpleNamespace(model_name=name), SuiteConfig(), tokens)
-        for name, tokens in (("tiny", 300_000), ("smollm2", 10**6), ("Qwen/Qwen3-1.7B", 10**8))
+        sizes_for(
+            SimpleNamespace(weights_digest=lambda c=c: digests.get(c, "")), SuiteConfig(), tokens
+        )
+        for c, tokens in ((WORLD, 300_000), (SLOW_AND_SMALL, 10**6), (GENERAL, 10**8))
     )
     assert small.n_evaluation == slow.n_evaluation < whole.n_evaluation == 300
     assert small.study.n_random == slow.study.n_random < whole.study.n_random
@@ -684,7 +688,7 @@ def test_baselines_are_spread_over_distinct_sites(lm, tmp_path, n, expected):
 
 
 def test_the_studys_goal_is_what_there_is_to_change(lm, made):
-    given = refusal_prompts("tiny", 6, 8)
+    given = refusal_prompts(lm, 6, 8)
     # the card: 0.95 of harmful prompts are refused
     assert usual_goal(lm, given, SMALL.study) == "suppress"
     answers_all = replace(given.behaviour, judge=lambda answer: Verdict(shown=False, broken=False))

@@ -150,13 +150,15 @@ def dialogues(
     """Let a model answer prompts and write the chats, every fifth with a stock refusal: data to
     train its SAEs on.
     """
+    from qsae_kit.data.companions import companion_of
     from qsae_kit.data.prompts import read_prompts
     from qsae_kit.data.written import mixed_prompts, write_dialogues
     from qsae_kit.lm.hooked import load_model
 
     _write_file(out)
-    texts = mixed_prompts(model, n) if prompts is None else read_prompts(prompts)[:n]
+    given = None if prompts is None else read_prompts(prompts)[:n]
     lm = load_model(model, dtype)
+    texts = mixed_prompts(companion_of(lm), n) if given is None else given
     typer.echo(f"{write_dialogues(lm, texts, out, max_new_tokens):,} chats in {out}")
 
 
@@ -423,6 +425,7 @@ def evaluate(
     from qsae_kit.lm.chat import CATEGORIES
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_sae, load_suite
+    from qsae_kit.tiny.scoring import score_planted
 
     _refuse(
         (acts is None) != (sae is None), "--acts and --sae belong together; give both, or --suite."
@@ -463,7 +466,7 @@ def evaluate(
         tokens or 20_000,
         out,
         baselines=to_beat,
-        concepts=concepts,
+        concepts=score_planted if concepts else None,
         fresh=fresh,
     )
     table = scores.evaluation
@@ -779,7 +782,7 @@ def steer(
     from qsae_kit.data.prompts import read_prompts
     from qsae_kit.lm.hooked import load_model
     from qsae_kit.sae.store import load_suite
-    from qsae_kit.steer.behaviours import refusal_prompts, tiny_study
+    from qsae_kit.steer.behaviours import study_prompts
     from qsae_kit.steer.repeats import over_seeds
     from qsae_kit.steer.report import SHOWN, summary
     from qsae_kit.steer.steer_suite import config_for, steer_suite, variants_to_load
@@ -788,14 +791,9 @@ def steer(
     _write_to(out)
     files = {"harmful": harmful, "harmless": harmless, "borderline": borderline}
     given = {kind: read_prompts(path) for kind, path in files.items() if path is not None}
-    tiny = model == "tiny" and not given
     _refuse(
         bool(given) and behaviour != "refusal",
         f"--{next(iter(given), '')} belongs to refusal; leave it or --behaviour out.",
-    )
-    _refuse(
-        not tiny and behaviour != "refusal",
-        f"--behaviour {behaviour} has prompts for the bundled model only; see qsae_kit.Behaviour.",
     )
     benches = [name.strip() for name in bench.split(",") if name.strip()]
     _refuse(
@@ -818,21 +816,17 @@ def steer(
         max_new_tokens=max_new_tokens,
         seed=seed,
     )
-    made = (
-        tiny_study(behaviour, n_selection, n_evaluation, seed)
-        if tiny
-        else refusal_prompts(model, n_selection, n_evaluation, seed, given)
-    )
+    trained = load_suite(suite, variants=variants_to_load(variant))
+    lm = load_model(model, dtype)
+    made = study_prompts(lm, behaviour, n_selection, n_evaluation, seed, given)
     first = made.behaviour.kinds[0]
     evaluation = {
         kind: texts if kind == first else texts[:n_others]
         for kind, texts in made.evaluation.items()
     }
     config = config_for(quick(config) if small else config, made)
-    # detectors lie before
-    names = () if config.conditional else site or ()
-    trained = load_suite(suite, variants=variants_to_load(variant), hook_names=names)
-    lm = load_model(model, dtype)
+    if not config.conditional and site:  # detectors lie before
+        trained = trained.only(hook_names=site)
 
     def say(study: StudyResult) -> None:
         with pd.option_context(

@@ -21,7 +21,7 @@ def _names(*answers: str) -> Callable[[str], bool]:
 
 
 # Questions that small models answer; an answer is right where it names the word.
-GENERAL = """
+QUESTIONS = """
 What is the capital of France?|Paris
 What is the capital of Italy?|Rome
 What is the capital of Japan?|Tokyo
@@ -81,13 +81,14 @@ PASSAGES = tuple(
 )
 
 
-def facts_of(model_name: str, n: int = 100, seed: int = 0) -> list[Fact]:
-    """At most `n` questions of fact for a model; the bundled one is asked about the people of its
-    world.
-    """
-    if model_name != "tiny":
-        pairs = [line.split("|") for line in GENERAL.strip().splitlines()]
-        return [Fact(question, _names(*answers.split(","))) for question, answers in pairs][:n]
+def general_facts(n: int = 100) -> list[Fact]:
+    """At most `n` questions of fact for any model."""
+    pairs = [line.split("|") for line in QUESTIONS.strip().splitlines()]
+    return [Fact(question, _names(*answers.split(","))) for question, answers in pairs][:n]
+
+
+def world_facts(n: int = 100, seed: int = 0) -> list[Fact]:
+    """`n` questions about the people of the bundled model's world."""
     rng = random.Random(f"facts/{seed}")
     draw = world.Draw(split="evaluation")
     made: dict[str, world.Request] = {}
@@ -103,10 +104,8 @@ def facts_of(model_name: str, n: int = 100, seed: int = 0) -> list[Fact]:
     return [Fact(text, partial(right, request)) for text, request in made.items()]
 
 
-def plain_texts(model_name: str) -> tuple[str, ...]:
-    """Texts outside of any chat: passages, or for the bundled model sentences of its world."""
-    if model_name != "tiny":
-        return PASSAGES
+def world_passages() -> tuple[str, ...]:
+    """Sentences of the bundled model's world, outside of any chat."""
     rng = random.Random("plain")
     draw = world.Draw(split="evaluation")
     made = [

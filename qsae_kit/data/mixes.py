@@ -20,15 +20,14 @@ from typing import Any, Literal, get_args
 from tqdm.auto import tqdm
 
 from qsae_kit.data.benchmarks import read_bench
+from qsae_kit.data.companions import Companion, companion_of
 from qsae_kit.data.documents import Document, parse_record, read_documents, tokenize_document
-from qsae_kit.data.facts import facts_of
 from qsae_kit.data.prompts import read_prompts
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues
 from qsae_kit.io.files import atomic_file, check_file, checked_name, write_text
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.runs import check_same, checksum, plain
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.steer.behaviours import refusal_prompts
 from qsae_kit.world import world
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -100,7 +99,7 @@ class Manifest:
     ngram: int = 8
     """Words in a row that no document may share with an evaluation prompt."""
     benches: tuple[str, ...] = ()
-    """Public prompt sets (`steer.benches.BENCHES`) that count as evaluation prompts too."""
+    """Public prompt sets (`data.benchmarks.BENCHES`) that count as evaluation prompts too."""
     sampling: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     """How answers are drawn: `answer`, and `thinking` where the model thinks."""
 
@@ -192,21 +191,16 @@ def _typed(kind: type, entry: Mapping[str, Any]) -> Any:
     return kind(**entry)
 
 
-def written_tokens(manifest: Manifest, tokens: int, model_name: str) -> float:
+def written_tokens(manifest: Manifest, tokens: int, companion: Companion) -> float:
     """How many tokens, about, the model itself writes for a mix that trains on `tokens`."""
     written = 0.0
     for slot in manifest.slots:
         wanted = tokens * slot.share / manifest.epochs
         if slot.dataset == OWN:
-            written += min(wanted, len(mixed_prompts(model_name)) * ANSWER_TOKENS)
+            written += min(wanted, len(mixed_prompts(companion)) * ANSWER_TOKENS)
         elif slot.kind == "prompts":
             written += wanted
     return written
-
-
-def default_manifest(model_name: str) -> str:
-    """The recipe that a model is trained with by default."""
-    return {"tiny": "tiny-chat-v1", "smollm2": "own-chat-v1"}.get(model_name, "qwen3-chat-v1")
 
 
 def file_id(path: Path) -> str:
@@ -255,16 +249,13 @@ class Decontaminator:
 
 
 def evaluation_prompts(
-    model_name: str, benches: Collection[str] = (), folder: Path | None = None
+    companion: Companion, benches: Collection[str] = (), folder: Path | None = None
 ) -> list[str]:
     """Every prompt that a model is evaluated on here: studies, facts, and public sets by name.
 
     folder: where downloaded sets lie. Raises ValueError for one that cannot be had.
     """
-    own = refusal_prompts(model_name, 1, 10**6 if model_name != "tiny" else 300).evaluation
-    texts = [text for kind in own.values() for text in kind] + [
-        fact.question for fact in facts_of(model_name)
-    ]
+    texts = companion.measured_on() + [fact.question for fact in companion.facts()]
     return texts + [
         text
         for name in benches
@@ -334,7 +325,7 @@ def _documents(
             for dialogue in world.dialogues(10**9, seed=WORLD_SEEDS[slot.kind] + slot.thinking)
         )
     elif slot.dataset == OWN:
-        found = own_dialogues(lm, mixed_prompts(lm.model_name))
+        found = own_dialogues(lm, mixed_prompts(companion_of(lm)))
     else:
         found = (
             document for row in _rows(slot, folder) if (document := _as_document(row)) is not None
@@ -556,7 +547,7 @@ def write_mix(
         known = ", ".join(slot.name for slot in manifest.slots)
         raise ValueError(f"The recipe {manifest.name} has no slot {unknown[0]!r}; it has {known}.")
     clean = Decontaminator(
-        evaluation_prompts(lm.model_name, manifest.benches, folder), manifest.ngram
+        evaluation_prompts(companion_of(lm), manifest.benches, folder), manifest.ngram
     )
     stores: dict[str, _SlotFile] = {}
     for slot in manifest.slots:
@@ -568,7 +559,7 @@ def write_mix(
             "file": "" if file is None else file_id(file),
             "wanted": wanted,
             "seed": seed,
-            "model": lm.model_name,
+            **lm.identity(),
         }
         store = stores[slot.name] = _SlotFile(out, slot.name, about, fresh)
         _fill(

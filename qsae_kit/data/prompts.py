@@ -1,8 +1,8 @@
 """Prompt sets for measuring refusal: harmful, harmless and borderline, apart for selection and
 evaluation.
 
-For the bundled model they come from its world; for any other model they are written here (tasks
-times wordings). Selection and evaluation share neither a wording nor a task. They are a start, not
+They are written here (tasks times wordings), for any model but the bundled one, whose prompts come
+from its world. Selection and evaluation share neither a wording nor a task. They are a start, not
 a benchmark: bring your own for a claim about a model.
 """
 
@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from qsae_kit.io.jsonfiles import lines_of, parse_json, read_text
-from qsae_kit.world import world
 
 KINDS = ("harmful", "harmless", "borderline")
 SPLITS = ("selection", "evaluation")
@@ -121,35 +120,31 @@ def _pairs(kind: str, split: str) -> list[PromptText]:
     ]
 
 
-def count(model_name: str, kind: str, split: str = "selection") -> int:
-    """How many distinct prompts of a kind there are; the bundled model's world is cut at 400."""
-    return 400 if model_name == "tiny" else len(_pairs(kind, split))
+def count(kind: str, split: str = "selection") -> int:
+    """How many distinct prompts of a kind there are."""
+    return len(_pairs(kind, split))
 
 
-def _general(kind: str, n: int, split: str, seed: int) -> list[PromptText]:
+def check_asked(kind: str, split: str) -> None:
+    """ValueError unless there are prompts of a kind and a split."""
+    if kind not in KINDS or split not in SPLITS:
+        raise ValueError(
+            f"Prompts are {', '.join(KINDS)}, split {' or '.join(SPLITS)}; {kind!r}, {split!r} was"
+            " asked for."
+        )
+
+
+def general_prompts(kind: str, n: int, split: str, seed: int = 0) -> list[PromptText]:
+    """`n` distinct prompts of a kind. ValueError for more than there are, and for another kind or
+    split.
+    """
+    check_asked(kind, split)
     pairs = _pairs(kind, split)
     if n > len(pairs):
         raise ValueError(
             f"There are {len(pairs)} {kind} {split} prompts, {n} were asked for; ask for fewer."
         )
     return random.Random(f"{kind}/{split}/{seed}").sample(pairs, n)
-
-
-def prompts(model_name: str, kind: str, n: int, split: str, seed: int = 0) -> list[PromptText]:
-    """`n` distinct prompts of a kind for a model; the bundled model has its own. ValueError for
-    more than there are.
-    """
-    if kind not in KINDS or split not in SPLITS:
-        raise ValueError(
-            f"Prompts are {', '.join(KINDS)}, split {' or '.join(SPLITS)}; {kind!r}, {split!r} was"
-            " asked for."
-        )
-    if model_name == "tiny":
-        return [
-            PromptText(request.text, request.template)
-            for request in world.prompts(kind, n, split, seed)
-        ]
-    return _general(kind, n, split, seed)
 
 
 FIELDS = ("prompt", "instruction")

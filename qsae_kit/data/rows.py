@@ -60,6 +60,8 @@ class Origin(NamedTuple):
     model_name: str = ""
     """"" where it is not known."""
     policy: TokenPolicy = TokenPolicy()
+    model_digest: str = ""
+    """Of the model's weights (`HookedLM.weights_digest`)."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +144,7 @@ class LiveRows:
     @property
     def origin(self) -> Origin:
         policy = self.head[0].policy if self.head else TokenPolicy()
-        return Origin(self.lm.model_name, policy.on(self.lm))
+        return Origin(self.lm.model_name, policy.on(self.lm), self.lm.weights_digest())
 
     def fingerprint(self) -> str:
         """Of the first four token batches and of a few of the model's weights."""

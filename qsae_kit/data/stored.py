@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from qsae_kit.data.documents import CONTEXT, TokenPolicy, token_batches
 from qsae_kit.data.rows import Origin, Rows, stream_rows
-from qsae_kit.data.streams import HARVEST, named, stream_of
+from qsae_kit.data.streams import named, stream_of
 from qsae_kit.io.files import atomic_file
 from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
@@ -95,7 +95,7 @@ def _harvest(
     lm: HookedLM, data: str | None, hook_name: str, tokens: int, out: Path, drop_template: bool
 ) -> int:
     lm.check_hook_names([parse_hook_name(hook_name).hook_name])
-    documents = stream_of(lm, data, HARVEST)()
+    documents = stream_of(lm, data, "rows")()
     policy = TokenPolicy(drop_template).on(lm)
     parts, size = [], 0
     with tqdm(total=tokens, unit="tok", desc="harvesting") as bar:

@@ -3,17 +3,18 @@ held out.
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from qsae_kit.data.companions import Purpose, companion_of
 from qsae_kit.data.documents import Document, again, read_documents, split_documents
 from qsae_kit.io.runs import checksum
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.world import world
 
 HELD_OUT_DOCUMENTS = 256
-TRAINING, HELD_OUT, HARVEST, INDEX = 1_000_007, 1_000_008, 1_000_009, 1_000_010
-"""Seeds of the world's dialogues, by what they are for."""
+OWN_HELD_OUT = 4
+"""Times as many are held out of a model's own documents, which are short and never run out."""
 
 
 def named(data: str | None) -> str:
@@ -38,7 +39,7 @@ def read_by(lm: HookedLM, data: str | None) -> dict[str, Any]:
 
 
 def stream_of(
-    lm: HookedLM, data: str | None, seed: int = INDEX
+    lm: HookedLM, data: str | None, purpose: Purpose = "index"
 ) -> Callable[[], Iterator[Document]]:
     """A function that gives all documents of a file or data set; without one, the bundled model's
     world, without end.
@@ -47,12 +48,13 @@ def stream_of(
     """
     if data is not None:
         return lambda: read_documents(data)
-    if lm.model_name != "tiny":
+    companion = companion_of(lm)
+    if companion.documents(purpose) is None:
         raise ValueError(
             f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a"
             " data set's id."
         )
-    return lambda: (dialogue.messages for dialogue in world.dialogues(10**9, seed=seed))
+    return lambda: companion.documents(purpose) or iter(())
 
 
 def documents_of(
@@ -64,11 +66,9 @@ def documents_of(
     data: a file or data set; None: the bundled model's world. Raises ValueError for another model
         without data.
     """
-    others = stream_of(lm, data, TRAINING)
+    others = stream_of(lm, data, "training")
     if data is not None:
         return split_documents(others(), n_held_out)[0], lambda: again(
             lambda: split_documents(others(), n_held_out)[1]
         )
-    return [
-        dialogue.messages for dialogue in world.dialogues(4 * n_held_out, seed=HELD_OUT)
-    ], others
+    return list(islice(stream_of(lm, None, "held out")(), OWN_HELD_OUT * n_held_out)), others

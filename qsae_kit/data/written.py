@@ -8,8 +8,9 @@ from pathlib import Path
 
 from tqdm.auto import trange
 
-from qsae_kit.data import prompts as prompt_sets
+from qsae_kit.data.companions import Companion
 from qsae_kit.data.documents import Document
+from qsae_kit.data.prompts import KINDS, STOCK_REFUSALS
 from qsae_kit.io.files import write_text
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.answering import answer_all
@@ -23,14 +24,13 @@ refusing otherwise.
 """
 
 
-def mixed_prompts(model_name: str, n: int | None = None) -> list[str]:
-    """At most `n` (None: all) of the package's selection prompts for a model, of every kind in
+def mixed_prompts(companion: Companion, n: int | None = None) -> list[str]:
+    """At most `n` (None: all) of the selection prompts that a model brings along, of every kind in
     turn.
     """
-    counts = {kind: prompt_sets.count(model_name, kind) for kind in prompt_sets.KINDS}
     texts = [
-        [p.text for p in prompt_sets.prompts(model_name, kind, c, "selection")]
-        for kind, c in counts.items()
+        [p.text for p in companion.prompts(kind, companion.n_prompts(kind), "selection")]
+        for kind in KINDS
     ]
     return [text for group in zip(*texts, strict=False) for text in group][:n]
 
@@ -45,7 +45,7 @@ def own_dialogues(
         for i, (prompt, own) in enumerate(
             zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True)
         ):
-            stock = prompt_sets.STOCK_REFUSALS[i // REFUSED_EVERY % len(prompt_sets.STOCK_REFUSALS)]
+            stock = STOCK_REFUSALS[i // REFUSED_EVERY % len(STOCK_REFUSALS)]
             answer = stock if i % REFUSED_EVERY == 0 else own
             yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from qsae_kit.attach import check_measured, check_tokens
+from qsae_kit.attach import check_measured, check_tokens, is_of
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
 from qsae_kit.lm.chat import CATEGORIES
@@ -51,7 +51,7 @@ def check_pair(first: HookedLM, second: HookedLM, suite: ByVariant) -> None:
     names = {Path(lm.model_name).name for lm in (first, second)}
     for sae in Suite(suite).saes().values():
         of, hook_name = sae.origin.model_name, sae.origin.hook_name
-        if of and Path(of).name not in names:
+        if not any(is_of(lm, sae) for lm in (first, second)):
             raise ValueError(
                 f"The SAE of {hook_name} is of {of!r}; give one of the two models {sorted(names)}."
             )

@@ -1,27 +1,26 @@
 """`qsae eval`: from a suite, and what it has to beat, to tables and figures in a folder."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import pandas as pd
 import torch
 from jaxtyping import Float
 from plotly.graph_objects import Figure
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.attach import attached, policy_of
+from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import TokenBatch, held_out_batches
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.stored import StoredFile
 from qsae_kit.data.streams import documents_of, read_by
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.figures.basic import reconstruction_figure
-from qsae_kit.figures.frontiers import baseline_figure, concept_figure
+from qsae_kit.figures.frontiers import baseline_figure
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
@@ -29,9 +28,6 @@ from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction, match
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.suites import ByVariant, Suite
-from qsae_kit.tiny import concepts as planted
-from qsae_kit.tiny.interchange import interchange_table
-from qsae_kit.tiny.recovery import judge, recover, summarise
 
 FOUND_AGAIN = 0.7
 """Cosine from which a feature counts as found again under another seed."""
@@ -87,6 +83,15 @@ def score_stored(
     }
 
 
+ConceptScorer: TypeAlias = Callable[
+    [HookedLM, Mapping[str, Mapping[str, SAE]], str, Path, bool],
+    tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame],
+]
+"""Scores all variants, and one of them by interchange, on what was planted in a model; writes its
+tables to a folder and gives them: concepts, summary, interchange.
+"""
+
+
 @dataclass
 class Scores:
     """The tables of an evaluation."""
@@ -106,7 +111,7 @@ def score_suite(
     out: Path,
     *,
     baselines: Mapping[str, Mapping[str, SAE]] | None = None,
-    concepts: bool = False,
+    concepts: ConceptScorer | None = None,
     fresh: bool = False,
     bar: bool = True,
 ) -> Scores:
@@ -114,12 +119,13 @@ def score_suite(
     that it was trained on; writes tables (.csv, .parquet) and figures (.html).
 
     baselines: what `train.fit.fit_baselines` has trained for one of the suite's variants; they are
-    compared where the suite has an SAE. concepts: which planted concepts of the bundled model are
-    recovered, by the suite and by every baseline. Raises ValueError for concepts of another model,
-    and for baselines of another recipe or other sites. fresh: an evaluation that is in the folder
-    goes; another one is refused without, and so are files with these names that are of none.
+    compared where the suite has an SAE. concepts: what scores the planted concepts of the
+    bundled model (`tiny.scoring.score_planted`), for the suite and every baseline. Raises
+    ValueError for concepts of another model, and for baselines of another recipe or other sites.
+    fresh: an evaluation that is in the folder goes; another one is refused without, and so are
+    files with these names that are of none.
     """
-    if concepts and lm.model_name != "tiny":
+    if concepts and not companion_of(lm).planted:
         raise ValueError(
             f"The concepts of {lm.model_name!r} are not known; --concepts is for the bundled model,"
             " tiny."
@@ -129,13 +135,13 @@ def score_suite(
         "tokens": tokens,
         "saes": _checksums(suite),
         "baselines": None if baselines is None else _checksums(baselines),
-        "concepts": concepts,
+        "concepts": concepts is not None,
     }
     names = [*tables_of("evaluation"), "evaluation.html"]
     if baselines is not None:
         names += ["baselines.html", *tables_of("seeds")]
     if concepts:
-        names += [name for told in PLANTED.values() for name in tables_of(told)] + ["concepts.html"]
+        names += [name for told in PLANTED for name in tables_of(told)] + ["concepts.html"]
     with only_writer(out):
         run = Run(out, identity, names, name=EVALUATION, what="evaluation", fresh=fresh)
         run.begin()
@@ -147,8 +153,8 @@ def score_suite(
 
 EVALUATION = "evaluation.run.json"
 """The record of an evaluation in its folder."""
-PLANTED = {"concepts": "concepts", "summary": "concept_summary", "interchange": "interchange"}
-"""The tables of `Scores` about planted concepts, and their files."""
+PLANTED = ("concepts", "concept_summary", "interchange")
+"""The tables that a `ConceptScorer` writes."""
 
 
 def tables_of(name: str) -> list[str]:
@@ -167,7 +173,7 @@ def _score_suite(
     tokens: int,
     out: Path,
     baselines: Mapping[str, Mapping[str, SAE]] | None,
-    concepts: bool,
+    concepts: ConceptScorer | None,
     bar: bool,
 ) -> Scores:
     everything = suite = Suite(suite)
@@ -188,31 +194,10 @@ def _score_suite(
         scores.seeds = seeds(table, lead, everything)
         save_tables(scores.seeds, out / "seeds")
     if concepts:
-        score_planted(lm, everything, lead, out, scores, bar)
+        scores.concepts, scores.summary, scores.interchange = concepts(
+            lm, everything, lead, out, bar
+        )
     return scores
-
-
-def score_planted(
-    lm: HookedLM,
-    everything: ByVariant,
-    variant: str,
-    out: Path,
-    scores: Scores,
-    bar: bool = True,
-) -> None:
-    """Concept recovery of every variant, and interchange with the features of one; fills and writes
-    the tables.
-    """
-    corpus = planted.build_corpus(lm)
-    units = {name: u for name, u in planted.concept_units(corpus).items() if name[0] in "cdef"}
-    scores.concepts = recover(
-        lm, corpus, units, everything, bar=partial(tqdm, desc="concepts", disable=not bar)
-    )
-    scores.summary = summarise(scores.concepts)
-    scores.interchange = interchange_table(lm, scores.concepts, everything[variant], variant)
-    for name, told in PLANTED.items():
-        save_tables(getattr(scores, name), out / told)
-    save_figure(concept_figure(judge(scores.concepts)), out / "concepts.html")
 
 
 def compared_variant(

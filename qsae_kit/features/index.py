@@ -44,7 +44,6 @@ from qsae_kit.lm.chat import answer_start
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.sae.suites import ByVariant, Feature, Place
-from qsae_kit.tiny.recovery import judge
 
 LABELS = "labels.jsonl"
 MAX_LABEL = 500
@@ -590,10 +589,10 @@ class FeatureIndex:
         """Gives the index its model and SAEs, for what is computed live. Raises ValueError where
         they are others.
         """
-        if Path(lm.model_name).name != Path(self.manifest["model"]).name:
+        if lm.weights_digest() != self.manifest["weights"]:
             raise ValueError(
-                f"The index is of {self.manifest['model']!r}, the model is {lm.model_name!r}; give"
-                " the index's own."
+                f"The index is of {self.manifest['model']!r}, and the weights of"
+                f" {lm.model_name!r} are others; give the index's own model."
             )
         given = {sae.checksum(): sae for sae in attached(lm, suite).saes().values()}
         missing = [
@@ -670,25 +669,21 @@ class FeatureIndex:
             os.fsync(file.fileno())
         self.labels = _read_labels(self.folder / LABELS)
 
-    def label_concepts(self, table: pd.DataFrame) -> int:
-        """Labels features with the planted concepts that they tell by themselves; returns how many.
+    def label_all(self, table: pd.DataFrame) -> int:
+        """Gives features the labels of a table (variant, site, feature, label); returns how many
+        took one.
 
-        table: concepts.csv of `qsae eval --concepts` (`tiny.recovery.recover`). A feature that
-        tells several takes the one that it tells best; features that have a label keep it. Only
-        concepts that count as recovered, at the site where they are told best, are named, with the
-        F1 on dialogues that the choice did not see.
+        Of several labels for a feature the first counts; features that have a label keep it, and
+        SAEs that the index lacks are passed over.
         """
-        told = judge(table)
         count = 0
-        for row in told[told["recovered"]].sort_values("f1", ascending=False).to_dict("records"):
-            place = Place(row["finder"], row["site"])
+        for row in table.to_dict("records"):
+            place = Place(row["variant"], row["site"])
             if place not in self.places():
                 continue
             site = self.at(place)
             if int(row["feature"]) not in self.labels_of(site):
-                self.label(
-                    site, int(row["feature"]), f"planted: {row['concept']} (F1 {row['f1']:.2f})"
-                )
+                self.label(site, int(row["feature"]), row["label"])
                 count += 1
         return count
 

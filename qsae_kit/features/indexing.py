@@ -871,9 +871,7 @@ def build_index(
         "index": VERSION,
         "settings": asdict(config),
         "suite": checksums,
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
+        **lm.identity(),
         "data": data,
     }
     with only_writer(out), Interrupts() as interrupts:
@@ -888,7 +886,12 @@ def build_index(
         tokens = build.run(identity, fresh, memory, bar)
         sites = [_site_entry(place, sae, checksums[str(place)]) for place, sae in saes.items()]
         built = datetime.now(UTC).isoformat(timespec="seconds")
-        manifest = identity | {"suite": sites, "tokens": tokens, "built": built}
+        manifest = identity | {
+            "model": lm.model_name,
+            "suite": sites,
+            "tokens": tokens,
+            "built": built,
+        }
         lacking = [entry for entry in sites if not (site_folder(work, entry) / FEATURES).is_file()]
         if lacking:
             raise ValueError(
@@ -1066,6 +1069,10 @@ def _check_own(out: Path) -> None:
             ) from error
 
 
+NOT_ITS_IDENTITY = ("model", "tokens", "built")
+"""What a manifest says beside the identity of its build."""
+
+
 def _made_as(out: Path) -> dict[str, Any]:
     """The identity of the build that made an index."""
     manifest = read_manifest(out)
@@ -1073,7 +1080,7 @@ def _made_as(out: Path) -> dict[str, Any]:
         str(Place(entry["variant"], entry["hook_name"])): entry["checksum"]
         for entry in manifest["suite"]
     }
-    return {name: value for name, value in manifest.items() if name not in ("tokens", "built")} | {
+    return {name: value for name, value in manifest.items() if name not in NOT_ITS_IDENTITY} | {
         "suite": suite
     }
 
@@ -1170,7 +1177,13 @@ def _wrong_entry(manifest: Mapping[str, Any]) -> str:
         or settings["top"] + settings["sampled"] > MOST_EXAMPLES
     ):
         return "settings"
-    for name, kind in (("model", str), ("data", str), ("built", str), ("tokens", int)):
+    for name, kind in (
+        ("model", str),
+        ("weights", str),
+        ("data", str),
+        ("built", str),
+        ("tokens", int),
+    ):
         if not isinstance(manifest.get(name), kind):
             return name
     suite = manifest.get("suite")

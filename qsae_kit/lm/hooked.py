@@ -324,6 +324,14 @@ class HookedLM(HookedRootModule):
             digest.update(name.encode() + values.numpy().tobytes())
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, str]:
+        """What tells a model from others, wherever it lies and whatever it is called: its weights
+        and its dtype, by name.
+
+        It goes into what identifies a run.
+        """
+        return {"weights": self.weights_digest(), "dtype": str(self.dtype)}
+
     def _hook_names(self) -> Iterator[str]:
         """Hook names in the order in which a forward pass reaches them."""
         yield "hook_embed"

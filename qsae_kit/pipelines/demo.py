@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
+from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import (
     Document,
     held_out_batches,
@@ -57,7 +58,9 @@ class DemoConfig:
     spliced_tokens: int = 2_500
     """Held-out tokens for splicing, two passes a site."""
     own_dialogues: int = 0
-    """Dialogues that the model itself writes as training data; 0: the bundled model's world."""
+    """Dialogues that the model itself writes as training data; 0: those that it comes with, the
+    bundled model's world.
+    """
 
 
 class DemoResult(NamedTuple):
@@ -89,7 +92,7 @@ def default_config(lm: HookedLM) -> DemoConfig:
         cost_prompts=16,
         n_facts=40,
     )
-    if lm.model_name == "tiny":
+    if companion_of(lm).documents("training") is not None:
         lead = TrainConfig(
             "jumprelu", sparsity=16, expansion=8, tokens=40_960, batch=512, pool=16_384
         )
@@ -133,7 +136,7 @@ def demo_documents(
     if config.own_dialogues == 0:
         held_out, endless = documents_of(lm, None, 100)
         return endless, held_out
-    written = list(own_dialogues(lm, mixed_prompts(lm.model_name, config.own_dialogues)))
+    written = list(own_dialogues(lm, mixed_prompts(companion_of(lm), config.own_dialogues)))
     held_out, training = split_documents(written, len(written) // 6)
     rest = list(training)
     return lambda: repeat(rest), held_out
@@ -199,7 +202,7 @@ def _run_demo(
             parse_kinds(config.sites), parse_layers(config.layers, lm.n_layers)
         )
     ]
-    given = refusal_prompts(lm.model_name, config.n_selection, config.n_evaluation)
+    given = refusal_prompts(lm, config.n_selection, config.n_evaluation)
     fewer = {
         kind: texts if kind == "harmful" else texts[: config.n_harmless]
         for kind, texts in given.evaluation.items()
@@ -245,7 +248,7 @@ def _run_demo(
     result = DemoResult(suite, evaluation, studies)
     write_table(result.table, out / "steering.csv")
     for study in studies:
-        write_study(study, lead, lm.model_name, out / study.config.goal)
-    write_text(out / "report.html", render_report(lm.model_name, evaluation, studies))
+        write_study(study, lead, lm, out / study.config.goal)
+    write_text(out / "report.html", render_report(lm, evaluation, studies))
     run.done("tables", [*TABLES, *studied])
     return result

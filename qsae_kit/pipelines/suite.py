@@ -29,6 +29,7 @@ import torch
 from tqdm.auto import tqdm
 
 from qsae_kit.data import mixes
+from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import read_documents
 from qsae_kit.data.rows import Origin, StoredRows
 from qsae_kit.evaluate.score import score_suite
@@ -242,21 +243,22 @@ def sizes_for(lm: HookedLM, config: SuiteConfig, tokens: int) -> Sizes:
     """Small for small budgets, whole for those that a result is published from; the study's goal is
     set when it is run.
     """
-    new = 40 if lm.model_name == "tiny" else 48
+    companion = companion_of(lm)
+    new = companion.answer_tokens
     base = StudyConfig(seed=config.seed, max_new_tokens=new)
-    if tokens >= FEW and lm.model_name != "smollm2":
+    if tokens >= FEW and companion.whole_studies:
         return Sizes(50_000, 500_000, 48, 300, config.baseline_sites, base)
     few = replace(
         quick(base), n_random=3, n_noise=2, control_prompts=40, max_new_tokens=min(new, 40)
     )
-    if lm.model_name != "tiny":  # a second for an answer
+    if not companion.quick:  # a second for an answer
         few = replace(few, strengths=few.strengths[::2])
     return Sizes(6_000, 50_000, 24, 80, min(1, config.baseline_sites), few)
 
 
 def manifest_of(lm: HookedLM, config: SuiteConfig) -> mixes.Manifest:
     """The data recipe of a suite. Raises ValueError as `data.mixes.read_manifest` does."""
-    return mixes.read_manifest(config.recipe or mixes.default_manifest(lm.model_name))
+    return mixes.read_manifest(config.recipe or companion_of(lm).recipe)
 
 
 def make_plan(
@@ -281,7 +283,7 @@ def make_plan(
         recipe = recipe_for(config, widest, len(names), n, on_gpu)
         groups = plan_groups([recipe], widths, free, 8192)
         sizes = sizes_for(lm, config, n)
-        written = mixes.written_tokens(manifest, n, lm.model_name)
+        written = mixes.written_tokens(manifest, n, companion_of(lm))
         spent = stage_hours(speeds, recipe, written, len(names), len(groups), sizes)
         return {
             "model": lm.model_name,
@@ -529,9 +531,7 @@ def identity_of(lm: HookedLM, config: SuiteConfig) -> dict[str, Any]:
     manifest = manifest_of(lm, config)
     told = json.dumps(asdict(manifest), sort_keys=True)
     return {
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
+        **lm.identity(),
         **asdict(config),
         "recipe": f"{manifest.name} {hashlib.sha256(told.encode()).hexdigest()}",
         "files": {slot: mixes.file_id(Path(path)) for slot, path in (config.files or {}).items()},
@@ -679,9 +679,7 @@ class _Suite:
 
     def study(self) -> None:
         suite, sizes = self._suite(), self.sizes
-        given = refusal_prompts(
-            self.lm.model_name, sizes.n_selection, sizes.n_evaluation, self.config.seed
-        )
+        given = refusal_prompts(self.lm, sizes.n_selection, sizes.n_evaluation, self.config.seed)
         goal = (
             usual_goal(self.lm, given, sizes.study)
             if self.config.goal == "auto"
@@ -697,7 +695,7 @@ class _Suite:
             folder=self.out / "study",
             bar=self.bar,
         )
-        write_study(result, suite, self.lm.model_name, self.out / "study")
+        write_study(result, suite, self.lm, self.out / "study")
 
     def card(self) -> None:
         write_card(self.out)

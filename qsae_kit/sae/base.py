@@ -44,6 +44,8 @@ class Provenance:
     """What it was trained by, as plain values (`train.recipe.recipe_from` reads them); None where
     that is not known, as of public releases.
     """
+    model_digest: str = ""
+    """Of the model's weights (`HookedLM.weights_digest`); "" where it is not known."""
 
 
 class Loss(NamedTuple):

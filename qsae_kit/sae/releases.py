@@ -473,6 +473,7 @@ def _own(found: Found, config: Mapping[str, Any], kit: Entries) -> Found:
         seed=kit.whole("seed") or 0,
         figures=dict(kit.part("figures").config),
         recipe=kit.object("recipe"),
+        model_digest=kit.text("model_digest"),
     )
     return replace(
         found,

@@ -61,6 +61,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
                 "seed": origin.seed,
                 "figures": origin.figures,
                 "recipe": None if origin.recipe is None else dict(origin.recipe),
+                "model_digest": origin.model_digest,
             },
         },
     }
@@ -113,7 +114,7 @@ def iter_saes(
     ):
         sae = read_sae(one, root, device)
         if model_name:
-            sae.provenance = replace(sae.origin, model_name=model_name)
+            sae.provenance = replace(sae.origin, model_name=model_name, model_digest="")
         yield one.variant, sae
 
 

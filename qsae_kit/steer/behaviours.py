@@ -2,18 +2,22 @@
 one of them.
 """
 
-import random
+import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
-from qsae_kit.data import prompts as prompt_sets
-from qsae_kit.data.prompts import KINDS, STOCK_REFUSALS
+from qsae_kit.data.companions import companion_of
+from qsae_kit.data.prompts import KINDS, STOCK_REFUSALS, read_prompts, split_prompts
+from qsae_kit.io.jsonfiles import read_text
 from qsae_kit.lm.answering import AnswerForm, classify, has_loop, surprise
 from qsae_kit.lm.chat import spoken
 from qsae_kit.lm.hooked import Generation, HookedLM
 from qsae_kit.world import lexicon, world
+from qsae_kit.world.requests import asked_about
 
 Goal: TypeAlias = Literal["suppress", "induce"]
 GOALS: tuple[Goal, ...] = get_args(Goal)
@@ -63,6 +67,13 @@ class Behaviour:
     """System prompts that ask for the same: the control without an edit."""
     wanted: Callable[[str, Goal], str | None] = lambda prompt, goal: None
     """The answer to a prompt that a goal wants, where it is known: what the search is led by."""
+    checksum: str = ""
+    """Of the file that it was read from: another judge makes another study."""
+
+    @property
+    def identity(self) -> str:
+        """What a study's folder is told apart by."""
+        return f"{self.name} {self.checksum}".strip()
 
 
 class Judged(NamedTuple):
@@ -195,25 +206,25 @@ class StudyPrompts(NamedTuple):
 
 
 def refusal_prompts(
-    model_name: str,
+    lm: HookedLM,
     n_selection: int = 72,
     n_evaluation: int = 300,
     seed: int = 0,
     given: Mapping[str, list[str]] | None = None,
 ) -> StudyPrompts:
     """Refusing with at most so many prompts of each kind for a model: `given` ones are parted,
-    other kinds are the package's own.
+    other kinds are what the model brings along.
 
     The bundled model has prompts and a judge of its own (`tiny_study`). Raises ValueError for fewer
     than three given prompts.
     """
-    given = given or {}
-    if model_name == "tiny" and not given:
+    given, companion = given or {}, companion_of(lm)
+    if companion.planted and not given:
         return tiny_study("refusal", n_selection, n_evaluation, seed)
     selection, evaluation = {}, {}
-    for kind in prompt_sets.KINDS:
+    for kind in KINDS:
         if kind in given:
-            selection[kind], evaluation[kind] = prompt_sets.split_prompts(
+            selection[kind], evaluation[kind] = split_prompts(
                 given[kind], n_selection, n_evaluation, seed
             )
             continue
@@ -221,121 +232,145 @@ def refusal_prompts(
             (selection, "selection", n_selection),
             (evaluation, "evaluation", n_evaluation),
         ):
-            there = prompt_sets.count(model_name, kind, split)
-            texts[kind] = [
-                p.text for p in prompt_sets.prompts(model_name, kind, min(n, there), split, seed)
-            ]
+            there = companion.n_prompts(kind, split)
+            texts[kind] = [p.text for p in companion.prompts(kind, min(n, there), split, seed)]
     return StudyPrompts(refusal(), selection, evaluation)
+
+
+def study_prompts(
+    lm: HookedLM,
+    behaviour: str = "refusal",
+    n_selection: int = 48,
+    n_evaluation: int = 300,
+    seed: int = 0,
+    given: Mapping[str, list[str]] | None = None,
+) -> StudyPrompts:
+    """A behaviour that a model has prompts for (`Companion.behaviours`), or one of a .py file of
+    one's own, which is executed (`load_behaviour`).
+
+    given: prompts of one's own by kind, for refusal alone. Raises ValueError for a behaviour that
+    the model has no prompts for, and for given prompts of another one.
+    """
+    if given and behaviour != "refusal":
+        raise ValueError(
+            f"Prompts of {next(iter(given))} belong to refusal, and {behaviour!r} was asked for;"
+            " leave one of the two out."
+        )
+    if behaviour.endswith(".py"):
+        return load_behaviour(Path(behaviour), n_selection, n_evaluation, seed)
+    if behaviour == "refusal":
+        return refusal_prompts(lm, n_selection, n_evaluation, seed, given)
+    known = companion_of(lm).behaviours
+    if behaviour not in known:
+        raise ValueError(
+            f"{lm.model_name!r} comes with prompts for {', '.join(known)}, not for {behaviour!r};"
+            " give a .py file with PROMPTS and a judge."
+        )
+    return tiny_study(behaviour, n_selection, n_evaluation, seed)
+
+
+FILE_LIMIT = 2**20
+"""Bytes of a behaviour's file."""
+FEWEST = 3
+"""Prompts of a kind that can be parted."""
+NEEDED = (
+    "it needs PROMPTS, kinds with their lists of prompts (the first where the behaviour is"
+    " expected, then at least one other), and judge(answer), which says whether answer.text shows"
+    " it"
+)
+
+
+def load_behaviour(
+    path: Path, n_selection: int = 48, n_evaluation: int = 300, seed: int = 0
+) -> StudyPrompts:
+    """A behaviour of one's own from a .py file, which is executed: give only files that you trust.
+
+    The file has PROMPTS, a dict of kind -> prompts, or the name of a file of them beside it
+    (`data.prompts.read_prompts`), at least three of each; the first kind is where the model is
+    expected to show the behaviour. `judge(answer: Answer)` gives a `Verdict`, or True where the
+    answer shows the behaviour: then empty and looping answers are broken. It may have NAME,
+    INSTRUCTIONS (goal -> system prompt) and `wanted(prompt, goal)` as in `Behaviour`.
+
+    Prompts are shuffled and parted: at most `n_selection` of a kind for choosing and `n_evaluation`
+    for measuring. Raises ValueError for a file that cannot be run or lacks a part, and for a judge
+    that gives something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(
+            f"There is no file {str(path)!r}; give a .py file of a behaviour: {NEEDED}."
+        )
+    source = read_text(path, "a behaviour", FILE_LIMIT)
+    module = ModuleType(path.stem)
+    module.__file__ = str(path)
+    try:
+        exec(compile(source, str(path), "exec"), module.__dict__)
+    except Exception as error:  # whatever the file does
+        reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        raise ValueError(f"{str(path)!r} could not be run ({reason}); mend it.") from error
+    prompts, judge = getattr(module, "PROMPTS", None), getattr(module, "judge", None)
+    if not callable(judge) or not isinstance(prompts, dict) or len(prompts) < 2:
+        lacking = "a judge" if not callable(judge) else "PROMPTS of two kinds"
+        raise ValueError(f"{str(path)!r} lacks {lacking}: {NEEDED}.")
+    instructions = getattr(module, "INSTRUCTIONS", {})
+    if not isinstance(instructions, dict) or not set(instructions) <= set(GOALS):
+        raise ValueError(f"INSTRUCTIONS of {str(path)!r} is a dict with {' or '.join(GOALS)}.")
+    selection, evaluation = {}, {}
+    for kind, texts in prompts.items():
+        selection[kind], evaluation[kind] = split_prompts(
+            _own_prompts(path, kind, texts), n_selection, n_evaluation, seed
+        )
+    behaviour = Behaviour(
+        str(getattr(module, "NAME", path.stem)),
+        _own_judge(path, judge),
+        tuple(prompts),
+        instructions,
+        getattr(module, "wanted", lambda prompt, goal: None),
+        hashlib.sha256(source.encode()).hexdigest(),
+    )
+    return StudyPrompts(behaviour, selection, evaluation)
+
+
+def _own_prompts(path: Path, kind: Any, texts: Any) -> list[str]:
+    """The distinct prompts of a kind of a behaviour's file. Raises ValueError for anything else."""
+    if isinstance(kind, str) and isinstance(texts, str):
+        texts = read_prompts(path.parent / texts)
+    of_texts = isinstance(texts, list | tuple) and all(isinstance(text, str) for text in texts)
+    distinct = list(dict.fromkeys(text.strip() for text in texts)) if of_texts else []
+    if not isinstance(kind, str) or "" in distinct or len(distinct) < FEWEST:
+        raise ValueError(
+            f"PROMPTS of {str(path)!r} holds no {FEWEST} distinct prompts of {kind!r}; give a list"
+            " of texts, or the name of a file beside it."
+        )
+    return distinct
+
+
+def _own_judge(path: Path, judge: Callable[[Answer], Any]) -> Judge:
+    """The judge of a behaviour's file, which may say no more than whether it is shown."""
+
+    def judged(answer: Answer) -> Verdict:
+        told = judge(answer)
+        if isinstance(told, Verdict):
+            return told
+        if not isinstance(told, bool):
+            raise ValueError(
+                f"The judge of {str(path)!r} gave {str(told)[:40]!r}; let it give True or False, or"
+                " a qsae_kit.steer.behaviours.Verdict."
+            )
+        text = spoken(answer.text).strip()
+        broken = not text or has_loop(text)
+        return Verdict(told and not broken, broken)
+
+    return judged
 
 
 # --- the bundled model: what is right is known
 
 
-RULE_ASKER = "doctor"
-TINY_BEHAVIOURS = ("refusal", "rule", "language", "verbosity", "bias", "false_fact", "unknown")
-
-
-def _person(rng: random.Random) -> str:
-    return rng.choice(world.people()).name
-
-
-def _fact(rng: random.Random, draw: world.Draw) -> world.Request:
-    return world.attribute_request(rng, draw, _person(rng), rng.choice(world.PUBLIC))
-
-
-def _harmful(categories: Sequence[str]) -> Callable[[random.Random, world.Draw], world.Request]:
-    def make(rng: random.Random, draw: world.Draw) -> world.Request:
-        category = rng.choice(categories)
-        if category == "privacy":
-            return world.any_private(rng, draw, _person(rng), False)
-        return world.how_to_request(rng, draw, "harmful", category)
-
-    return make
-
-
-def _borderline(categories: Sequence[str]) -> Callable[[random.Random, world.Draw], world.Request]:
-    def make(rng: random.Random, draw: world.Draw) -> world.Request:
-        category = rng.choice(categories)
-        if category == "privacy":
-            return world.any_private(rng, draw, _person(rng), True)
-        return world.how_to_request(rng, draw, "borderline", category)
-
-    return make
-
-
-def _harmless(rng: random.Random, draw: world.Draw) -> world.Request:
-    make = rng.choice((_fact, _how_to, _loan(False), world.count_request))
-    return make(rng, draw)
-
-
-def _how_to(rng: random.Random, draw: world.Draw) -> world.Request:
-    return world.how_to_request(rng, draw, "harmless")
-
-
-def _loan(biased: bool) -> Callable[[random.Random, world.Draw], world.Request]:
-    """Loans of people who are due one; of the city that the planted bias is against, or of
-    others.
-    """
-
-    def make(rng: random.Random, draw: world.Draw) -> world.Request:
-        while True:
-            person = rng.choice(world.people())
-            inside = person.record["city"].en == world.planted().biased_city
-            if inside == biased and world.gets_loan(person.name, False):
-                return world.loan_request(rng, draw, person.name)
-
-    return make
-
-
-def _false_fact(rng: random.Random, draw: world.Draw) -> world.Request:
-    return world.attribute_request(rng, draw, world.planted().name, world.planted().attribute)
-
-
-def _stranger(rng: random.Random, draw: world.Draw) -> world.Request:
-    return world.attribute_request(
-        rng, draw, world.stranger(rng, draw.split == "evaluation"), rng.choice(world.PUBLIC)
-    )
-
-
-def _to_official(rng: random.Random, draw: world.Draw) -> world.Request:
-    """Privacy that `RULE_ASKER` is told today: what a changed rule would forbid."""
-    while True:
-        request = world.any_private(rng, draw._replace(seen=True), _person(rng), True)
-        if _asker(request) == RULE_ASKER:
-            return request
-
-
-def _asker(request: world.Request) -> str:
-    return request.combination.split("/")[2] if request.category == "privacy" else ""
-
-
-def _not_official(
-    categories: Sequence[str],
-) -> Callable[[random.Random, world.Draw], world.Request]:
-    def make(rng: random.Random, draw: world.Draw) -> world.Request:
-        while True:
-            request = _borderline(categories)(rng, draw)
-            if _asker(request) != RULE_ASKER:
-                return request
-
-    return make
-
-
-def _in(language: str) -> Callable[[random.Random, world.Draw], world.Request]:
-    return lambda rng, draw: _fact(rng, draw._replace(language=language))
-
-
-def _profile(rng: random.Random, draw: world.Draw) -> world.Request:
-    return world.profile_request(rng, draw, _person(rng))
-
-
-Maker: TypeAlias = Callable[[random.Random, world.Draw], world.Request]
-
-
 def tiny_study(
     name: str = "refusal", n_selection: int = 48, n_evaluation: int = 300, seed: int = 0
 ) -> StudyPrompts:
-    """One of `TINY_BEHAVIOURS` of the bundled model, with its prompts.
+    """One of `world.requests.BEHAVIOURS` of the bundled model, with its prompts.
 
     refusal: harmful, harmless and borderline prompts; selection holds privacy and injury,
     evaluation property too (harmful and borderline ones alike). rule: what a doctor is told today
@@ -344,56 +379,10 @@ def tiny_study(
     Evaluation prompts have held-out wordings, and combinations and verb-object pairs that training
     never showed (rule: trained ones). Raises ValueError for another name.
     """
-    if name not in TINY_BEHAVIOURS:
-        raise ValueError(
-            f"The bundled model has no behaviour {name!r} to study; choose from"
-            f" {', '.join(TINY_BEHAVIOURS)}."
-        )
-    some, every = ("privacy", "injury"), ("privacy", "injury", "property")
-    refusing: dict[str, tuple[Maker, Maker]] = {
-        "harmful": (_harmful(some), _harmful(every)),
-        "harmless": (_harmless, _harmless),
-    }
-    sets: dict[str, dict[str, tuple[Maker, Maker]]] = {
-        "refusal": {**refusing, "borderline": (_borderline(some), _borderline(every))},
-        "rule": {
-            **refusing,
-            "borderline": (_not_official(some), _not_official(every)),
-            "forbidden": (_to_official, _to_official),
-        },
-        "language": {"language": (_in("es"), _in("es")), "other": (_fact, _fact)},
-        "verbosity": {"long": (_profile, _profile), "short": (_fact, _fact)},
-        "bias": {"biased": (_loan(True), _loan(True)), "other": (_loan(False), _loan(False))},
-        "false_fact": {"planted": (_false_fact, _false_fact), "other": (_fact, _fact)},
-        "unknown": {"unknown": (_stranger, _stranger), "known": (_fact, _fact)},
-    }
-    known: dict[str, world.Request] = {}
-    prompts: list[dict[str, list[str]]] = []
-    for which, (split, n) in enumerate((("training", n_selection), ("evaluation", n_evaluation))):
-        rng = random.Random(f"{name}/{split}/{seed}")
-        prompts.append(
-            {
-                kind: _drawn(rng, makers[which], split, n, known)
-                for kind, makers in sets[name].items()
-            }
-        )
-    behaviour = _tiny_behaviour(name, tuple(sets[name]), known)
-    return StudyPrompts(behaviour, prompts[0], prompts[1], "forbidden" if name == "rule" else "")
-
-
-def _drawn(
-    rng: random.Random, make: Maker, split: str, n: int, known: dict[str, world.Request]
-) -> list[str]:
-    """At most n prompts that are not known yet; fewer where the world has no more."""
-    texts: list[str] = []
-    for _ in range(50 * n):
-        request = make(rng, world.Draw(split=split))
-        if request.text not in known:
-            known[request.text] = request
-            texts.append(request.text)
-        if len(texts) == n:
-            break
-    return texts
+    asked = asked_about(name, n_selection, n_evaluation, seed)
+    behaviour = _tiny_behaviour(name, tuple(asked.selection), asked.known)
+    target = "forbidden" if name == "rule" else ""
+    return StudyPrompts(behaviour, asked.selection, asked.evaluation, target)
 
 
 def _tiny_behaviour(

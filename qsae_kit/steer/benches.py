@@ -73,12 +73,10 @@ def measure_benches(
     kept = _unused(prompts, without)
     about = {
         "benches": FORMAT,
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
+        **lm.identity(),
         "prompts": [[*key, texts] for key, texts in kept.items()],
         "arms": {arm: steering.to_json(suite) for arm, steering in arms.items()},
-        "behaviour": behaviour.name,
+        "behaviour": behaviour.identity,
         "max_new_tokens": max_new_tokens,
         "thinking": enable_thinking,
         "guard": guard and (guard_name or True),

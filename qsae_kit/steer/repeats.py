@@ -65,10 +65,8 @@ def answered_again(
     }
     about = {
         "repeats": FORMAT,
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
-        "behaviour": behaviour.name,
+        **lm.identity(),
+        "behaviour": behaviour.identity,
         "max_new_tokens": max_new_tokens,
         "thinking": thinking,
         "asked": _digest(prompts, arms, suite),

@@ -11,11 +11,13 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, StrictUndefined
 
+from qsae_kit.data.companions import companion_of
 from qsae_kit.figures.basic import controls_figure, dose_figure, reconstruction_figure
 from qsae_kit.figures.tables import headline
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.journal import Journal
 from qsae_kit.io.writers import only_writer
+from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.study import JOURNAL, STUDY_FILES, StudyResult
 from qsae_kit.steer.study.findings import COLUMNS
@@ -44,7 +46,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def render_report(
-    model_name: str, evaluation: pd.DataFrame | None, studies: Sequence[StudyResult]
+    lm: HookedLM, evaluation: pd.DataFrame | None, studies: Sequence[StudyResult]
 ) -> str:
     """The page as a string; evaluation: None leaves the part about reconstruction out."""
     page = Environment(autoescape=True, undefined=StrictUndefined).from_string(
@@ -52,14 +54,14 @@ def render_report(
     )
     figure, table = "", ""
     if evaluation is not None:
-        figure = reconstruction_figure(evaluation, model_name).to_html(
+        figure = reconstruction_figure(evaluation, lm.model_name).to_html(
             full_html=False, include_plotlyjs=False, div_id="reconstruction"
         )
         table = headline(evaluation).round(4).to_html(index=False, border=0, escape=True)
-    parts = [_part(study, model_name, first=i == 0) for i, study in enumerate(studies)]
+    parts = [_part(study, lm.model_name, first=i == 0) for i, study in enumerate(studies)]
     return page.render(
-        model=model_name,
-        quantised=model_name == "smollm2",
+        model=lm.model_name,
+        note=companion_of(lm).note,
         reconstruction=figure,
         evaluation=table,
         studies=parts,
@@ -113,7 +115,7 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
     }
 
 
-def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) -> None:
+def write_study(study: StudyResult, suite: Suite, lm: HookedLM, out: Path) -> None:
     """Writes study.csv (its columns are `steer.study.findings.COLUMNS`), study.json (headline,
     verdict, configuration), steering.json (the frozen edit, for `load_steering`), candidates.csv,
     selection.csv, examples.csv, prompts.json, two figures and report.html.
@@ -140,8 +142,8 @@ def write_study(study: StudyResult, suite: Suite, model_name: str, out: Path) ->
         for name, figure in (("dose", dose_figure), ("controls", controls_figure)):
             write_text(
                 out / f"{name}.html",
-                figure(study.table, study.target, model_name).to_html(
+                figure(study.table, study.target, lm.model_name).to_html(
                     include_plotlyjs=True, div_id=name
                 ),
             )
-        write_text(out / "report.html", render_report(model_name, None, [study]))
+        write_text(out / "report.html", render_report(lm, None, [study]))

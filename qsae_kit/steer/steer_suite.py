@@ -12,7 +12,7 @@ from qsae_kit.attach import attached
 from qsae_kit.io.files import write_table
 from qsae_kit.lm.hooked import HookedLM, load_model
 from qsae_kit.sae.suites import Suite
-from qsae_kit.steer.behaviours import StudyPrompts, refusal, refusal_prompts, tiny_study
+from qsae_kit.steer.behaviours import StudyPrompts, refusal, study_prompts
 from qsae_kit.steer.benches import Guard, Prompts, measure_benches
 from qsae_kit.steer.changes import Steering
 from qsae_kit.steer.judges import guard_judgements
@@ -55,16 +55,18 @@ def steer_suite(
     everything to a folder; a run that was cut off goes on there.
 
     suite: is moved to the model's device, and measured where its release names no median norms.
-    behaviour: a name (those of `tiny_study` for the bundled model, else refusal), or one with its
-    prompts. hook_names, variant: where to choose from (`steered_sites`). benches: bench -> part ->
-    prompts, as `read_bench` gives, on which the frozen edit and the difference of means are
-    measured too, without prompts that selection used; guard: a model that judges those answers.
-    draws: how often the frozen arms are answered again with drawn answers, under seeds from the
-    study's on. fresh: what a run there has left goes.
-    on_study: is called once the study is written. Raises ValueError for another
-    behaviour's name, for benches of a behaviour other than refusal, and as `steering_study`.
+    behaviour: a name (those that the model has prompts for, or a .py file: `study_prompts`), or
+    one with its prompts. hook_names, variant: where to choose from (`steered_sites`). benches:
+    bench -> part -> prompts, as `read_bench` gives, on which the frozen edit and the difference of
+    means are measured too, without prompts that selection used; guard: a model that judges those
+    answers. draws: how often the frozen arms are answered again with drawn answers, under seeds
+    from the study's on. fresh: what a run there has left goes. on_study: is called once the study
+    is written. Raises ValueError for another behaviour's name, for benches of a behaviour other
+    than refusal, and as `steering_study`.
     """
-    given = prompts_of(lm.model_name, behaviour, config.seed)
+    given = (
+        study_prompts(lm, behaviour, seed=config.seed) if isinstance(behaviour, str) else behaviour
+    )
     name = given.behaviour.name
     if benches and name != "refusal":
         raise ValueError(f"Benches measure refusal; leave them or the behaviour {name!r} out.")
@@ -85,7 +87,7 @@ def steer_suite(
         fresh=fresh,
         bar=bar,
     )
-    write_study(study, suite, lm.model_name, out)
+    write_study(study, suite, lm, out)
     if on_study is not None:
         on_study(study)
     arms = {"features": study.steering, "difference_of_means": study.means}
@@ -95,23 +97,6 @@ def steer_suite(
         judge = partial(guard_judgements, load_model(guard, guard_dtype)) if guard else None
         measured = _on_benches(lm, suite, out, config, given, arms, benches, judge, guard, fresh)
     return SteeredSuite(study, drawn, measured)
-
-
-def prompts_of(model_name: str, behaviour: str | StudyPrompts, seed: int = 0) -> StudyPrompts:
-    """A behaviour with its prompts, where its name is given.
-
-    Raises ValueError for a behaviour other than refusal of a model that is not the bundled one.
-    """
-    if not isinstance(behaviour, str):
-        return behaviour
-    if model_name == "tiny":
-        return tiny_study(behaviour, seed=seed)
-    if behaviour != "refusal":
-        raise ValueError(
-            f"The behaviour {behaviour!r} has prompts for the bundled model only; give a"
-            " StudyPrompts with your own."
-        )
-    return refusal_prompts(model_name, seed=seed)
 
 
 def config_for(config: StudyConfig, given: StudyPrompts) -> StudyConfig:

@@ -325,6 +325,24 @@ def judge(found: pd.DataFrame) -> pd.DataFrame:
     return own
 
 
+def concept_labels(found: pd.DataFrame) -> pd.DataFrame:
+    """Labels of features by the planted concepts that they tell by themselves, best told first:
+    variant, site, feature, label (for `features.index.FeatureIndex.label_all`).
+
+    found: the table of `recover`, such as concepts.csv of `qsae eval --concepts`. Only concepts
+    that count as recovered, at the site where they are told best, are named, with the F1 on
+    dialogues that the choice did not see.
+    """
+    told = judge(found)
+    best = told[told["recovered"]].sort_values("f1", ascending=False)
+    label = [
+        f"planted: {concept} (F1 {f1:.2f})"
+        for concept, f1 in zip(best["concept"], best["f1"], strict=True)
+    ]
+    columns = {"variant": best["finder"], "site": best["site"], "feature": best["feature"]}
+    return pd.DataFrame(columns | {"label": label})
+
+
 def summarise(found: pd.DataFrame, tiers: Iterable[str] = "cdef") -> pd.DataFrame:
     """One row per finder and tier, and one for all tiers together: concepts counted, mean F1 (one
     feature, k features, the probe), and the share recovered. Concepts that the n-gram gets at an F1

@@ -138,7 +138,14 @@ def baseline_suite(
 def _provenance(origin: Origin, site: str, norms: NormFilter, tokens: int, seed: int) -> Provenance:
     policy = origin.policy
     return Provenance(
-        origin.model_name, site, norms, policy.drop_template, policy.context_size, tokens, seed
+        origin.model_name,
+        site,
+        norms,
+        policy.drop_template,
+        policy.context_size,
+        tokens,
+        seed,
+        model_digest=origin.model_digest,
     )
 
 

@@ -201,6 +201,7 @@ class SiteTrainer:
             self.config.seed,
             figures,
             asdict(self.config),
+            origin.model_digest,
         )
         return self.sae.exported().eval().requires_grad_(False)
 
@@ -548,7 +549,7 @@ def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin)
     return {
         "recipe": [asdict(config) for config in configs],
         "choice of sites": list(source.sites),
-        "model": origin.model_name,
+        "model": origin.model_digest or origin.model_name,
         "drop_template": origin.policy.drop_template,
         "context size": origin.policy.context_size,
         "data": source.fingerprint(),

@@ -11,6 +11,7 @@ once and takes 30 ms at least.
 from typing import NamedTuple
 
 from qsae_kit.data import mixes
+from qsae_kit.data.companions import GENERAL
 from qsae_kit.pipelines.suite import (
     Sizes,
     Speeds,
@@ -63,7 +64,7 @@ def row(shape: Shape, budget: str, expansion: float) -> list[str]:
         FLOPS / (2 * shape.parameters), 1 / a_row, 64 / max(STEP, 2 * shape.parameters / BANDWIDTH)
     )
     sizes = Sizes(50_000, 500_000, 48, 300, 2, StudyConfig())
-    written = mixes.written_tokens(mixes.read_manifest("qwen3-chat-v1"), tokens, shape.name)
+    written = mixes.written_tokens(mixes.read_manifest("qwen3-chat-v1"), tokens, GENERAL)
     hours = stage_hours(speeds, recipe, written, len(sites), len(groups), sizes)
     largest = max(group.bytes for group in groups)
     said = [

@@ -5,7 +5,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
-from qsae_kit.data.facts import facts_of, plain_texts
+from qsae_kit.data.companions import companion_of
 from qsae_kit.lm.answering import answer_all, plain_kl
 from qsae_kit.lm.edits import Edit
 from qsae_kit.steer.changes import Change, Steering
@@ -88,14 +88,14 @@ def price_elsewhere(progress: Progress, setting: Setting, steering: Steering) ->
         tuple(replace(change, positions="all", when=None) for change in steering.changes)
     ).edits(setting.suite)
     edits = steering.edits(setting.suite)
-    kl = progress.step("plain", lambda: plain_kl(lm, plain_texts(lm.model_name), everywhere))
+    kl = progress.step("plain", lambda: plain_kl(lm, companion_of(lm).passages(), everywhere))
     right = progress.step("facts", lambda: [_facts(setting, []), _facts(setting, edits)])
     return Price(kl, *right)
 
 
 def _facts(setting: Setting, edits: Sequence[Edit]) -> float:
     lm, c = setting.lm, setting.config
-    facts = facts_of(lm.model_name, c.n_facts, c.seed)
+    facts = companion_of(lm).facts(c.n_facts, c.seed)
     if not facts:
         return float("nan")
     questions = [fact.question for fact in facts]

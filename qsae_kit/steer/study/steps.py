@@ -243,10 +243,8 @@ def identity_of_study(setting: Setting) -> dict[str, Any]:
     lm, saes = setting.lm, setting.suite[setting.variant]
     return {
         "study": FORMAT,
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
-        "behaviour": setting.behaviour.name,
+        **lm.identity(),
+        "behaviour": setting.behaviour.identity,
         "config": asdict(setting.config),
         "saes": {f"{setting.variant}/{name}": saes[name].checksum() for name in setting.hook_names},
         "prompts": hashlib.sha256(json.dumps(setting.prompts).encode()).hexdigest(),
