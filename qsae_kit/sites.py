@@ -105,6 +105,33 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     return sorted(layers)
 
 
+def parse_at(text: str) -> tuple[str, str]:
+    """Kinds and layers of "resid,mlp@2-5"; what is left out is all of it: "attn", "@2-5".
+
+    Raises ValueError for what is written otherwise, and for a kind that does not exist.
+    """
+    kinds, separator, layers = (part.strip() for part in text.partition("@"))
+    if (separator and not layers) or not (kinds or layers) or "." in text:
+        raise ValueError(
+            f"{text!r} was given for sites; write kinds@layers, such as resid,mlp@2-5, attn or @3."
+        )
+    return ",".join(parse_kinds(kinds or ",".join(HOOKS))), layers or "all"
+
+
+HIGHEST_LAYER = 9_999
+"""That is asked for of a suite whose model is not known yet."""
+
+
+def hook_patterns(text: str) -> list[str]:
+    """Hook names of "resid,mlp@2-5", with * for the layer where all are meant.
+
+    Raises ValueError as `parse_at` and `parse_layers`.
+    """
+    kinds, layers = parse_at(text)
+    numbers = ["*"] if layers == "all" else parse_layers(layers, HIGHEST_LAYER + 1)
+    return [f"blocks.{layer}.{HOOKS[kind]}" for layer in numbers for kind in kinds.split(",")]
+
+
 def expand_sites(kinds: list[str], layers: list[int]) -> list[Site]:
     """Every kind at every layer, layer by layer."""
     return [Site(kind, layer) for layer in layers for kind in kinds]

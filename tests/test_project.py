@@ -105,7 +105,9 @@ def loaded_by(code):
 
 COMMANDS = (
     "",
-    *"demo train eval sweep features steer suite diff inspect convert dialogues harvest".split(),
+    *"demo run train eval index steer compare suite data rows".split(),
+    *("suite show", "suite convert", "suite push", "data write", "data rows", "data mix"),
+    *("rows train", "rows eval"),
 )
 
 

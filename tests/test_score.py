@@ -1,4 +1,4 @@
-"""`qsae eval` and `qsae sweep`."""
+"""`qsae eval`, `qsae rows eval` and the grids of `qsae train`."""
 
 import json
 from functools import partial
@@ -16,7 +16,7 @@ from qsae_kit.data.streams import documents_of
 from qsae_kit.evaluate.score import effective_rank, needed_l0, smallest_differences
 from qsae_kit.sae import JumpReLUSAE, Provenance, ReLUSAE, TopKSAE
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sae.store import load_suite, save_sae
+from qsae_kit.sae.store import load_suite, save_sae, save_suite
 from qsae_kit.tiny import concepts
 from qsae_kit.train import fit
 from qsae_kit.train.recipe import TrainConfig
@@ -33,15 +33,14 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     done = qsae(
         "train",
-        "--layers",
-        "2",
-        "--sites",
-        "resid",
-        "--batch",
-        "256",
+        "tiny",
+        "--at",
+        "resid@2",
+        "--set",
+        "batch=256",
         "--tokens",
         "8192",
-        "--target-l0",
+        "--l0",
         "16",
         "--out",
         out,
@@ -59,12 +58,11 @@ def test_stored_rows_against_the_formulas(tmp_path, architecture):
     save_sae(sae.requires_grad_(False), tmp_path / "sae")
     save_file({"acts": x}, tmp_path / "acts.safetensors")
     done = qsae(
+        "rows",
         "eval",
-        "--acts",
         tmp_path / "acts.safetensors",
-        "--sae",
         tmp_path / "sae",
-        "--rows",
+        "--last",
         "300",
         "--json",
     )
@@ -129,21 +127,20 @@ def test_folders_of_saelens(tmp_path, architecture):
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "sae_weights.safetensors")
     save_file({"acts": x}, tmp_path / "acts.safetensors")
-    done = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path, "--json")
+    done = qsae("rows", "eval", tmp_path / "acts.safetensors", tmp_path, "--json")
     assert done.exit_code == 0, done.exception
     found = json.loads(done.stdout)
     assert found["mse"] == pytest.approx(float((x - y).double().pow(2).sum(-1).mean()), rel=1e-4)
     assert found["l0"] == pytest.approx(float((f != 0).sum(1).double().mean()))
     config["normalize_activations"] = "layer_norm"
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    refused = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path, "--json")
+    refused = qsae("rows", "eval", tmp_path / "acts.safetensors", tmp_path, "--json")
     assert "normalize_activations='layer_norm'" in str(refused.exception)
 
 
 def test_a_suite_with_its_baselines(run, tmp_path):
     done = qsae(
         "eval",
-        "--suite",
         run / "suite",
         "--tokens",
         "3000",
@@ -171,13 +168,26 @@ def test_a_suite_with_its_baselines(run, tmp_path):
     assert (tmp_path / "out" / "evaluation.html").stat().st_size > 1e6
 
 
+def test_several_suites_make_one_table(lm, run, tmp_path):
+    sae = TopKSAE(lm.d_model, 64, 4, Provenance("tiny", SITE, NormFilter(12.0)))
+    sae.init_from_rows(torch.randn(64, lm.d_model), torch.Generator().manual_seed(0))
+    trained = "jumprelu-x8-l0_16"
+    save_suite({"topk": {SITE: sae}, trained: {SITE: sae}}, tmp_path / "own")
+    flags = ["--at", "resid@2", "--tokens", "1k", "--json", "--out", tmp_path / "out"]
+    done = qsae("eval", run / "suite", tmp_path / "own", *flags)
+    assert done.exit_code == 0, done.exception
+    said = pd.DataFrame(json.loads(done.stdout))
+    variants = {trained, "topk", f"{tmp_path / 'own'}:{trained}"}
+    assert set(said["variant"]) == variants
+    assert set(pd.read_csv(tmp_path / "out" / "evaluation.csv")["variant"]) == variants
+
+
 def test_planted_concepts(run, tmp_path, monkeypatch):
     small = partial(concepts.build_corpus, n=700, seed=5)
     monkeypatch.setattr(concepts, "build_corpus", lambda lm: small(lm))
     monkeypatch.setattr("qsae_kit.tiny.recovery.PERMUTATIONS", 5)
     done = qsae(
         "eval",
-        "--suite",
         run / "suite",
         "--tokens",
         "2000",
@@ -222,11 +232,11 @@ def test_an_sae_of_another_model(lm):
     check_fit(lm, TopKSAE(lm.d_model, 200, 5.0, Provenance("/models/tiny", SITE, NormFilter(9.0))))
 
 
-def test_a_sweep(tmp_path):
+def test_a_grid(tmp_path):
     flags = (
-        "--layers 2 --target-l0 4,16 --expansion 4,8 --tokens 4096,8192 --batch 256 --held-out 2000"
+        "--at resid@2 --l0 4,16 --expansion 4,8 --tokens 4096,8192 --set batch=256 --held-out 2k"
     ).split()
-    done = qsae("sweep", *flags, "--out", tmp_path)
+    done = qsae("train", "tiny", *flags, "--out", tmp_path)
     assert done.exit_code == 0, done.exception
     table = pd.read_parquet(tmp_path / "sweep.parquet")
     own = table[table["category"] == "all"]
@@ -274,13 +284,11 @@ def test_effective_ranks():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "No --suite was given"),
-        (["--acts", "ACTS"], "belong together"),
-        (["--acts", "ACTS", "--sae", "SAE", "--tokens", "5"], "--tokens would have no effect"),
-        (["--suite", "SUITE", "--json"], "belong to --acts"),
-        (["--acts", "ACTS", "--sae", "SAE", "--concepts"], "--concepts would have no effect"),
-        (["--acts", "ACTS", "--sae", "SAE"], "width 12, the SAE takes d_in=160"),
-        (["--suite", "ACTS"], "is a file; give the folder"),
+        (["rows", "eval", "ACTS", "SAE"], "width 12, the SAE takes d_in=160"),
+        (["eval", "ACTS", "--out", "OUT"], "is a file; give the folder"),
+        (["eval", "SUITE", "--at", "mlp@2", "--out", "OUT"], "no site 'blocks.2.hook_mlp_out'"),
+        (["eval", "SUITE", "--at", "mlp", "--out", "OUT"], "any variant at blocks.*.hook_mlp_out"),
+        (["eval", "SUITE", "--tokens", "0", "--out", "OUT"], "write a whole number above 0"),
     ],
 )
 def test_what_cannot_be_evaluated(run, tmp_path, flags, message):
@@ -289,7 +297,8 @@ def test_what_cannot_be_evaluated(run, tmp_path, flags, message):
         "ACTS": tmp_path / "acts.safetensors",
         "SUITE": run / "suite",
         "SAE": run / "suite" / "jumprelu-x8-l0_16" / SITE,
+        "OUT": tmp_path / "out",
     }
-    done = qsae("eval", *[names.get(flag, flag) for flag in flags], "--out", tmp_path / "out")
+    done = qsae(*[names.get(flag, flag) for flag in flags])
     assert message in str(done.exception)
     assert not (tmp_path / "out").exists()

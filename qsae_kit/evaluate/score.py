@@ -1,4 +1,4 @@
-"""`qsae eval` and `qsae sweep`: from flags to tables and figures in a folder."""
+"""`qsae eval` and the grids of `qsae train`: from suites to tables and figures in a folder."""
 
 import math
 from collections.abc import Mapping, Sequence

@@ -7,7 +7,7 @@ SAELens keeps what it does not know.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,6 +144,36 @@ def load_suite(
         assert sae.provenance is not None
         suite.setdefault(variant, {})[sae.provenance.hook_name] = sae
     return suite
+
+
+def load_suites(
+    sources: Sequence[str | Path],
+    device: str | torch.device = "cpu",
+    *,
+    variants: Sequence[str] = (),
+    hook_names: Sequence[str] = (),
+) -> dict[str, dict[str, SAE]]:
+    """Several suites as one, arguments and errors as for `load_suite`; where two have a variant of
+    one name, the later one's has its source before it: "runs/b/suite:topk".
+    """
+    together: dict[str, dict[str, SAE]] = {}
+    for source in sources:
+        suite = load_suite(source, device, variants=variants, hook_names=hook_names)
+        for variant, saes in suite.items():
+            together[f"{source}:{variant}" if variant in together else variant] = saes
+    return together
+
+
+def model_name_of(suite: Mapping[str, Mapping[str, SAE]]) -> str:
+    """The model that the SAEs of a suite record. Raises ValueError where that is not one model."""
+    provenances = [sae.provenance for saes in suite.values() for sae in saes.values()]
+    names = {one.model_name for one in provenances if one is not None and one.model_name}
+    if len(names) != 1:
+        raise ValueError(
+            f"The SAEs record {', '.join(sorted(names)) or 'no model'}; say which model is meant"
+            " (--model)."
+        )
+    return names.pop()
 
 
 def save_suite(suite: dict[str, dict[str, SAE]], folder: Path) -> None:
