@@ -4,6 +4,7 @@ What releases of SAEs do not say, the median norm of every site, is measured her
 they are used on. `attached` does all that a suite needs before it is used.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -89,7 +90,8 @@ def measure(lm: HookedLM, suite: ByVariant, documents: Callable[[], Iterable[Doc
     measure. Raises ValueError as `calibrate`.
     """
     if tokens := calibrate(lm, suite, _first(lm, suite, documents)):
-        print(f"The suite names no median norms; they are those of {tokens:,} tokens.")
+        said = f"The suite names no median norms; they are those of {tokens:,} tokens."
+        print(said, file=sys.stderr)
 
 
 def attached(

@@ -186,6 +186,38 @@ def parse_layers(text: str, n_layers: int) -> list[int]:
     return sorted(layers)
 
 
+TRAINED = ("resid", "mlp", "attn")
+"""Kinds that are meant where none is named."""
+
+
+def parse_at(text: str, left_out: Iterable[str] = TRAINED) -> tuple[str, str]:
+    """Kinds and layers of "resid,mlp@2-5"; of what is left out all layers, or the kinds given here:
+    "attn", "@2-5".
+
+    Raises ValueError for what is written otherwise, and for a kind that does not exist.
+    """
+    kinds, separator, layers = (part.strip() for part in text.partition("@"))
+    if (separator and not layers) or not (kinds or layers) or "." in text:
+        raise ValueError(
+            f"{text!r} was given for sites; write kinds@layers, such as resid,mlp@2-5, attn or @3."
+        )
+    return ",".join(parse_kinds(kinds or ",".join(left_out))), layers or "all"
+
+
+HIGHEST_LAYER = 9_999
+"""That is asked for of a suite whose model is not known yet."""
+
+
+def hook_patterns(text: str) -> list[str]:
+    """Hook names of "resid,mlp@2-5", with * for the layer where all are meant.
+
+    Raises ValueError as `parse_at` and `parse_layers`.
+    """
+    kinds, layers = parse_at(text, KINDS)
+    numbers = ["*"] if layers == "all" else parse_layers(layers, HIGHEST_LAYER + 1)
+    return [f"blocks.{layer}.{KINDS[kind].hook}" for layer in numbers for kind in kinds.split(",")]
+
+
 def expand_sites(kinds: list[str], layers: list[int]) -> list[Site]:
     """Every kind at every layer, layer by layer."""
     return [Site(kind, layer) for layer in layers for kind in kinds]

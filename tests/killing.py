@@ -108,20 +108,18 @@ def suites_model():
 
 CASES = {
     "train": Case(
-        "train --layers 2 --sites resid,mlp --expansion 4 --batch 256 --pool 4096 --tokens 40000"
+        "train tiny --at resid,mlp@2 --expansion 4 --set batch=256 --set pool=4096 --tokens 40000"
         " --out {out}"
     ),
-    "features": Case("features --suite {suite} --tokens 30000 --out {out}"),
+    "index": Case("index {suite} --tokens 30000 --out {out}"),
     "steer": Case(
-        "steer --suite {suite} --quick --n-selection 6 --n-evaluation 6 --n-random 2"
-        " --max-new-tokens 24 --features 2 --out {out}"
+        "steer {suite} --quick --set n_selection=6 --set n_evaluation=6 --set n_random=2"
+        " --set max_new_tokens=24 --set n_features=2 --out {out}"
     ),
-    "harvest": Case(
-        "harvest --tokens 20000 --site blocks.2.hook_resid_post --out {out}/acts.safetensors"
-    ),
-    "convert": Case("convert {suite} --out {out}/converted"),
+    "data rows": Case("data rows tiny --tokens 20000 --at resid@2 --out {out}/acts.safetensors"),
+    "suite convert": Case("suite convert {suite} --out {out}/converted"),
     "save": Case(work=save_again),
-    "suite": Case(work=small_suite),
+    "run": Case(work=small_suite),
 }
 
 

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from functools import reduce
 
 import pandas as pd
 import pytest
@@ -49,44 +50,57 @@ def complaint(done):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--model", "nowhere/folder/x"], "'nowhere/folder/x' could not be loaded"),
-        (["demo", "--model", "EMPTY"], "has no config.json"),
-        (["demo", "--layers", "99"], "layers 0 to 5"),
-        (["demo", "--layers", "some"], "cannot be read"),
-        (["demo", "--sites", "residual"], "no site 'residual'; choose from resid, mlp, attn"),
+        (["demo", "nowhere/folder/x"], "'nowhere/folder/x' could not be loaded"),
+        (["demo", "EMPTY"], "has no config.json"),
+        (["demo", "--at", "resid@99"], "layers 0 to 5"),
+        (["demo", "--at", "resid@some"], "cannot be read"),
+        (["demo", "--at", "residual"], "no site 'residual'; choose from resid, mlp, attn"),
+        (["demo", "--at", "blocks.3.hook_resid_post"], "write kinds@layers"),
         (["demo", "--tokens", "5"], "less than one batch"),
+        (["demo", "--tokens", "many"], "--tokens 'many' was given; write a whole number"),
         (["demo", "--data", "EMPTY_FILE"], "holds no dialogues"),
         (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2 is not JSON"),
-        (["features", "--suite", "EMPTY"], "holds no SAE"),
-        (["steer", "--suite", "EMPTY"], "holds no SAE"),
+        (["demo", "--device", "abacus"], "--device abacus cannot be used"),
+        (["index", "EMPTY"], "holds no SAE"),
+        (["steer", "EMPTY"], "holds no SAE"),
+        (["compare", "EMPTY", "tiny", "tiny"], "holds no SAE"),
+        (["eval", "EMPTY"], "holds no SAE"),
         (
-            ["steer", "--suite", "EMPTY", "--goal", "both"],
+            ["steer", "EMPTY", "--goal", "both"],
             "The goal 'both' was given; choose from suppress, induce",
         ),
-        (["steer", "--suite", "EMPTY", "--harmful", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
-        (["steer", "--suite", "EMPTY", "--guard", "tiny"], "belong to --bench"),
+        (["steer", "EMPTY", "--prompts", "harmful=EMPTY_FILE"], "empty.jsonl holds no prompts"),
+        (["steer", "EMPTY", "--prompts", "rude=EMPTY_FILE"], "the kinds are harmful"),
+        (["steer", "EMPTY", "--prompts", "empty.jsonl"], "write it as NAME=VALUE"),
+        (["steer", "EMPTY", "--set", "guard=tiny"], "belong to --bench"),
+        (["steer", "EMPTY", "--set", "n_selection=0"], "n_selection=0 was given"),
         (
-            ["steer", "--suite", "EMPTY", "--bench", "xstest", "--behaviour", "bias"],
+            ["steer", "EMPTY", "--bench", "xstest", "--behaviour", "bias"],
             "--bench measures refusal",
         ),
-        (["steer", "--suite", "EMPTY", "--bench", "nope"], "no bench 'nope'; choose from xstest"),
+        (["steer", "EMPTY", "--bench", "nope"], "no bench 'nope'; choose from xstest"),
         (
-            ["steer", "--suite", "EMPTY", "--bench", "xstest", "--bench-folder", "EMPTY"],
+            ["steer", "EMPTY", "--bench", "xstest", "--set", "data_folder=EMPTY"],
             "walledai/XSTest (unsafe) could not be had",
         ),
-        (["dialogues", "--prompts", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
-        (["train", "--moments", "int4"], "moments='int4' was given"),
-        (["train", "--precision", "int4"], "precision='int4' was given"),
+        (["data", "write", "tiny", "--prompts", "EMPTY_FILE"], "empty.jsonl holds no prompts"),
+        (["train", "tiny", "--set", "moments=int4"], "moments=int4 was given; moments takes"),
+        (["train", "tiny", "--set", "colour=red"], "the names are batch, lr, pool"),
+        (["train", "tiny", "--set", "tokens=5"], "tokens is what --tokens gives"),
+        (["train", "tiny", "--config", "EMPTY_FILE"], "give a .json or a .toml file"),
         (
-            ["suite", "tiny", "--dtype", "int4"],
+            ["run", "tiny", "--dtype", "int4"],
             "The dtype 'int4' was given; choose from auto, float32",
         ),
-        (["train", "--acts", "EMPTY_FILE", "--dtype", "bfloat16"], "--dtype would have no effect"),
-        (["train", "--layers", "99"], "layers 0 to 5"),
-        (["harvest", "--site", "blocks.0.hook_resid"], "is not a site"),
-        (["harvest", "--site", "blocks.99.hook_resid_post"], "no hook point"),
+        (["run", "tiny", "--set", "goal=both"], "goal takes suppress or induce or auto"),
+        (["run", "tiny", "--budget", "lots"], "The budget 'lots' was given"),
+        (["run", "tiny", "--slot", "chats=nowhere.jsonl"], "There is no file 'nowhere.jsonl'"),
+        (["train", "tiny", "--at", "@99"], "layers 0 to 5"),
+        (["data", "mix", "tiny", "--data", "nope"], "There is no data recipe 'nope'"),
+        (["data", "rows", "tiny", "--at", "resid"], "give one kind and one layer"),
+        (["data", "rows", "tiny", "--at", "resid@99"], "no hook point"),
         (
-            ["harvest", "--data", "LONG_FILE", "--out", "/dev/null/x.safetensors"],
+            ["data", "rows", "tiny", "--at", "resid@0", "--out", "/dev/null/x.safetensors"],
             "not a writable folder",
         ),
     ],
@@ -97,16 +111,18 @@ def test_bad_input(unchecked, tmp_path, monkeypatch, capsys, arguments, message)
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
     names = {
-        "EMPTY": "empty",
         "EMPTY_FILE": "empty.jsonl",
         "BAD_FILE": "bad.jsonl",
-        "LONG_FILE": "empty.jsonl",
+        "EMPTY": "empty",
+        "SUITE": "suite",
     }
+    sae = TopKSAE(16, 20, 5, Provenance("tiny", "blocks.2.hook_mlp_out", NormFilter(9.0)))
+    save_suite({"topk": {"blocks.2.hook_mlp_out": sae}}, tmp_path / "suite")
     before = sorted(p.name for p in tmp_path.iterdir())
-    given = [names.get(a, a) for a in arguments]
-    out = (
-        [] if "--out" in given else ["--out", "out/x.safetensors" if "harvest" in given else "out"]
-    )
+    given = [
+        reduce(lambda text, name: text.replace(name, names[name]), names, a) for a in arguments
+    ]
+    out = [] if "--out" in given else ["--out", "out/x.safetensors" if "rows" in given else "out"]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["qsae", *given, *out])
     with pytest.raises(SystemExit) as ended:
@@ -122,15 +138,22 @@ def test_a_tokenizer_without_a_chat_template(lm, tmp_path):
     lm.hf.save_pretrained(tmp_path / "model")
     lm.tokenizer.save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "chat_template.jinja").unlink()
-    assert "has no chat template" in complaint(
-        qsae("demo", "--model", "model", "--out", "out", cwd=tmp_path)
-    )
+    assert "has no chat template" in complaint(qsae("demo", "model", "--out", "out", cwd=tmp_path))
     assert not (tmp_path / "out").exists()
 
 
 def test_no_space_left_leaves_nothing(tmp_path):
     done = qsae(
-        "harvest", "--tokens", "20000", "--out", tmp_path / "acts.safetensors", limit=100_000
+        "data",
+        "rows",
+        "tiny",
+        "--at",
+        "resid@0",
+        "--tokens",
+        "20k",
+        "--out",
+        tmp_path / "acts.safetensors",
+        limit=100_000,
     )
     assert "File too large" in complaint(done)
     assert list(tmp_path.iterdir()) == []
@@ -139,14 +162,13 @@ def test_no_space_left_leaves_nothing(tmp_path):
 def test_training_on_a_full_disk_leaves_no_weights(tmp_path):
     done = qsae(
         "train",
-        "--layers",
-        "2",
-        "--sites",
-        "mlp",
+        "tiny",
+        "--at",
+        "mlp@2",
         "--tokens",
         "4096",
-        "--batch",
-        "512",
+        "--set",
+        "batch=512",
         "--out",
         tmp_path / "out",
         limit=100_000,
@@ -158,17 +180,19 @@ def test_training_on_a_full_disk_leaves_no_weights(tmp_path):
     }
 
 
-def test_harvest(tmp_path):
+def test_data_rows(tmp_path):
     (tmp_path / "chats.jsonl").write_text(
         json.dumps({"question": "How do I thank the nurse?", "answer": "You can."}) + "\n"
     )
     out = tmp_path / "acts.safetensors"
     done = qsae(
-        "harvest",
+        "data",
+        "rows",
+        "tiny",
         "--data",
         tmp_path / "chats.jsonl",
-        "--site",
-        "blocks.2.hook_mlp_out",
+        "--at",
+        "mlp@2",
         "--out",
         out,
     )
@@ -192,11 +216,13 @@ def test_harvest(tmp_path):
     assert header["context_size"] == str(min(512, lm.context_size))
     short = tmp_path / "short.safetensors"
     given = (
-        "harvest",
+        "data",
+        "rows",
+        "tiny",
         "--data",
         tmp_path / "chats.jsonl",
-        "--site",
-        "blocks.2.hook_mlp_out",
+        "--at",
+        "mlp@2",
         "--dtype",
         "bfloat16",
     )
@@ -209,20 +235,19 @@ def test_harvest(tmp_path):
     assert 1e-3 < off < 0.05  # bfloat16 keeps eight binary digits
 
 
-def test_features(lm, tmp_path):
+def test_index(lm, tmp_path):
     generator = torch.Generator().manual_seed(0)
     name = "blocks.2.hook_mlp_out"
     sae = TopKSAE(lm.d_model, 100, 5, Provenance(lm.model_name, name, NormFilter(9.0)))
     sae.init_from_rows(torch.randn(500, lm.d_model, generator=generator), generator)
     save_suite({"topk": {name: sae}}, tmp_path / "suite")
     done = qsae(
-        "features",
-        "--suite",
+        "index",
         tmp_path / "suite",
         "--tokens",
-        "2000",
-        "--top",
-        "3",
+        "2k",
+        "--set",
+        "top=3",
         "--out",
         tmp_path / "index",
     )
@@ -252,18 +277,17 @@ def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys)
     files = [
         word
         for kind in prompt_sets.KINDS
-        for word in (f"--{kind}", str(tmp_path / f"{kind}.jsonl"))
+        for word in ("--prompts", f"{kind}={tmp_path / kind}.jsonl")
     ]
     command = [
         "steer",
-        "--suite",
         str(tmp_path / "suite"),
-        "--site",
-        "blocks.3.hook_resid_post",
-        "--n-random",
-        "1",
-        "--max-new-tokens",
-        "16",
+        "--at",
+        "resid@3",
+        "--set",
+        "n_random=1",
+        "--set",
+        "max_new_tokens=16",
     ]
     monkeypatch.setattr(sys, "argv", ["qsae", *command, *files, "--out", str(tmp_path / "out")])
     cli.app(standalone_mode=False)
@@ -282,10 +306,8 @@ def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys)
 def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     done = qsae(
         "demo",
-        "--layers",
-        "1,2",
-        "--sites",
-        "resid",
+        "--at",
+        "resid@1,2",
         "--tokens",
         "40960",
         "--out",

@@ -1,4 +1,6 @@
-"""`qsae train`: flags that fit together, files that can be trained on, figures that are right."""
+"""`qsae train`, `qsae rows train`: flags that fit together, files that can be trained on, figures
+that are right.
+"""
 
 import json
 
@@ -14,7 +16,7 @@ from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.watch import read_log
 
 SITE = "blocks.0.hook_resid_post"
-FLAGS = ["--site", SITE, "--d-sae", "48", "--batch", "128", "--tokens", "6400", "--lr", "3e-3"]
+FLAGS = "--at resid@0 --expansion 4 --set batch=128 --tokens 6400 --set lr=3e-3".split()
 
 
 def rows(n=2000, d=12):
@@ -34,13 +36,12 @@ def qsae(*arguments):
 
 
 def stored(tmp_path, acts, *flags):
-    return qsae("train", "--acts", acts, *FLAGS, "--out", tmp_path / "out", *flags)
+    return qsae("rows", "train", acts, *FLAGS, "--out", tmp_path / "out", *flags)
 
 
 @pytest.mark.parametrize("arch", ("jumprelu topk batchtopk matryoshka standard gated").split())
 def test_stored_rows(tmp_path, acts, arch):
-    sparsity = ["--k", "4"] if arch in ("topk", "batchtopk", "matryoshka") else ["--target-l0", "4"]
-    done = stored(tmp_path, acts, "--arch", arch, *sparsity, "--json", "--curve", "25")
+    done = stored(tmp_path, acts, "--arch", arch, "--l0", "4", "--json", "--curve", "25")
     assert done.exit_code == 0, done.exception
     figures = json.loads(done.stdout)  # one line and nothing else
     [sae] = load_suite(tmp_path / "out" / "suite").saes().values()
@@ -76,12 +77,11 @@ def test_stored_rows_say_what_tokens_they_are_of(tmp_path, acts):
 def test_a_live_model(tmp_path):
     done = qsae(
         "train",
-        "--layers",
-        "2",
-        "--sites",
-        "resid,attn",
-        "--batch",
-        "256",
+        "tiny",
+        "--at",
+        "resid,attn@2",
+        "--set",
+        "batch=256",
         "--tokens",
         "4096",
         "--out",
@@ -100,7 +100,7 @@ def test_bad_rows_are_counted_not_learnt(tmp_path):
     x[::40] = float("nan")
     x[1::40] = float("inf")
     save_file({"acts": x}, tmp_path / "acts.safetensors")
-    done = stored(tmp_path, tmp_path / "acts.safetensors", "--target-l0", "4", "--json")
+    done = stored(tmp_path, tmp_path / "acts.safetensors", "--l0", "4", "--json")
     assert done.exit_code == 0, done.exception
     figures = json.loads(done.stdout)
     assert figures["held_out_not_finite"] == 10
@@ -119,22 +119,16 @@ def test_bad_rows_are_counted_not_learnt(tmp_path):
         ({"acts": rows().view(-1)}, [], r"acts of shape \(24000,\)"),
         ({"acts": rows().int()}, [], "torch.int32"),
         ({"rows": rows()}, [], "holds rows; expected a tensor acts"),
-        ({"acts": rows()}, ["--arch", "topk", "--k", "49"], "sparsity <= d_sae=48"),
-        (
-            {"acts": rows()},
-            ["--arch", "topk", "--target-l0", "4"],
-            "--target-l0 has no effect on topk; give --k",
-        ),
-        ({"acts": rows()}, ["--k", "4"], "--k has no effect on jumprelu"),
-        ({"acts": rows()}, ["--expansion", "4"], "both give the width"),
-        ({"acts": rows()}, ["--model", "tiny"], "--model would have no effect"),
+        ({"acts": rows()}, ["--arch", "topk", "--l0", "49"], "sparsity <= d_sae=48"),
+        ({"acts": rows()}, ["--l0", "4,8"], "stored rows train one SAE; give one of each"),
+        ({"acts": rows()}, ["--l0", "few"], "--l0 'few' was given; write positive numbers"),
+        ({"acts": rows()}, ["--at", "resid,mlp@0"], "give one kind and one layer"),
         ({"acts": rows()}, ["--arch", "dense"], "no architecture 'dense'; choose from"),
-        ({"acts": rows()}, ["--expansion", "inf", "--d-sae", "1"], "both give the width"),
-        ({"acts": rows()}, ["--d-sae", str(2**40)], "allowed are 1 to"),
+        ({"acts": rows()}, ["--expansion", str(2**40)], "features was asked for"),
         ({"acts": rows()}, ["--watch", "smoke"], "--watch smoke was given; allowed are"),
-        ({"acts": rows()}, ["--option", "colour=red"], "'jumprelu' has no option colour"),
-        ({"acts": rows()}, ["--option", "bandwidth"], "write name=value"),
-        ({"acts": rows()}, ["--pool", "100"], "no multiple of batch"),
+        ({"acts": rows()}, ["--set", "options.colour=red"], "'jumprelu' has no option colour"),
+        ({"acts": rows()}, ["--set", "options"], "write it as NAME=VALUE"),
+        ({"acts": rows()}, ["--set", "pool=100"], "no multiple of batch"),
         ({"acts": rows()}, ["--seed", "-1"], "seed=-1"),
         ({"acts": rows()}, ["--tokens", "100"], "less than one batch"),
         ({"acts": rows()}, ["--out", "/dev/null/x"], "not a writable folder"),
@@ -153,7 +147,7 @@ def test_what_cannot_be_trained(tmp_path, tensors, flags, message):
     "options", [["sparsity_loss=step", "coefficient=0.02"], ["sparsity_loss=tanh", "bandwidth=0.1"]]
 )
 def test_options_have_an_effect(tmp_path, acts, options):
-    flags = [flag for option in options for flag in ("--option", option)]
+    flags = [flag for option in options for flag in ("--set", f"options.{option}")]
     done = stored(tmp_path, acts, *flags, "--json")
     assert done.exit_code == 0, done.exception
     assert stored(tmp_path / "plain", acts, "--json").exit_code == 0
@@ -170,53 +164,36 @@ def test_without_json_the_figures_are_said(tmp_path, acts):
     assert "  after 3,200 rows and " in done.stdout
 
 
-def test_flags_of_the_other_source():
-    for flags, message in (
-        (["--curve", "5"], "belong to --acts"),
-        (["--site", SITE], "belong to --acts"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            raise qsae("train", *flags).exception
-
-
-def test_controls_are_trained_beside_the_saes(tmp_path, acts):
-    flags = "--sites resid --layers 0 --expansion 1 --batch 128 --tokens 1280 --out".split()
+def test_controls_are_trained_beside_the_saes(tmp_path):
+    flags = "tiny --at resid@0 --expansion 1 --set batch=128 --tokens 1280 --out".split()
     flags = [*flags, tmp_path / "out"]
     done = qsae("train", *flags, "--frozen", "decoder", "--frozen", "soft_decoder")
     assert done.exit_code == 0, done.exception
     suite = load_suite(tmp_path / "out" / "suite")
     trained = "jumprelu-x1-l0_13"
     assert set(suite) == {trained, f"{trained}-frozen_decoder", f"{trained}-frozen_soft_decoder"}
-    assert "leave one of them out" in str(stored(tmp_path, acts, "--frozen", "decoder").exception)
     assert "allowed are" in str(qsae("train", *flags, "--frozen", "bias").exception)
 
 
 def test_the_site_is_named_once(tmp_path):
     save_file({"acts": rows()}, tmp_path / "a.safetensors", {"hook_name": SITE})
-    flags = [f for f in FLAGS if f not in ("--site", SITE)]
-    assert (
-        qsae(
-            "train", "--acts", tmp_path / "a.safetensors", *flags, "--out", tmp_path / "a"
-        ).exit_code
-        == 0
-    )
+    flags = [f for f in FLAGS if f not in ("--at", "resid@0")]
+    done = qsae("rows", "train", tmp_path / "a.safetensors", *flags, "--out", tmp_path / "a")
+    assert done.exit_code == 0
     done = qsae(
+        "rows",
         "train",
-        "--acts",
         tmp_path / "a.safetensors",
         *flags,
-        "--site",
-        "blocks.1.hook_mlp_out",
+        "--at",
+        "mlp@1",
         "--out",
         tmp_path / "b",
     )
-    assert "leave --site out" in str(done.exception)
+    assert "leave --at out" in str(done.exception)
     save_file({"acts": rows()}, tmp_path / "b.safetensors")
-    assert "give --site" in str(
-        qsae(
-            "train", "--acts", tmp_path / "b.safetensors", *flags, "--out", tmp_path / "b"
-        ).exception
-    )
+    done = qsae("rows", "train", tmp_path / "b.safetensors", *flags, "--out", tmp_path / "b")
+    assert "give --at" in str(done.exception)
 
 
 def test_going_on_with_other_data_or_a_longer_run(tmp_path, acts):
@@ -234,11 +211,15 @@ WRONG = [
     (["--expansion", "inf"], "expansion=inf was given; it must be positive and finite"),
     (["--expansion", "nan"], "expansion=nan was given"),
     (["--seed", "-1"], "seed=-1"),
-    (["--lr", "inf"], "lr=inf was given"),
-    (["--d-sae", str(2**40)], "allowed are 1 to 2,147,483,647"),
+    (["--set", "lr=inf"], "lr=inf was given"),
+    (["--set", "lr=fast"], "lr=fast was given; lr takes a number or none"),
+    (["--set", "lr"], "--set lr was given; write it as NAME=VALUE"),
+    (["--l0", "4,8", "--frozen", "decoder"], "--watch and --frozen take one recipe"),
+    (["--held-out", "2k"], "--held-out is for a grid"),
+    (["--at", "resid@"], "write kinds@layers"),
     (["--tokens", "5"], "less than one batch"),
-    (["--pool", "100"], "no multiple of batch"),
-    (["--option", "colour=red"], "has no option colour"),
+    (["--set", "pool=100"], "no multiple of batch"),
+    (["--set", "options.colour=red"], "has no option colour"),
 ]
 
 
@@ -250,7 +231,7 @@ def test_what_is_wrong_is_said_before_a_model_is_loaded(tmp_path, monkeypatch, f
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(models, "load_model", loads)
-    done = CliRunner().invoke(app, ["train", "--out", str(tmp_path / "out"), *flags])
+    done = CliRunner().invoke(app, ["train", "tiny", "--out", str(tmp_path / "out"), *flags])
     assert isinstance(done.exception, ValueError), done.exception
     assert message in str(done.exception)
     assert not (tmp_path / "out").exists()

@@ -14,7 +14,8 @@ from killing import CASES, forked, make_suite_to_work_on
 from typer.testing import CliRunner
 
 from qsae_kit import LiveRows, train_saes
-from qsae_kit.cli.app import INTERRUPTED, app
+from qsae_kit.cli.app import app
+from qsae_kit.cli.outputs import INTERRUPTED
 from qsae_kit.data.documents import token_batches
 from qsae_kit.features.indexing import WORK
 from qsae_kit.io.interrupts import TERMINATED, Interrupts
@@ -59,14 +60,13 @@ def test_an_interrupted_command_says_so_with_its_exit_code(tmp_path, monkeypatch
     )
     words = [
         "train",
-        "--layers",
-        "2",
-        "--sites",
-        "resid",
+        "tiny",
+        "--at",
+        "resid@2",
         "--tokens",
         "8192",
-        "--batch",
-        "256",
+        "--set",
+        "batch=256",
         "--out",
         str(tmp_path),
     ]
@@ -108,7 +108,7 @@ def test_sigterm_ends_an_index_with_a_checkpoint(tmp_path, one_thread):
 
     def work():
         threading.Timer(0.8, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
-        CASES["features"].run(out, suite)
+        CASES["index"].run(out, suite)
 
     status = forked(work, None, tmp_path / "said")
     assert status == TERMINATED, (tmp_path / "said").read_text()
@@ -149,14 +149,13 @@ def test_sigterm_does_in_the_end_what_it_would_have_done():
 def test_a_real_command_under_sigterm(tmp_path):
     words = [
         "train",
-        "--layers",
-        "2",
-        "--sites",
-        "resid",
-        "--batch",
-        "256",
+        "tiny",
+        "--at",
+        "resid@2",
+        "--set",
+        "batch=256",
         "--tokens",
-        "2000000",
+        "2M",
         "--out",
         str(tmp_path / "out"),
     ]

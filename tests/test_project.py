@@ -105,8 +105,9 @@ def loaded_by(code):
 
 COMMANDS = (
     "",
-    *"demo train baselines eval sweep features steer".split(),
-    *"suite diff inspect convert dialogues harvest".split(),
+    *"demo run train baselines eval index steer compare suite data rows".split(),
+    *("suite show", "suite convert", "suite push", "data write", "data rows", "data mix"),
+    *("rows train", "rows eval"),
 )
 
 

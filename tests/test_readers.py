@@ -430,7 +430,7 @@ def test_calibration_measures_the_l0_that_a_release_does_not_say(lm, tmp_path):
         calibrate(lm, load_suite(tmp_path), [empty])
 
 
-# --- inspect and convert
+# --- qsae suite show and convert
 
 
 def run(*args):
@@ -452,8 +452,8 @@ def test_inspect_reads_no_weights(tmp_path, monkeypatch):
         5,
         "jumprelu",
     ]
-    assert "measured when they are used" in run("inspect", tmp_path)
-    assert {row["format"] for row in json.loads(run("inspect", tmp_path, "--json"))} == set(
+    assert "measured when they are used" in run("suite", "show", tmp_path)
+    assert {row["format"] for row in json.loads(run("suite", "show", tmp_path, "--json"))} == set(
         releases.FORMATS
     )
 
@@ -462,7 +462,7 @@ def test_inspect_reads_no_weights(tmp_path, monkeypatch):
 def test_convert_writes_a_suite_of_ours(which, tmp_path):
     laid = releases.FORMATS[which](tmp_path / "release")
     out = tmp_path / "suite"
-    run("convert", laid.root, "--out", out, "--model", "mine")
+    run("suite", "convert", laid.root, "--out", out, "--model", "mine")
     first, second = only(load_suite(laid.root)), only(load_suite(out))
     assert all(
         torch.equal(first.tensors()[name], tensor) for name, tensor in second.tensors().items()

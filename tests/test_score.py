@@ -1,4 +1,4 @@
-"""`qsae eval` and `qsae sweep`."""
+"""`qsae eval`, `qsae rows eval` and the grids of `qsae train`."""
 
 import json
 from dataclasses import replace
@@ -43,15 +43,14 @@ def run(tmp_path_factory):
     out = tmp_path_factory.mktemp("run")
     done = qsae(
         "train",
-        "--layers",
-        "2",
-        "--sites",
-        "resid",
-        "--batch",
-        "256",
+        "tiny",
+        "--at",
+        "resid@2",
+        "--set",
+        "batch=256",
         "--tokens",
         "8192",
-        "--target-l0",
+        "--l0",
         "16",
         "--out",
         out,
@@ -69,12 +68,11 @@ def test_stored_rows_against_the_formulas(tmp_path, architecture):
     save_sae(sae.requires_grad_(False), tmp_path / "sae")
     save_file({"acts": x}, tmp_path / "acts.safetensors")
     done = qsae(
+        "rows",
         "eval",
-        "--acts",
         tmp_path / "acts.safetensors",
-        "--sae",
         tmp_path / "sae",
-        "--rows",
+        "--last",
         "300",
         "--json",
     )
@@ -139,20 +137,20 @@ def test_folders_of_saelens(tmp_path, architecture):
     (tmp_path / "cfg.json").write_text(json.dumps(config))
     save_file(tensors, tmp_path / "sae_weights.safetensors")
     save_file({"acts": x}, tmp_path / "acts.safetensors")
-    done = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path, "--json")
+    done = qsae("rows", "eval", tmp_path / "acts.safetensors", tmp_path, "--json")
     assert done.exit_code == 0, done.exception
     found = json.loads(done.stdout)
     assert found["mse"] == pytest.approx(float((x - y).double().pow(2).sum(-1).mean()), rel=1e-4)
     assert found["l0"] == pytest.approx(float((f != 0).sum(1).double().mean()))
     config["normalize_activations"] = "layer_norm"
     (tmp_path / "cfg.json").write_text(json.dumps(config))
-    refused = qsae("eval", "--acts", tmp_path / "acts.safetensors", "--sae", tmp_path, "--json")
+    refused = qsae("rows", "eval", tmp_path / "acts.safetensors", tmp_path, "--json")
     assert "normalize_activations='layer_norm'" in str(refused.exception)
 
 
 @pytest.fixture(scope="module")
 def beaten(run):
-    done = qsae("baselines", "--suite", run / "suite")
+    done = qsae("baselines", run / "suite")
     assert done.exit_code == 0, done.exception
     return run / "suite-baselines"
 
@@ -165,7 +163,6 @@ def test_a_suite_with_its_baselines(run, beaten, tmp_path):
         assert own.recipe["batch"] == 256
     done = qsae(
         "eval",
-        "--suite",
         run / "suite",
         "--tokens",
         "3000",
@@ -223,22 +220,22 @@ def test_an_unknown_recipe_is_given_and_not_guessed(run, tmp_path):
     saes[SITE].provenance = replace(saes[SITE].provenance, recipe=None)
     save_suite({variant: saes}, tmp_path / "old")
     given = ["--arch", "batchtopk", "--tokens", "2048", "--batch", "128"]
-    refused = qsae("baselines", "--suite", tmp_path / "old")
+    refused = qsae("baselines", tmp_path / "old")
     assert "does not say what it was trained by" in str(refused.exception)
     assert not (tmp_path / "old-baselines").exists()
-    refused = qsae("baselines", "--suite", tmp_path / "old", *given[:4])
+    refused = qsae("baselines", tmp_path / "old", *given[:4])
     assert "--arch, --tokens and --batch belong together" in str(refused.exception)
-    refused = qsae("baselines", "--suite", run / "suite", *given, "--out", tmp_path / "none")
+    refused = qsae("baselines", run / "suite", *given, "--out", tmp_path / "none")
     assert "leave the recipe out" in str(refused.exception)
-    refused = qsae("baselines", "--suite", "someone/release")
+    refused = qsae("baselines", "someone/release")
     assert "give --out" in str(refused.exception)
-    done = qsae("baselines", "--suite", tmp_path / "old", *given)
+    done = qsae("baselines", tmp_path / "old", *given)
     assert done.exit_code == 0, done.exception
     made = load_suite(tmp_path / "old-baselines")
     assert tuple(sorted(made)) == tuple(sorted(BASELINES))
     recipe = made["frozen_encoder"][SITE].provenance.recipe
     assert (recipe["architecture"], recipe["tokens"], recipe["batch"]) == ("batchtopk", 2048, 128)
-    refused = qsae("baselines", "--suite", tmp_path / "old", *given)
+    refused = qsae("baselines", tmp_path / "old", *given)
     assert "is not an empty folder" in str(refused.exception)
 
 
@@ -271,13 +268,26 @@ def test_tokens_are_of_the_kind_that_the_sae_was_trained_on(run, lm, tmp_path):
         policy_of(lm, {"a": saes, "b": other})
 
 
+def test_several_suites_make_one_table(lm, run, tmp_path):
+    sae = TopKSAE(lm.d_model, 64, 4, Provenance("tiny", SITE, NormFilter(12.0)))
+    sae.init_from_rows(torch.randn(64, lm.d_model), torch.Generator().manual_seed(0))
+    trained = "jumprelu-x8-l0_16"
+    save_suite({"topk": {SITE: sae}, trained: {SITE: sae}}, tmp_path / "own")
+    flags = ["--at", "resid@2", "--tokens", "1k", "--json", "--out", tmp_path / "out"]
+    done = qsae("eval", run / "suite", tmp_path / "own", *flags)
+    assert done.exit_code == 0, done.exception
+    said = pd.DataFrame(json.loads(done.stdout))
+    variants = {trained, "topk", f"{trained}@2"}
+    assert set(said["variant"]) == variants
+    assert set(pd.read_csv(tmp_path / "out" / "evaluation.csv")["variant"]) == variants
+
+
 def test_planted_concepts(run, tmp_path, monkeypatch):
     small = partial(concepts.build_corpus, n=700, seed=5)
     monkeypatch.setattr(concepts, "build_corpus", lambda lm: small(lm))
     monkeypatch.setattr("qsae_kit.tiny.recovery.PERMUTATIONS", 5)
     done = qsae(
         "eval",
-        "--suite",
         run / "suite",
         "--tokens",
         "2000",
@@ -322,11 +332,11 @@ def test_an_sae_of_another_model(lm):
     check_fit(lm, TopKSAE(lm.d_model, 200, 5.0, Provenance("/models/tiny", SITE, NormFilter(9.0))))
 
 
-def test_a_sweep(tmp_path):
+def test_a_grid(tmp_path):
     flags = (
-        "--layers 2 --target-l0 4,16 --expansion 4,8 --tokens 4096,8192 --batch 256 --held-out 2000"
+        "--at resid@2 --l0 4,16 --expansion 4,8 --tokens 4096,8192 --set batch=256 --held-out 2k"
     ).split()
-    done = qsae("sweep", *flags, "--out", tmp_path)
+    done = qsae("train", "tiny", *flags, "--out", tmp_path)
     assert done.exit_code == 0, done.exception
     table = pd.read_parquet(tmp_path / "sweep.parquet")
     own = table[table["category"] == "all"]
@@ -374,13 +384,11 @@ def test_effective_ranks():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "No --suite was given"),
-        (["--acts", "ACTS"], "belong together"),
-        (["--acts", "ACTS", "--sae", "SAE", "--tokens", "5"], "--tokens would have no effect"),
-        (["--suite", "SUITE", "--json"], "belong to --acts"),
-        (["--acts", "ACTS", "--sae", "SAE", "--concepts"], "--concepts would have no effect"),
-        (["--acts", "ACTS", "--sae", "SAE"], "width 12, the SAE takes d_in=160"),
-        (["--suite", "ACTS"], "is a file; give the folder"),
+        (["rows", "eval", "ACTS", "SAE"], "width 12, the SAE takes d_in=160"),
+        (["eval", "ACTS", "--out", "OUT"], "is a file; give the folder"),
+        (["eval", "SUITE", "--at", "mlp@2", "--out", "OUT"], "no site 'blocks.2.hook_mlp_out'"),
+        (["eval", "SUITE", "--at", "mlp", "--out", "OUT"], "any variant at blocks.*.hook_mlp_out"),
+        (["eval", "SUITE", "--tokens", "0", "--out", "OUT"], "write a whole number above 0"),
     ],
 )
 def test_what_cannot_be_evaluated(run, tmp_path, flags, message):
@@ -389,7 +397,8 @@ def test_what_cannot_be_evaluated(run, tmp_path, flags, message):
         "ACTS": tmp_path / "acts.safetensors",
         "SUITE": run / "suite",
         "SAE": run / "suite" / "jumprelu-x8-l0_16" / SITE,
+        "OUT": tmp_path / "out",
     }
-    done = qsae("eval", *[names.get(flag, flag) for flag in flags], "--out", tmp_path / "out")
+    done = qsae(*[names.get(flag, flag) for flag in flags])
     assert message in str(done.exception)
     assert not (tmp_path / "out").exists()

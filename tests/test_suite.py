@@ -1,4 +1,4 @@
-"""`qsae suite`: the whole folder from one command, skipped where it is there, and the same after
+"""`qsae run`: the whole folder from one command, skipped where it is there, and the same after
 any kill.
 """
 
@@ -502,12 +502,12 @@ def test_the_command_prints_a_plan_and_makes_nothing(tmp_path, monkeypatch, caps
         "argv",
         [
             "qsae",
-            "suite",
+            "run",
             "tiny",
             "--budget",
             "60k",
-            "--layers",
-            "3",
+            "--at",
+            "@3",
             "--plan",
             "--out",
             str(tmp_path / "o"),

@@ -63,7 +63,7 @@ NAMES = st.one_of(
 ).filter(lambda name: name.strip(".") and not name.startswith(OWN))
 PATHS = st.lists(NAMES, min_size=1, max_size=4).map("/".join)
 TREES = st.dictionaries(PATHS, st.binary(max_size=20), max_size=8)
-FAST = ("train", "convert")
+FAST = ("rows train", "suite convert")
 
 
 def tries(name: str) -> settings:
@@ -101,15 +101,15 @@ def given_(tmp_path_factory):
 
 
 COMMANDS = {
-    "train": (
-        "train --acts {given}/acts.safetensors --arch topk --k 2 --expansion 2 --tokens 256 --batch"
-        " 128 --pool 256 --out {out}"
+    "rows train": (
+        "rows train {given}/acts.safetensors --arch topk --l0 2 --expansion 2 --tokens 256 --set"
+        " batch=128 --set pool=256 --out {out}"
     ),
-    "convert": "convert {given}/suite --out {out}",
-    "features": "features --suite {given}/suite --variant topk --tokens 1500 --out {out}",
-    "harvest": "harvest --tokens 50 --out {out}/acts.safetensors",
-    "dialogues": "dialogues --n 1 --max-new-tokens 2 --out {out}/chats.jsonl",
-    "eval": "eval --suite {given}/suite --variant topk --tokens 500 --out {out}",
+    "suite convert": "suite convert {given}/suite --out {out}",
+    "index": "index {given}/suite --variant topk --tokens 1500 --out {out}",
+    "data rows": "data rows tiny --at resid@0 --tokens 50 --out {out}/acts.safetensors",
+    "data write": "data write tiny --n 1 --max-new-tokens 2 --out {out}/chats.jsonl",
+    "eval": "eval {given}/suite --variant topk --tokens 500 --out {out}",
 }
 
 

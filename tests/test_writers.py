@@ -219,29 +219,19 @@ def test_of_several_processes_one_writes(tmp_path, n):
 
 
 COMMANDS = {
-    "demo": ["demo", "--out", "{out}"],
-    "train": [
-        "train",
-        "--layers",
-        "2",
-        "--sites",
-        "resid",
-        "--tokens",
-        "4096",
-        "--batch",
-        "256",
-        "--out",
-        "{out}",
-    ],
-    "eval": ["eval", "--suite", "{suite}", "--out", "{out}"],
-    "sweep": ["sweep", "--layers", "2", "--tokens", "4096", "--out", "{out}"],
-    "features": ["features", "--suite", "{suite}", "--out", "{out}"],
-    "steer": ["steer", "--suite", "{suite}", "--out", "{out}"],
-    "suite": ["suite", "tiny", "--budget", "50k", "--out", "{out}"],
-    "diff": ["diff", "tiny", "tiny", "--suite", "{suite}", "--out", "{out}"],
-    "harvest": ["harvest", "--tokens", "100", "--out", "{out}/acts.safetensors"],
-    "dialogues": ["dialogues", "--n", "2", "--out", "{out}/chats.jsonl"],
-    "convert": ["convert", "{suite}", "--out", "{out}/suite"],
+    "demo": "demo --out {out}",
+    "run": "run tiny --budget 50k --out {out}",
+    "train": "train tiny --at resid@2 --tokens 4096 --set batch=256 --out {out}",
+    "grid": "train tiny --at resid@2 --tokens 2048,4096 --out {out}",
+    "eval": "eval {suite} --out {out}",
+    "index": "index {suite} --out {out}",
+    "steer": "steer {suite} --out {out}",
+    "compare": "compare {suite} tiny tiny --out {out}",
+    "suite convert": "suite convert {suite} --out {out}/suite",
+    "data write": "data write tiny --n 2 --out {out}/chats.jsonl",
+    "data rows": "data rows tiny --at resid@0 --tokens 100 --out {out}/acts.safetensors",
+    "data mix": "data mix tiny --tokens 1k --out {out}",
+    "rows train": "rows train {out}/acts.safetensors --out {out}",
 }
 
 
@@ -250,7 +240,7 @@ def test_every_command_that_writes_says_that_another_one_does(tmp_path, monkeypa
     out = tmp_path / "out"
     out.mkdir()
     (out / "mine.txt").write_text("mine")
-    words = [word.format(out=out, suite=tmp_path / "suite") for word in COMMANDS[name]]
+    words = [word.format(out=out, suite=tmp_path / "suite") for word in COMMANDS[name].split()]
     target = Path(words[-1])
     monkeypatch.setattr(sys, "argv", ["qsae", *words])
 
@@ -270,7 +260,7 @@ def test_every_command_that_writes_says_that_another_one_does(tmp_path, monkeypa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [2, 4])
-@pytest.mark.parametrize("name", ["harvest", "features"])
+@pytest.mark.parametrize("name", ["data rows", "index"])
 def test_several_commands_on_one_folder(tmp_path, one_thread, name, n):
     """One wins, the others say so, and nothing is corrupt; tests/bench/crowd.py does it with every
     command that writes.

@@ -1,4 +1,4 @@
-"""`python -m qsae_kit.cli.app`: the same as `qsae`."""
+"""`python -m qsae_kit.cli`: the same as `qsae`."""
 
 from qsae_kit.cli.app import main
 

@@ -772,7 +772,7 @@ def load_index(
     path = folder / MANIFEST
     if not path.exists():
         raise ValueError(
-            f"{str(folder)!r} holds no feature index; build one with build_index or qsae features."
+            f"{str(folder)!r} holds no feature index; build one with build_index or qsae index."
         )
     index = FeatureIndex(folder, read_manifest(folder))
     if (lm is None) != (suite is None):

@@ -145,7 +145,7 @@ def _made(path: Path) -> list[str]:
         isinstance(files, dict) for files in stages.values()
     ):
         raise ValueError(
-            f"{str(path)!r} is no manifest of a suite; let qsae suite come to its end first."
+            f"{str(path)!r} is no manifest of a suite; let qsae run come to its end first."
         )
     names = sorted({name for files in stages.values() for name in files})
     for name in names:
@@ -200,7 +200,7 @@ def _tell(out: Path, files: Mapping[str, Sequence[str]], examples: bool) -> None
     if not begin or not end:
         raise ValueError(
             f"{str(path)!r} has no place between {BEGIN} and {END} for what is published; put the"
-            " two lines back, or take the card away and let qsae suite write it again with"
+            " two lines back, or take the card away and let qsae run write it again with"
             " --remake."
         )
     write_text(path, before + _said(files, examples) + after)
@@ -253,7 +253,7 @@ def push(out: Path, repository: str, private: bool = True, examples: bool | None
 
     if not (out / CARD).is_file():
         raise ValueError(
-            f"{str(out)!r} holds no finished suite (there is no README.md); let qsae suite come to"
+            f"{str(out)!r} holds no finished suite (there is no README.md); let qsae run come to"
             " its end first."
         )
     with only_writer(out):

@@ -1,4 +1,4 @@
-"""`qsae suite`: plan, data, training, evaluation, index, study and card in one folder, by one
+"""`qsae run`: plan, data, training, evaluation, index, study and card in one folder, by one
 command that can be cut off.
 
     <out>/manifest.json     what the run is, and for each stage that is done its files with sizes

@@ -302,33 +302,29 @@ def _names_site(part: str) -> bool:
 def select(
     found: Sequence[Found], variants: Sequence[str] = (), hook_names: Sequence[str] = ()
 ) -> list[Found]:
-    """Those of some variants and sites (none given: all); a variant may have * for what varies,
-    which may match nothing.
+    """Those of some variants and sites (none given: all); a name may have * for what varies, which
+    may match nothing.
 
     Raises ValueError for one that is not there.
     """
-    for what, wanted, known in (
+    for what, names, known in (
         ("variant", variants, {f.variant for f in found}),
         ("site", hook_names, {f.hook_name for f in found}),
     ):
-        missing = [name for name in wanted if name not in known and "*" not in name]
+        missing = [name for name in names if name not in known and "*" not in name]
         if missing:
             raise ValueError(
                 f"The suite has no {what} {missing[0]!r}; it has {', '.join(sorted(known))}."
             )
 
-    def wanted_variant(name: str) -> bool:
-        return not variants or any(fnmatchcase(name, pattern) for pattern in variants)
+    def wanted(name: str, patterns: Sequence[str]) -> bool:
+        return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
-    chosen = [
-        f
-        for f in found
-        if wanted_variant(f.variant) and (not hook_names or f.hook_name in hook_names)
-    ]
+    chosen = [f for f in found if wanted(f.variant, variants) and wanted(f.hook_name, hook_names)]
     if not chosen:
         raise ValueError(
-            f"No SAE is of {', '.join(variants)} at {', '.join(hook_names)}; give one of the two"
-            " only."
+            f"No SAE is of {', '.join(variants) or 'any variant'} at"
+            f" {', '.join(hook_names) or 'any site'}; ask for fewer things at once."
         )
     return chosen
 

@@ -7,7 +7,7 @@ SAELens keeps what it does not know.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +140,36 @@ def load_suite(
     ):
         saes.setdefault(variant, {})[sae.origin.hook_name] = sae
     return Suite(saes)
+
+
+def load_suites(
+    sources: Sequence[str | Path],
+    device: str | torch.device = "cpu",
+    *,
+    variants: Sequence[str] = (),
+    hook_names: Sequence[str] = (),
+) -> Suite:
+    """Several suites as one, arguments and errors as for `load_suite`; where two have a variant of
+    one name, that of the second source is called variant@2, and so on.
+    """
+    together: dict[str, Mapping[str, SAE]] = {}
+    for number, source in enumerate(sources, 1):
+        suite = load_suite(source, device, variants=variants, hook_names=hook_names)
+        for variant, saes in suite.items():
+            together[f"{variant}@{number}" if variant in together else variant] = saes
+    return Suite(together)
+
+
+def model_name_of(suite: ByVariant) -> str:
+    """The model that the SAEs of a suite record. Raises ValueError where that is not one model."""
+    origins = [sae.origin for sae in Suite(suite).saes().values()]
+    names = {origin.model_name for origin in origins if origin.model_name}
+    if len(names) != 1:
+        raise ValueError(
+            f"The SAEs record {', '.join(sorted(names)) or 'no model'}; say which model is meant"
+            " (--model)."
+        )
+    return names.pop()
 
 
 def save_suite(suite: ByVariant, folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`qsae train` and `qsae baselines`: from flags to a run, on a live model or on stored
+"""`qsae train`, `qsae baselines` and `qsae rows train`: a run, on a live model or on stored
 activations.
 """
 
@@ -117,20 +117,19 @@ def fit_stored(
     path, acts, named, scale = file[:4]
     if site and named and site != named:
         raise ValueError(
-            f"{str(path)!r} holds rows of {named}, and --site {site} was given; leave --site out."
+            f"{str(path)!r} holds rows of {named}, and {site} was asked for; leave --at out."
         )
     site = site or named
     if not site:
         raise ValueError(
-            f"{str(path)!r} does not say which site its rows are from; give --site, such as"
-            " blocks.15.hook_resid_post."
+            f"{str(path)!r} does not say which site its rows are from; give --at, such as resid@15."
         )
     parse_hook_name(site)
     cut = round(len(acts) * (1 - HELD_OUT))
     if cut < config.batch:
         raise ValueError(
             f"{str(path)!r} leaves {cut:,} rows to train on, less than one batch of {config.batch};"
-            f" give --batch {cut} or less."
+            f" give --set batch={cut} or less."
         )
     held_out = acts[cut:].float() / scale
     whole = held_out.isfinite().all(-1)

@@ -15,13 +15,14 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import killing
 from killing import Case
 
-TRAINED = "--sites resid --tokens 20000 --batch 256"
 CASES = killing.CASES | {
-    "demo": Case("demo --layers 2 --sites resid --tokens 8192 --out {out}"),
-    "eval": Case("eval --suite {suite} --tokens 2000 --out {out}"),
-    "sweep": Case(f"sweep --layers 2 {TRAINED} --target-l0 4,8 --held-out 1000 --out {{out}}"),
-    "dialogues": Case("dialogues --n 8 --out {out}/chats.jsonl"),
-    "diff": Case("diff tiny tiny --suite {suite} --tokens 2000 --out {out}"),
+    "demo": Case("demo --at resid@2 --tokens 8192 --out {out}"),
+    "eval": Case("eval {suite} --tokens 2000 --out {out}"),
+    "grid": Case(
+        "train tiny --at resid@2 --tokens 20k --set batch=256 --l0 4,8 --held-out 1k --out {out}"
+    ),
+    "data write": Case("data write tiny --n 8 --out {out}/chats.jsonl"),
+    "compare": Case("compare {suite} tiny tiny --tokens 2000 --out {out}"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The table for one GPU: groups, memory, disk and hours of `qsae suite` by the planner's own
+"""The table for one GPU: groups, memory, disk and hours of `qsae run` by the planner's own
 formulae, without weights.
 
     python tests/bench/one_gpu.py

@@ -6,7 +6,8 @@ one line of JSON.
     200000
 
 The peers' own training steps are called, on batches made here: the same rows in the same order as
-`qsae train` gets them are not promised, the same number of epochs is. The last tenth of the rows is
+`qsae rows train` gets them are not promised, the
+same number of epochs is. The last tenth of the rows is
 held out.
 """
 

@@ -1,7 +1,7 @@
 """L0, never-firing latents and FVU of a suite at the bundled model's sites, on 100,000 held-out
 tokens.
 
-qsae train --tokens 1000000 --out runs/all
+qsae train tiny --tokens 1M --out runs/all
 python tests/bench/sites.py runs/all/suite
 """
 

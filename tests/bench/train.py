@@ -1,8 +1,8 @@
 """Training speed and loss beside the peers, on stored activations, one after another on an
 otherwise idle machine.
 
-    qsae harvest --model smollm2 --data CHATS.jsonl --site blocks.15.hook_resid_post --tokens
-    2200000 --out acts.safetensors python tests/bench/train.py acts.safetensors --peers
+    qsae data rows smollm2 --data CHATS.jsonl --at resid@15 --tokens 2200k --out acts.safetensors
+    python tests/bench/train.py acts.safetensors --peers
     PYTHON_WITH_PEERS --tokens 200000
 
 Prints a table: tokens a second (steps alone), its ratio to SAELens of the same kind, held-out FVU
@@ -41,24 +41,24 @@ def run(command: list[str]) -> dict[str, Any]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def ours(name: str, a: argparse.Namespace, shared: list[str]) -> dict[str, Any]:
-    sparsity = ["--target-l0" if name == "qsae-jumprelu" else "--k", str(a.k)]
+def ours(name: str, a: argparse.Namespace, d: int) -> dict[str, Any]:
+    own = ["--l0", str(a.k), "--expansion", str(int(a.d_sae) / d), "--set", f"batch={a.batch}"]
+    own += ["--tokens", str(a.tokens), "--curve", a.curve]
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
             "-m",
             "qsae_kit.cli",
+            "rows",
             "train",
-            "--acts",
             a.acts,
-            "--site",
-            a.site,
+            "--at",
+            a.at,
             "--json",
             "--out",
             folder + "/out",
             *OURS[name],
-            *sparsity,
-            *shared,
+            *own,
         ]
         return run(command)
 
@@ -72,7 +72,7 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("acts")
     p.add_argument("--peers", help="a Python with sae-lens and sparsify")
-    p.add_argument("--site", default="blocks.15.hook_resid_post")
+    p.add_argument("--at", default="resid@15")
     p.add_argument("--only", help="comma-separated names: " + ", ".join((*OURS, *PEERS)))
     p.add_argument("--d-sae", default="4608")
     p.add_argument("--k", type=int, default=32)
@@ -93,7 +93,7 @@ def main() -> None:
     rows = []
     for name in wanted:
         if name in OURS:
-            figures = ours(name, a, shared)
+            figures = ours(name, a, d)
         else:
             peer, *flags = PEERS[name]
             figures = run([a.peers, here, peer, a.acts, "--k", str(a.k), *shared, *flags])

@@ -1,0 +1,78 @@
+"""Suites as files: `qsae suite show`, `qsae suite convert` and `qsae suite push`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qsae_kit.cli import options, outputs
+
+suite = typer.Typer(help="What a suite holds, and where it goes.", no_args_is_help=True)
+AnySource = Annotated[
+    str, typer.Argument(help="Folder of SAEs, or the id of a repository on the hub.")
+]
+
+
+@suite.command()
+def show(source: AnySource, json_: options.Json = False) -> None:
+    """Say what SAEs a folder or a repository holds, from configurations and headers: no weights are
+    read.
+    """
+    from qsae_kit.sae.releases import inspect_suite
+
+    table = inspect_suite(source)
+    if json_:
+        typer.echo(table.to_json(orient="records"))
+        return
+    shown = table.drop(columns=["tokens", "context_size", "weights"])
+    typer.echo(
+        shown.dropna(axis="columns", how="all").to_string(
+            index=False, na_rep="", float_format="%.4g"
+        )
+    )
+    if table["median_norm"].isna().any():
+        typer.echo(
+            "SAEs without median_norm: it is measured when they are used (qsae_kit.calibrate)."
+        )
+
+
+@suite.command()
+def convert(
+    source: AnySource,
+    out: Annotated[Path, typer.Option(help="Folder of the suite to write; it must be empty.")],
+    model: options.OtherModel = None,
+    at: options.Places = None,
+    variant: options.Variants = None,
+) -> None:
+    """Write the SAEs of a public release as a suite in SAELens's format, whole or not at all."""
+    from qsae_kit.sae.store import convert_suite
+
+    outputs.write_file(out)
+    written = convert_suite(
+        source,
+        out,
+        variants=variant or (),
+        hook_names=outputs.sites_at(at),
+        model_name=model or "",
+    )
+    typer.echo(f"{len(written)} SAEs in {out}, the first in {written[0]}")
+
+
+@suite.command()
+def push(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished suite: see qsae run.")],
+    repository: Annotated[str, typer.Argument(help="On the hub; made private where it is new.")],
+    examples: Annotated[
+        bool | None,
+        typer.Option(
+            help=(
+                "Whether texts of the documents go along; by default where the recipe's licences"
+                " allow it for all."
+            )
+        ),
+    ] = None,
+) -> None:
+    """Upload a finished suite to the hub: what its card lists."""
+    from qsae_kit.pipelines.card import push as push_suite
+
+    typer.echo(f"Pushed to {push_suite(source, repository, examples=examples)}")
