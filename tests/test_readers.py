@@ -504,17 +504,16 @@ def test_no_variant_leads_out_of_a_suite(variant, tmp_path):
 @pytest.mark.slow
 def test_a_release_goes_through_the_commands(lm, tmp_path):
     _residual_release(tmp_path / "release", lm)
-    said = run("eval", "--suite", tmp_path / "release", "--tokens", 300, "--out", tmp_path / "eval")
+    said = run("eval", tmp_path / "release", "--tokens", 300, "--out", tmp_path / "eval")
     assert "The suite names no median norms" in said
     assert (tmp_path / "eval" / "evaluation.csv").is_file()
     said = run(
-        "features",
-        "--suite",
+        "index",
         tmp_path / "release",
         "--tokens",
         300,
-        "--site",
-        "blocks.3.hook_resid_post",
+        "--at",
+        "resid@3",
         "--out",
         tmp_path / "f",
     )
