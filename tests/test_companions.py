@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from qsae_kit.pipelines.suite import SuiteConfig, identity_of, manifest_of, size
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_sae, save_sae
-from qsae_kit.steer import study
+from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import (
     Answer,
     Verdict,
@@ -30,6 +29,7 @@ from qsae_kit.steer.behaviours import (
     refusal_prompts,
     study_prompts,
 )
+from qsae_kit.steer.study import StudyConfig, steps
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import train_saes
 
@@ -109,18 +109,12 @@ def test_a_study_goes_on_with_the_model_under_another_path(lm, altered, tmp_path
     shutil.copytree(TINY_WEIGHTS, tmp_path / "model")
     monkeypatch.chdir(tmp_path)
     given = refusal_prompts(lm, 3, 3)
-    monkeypatch.setattr(study, "_Study", lambda *_: SimpleNamespace(run=lambda: None))
+    suite = Suite({"topk": {SITE: sae_of(lm)}})
 
     def begin(model):
-        study.steering_study(
-            model,
-            {"topk": {SITE: sae_of(lm)}},
-            given.selection,
-            given.evaluation,
-            given.behaviour,
-            folder=tmp_path / "study",
-            bar=False,
-        )
+        asked = (given.selection, given.evaluation, given.behaviour)
+        setting = steps.checked_setting(model, suite, *asked, StudyConfig(), "", ())
+        steps.open_journal(setting, tmp_path / "study", fresh=False)
 
     begin(lm)
     for path in ("model", str(tmp_path / "model")):
@@ -128,7 +122,7 @@ def test_a_study_goes_on_with_the_model_under_another_path(lm, altered, tmp_path
         assert there.identity() == lm.identity()
         there.model_name = "tiny"  # the SAE does not know its model's weights
         begin(there)
-    with pytest.raises(ValueError, match=r"another run \(weights differ"):
+    with pytest.raises(ValueError, match=r"weights is"):
         begin(altered)
 
 

@@ -64,13 +64,13 @@ def test_stored_rows(tmp_path, acts, arch):
 def test_stored_rows_say_what_tokens_they_are_of(tmp_path, acts):
     about = {"model": "mine", "hook_name": SITE, "drop_template": "True", "context_size": "64"}
     save_file({"acts": rows()}, acts, about)
-    done = qsae("train", "--acts", acts, *FLAGS[2:], "--out", tmp_path / "out")
+    done = qsae("rows", "train", acts, *FLAGS[2:], "--out", tmp_path / "out")
     assert done.exit_code == 0, done.exception
-    [own] = [sae.provenance for sae in load_suite(tmp_path / "out" / "suite").popitem()[1].values()]
+    [own] = [sae.provenance for sae in load_suite(tmp_path / "out" / "suite").saes().values()]
     assert (own.model_name, own.drop_template, own.context_size) == ("mine", True, 64)
     for wrong in ("many", "-3", "1"):
         save_file({"acts": rows()}, acts, about | {"context_size": wrong})
-        refused = qsae("train", "--acts", acts, *FLAGS[2:], "--out", tmp_path / "other")
+        refused = qsae("rows", "train", acts, *FLAGS[2:], "--out", tmp_path / "other")
         assert f"context_size='{wrong}', which must be a whole number" in str(refused.exception)
 
 

@@ -10,11 +10,9 @@ import pytest
 import releases
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
-from typer.testing import CliRunner
 
 import qsae_kit
 from qsae_kit.attach import calibrate, check_fit, token_features
-from qsae_kit.cli.app import app
 from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import LiveRows, kept_rows
 from qsae_kit.evaluate.evaluation import evaluate_suite
@@ -158,7 +156,7 @@ def test_z_through_o_proj_is_the_attention_output(lm, batches):
 
 @torch.no_grad()
 def test_an_edit_at_z_is_the_edit_of_its_image_at_the_attention_output(lm, batches):
-    ids, mask, keep = batches[0]
+    ids, mask, keep, _ = batches[0]
     delta = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     image = lm.to_residual(Z, delta)
     seen = []
@@ -239,7 +237,7 @@ def test_training_saving_loading_and_evaluating_at_z(lm, suite, batches, tmp_pat
 @torch.no_grad()
 def test_steering_at_z(lm, suite, batches):
     [(variant, saes)] = suite.items()
-    ids, mask, _ = batches[0]
+    ids, mask, *_ = batches[0]
     plain = lm(ids, mask)
     [f] = token_features(lm, saes[Z], [ids[0, : int(mask[0].sum())].tolist()])
     feature = int(f.sum(0).argmax())
@@ -291,7 +289,7 @@ def test_an_index_of_z(lm, suite, tmp_path):
     config = IndexConfig(tokens=1500, sampled_tokens=1000)
     build_index(lm, at_z, dialogues, tmp_path, config, bar=False)
     index = load_index(tmp_path).site(Z)
-    written = lm.to_residual(Z, at_z[index.variant][Z].W_dec)
+    written = lm.to_residual(Z, at_z[index.place.variant][Z].W_dec)
     assert np.array_equal(index.promoted, logit_effects(lm, written).promoted)
 
 
@@ -326,10 +324,3 @@ def test_an_sae_of_saelens_at_z(lm, batches, reshape, tmp_path):
 
 
 # --- the command
-
-
-def test_a_width_in_features_needs_sites_of_one_width(tmp_path):
-    args = f"train --sites resid,z --layers 2 --d-sae 64 --tokens 4000 --out {tmp_path / 'x'}"
-    done = CliRunner().invoke(app, args.split())
-    assert done.exit_code
-    assert "widths [160, 192]" in " ".join((done.output + str(done.exception)).split())

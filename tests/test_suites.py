@@ -13,7 +13,7 @@ from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.releases import UNMEASURED
 from qsae_kit.sae.suites import Feature, Place, Suite
-from qsae_kit.sites import HOOKS, Site
+from qsae_kit.sites import KINDS, Site
 
 EARLY, LATE, BESIDE = "blocks.1.hook_mlp_out", "blocks.3.hook_resid_post", "blocks.3.hook_attn_out"
 
@@ -41,7 +41,7 @@ def _is_variant(name):
 PLACES = st.builds(
     Place,
     st.text(min_size=1, max_size=40).filter(_is_variant),
-    st.builds(Site, st.sampled_from(sorted(HOOKS)), st.integers(0, 200)).map(lambda s: s.hook_name),
+    st.builds(Site, st.sampled_from(sorted(KINDS)), st.integers(0, 200)).map(lambda s: s.hook_name),
 )
 
 
@@ -174,9 +174,9 @@ def test_a_suite_is_attached_once(lm, capsys):
     given = {"v": {LATE: unmeasured, EARLY: measured}}
     with pytest.raises(ValueError, match=r"no median norm.*calibrate"):
         attached(lm, given)
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
     suite = attached(lm, given, lambda: CHATS)
-    assert "The suite names no median norms; they are those of" in capsys.readouterr().out
+    assert "The suite names no median norms; they are those of" in capsys.readouterr().err
     assert suite.places() == [Place("v", EARLY), Place("v", LATE)]
     assert suite["v"][LATE] is unmeasured
     batches = list(token_batches(lm, CHATS))
@@ -189,7 +189,7 @@ def test_a_suite_is_attached_once(lm, capsys):
     assert measured.origin.filter == NormFilter(5.0)
     again = attached(lm, suite, lambda: pytest.fail("nothing is to be measured"))
     assert again == suite
-    assert not capsys.readouterr().out
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

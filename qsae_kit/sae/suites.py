@@ -15,6 +15,8 @@ ByVariant: TypeAlias = Mapping[str, Mapping[str, SAE]]
 """Variant -> hook name -> SAE: what a `Suite` is made of, and what it is itself."""
 NUMBER = re.compile(r"[0-9]{1,9}")
 """A feature's number as it is written."""
+SITE = re.compile(r"blocks\.\d+\.\w[\w.]*")
+"""A hook name of a layer, of a kind that is known here or not."""
 
 
 class Place(NamedTuple):
@@ -32,7 +34,8 @@ class Place(NamedTuple):
         variant, _, hook_name = text.rpartition("/")
         try:
             checked_name(variant, "A variant")
-            parse_hook_name(hook_name)
+            if not SITE.fullmatch(hook_name):
+                raise ValueError
         except ValueError:
             raise ValueError(
                 f"{text[:200]!r} names no SAE of a suite; write variant/hook name, such as"
@@ -88,6 +91,11 @@ class Suite(ByVariant):
                         " filter); load it from its folder, or set sae.provenance."
                     )
             self._saes[variant] = {name: own[name] for name in sorted(own, key=_layer)}
+
+    @classmethod
+    def of(cls, saes: ByVariant) -> "Suite":
+        """A mapping as a suite; a suite is itself."""
+        return saes if isinstance(saes, Suite) else cls(saes)
 
     @classmethod
     def of_one(cls, sae: SAE, variant: str = "") -> "Suite":

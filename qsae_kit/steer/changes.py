@@ -23,7 +23,7 @@ from qsae_kit.io.files import write_text
 from qsae_kit.io.jsonfiles import JSON_LIMIT, parse_json, read_text
 from qsae_kit.lm.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
 from qsae_kit.sae import SAE
-from qsae_kit.sae.suites import Place, Suite
+from qsae_kit.sae.suites import ByVariant, Place, Suite
 from qsae_kit.sites import width_name
 
 
@@ -249,23 +249,21 @@ class Change:
                 needed = f"a finite threshold and a span of {' or '.join(SPANS)}"
                 raise ValueError(f"The condition {_shown(self.when)} needs {needed}.")
 
-    def edit(self, suite: Suite) -> Edit:
+    def edit(self, suite: ByVariant) -> Edit:
         """As the model runs under it.
 
         Raises ValueError for SAEs or features that the suite does not have, and for a direction of
         another width than its SAEs.
         """
-        made = (
-            self._along(suite)
-            if self.direction or self.action in ("add", "project_out")
-            else self._of_features(suite)
-        )
+        own = Suite.of(suite)
+        along = self.direction or self.action in ("add", "project_out")
+        made = self._along(own) if along else self._of_features(own)
         made = replace(made, positions=self.positions)
         if self.when is None:
             return made
-        own = suite.sae(Place(self.when.variant, self.when.hook_name))
+        sae = own.sae(Place(self.when.variant, self.when.hook_name))
         when = detector(
-            own, self.when.feature, self.when.threshold, self.when.span, self.when.positions
+            sae, self.when.feature, self.when.threshold, self.when.span, self.when.positions
         )
         return replace(made, when=when)
 
@@ -345,9 +343,10 @@ class Steering:
 
     changes: tuple[Change, ...] = ()
 
-    def edits(self, suite: Suite) -> list[Edit]:
+    def edits(self, suite: ByVariant) -> list[Edit]:
         """What a model runs under: `with applied(lm, steering.edits(suite)): ...`."""
-        return [change.edit(suite) for change in self.changes]
+        own = Suite.of(suite)
+        return [change.edit(own) for change in self.changes]
 
     def __add__(self, other: "Steering") -> "Steering":
         return Steering(self.changes + other.changes)
@@ -369,10 +368,11 @@ class Steering:
             if change.when
         }
 
-    def to_json(self, suite: Suite) -> str:
+    def to_json(self, suite: ByVariant) -> str:
         """With the checksums of the SAEs that it is for."""
         self.edits(suite)  # every feature exists
-        saes = {str(place): suite.sae(place).checksum() for place in sorted(self.saes())}
+        own = Suite.of(suite)
+        saes = {str(place): own.sae(place).checksum() for place in sorted(self.saes())}
         about = {
             "qsae_kit_steering": FORMAT,
             "saes": saes,
@@ -380,11 +380,11 @@ class Steering:
         }
         return json.dumps(about, indent=1, allow_nan=False) + "\n"
 
-    def save(self, path: str | Path, suite: Suite) -> None:
+    def save(self, path: str | Path, suite: ByVariant) -> None:
         write_text(Path(path), self.to_json(suite))
 
 
-def read_steering(text: str, suite: Suite) -> Steering:
+def read_steering(text: str, suite: ByVariant) -> Steering:
     """What `Steering.to_json` wrote. Raises ValueError for another format, and for other SAEs than
     it was made for.
     """
@@ -401,7 +401,7 @@ def read_steering(text: str, suite: Suite) -> Steering:
     except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{no_steering} ({_shown(error)}); save it again.") from error
     for place in sorted(steering.saes()):
-        if suite.sae(place).checksum() != saes.get(str(place)):
+        if Suite.of(suite).sae(place).checksum() != saes.get(str(place)):
             raise ValueError(
                 f"The steering was made for another SAE at {place}; load the suite that it was made"
                 " with."
@@ -410,7 +410,7 @@ def read_steering(text: str, suite: Suite) -> Steering:
     return steering
 
 
-def load_steering(path: str | Path, suite: Suite) -> Steering:
+def load_steering(path: str | Path, suite: ByVariant) -> Steering:
     """A file of `Steering.save`; ValueError as for `read_steering`, or where there is none."""
     if not Path(path).exists():
         raise ValueError(f"There is no file {path}; give one that Steering.save wrote.")

@@ -11,7 +11,7 @@ import pandas as pd
 from qsae_kit.attach import attached
 from qsae_kit.io.files import write_table
 from qsae_kit.lm.hooked import HookedLM, load_model
-from qsae_kit.sae.suites import Suite
+from qsae_kit.sae.suites import ByVariant, Suite
 from qsae_kit.steer.behaviours import StudyPrompts, refusal, study_prompts
 from qsae_kit.steer.benches import Guard, Prompts, measure_benches
 from qsae_kit.steer.changes import Steering
@@ -36,7 +36,7 @@ class SteeredSuite(NamedTuple):
 
 def steer_suite(
     lm: HookedLM,
-    suite: Suite,
+    suite: ByVariant,
     out: Path,
     config: StudyConfig = StudyConfig(),
     *,
@@ -73,10 +73,10 @@ def steer_suite(
     if guard and not benches:
         raise ValueError(f"A guard ({guard}) judges answers to benches; give some or leave it out.")
     config = config_for(config, given)
-    suite = attached(lm, suite, lambda: _asked(given))
+    own = attached(lm, suite, lambda: _asked(given))
     study = steering_study(
         lm,
-        suite,
+        own,
         given.selection,
         given.evaluation,
         given.behaviour,
@@ -87,15 +87,15 @@ def steer_suite(
         fresh=fresh,
         bar=bar,
     )
-    write_study(study, suite, lm, out)
+    write_study(study, own, lm, out)
     if on_study is not None:
         on_study(study)
     arms = {"features": study.steering, "difference_of_means": study.means}
-    drawn = _drawn_again(lm, suite, out, config, given, arms, draws, fresh) if draws else None
+    drawn = _drawn_again(lm, own, out, config, given, arms, draws, fresh) if draws else None
     measured = None
     if benches:
         judge = partial(guard_judgements, load_model(guard, guard_dtype)) if guard else None
-        measured = _on_benches(lm, suite, out, config, given, arms, benches, judge, guard, fresh)
+        measured = _on_benches(lm, own, out, config, given, arms, benches, judge, guard, fresh)
     return SteeredSuite(study, drawn, measured)
 
 

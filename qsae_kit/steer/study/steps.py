@@ -34,7 +34,7 @@ from qsae_kit.io.runs import plain
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.edits import Policy
 from qsae_kit.lm.hooked import HookedLM
-from qsae_kit.sae.suites import Suite
+from qsae_kit.sae.suites import ByVariant, Suite
 from qsae_kit.sites import parse_hook_name
 from qsae_kit.steer.behaviours import Behaviour, PromptSets, refusal
 from qsae_kit.steer.changes import Steering
@@ -105,7 +105,7 @@ class StudyResult(NamedTuple):
 
 def steering_study(
     lm: HookedLM,
-    suite: Suite,
+    suite: ByVariant,
     selection: PromptSets,
     evaluation: PromptSets,
     behaviour: Behaviour | None = None,
@@ -131,7 +131,14 @@ def steering_study(
     """
     # 1
     setting = checked_setting(
-        lm, suite, selection, evaluation, behaviour or refusal(), config, variant, hook_names
+        lm,
+        Suite.of(suite),
+        selection,
+        evaluation,
+        behaviour or refusal(),
+        config,
+        variant,
+        hook_names,
     )
     with only_writer(folder):
         # 2
