@@ -1,4 +1,4 @@
-"""`qsae sweep`: sparsities and widths trained from one stream, evaluated, and their frontier."""
+"""The grids of `qsae train`: sparsities and widths from one stream, evaluated, and their frontier."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
