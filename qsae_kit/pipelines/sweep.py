@@ -1,4 +1,4 @@
-"""The grids of `qsae train`: sparsities and widths from one stream, evaluated, and their frontier."""
+"""The grids of `qsae train`: sparsities and widths from one stream, and their frontier."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
