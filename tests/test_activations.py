@@ -104,9 +104,15 @@ def test_live_rows_know_their_model_and_tokens(lm):
     documents = [d.messages for d in world.dialogues(4, seed=1)]
     policy = TokenPolicy(drop_template=True, context_size=20)
     source = LiveRows(lm, SITES, lambda: token_batches(lm, documents, policy=policy))
-    assert source.origin == source.only(SITES[:1]).origin == Origin("tiny", policy)
+    assert (
+        source.origin
+        == source.only(SITES[:1]).origin
+        == Origin("tiny", policy, lm.weights_digest())
+    )
     source = LiveRows(lm, SITES, lambda: token_batches(lm, documents))
-    assert source.origin == Origin("tiny", TokenPolicy(context_size=min(512, lm.context_size)))
+    assert source.origin == Origin(
+        "tiny", TokenPolicy(context_size=min(512, lm.context_size)), lm.weights_digest()
+    )
 
 
 def test_stored_rows_have_to_fit_together():

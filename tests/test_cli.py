@@ -176,6 +176,7 @@ def test_training_on_a_full_disk_leaves_no_weights(tmp_path):
     assert "File too large" in complaint(done)
     assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} <= {
         "train.jsonl",
+        "train.run.json",
         "state.json",
     }
 

@@ -106,8 +106,13 @@ def test_sigterm_ends_an_index_with_a_checkpoint(tmp_path, one_thread):
     suite = make_suite_to_work_on(tmp_path / "suite")
     out = tmp_path / "out"
 
+    def end_it():
+        while not (out / WORK).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
     def work():
-        threading.Timer(0.8, lambda: os.kill(os.getpid(), signal.SIGTERM)).start()
+        threading.Thread(target=end_it, daemon=True).start()
         CASES["index"].run(out, suite)
 
     status = forked(work, None, tmp_path / "said")

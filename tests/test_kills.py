@@ -16,7 +16,7 @@ def suite(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["train", "features", "harvest", "convert", "save"])
+@pytest.mark.parametrize("name", ["train", "index", "data rows", "suite convert", "save"])
 def test_killed_at_random_moments_a_command_loses_nothing(tmp_path, suite, name):
     told = killing.kill_at_random(killing.CASES[name], 2, tmp_path, suite, random.Random(name))
     assert told.problems == []

@@ -477,9 +477,9 @@ def test_markup_in_a_card_is_text(made):
         (["--budget", "soon"], "The budget 'soon' was given; allowed are smoke"),
         (["--slot", "world"], "--slot world was given; write it as NAME=FILE"),
         (["--slot", "world=none.jsonl"], "There is no file 'none.jsonl'"),
-        (["--goal", "both"], "--goal both was given"),
+        (["--set", "goal=both"], "goal=both was given; goal takes suppress or induce or auto"),
         (
-            ["--budget", "60k", "--recipe", "mine"],
+            ["--budget", "60k", "--data", "mine"],
             "There is no data recipe 'mine'; choose from own-chat-v1",
         ),
     ],
@@ -488,7 +488,7 @@ def test_the_command_says_what_is_wrong_before_anything_is_made(
     tmp_path, monkeypatch, capsys, given, message
 ):
     monkeypatch.setattr(
-        sys, "argv", ["qsae", "suite", "tiny", "--out", str(tmp_path / "out"), *given]
+        sys, "argv", ["qsae", "run", "tiny", "--out", str(tmp_path / "out"), *given]
     )
     with pytest.raises(SystemExit):
         main()

@@ -219,7 +219,9 @@ def _run_demo(
     source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
     studied = [f"{goal}/{name}" for goal in config.goals for name in (*STUDY_FILES, JOURNAL)]
     files = [*TABLES, *studied, *_sae_names(config, names)]
-    identity = {**read_by(lm, data), "demo": asdict(config)}
+    # the first documents are read for it, before anything is written
+    policy = source.origin.policy._asdict()
+    identity = {**read_by(lm, data), "policy": policy, "demo": asdict(config)}
     run = Run(out, identity, files, name=DEMO, what="demo", fresh=fresh)
     run.begin()
     suite = _trained(lm, out, config, source, run, bar)

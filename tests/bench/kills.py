@@ -19,7 +19,15 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import killing
 
-SHARES = {"train": 5, "features": 5, "steer": 1, "suite": 2, "harvest": 5, "convert": 4, "save": 4}
+SHARES = {
+    "train": 5,
+    "index": 5,
+    "steer": 1,
+    "run": 2,
+    "data rows": 5,
+    "suite convert": 4,
+    "save": 4,
+}
 """Of the kills."""
 
 
