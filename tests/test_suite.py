@@ -475,7 +475,7 @@ def test_markup_in_a_card_is_text(made):
     ("given", "message"),
     [
         (["--budget", "soon"], "The budget 'soon' was given; allowed are smoke"),
-        (["--slot", "world"], "--slot world was given; write it as NAME=FILE"),
+        (["--slot", "world"], "--slot world was given; write it as NAME=VALUE"),
         (["--slot", "world=none.jsonl"], "There is no file 'none.jsonl'"),
         (["--set", "goal=both"], "goal=both was given; goal takes suppress or induce or auto"),
         (
