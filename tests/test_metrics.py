@@ -1,6 +1,7 @@
 """Metrics against cases computed by hand."""
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -167,3 +168,17 @@ def test_all_losses_at_once_and_parts_put_together():
     together = sum(parts, Reconstruction())
     assert together.figures() == pytest.approx(whole.figures(), rel=1e-12)
     torch.testing.assert_close(together.mean, whole.mean)
+
+
+@dataclass
+class WithLargest(Reconstruction):
+    """A sum of one's own."""
+
+    largest: float = 0.0
+
+
+def test_a_sum_that_is_added_to_the_class_is_added_up():
+    one, two = WithLargest(largest=2.0), WithLargest(largest=3.0)
+    one.add(X, X_HAT, F)
+    two.add(X, X_HAT, F)
+    assert (one + two).largest == 5.0

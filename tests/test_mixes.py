@@ -291,3 +291,11 @@ def test_written_tokens_are_bounded_by_the_prompts():
     assert mixes.written_tokens(chats, 10**6, GENERAL) == pytest.approx(
         asked * 10**6 / chats.epochs
     )
+
+
+def test_a_malformed_recipe_is_told_of_one_that_is_there(tmp_path):
+    (tmp_path / "mine.json").write_text("{}")
+    with pytest.raises(ValueError, match="no data recipe") as told:
+        mixes.read_manifest(str(tmp_path / "mine.json"))
+    pattern = str(told.value).split("take '")[1].split("'")[0]
+    assert mixes.read_manifest(pattern).name == "qwen3-chat-v1"

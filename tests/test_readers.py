@@ -28,7 +28,7 @@ from qsae_kit.features.indexing import build_index
 from qsae_kit.io.tensorfiles import TensorFile
 from qsae_kit.lm.edits import applied
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sae.releases import find_saes, inspect_suite, open_release, select
+from qsae_kit.sae.releases import READERS, Reader, find_saes, inspect_suite, open_release, select
 from qsae_kit.sae.store import convert_suite, load_sae, load_suite, save_sae, save_suite
 from qsae_kit.sites import find_site
 from qsae_kit.steer.changes import FeatureSet, add_features
@@ -868,3 +868,10 @@ def test_what_is_left_out_is_named(tmp_path):
     for read in (inspect_suite, load_suite):
         with pytest.warns(UserWarning, match=r"resid_post' has the configuration of an SAE"):
             assert len(read(tmp_path)) == 1
+
+
+def test_a_reader_is_named_where_a_folder_holds_nothing(tmp_path, monkeypatch):
+    other = Reader(READERS[r"ae\.pt"].describe, "Another (other.bin)")
+    monkeypatch.setitem(READERS, r"other\.bin", other)
+    with pytest.raises(ValueError, match=r"Qwen-Scope .* and Another \(other\.bin\)\.$"):
+        find_saes(open_release(tmp_path))

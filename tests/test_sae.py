@@ -354,3 +354,27 @@ def test_the_optimiser_is_adam_on_clipped_gradients_beside_unit_rows():
         optimizer.step(0.05, clip=min(1.0, 1 / float(optimizer.project_gradients())))
         for one, other in zip(ours, theirs, strict=True):
             torch.testing.assert_close(one, other)
+
+
+class Plain(TopKSAE):
+    """An architecture that SAELens does not have."""
+
+    architecture = "plain"
+
+
+def test_an_architecture_in_the_registry_keeps_the_contract_without_another_list(monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "plain", Plain)
+    for check in CHECKS:
+        check(Plain)
+
+
+def test_an_architecture_that_nobody_knows_is_refused(tmp_path, monkeypatch):
+    with monkeypatch.context() as known:
+        known.setitem(ARCHITECTURES, "plain", Plain)
+        save_sae(make_sae(Plain)[0], tmp_path / "sae")
+    with pytest.raises(ValueError, match="'plain' SAE; known are standard, topk, jumprelu, gated"):
+        load_sae(tmp_path / "sae")
+    config = (tmp_path / "sae" / "cfg.json").read_text()
+    (tmp_path / "sae" / "cfg.json").write_text(config.replace('"plain"', '"batchtopk"'))
+    with pytest.raises(ValueError, match="'batchtopk' SAE"):  # stored as jumprelu
+        load_sae(tmp_path / "sae")

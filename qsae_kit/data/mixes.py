@@ -147,8 +147,8 @@ def read_manifest(source: str) -> Manifest:
         )
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(
-            f"{path.name} is no data recipe ({error}); take qsae_kit/manifests/qwen3-chat-v1.json"
-            " as a pattern."
+            f"{path.name} is no data recipe ({error}); take"
+            f" {str(MANIFESTS / 'qwen3-chat-v1.json')!r} as a pattern."
         ) from error
 
 

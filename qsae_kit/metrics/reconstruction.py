@@ -3,9 +3,9 @@ are divided once.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -70,19 +70,12 @@ class Reconstruction:
         """What both took in."""
         if self.total is None or other.total is None:
             return other if self.total is None else self
-        sums = {
-            name: getattr(self, name) + getattr(other, name)
-            for name in tuple(("rows error square total cosines ratios").split())
-        }
-        sums |= {
-            name: getattr(self, name) + getattr(other, name)
-            for name in ("reconstructed", "products")
-        }
-        return Reconstruction(
-            **sums,
-            fired=_added(self.fired, other.fired),
-            l0_counts=_added(self.l0_counts, other.l0_counts),
-        )
+        sums: dict[str, Any] = {}
+        for part in fields(self):
+            one, two = getattr(self, part.name), getattr(other, part.name)
+            counts = part.name in ("fired", "l0_counts")
+            sums[part.name] = _added(one, two) if counts else one + two
+        return type(self)(**sums)
 
     def _some(self) -> None:
         if not self.rows:

@@ -250,20 +250,20 @@ def find_saes(release: Release) -> list[Found]:
     found = []
     for path in sorted(release.sizes):
         name = path.rsplit("/", 1)[-1]
-        for pattern, describe in READERS.items():
+        for pattern, reader in READERS.items():
             if match := re.fullmatch(pattern, name):
                 found.append(
                     replace(
-                        describe(release, PurePosixPath(path), match),
+                        reader.describe(release, PurePosixPath(path), match),
                         weights=path,
                         size=release.sizes[path],
                     )
                 )
     if not found:
+        told = [reader.known_by for reader in READERS.values()]
         raise ValueError(
-            f"{release.source!r} holds no SAEs; known are those of qsae_kit and SAELens (cfg.json,"
-            " sae_weights.safetensors), dictionary_learning (config.json, ae.pt), sparsify"
-            " (cfg.json, sae.safetensors) and Qwen-Scope (layer<n>.sae.pt)."
+            f"{release.source!r} holds no SAEs; known are those of"
+            f" {', '.join(told[:-1])} and {told[-1]}."
         )
     return _named(release, found)
 
@@ -394,6 +394,28 @@ class Entries:
                 )
 
 
+SAELENS = {
+    "standard": ("b_enc",),
+    "topk": ("b_enc",),
+    "jumprelu": ("b_enc", "threshold"),
+    "gated": ("b_gate", "r_mag", "b_mag"),
+}
+"""SAELens's architectures -> what has one value a feature."""
+
+
+def _own_biases(architecture: str) -> tuple[str, ...]:
+    """What has one value a feature in our files of an architecture that SAELens does not have;
+    empty for one that is unknown, or is stored as another one.
+    """
+    known = ARCHITECTURES.get(architecture)
+    if known is None:
+        return ()
+    smallest = known(1, 1, 1)
+    if smallest.exported() is not smallest:
+        return ()
+    return tuple(name for name in smallest.tensors() if name not in ("W_enc", "W_dec", "b_dec"))
+
+
 def _saelens(release: Release, path: PurePosixPath, match: re.Match[str]) -> Found:
     file = release.root / path.parent / "cfg.json"
     config = read_config(file)
@@ -403,14 +425,12 @@ def _saelens(release: Release, path: PurePosixPath, match: re.Match[str]) -> Fou
             " and save it again."
         )
     cfg, meta = Entries(config, file), Entries(config, file).part("metadata")
-    architecture, biases = (
-        cfg.text("architecture"),
-        {"jumprelu": ["b_enc", "threshold"], "gated": ["b_gate", "r_mag", "b_mag"]},
-    )
-    if architecture not in ("standard", "topk", "jumprelu", "gated"):
+    architecture = cfg.text("architecture")
+    biases = SAELENS.get(architecture) or ("qsae_kit" in meta.config and _own_biases(architecture))
+    if not biases:
         raise ValueError(
-            f"{str(file)!r} is of a {architecture!r} SAE; known are standard, topk, jumprelu and"
-            " gated."
+            f"{str(file)!r} is of a {architecture!r} SAE; known are {', '.join(SAELENS)}, and of"
+            " our own files every architecture in `qsae_kit.sae.ARCHITECTURES`."
         )
     hook_name = meta.text("hook_name")
     site = find_site(hook_name) if hook_name else None
@@ -419,7 +439,7 @@ def _saelens(release: Release, path: PurePosixPath, match: re.Match[str]) -> Fou
         cfg.refuse(reshape_activations="none")
     meta.refuse(hook_head_index=None)
     layout = Layout(
-        biases={name: name for name in biases.get(architecture, ["b_enc"])},
+        biases={name: name for name in biases},
         centred=bool(config.get("apply_b_dec_to_input")),
         rescaled=bool(config.get("rescale_acts_by_decoder_norm")),
     )
@@ -621,11 +641,21 @@ def _qwen_scope(release: Release, path: PurePosixPath, match: re.Match[str]) -> 
     )
 
 
-READERS: dict[str, Callable[[Release, PurePosixPath, re.Match[str]], Found]] = {
-    r"sae_weights\.safetensors": _saelens,
-    r"ae\.pt": _dictionary_learning,
-    r"sae\.safetensors": _sparsify,
-    r"layer(\d{1,4})\.sae\.pt": _qwen_scope,
+class Reader(NamedTuple):
+    """What reads the releases of a library."""
+
+    describe: Callable[[Release, PurePosixPath, re.Match[str]], Found]
+    known_by: str
+    """The library and its files, where a folder holds none of any."""
+
+
+READERS = {
+    r"sae_weights\.safetensors": Reader(
+        _saelens, "qsae_kit and SAELens (cfg.json, sae_weights.safetensors)"
+    ),
+    r"ae\.pt": Reader(_dictionary_learning, "dictionary_learning (config.json, ae.pt)"),
+    r"sae\.safetensors": Reader(_sparsify, "sparsify (cfg.json, sae.safetensors)"),
+    r"layer(\d{1,4})\.sae\.pt": Reader(_qwen_scope, "Qwen-Scope (layer<n>.sae.pt)"),
 }
 """A weights' file -> what describes it. A new format is one function and one entry."""
 
@@ -670,9 +700,7 @@ def read_sae(found: Found, root: Path, device: str | torch.device = "cpu") -> SA
         "encoder": not found.layout.encoder_by_feature,
         "W_dec": not found.layout.decoder_by_feature,
     }
-    own = dict(sae.named_parameters()) | (
-        {"b_gate": sae.b_enc} if found.architecture == "gated" else {}
-    )
+    own = {"encoder": sae.encoder, **sae.tensors()}
     with torch.no_grad():
         for ours, theirs in parts.items():
             tensor = file.read(theirs)
