@@ -873,6 +873,7 @@ def build_index(
         "suite": checksums,
         **lm.identity(),
         "data": data,
+        "policy": policy._asdict(),
     }
     with only_writer(out), Interrupts() as interrupts:
         work = out / WORK
