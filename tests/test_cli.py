@@ -21,6 +21,7 @@ from qsae_kit.data.companions import WORLD
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite, save_suite
+from qsae_kit.steer.steer_suite import SteeredSuite
 
 
 def qsae(*arguments, cwd=None, limit=None):
@@ -301,6 +302,39 @@ def test_steer_on_files_of_prompts(lm, unchecked, tmp_path, monkeypatch, capsys)
         "evaluation": dict.fromkeys(prompt_sets.KINDS, 8),
     }
     assert "selectivity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("more", "loaded", "sites"),
+    [
+        (["--at", "resid"], {1, 3}, ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]),
+        (["--at", "mlp@3"], {3}, ["blocks.3.hook_mlp_out"]),
+        (["--at", "resid@3", "--behaviour", "rule"], {1, 3}, ["blocks.3.hook_resid_post"]),
+        ([], {1, 3}, []),
+    ],
+)
+def test_steer_looks_at_the_sites_of_at(lm, tmp_path, monkeypatch, more, loaded, sites):
+    """Patterns without a layer are names of the suite; the detector of a rule may be anywhere."""
+    given = {}
+
+    def steered(lm, suite, out, study, **named):
+        given.update(named, layers={int(name.split(".")[1]) for name in suite.hook_names})
+        return SteeredSuite(None, None, None)
+
+    save_suite(small_suite(lm), tmp_path / "suite")
+    monkeypatch.setattr(sys.modules["qsae_kit.steer.steer_suite"], "steer_suite", steered)
+    command = ["qsae", "steer", str(tmp_path / "suite"), "--out", str(tmp_path / "out"), *more]
+    monkeypatch.setattr(sys, "argv", command)
+    cli.app(standalone_mode=False)
+    assert (given["layers"], given["hook_names"]) == (loaded, sites)
+
+
+def test_steer_refuses_sites_that_the_suite_lacks(lm, tmp_path, monkeypatch):
+    save_suite(small_suite(lm), tmp_path / "suite")
+    more = ["--at", "attn", "--behaviour", "rule", "--out", str(tmp_path / "out")]
+    monkeypatch.setattr(sys, "argv", ["qsae", "steer", str(tmp_path / "suite"), *more])
+    with pytest.raises(ValueError, match=r"where v has no SAE; it has blocks\.1"):
+        cli.app(standalone_mode=False)
 
 
 @pytest.mark.slow

@@ -502,6 +502,16 @@ def test_groups_give_the_same(lm, suite, built, tmp_path, capsys):
     ]
 
 
+def test_an_index_of_other_tokens_is_another_one(lm, suite, built):
+    """The same weights, said to have been trained without the template."""
+    other = copy.deepcopy({name: dict(saes) for name, saes in suite.items()})
+    for saes in other.values():
+        for sae in saes.values():
+            sae.provenance = replace(sae.origin, drop_template=True)
+    with pytest.raises(ValueError, match=r"another feature index: policy\.drop_template is true"):
+        build_index(lm, other, dialogues, built, CONFIG, data="the world", bar=False)
+
+
 @pytest.mark.parametrize(("memory", "at"), [(None, 5), (1, 10)])  # in the second of two groups
 def test_a_build_that_is_cut_off_goes_on(lm, suite, built, tmp_path, monkeypatch, memory, at):
     monkeypatch.setattr(features, "SAVE_EVERY", 0.0)

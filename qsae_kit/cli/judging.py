@@ -10,6 +10,7 @@ from qsae_kit.cli import options, outputs
 
 if TYPE_CHECKING:
     from qsae_kit.evaluate.score import Scores
+    from qsae_kit.lm.hooked import HookedLM
     from qsae_kit.sae.suites import Suite
     from qsae_kit.steer.study import StudyResult
 
@@ -235,7 +236,7 @@ def steer(
     from qsae_kit.sae.store import load_suite, model_name_of
     from qsae_kit.steer.behaviours import study_prompts
     from qsae_kit.steer.repeats import over_seeds
-    from qsae_kit.steer.steer_suite import config_for, steer_suite, variants_to_load
+    from qsae_kit.steer.steer_suite import CONDITIONAL, config_for, steer_suite, variants_to_load
     from qsae_kit.steer.study import StudyConfig, quick
 
     given = STEER.read(set_, config, goal=goal, seed=seed)
@@ -265,7 +266,10 @@ def steer(
     )
     asked_of = {name: read_bench(name, asked.bench_prompts, asked.data_folder) for name in benches}
     outputs.write_to(out)
-    trained = load_suite(suite, variants=variants_to_load(variant))
+    places = outputs.sites_at(at)
+    # the detector of a conditional edit may lie before them
+    loaded = [] if study.conditional or behaviour in CONDITIONAL else places
+    trained = load_suite(suite, variants=variants_to_load(variant), hook_names=loaded)
     lm = outputs.loaded(model or model_name_of(trained), dtype, device)
     made = study_prompts(lm, behaviour, asked.n_selection, asked.n_evaluation, study.seed, own)
     first = made.behaviour.kinds[0]
@@ -274,16 +278,13 @@ def steer(
         for kind, texts in made.evaluation.items()
     }
     study = config_for(study, made)
-    places = outputs.sites_at(at)
-    if places and not study.conditional:  # the detector of a conditional edit may lie before them
-        trained = trained.only(hook_names=places)
     result = steer_suite(
         lm,
         trained,
         out,
         study,
         behaviour=made._replace(evaluation=evaluation),
-        hook_names=_steered(trained, variant, places),
+        hook_names=_steered(lm, trained, variant, places),
         variant=variant,
         benches=asked_of,
         guard=asked.guard,
@@ -307,12 +308,21 @@ def _say_study(study: "StudyResult", out: Path) -> None:
     )
 
 
-def _steered(trained: "Suite", variant: str, places: list[str]) -> list[str]:
-    """The sites of a suite that patterns ask for."""
+def _steered(lm: "HookedLM", trained: "Suite", variant: str, places: list[str]) -> list[str]:
+    """The sites of the steered variant that patterns ask for; ValueError where it has none."""
     from fnmatch import fnmatchcase
 
-    saes = trained.get(variant) or next(iter(trained.values()), {})
-    return [name for name in saes if any(fnmatchcase(name, pattern) for pattern in places)]
+    from qsae_kit.steer.study.steps import steered_sites
+
+    variant, _ = steered_sites(lm, trained, variant)
+    known = list(trained[variant])
+    names = [name for name in known if any(fnmatchcase(name, pattern) for pattern in places)]
+    options.refuse(
+        bool(places) and not names,
+        f"--at asks for {', '.join(places)}, where {variant} has no SAE; it has"
+        f" {', '.join(known)}.",
+    )
+    return names
 
 
 def compare(

@@ -1,4 +1,4 @@
-"""Models in, SAEs out: `qsae demo`, `qsae run` and `qsae train`."""
+"""Models in, SAEs out: `qsae demo`, `qsae run`, `qsae train` and `qsae baselines`."""
 
 import json
 from dataclasses import replace

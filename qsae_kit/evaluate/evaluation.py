@@ -3,9 +3,8 @@ costs the model.
 
 Every figure stands beside the number of tokens behind it. Counted are the tokens of the keep-mask
 (no padding, not position 0) that pass the SAE's norm filter; a prediction counts where the token
-that it is made at is kept. Figures come
-per category: template tokens are easily reconstructed and predicted, and inflate whatever they are
-    averaged into.
+that it is made at is kept. Figures come per category: template tokens are easily reconstructed
+and predicted, and inflate whatever they are averaged into.
 """
 
 from collections import defaultdict

@@ -1,19 +1,17 @@
 """The feature index: one pass of the model over dialogues -> what every feature of every SAE does,
 as tables on disk.
 
-    <index>/index.json                       model, SAEs and their checksums, data, tokens, filter
-    <index>/documents.parquet                document, ids: the token ids of every dialogue that an
-    example is from <index>/tokens.parquet                   id, text: the vocabulary
+    <index>/index.json          model, SAEs and their checksums, data, tokens and their policy
+    <index>/documents.parquet   document, ids: token ids of every dialogue that an example is from
+    <index>/tokens.parquet      id, text: the vocabulary
     <index>/tables/<variant>/<hook name>/features.parquet   a row a feature (`COLUMNS` and more)
     <index>/tables/<variant>/<hook name>/examples.parquet   a row an example, feature by feature
-    <index>/labels.jsonl                     labels that people gave
-    (`features.index.FeatureIndex.label`)
+    <index>/labels.jsonl        labels that people gave (`features.index.FeatureIndex.label`)
 
 Counted are kept tokens (no padding, not position 0) that pass the SAE's norm filter. Memory does
-not grow with the number
-of tokens: counts, histograms and examples have a place for every feature, and what is needed of
-single tokens (firing together, what the token alone tells) comes from a sample of them of a set
-size.
+not grow with the number of tokens: counts, histograms and examples have a place for every feature,
+and what is needed of single tokens (firing together, what the token alone tells) comes from a
+sample of them of a set size.
 """
 
 import hashlib
@@ -852,13 +850,13 @@ def build_index(
 
     documents: gives the same dialogues each time it is called. data: what they are, for the
     manifest. memory: bytes to take (None: half of what is free); SAEs that do not fit together are
-    indexed one group after another, a pass of the model
-    each. A build that was cut off in `out` is gone on with, and a whole index of the same identity
-    is returned as it is. fresh: builds anew; an index that is there already is replaced once the
-    new one is whole. Its labels stay, and so do files that are not an index's. An interrupt leaves
-    a checkpoint. Raises ValueError where an SAE does not fit the model, for data without tokens,
-    where another index or build is there and `fresh` is not given, for a folder in which other
-    files have an index's names, and while another process writes there.
+    indexed one group after another, a pass of the model each. A build that was cut off in `out` is
+    gone on with, and a whole index of the same identity is returned as it is. fresh: builds anew;
+    an index that is there already is replaced once the new one is whole. Its labels stay, and so do
+    files that are not an index's. An interrupt leaves a checkpoint. Raises ValueError where an SAE
+    does not fit the model, for data without tokens, where another index or build is there and
+    `fresh` is not given, for a folder in which other files have an index's names, and while another
+    process writes there.
     """
     out, config = Path(out), config or IndexConfig()
     saes = attached(lm, suite).saes()
@@ -873,6 +871,7 @@ def build_index(
         "suite": checksums,
         **lm.identity(),
         "data": data,
+        "policy": policy._asdict(),
     }
     with only_writer(out), Interrupts() as interrupts:
         work = out / WORK

@@ -1,12 +1,14 @@
 """`qsae run`: plan, data, training, evaluation, index, study and card in one folder, by one
 command that can be cut off.
 
-    <out>/manifest.json     what the run is, and for each stage that is done its files with sizes
-    and checksums <out>/plan.json         sites, recipe, groups, memory, disk and hours, as they
-    were planned <out>/data/             documents.jsonl and data.json (`data.mixes.write_mix`)
+    <out>/manifest.json         what the run is, and of each stage that is done its files with
+                                sizes and checksums
+    <out>/plan.json             sites, recipe, groups, memory, disk and hours, as they were planned
+    <out>/data/                 documents.jsonl and data.json (`data.mixes.write_mix`)
     <out>/suite/, train.jsonl   the SAEs in SAELens's format, and the training's log
-    <out>/evaluation/, baselines/, features/, study/   tables, figures, the feature index, the
-    steering study <out>/README.md         the model card
+    <out>/evaluation/, baselines/, features/, study/
+                                tables, figures, the feature index, the steering study
+    <out>/README.md             the model card
 
 A stage whose files are there and unchanged is skipped; one that was cut off goes on from its own
 checkpoints.
@@ -658,7 +660,7 @@ class _Suite:
         recipe = None if all(sae.origin.recipe for sae in trained.values()) else self.recipe
         score_suite(
             self.lm,
-            suite.only(hook_names=places),
+            some,
             self.documents,
             self.sizes.evaluated,
             self.out / "baselines",

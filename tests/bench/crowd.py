@@ -1,5 +1,6 @@
-"""Two and four processes on one folder for every command that writes: python
-tests/bench/crowd.py
+"""Two and four processes on one folder for every command that writes:
+
+python tests/bench/crowd.py
 """
 
 import os

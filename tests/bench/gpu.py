@@ -1,8 +1,9 @@
 """Training on a CUDA device: a TopK step phase by phase, other architectures' steps, many SAEs on a
 running model.
 
-    python tests/bench/gpu.py [--batch 8192] [--json FILE]        needs no network and no weights:
-    rows and model are random
+    python tests/bench/gpu.py [--batch 8192] [--json FILE]
+
+It needs no network and no weights: rows and model are random.
 
 Bounds are measured here: the bfloat16 matmul rate (a square product) and the bandwidth of a copy.
 The step's bound is the encoder product at that rate plus what the step must move at that bandwidth:

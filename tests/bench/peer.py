@@ -1,14 +1,14 @@
 """Trains one SAE with SAELens or sparsify on stored activations, in a Python that has them; prints
 one line of JSON.
 
-    pip install sae-lens==6.54.12 eai-sparsify==1.3.3     (in an environment of its own: SAELens
-    wants transformer-lens 2) PYTHON tests/bench/peer.py saelens-topk acts.safetensors --tokens
-    200000
+    pip install sae-lens==6.54.12 eai-sparsify==1.3.3
+    PYTHON tests/bench/peer.py saelens-topk acts.safetensors --tokens 200000
+
+An environment of its own is needed, since SAELens wants transformer-lens 2.
 
 The peers' own training steps are called, on batches made here: the same rows in the same order as
-`qsae rows train` gets them are not promised, the
-same number of epochs is. The last tenth of the rows is
-held out.
+`qsae rows train` gets them are not promised, the same number of epochs is. The last tenth of the
+rows is held out.
 """
 
 import argparse

@@ -2,8 +2,8 @@
 otherwise idle machine.
 
     qsae data rows smollm2 --data CHATS.jsonl --at resid@15 --tokens 2200k --out acts.safetensors
-    python tests/bench/train.py acts.safetensors --peers
-    PYTHON_WITH_PEERS --tokens 200000
+    python tests/bench/train.py acts.safetensors --peers PYTHON_WITH_PEERS \\
+        --tokens 200000
 
 Prints a table: tokens a second (steps alone), its ratio to SAELens of the same kind, held-out FVU
 and L0, and seconds until the FVU at which the best peer of that kind ended. Without --peers only
