@@ -239,6 +239,15 @@ def test_an_unknown_recipe_is_given_and_not_guessed(run, tmp_path):
     assert "is not an empty folder" in str(refused.exception)
 
 
+def test_baselines_are_not_made_for_a_control(run, tmp_path):
+    [saes] = load_suite(run / "suite").values()
+    save_suite({"a-frozen_decoder": saes}, tmp_path / "both")  # sorted first
+    saes[SITE].provenance = replace(saes[SITE].provenance, recipe=None)
+    save_suite({"own": saes}, tmp_path / "both")
+    refused = qsae("baselines", tmp_path / "both")
+    assert "does not say what it was trained by" in str(refused.exception)
+
+
 def test_tokens_are_of_the_kind_that_the_sae_was_trained_on(run, lm, tmp_path):
     [(variant, saes)] = load_suite(run / "suite").items()
 

@@ -231,8 +231,6 @@ def steer(
     """Choose features that steer a behaviour, and measure them with their price and controls. A
     cut-off study goes on; frozen_decoder variants of the suite are controls.
     """
-    from qsae_kit.data.benchmarks import read_bench
-    from qsae_kit.data.prompts import KINDS, read_prompts
     from qsae_kit.sae.store import load_suite, model_name_of
     from qsae_kit.steer.behaviours import study_prompts
     from qsae_kit.steer.repeats import over_seeds
@@ -244,27 +242,8 @@ def steer(
     study = replace(
         quick(StudyConfig()) if small else StudyConfig(), **options.of(StudyConfig, given)
     )
-    files = options.files("--prompts", prompts)
-    for kind in files:
-        options.refuse(
-            kind not in KINDS,
-            f"--prompts {kind}=... was given; the kinds are {', '.join(KINDS)}.",
-        )
-    own = {kind: read_prompts(path) for kind, path in files.items()}
-    options.refuse(
-        bool(own) and behaviour != "refusal",
-        "--prompts belongs to refusal; leave it or --behaviour out.",
-    )
-    benches = [name.strip() for name in bench.split(",") if name.strip()]
-    options.refuse(
-        not benches and bool(asked.guard or asked.data_folder or asked.bench_prompts),
-        "guard, bench_prompts and data_folder belong to --bench; give one.",
-    )
-    options.refuse(
-        bool(benches) and behaviour != "refusal",
-        f"--bench measures refusal; leave it or --behaviour {behaviour} out.",
-    )
-    asked_of = {name: read_bench(name, asked.bench_prompts, asked.data_folder) for name in benches}
+    own = _own_prompts(prompts, behaviour)
+    asked_of = _prompts_of_benches(bench, asked, behaviour)
     outputs.write_to(out)
     places = outputs.sites_at(at)
     # the detector of a conditional edit may lie before them
@@ -297,6 +276,41 @@ def steer(
         typer.echo(f"\nOver {seeds} seeds (seeds.csv)\n{outputs.page(over_seeds(result.drawn), 3)}")
     if result.benches is not None:
         typer.echo(f"\n{outputs.page(result.benches, 3)}\n\nBenches: {out / 'benches.csv'}")
+
+
+def _own_prompts(entries: list[str] | None, behaviour: str) -> dict[str, list[str]]:
+    """The prompts of --prompts KIND=FILE by kind."""
+    from qsae_kit.data.prompts import KINDS, read_prompts
+
+    files = options.files("--prompts", entries)
+    for kind in files:
+        options.refuse(
+            kind not in KINDS,
+            f"--prompts {kind}=... was given; the kinds are {', '.join(KINDS)}.",
+        )
+    options.refuse(
+        bool(files) and behaviour != "refusal",
+        "--prompts belongs to refusal; leave it or --behaviour out.",
+    )
+    return {kind: read_prompts(path) for kind, path in files.items()}
+
+
+def _prompts_of_benches(
+    bench: str, asked: Asked, behaviour: str
+) -> dict[str, dict[str, list[str]]]:
+    """The prompts of --bench: bench -> part -> prompts."""
+    from qsae_kit.data.benchmarks import read_bench
+
+    names = [name.strip() for name in bench.split(",") if name.strip()]
+    options.refuse(
+        not names and bool(asked.guard or asked.data_folder or asked.bench_prompts),
+        "guard, bench_prompts and data_folder belong to --bench; give one.",
+    )
+    options.refuse(
+        bool(names) and behaviour != "refusal",
+        f"--bench measures refusal; leave it or --behaviour {behaviour} out.",
+    )
+    return {name: read_bench(name, asked.bench_prompts, asked.data_folder) for name in names}
 
 
 def _say_study(study: "StudyResult", out: Path) -> None:

@@ -238,7 +238,7 @@ def baselines(
     model: options.OtherModel = None,
     at: options.Places = None,
     variant: Annotated[
-        str, typer.Option(help="The variant to beat; the suite's first one by default.")
+        str, typer.Option(help="The variant to beat; the first that is no control by default.")
     ] = "",
     data: options.Data = None,
     out: Annotated[
@@ -258,6 +258,7 @@ def baselines(
     from qsae_kit.attach import attached
     from qsae_kit.data.streams import documents_of
     from qsae_kit.sae.store import load_suite, model_name_of
+    from qsae_kit.steer.study import CONTROL_SAES
     from qsae_kit.train.fit import fit_baselines
     from qsae_kit.train.recipe import default_recipe
 
@@ -275,7 +276,8 @@ def baselines(
     outputs.write_file(out)
     variants = [variant] if variant else ()
     trained = load_suite(suite, variants=variants, hook_names=outputs.sites_at(at))
-    lead = trained.only(variants=[next(iter(trained))])
+    own = [name for name in trained if not name.endswith(tuple(CONTROL_SAES))] or list(trained)
+    lead = trained.only(variants=own[:1])
     lm = outputs.loaded(model or model_name_of(lead), dtype, device)
     [(name, saes)] = attached(lm, lead, lambda: documents_of(lm, data)[1]()).items()
     recipe = None
