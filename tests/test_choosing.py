@@ -1,5 +1,7 @@
 """Choosing by what features do: gradients, scores and searches against what can be known."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,12 @@ from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.behaviours import tiny_study
 from qsae_kit.steer.changes import FeatureSet, add_direction, add_features
 from qsae_kit.steer.choose.aim import Aim, lens_tokens, log_odds_gradient
-from qsae_kit.steer.choose.candidates import feature_scores, greedy_features, random_search
+from qsae_kit.steer.choose.candidates import (
+    feature_scores,
+    greedy_features,
+    pruned_features,
+    random_search,
+)
 from qsae_kit.steer.choose.contrast import contrast, decision_activations
 
 SITE = "blocks.3.hook_resid_post"
@@ -102,18 +109,23 @@ def test_lens_tokens_are_those_that_the_unembedding_raises(lm):
 
 def test_the_merit_counts_what_is_wanted_and_what_changes_elsewhere(lm, setting):
     aim, first, second, sae, wanted = setting
-    clean_others = aim.others_odds()
-    assert aim.merit((), clean_others) < 0.2  # harmful prompts are refused
-    assert aim.merit((), clean_others - 20) < aim.merit((), clean_others) + 1e-6
+    assert aim.merit(()) < 0.2  # harmful prompts are refused
     led = Aim(lm, aim.target, aim.others, aim.openings, -1.0, wanted)
     direction = torch.nn.functional.normalize(first.mean(0) - second.mean(0), dim=0)
     edit = add_direction(SITE, direction, -0.9, float(sae.provenance.filter.median))
-    assert aim.merit([edit], clean_others) > aim.merit((), clean_others) + 0.3
-    assert led.merit([edit], clean_others) > led.merit((), clean_others)
+    assert aim.merit([edit]) > aim.merit(()) + 0.3
+    assert led.merit([edit]) > led.merit(())
     for each in (aim, led):  # the floor spares the price and changes no order
-        whole = each.merit([edit], clean_others)
-        assert each.merit([edit], clean_others, floor=whole - 1e-4) == whole
-        assert whole <= each.merit([edit], clean_others, floor=0.999) <= 0.999
+        whole = each.merit([edit])
+        assert each.merit([edit], floor=whole - 1e-4) == whole
+        assert whole <= each.merit([edit], floor=0.999) <= 0.999
+    free = replace(aim, price=0.0)
+    cost = free.merit([edit]) - aim.merit([edit])
+    assert cost == pytest.approx(float(aim.others_kl([edit]).mean()), abs=1e-5)
+    own = replace(free, own_price=0.5)
+    target_only = replace(free, others=aim.target)
+    paid = free.merit([edit]) - own.merit([edit])
+    assert paid == pytest.approx(0.5 * float(target_only.others_kl([edit]).mean()), abs=1e-5)
 
 
 class Known(Aim):
@@ -121,10 +133,7 @@ class Known(Aim):
     second, against its sign.
     """
 
-    def others_odds(self, edits=()):
-        return torch.zeros(1)
-
-    def merit(self, edits, clean_others, floor=0.0):
+    def merit(self, edits, floor=0.0):
         (chosen,) = edits
         weights = dict(zip(chosen.features, chosen.weights, strict=True))
         size = sum(w * w for w in weights.values()) ** 0.5
@@ -151,6 +160,9 @@ def test_greedy_and_random_search_find_what_is_known(setting):
         )
         for n in (1, 400)
     )
-    assert known.merit([many], None) > known.merit([few], None)
+    assert known.merit([many]) > known.merit([few])
     assert set(many.features) == {1, 4}
+    whole = FeatureSet((0, 1, 4, 5), (0.01, 2.0, -1.0, 0.02))
+    kept = pruned_features(known, whole, lambda chosen: [chosen], 0.01)
+    assert kept == FeatureSet((1, 4), (2.0, -1.0))
     assert not set(many.features) & set(like.features)

@@ -204,13 +204,15 @@ def test_prompt_sets_are_checked():
         {"n_features": 11},
         {"n_random": -1},
         {"goal": "both"},
-        {"positions": "here"},
+        {"interventions": ("here",)},
+        {"shares": (3.0,)},
+        {"goal": "induce", "interventions": ("project_out",)},
         {"contrast": "none"},
         {"n_trials": 0},
     ],
 )
 def test_impossible_studies(unchecked, field):
-    with pytest.raises(ValueError, match=r"was given|were given"):
+    with pytest.raises(ValueError, match=r"was given|were given|cannot induce"):
         StudyConfig(**field)
 
 

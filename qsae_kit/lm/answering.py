@@ -145,6 +145,14 @@ def first_tokens(lm: HookedLM, openings: Sequence[str]) -> Int[Tensor, " token"]
     return torch.tensor(sorted(ids), device=lm.device)
 
 
+def opening_odds(
+    logits: Float[Tensor, "prompt vocab"], tokens: Int[Tensor, " token"]
+) -> Float[Tensor, " prompt"]:
+    """log p / (1 - p) of the next token being one of `tokens`, in nats."""
+    away = logits.index_fill(1, tokens, float("-inf"))
+    return (logits[:, tokens].logsumexp(-1) - away.logsumexp(-1)).cpu()
+
+
 class KnownRows:
     """Prompts, with answers or without, that a model reads again and again under different edits.
 
@@ -167,10 +175,12 @@ class KnownRows:
             else prompts
         )
         self.starts = range(0, len(rows), batch)
+        self.prefix = shared_prefix(prompts)
         # Left padding puts the answers at the end, so that nothing before them is unembedded.
         self.batches = [lm.pad(rows[start : start + batch], "left") for start in self.starts]
         self.batch = batch
         self.kept: tuple[int, list[Tensor | None]] = (0, [None] * len(self.batches))
+        self.clean_first: Tensor | None = None
 
     def __len__(self) -> int:
         return sum(len(ids) for ids, _ in self.batches)
@@ -186,11 +196,16 @@ class KnownRows:
     ) -> Float[Tensor, " prompt"]:
         """log p / (1 - p) of the first answer token being one of `tokens`, in nats, by one pass
         without generating; where refusals and answers begin alike it says little."""
-        logits = self.last_logits(edits)
-        return (
-            logits[:, tokens].logsumexp(-1)
-            - logits.index_fill(1, tokens, float("-inf")).logsumexp(-1)
-        ).cpu()
+        return opening_odds(self.last_logits(edits), tokens)
+
+    def first_kl(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
+        """KL(clean || edited) in nats of the first answer token's distribution, from
+        `last_logits` under an edit; the clean one is kept.
+        """
+        if self.clean_first is None:
+            self.clean_first = self.last_logits().log_softmax(-1)
+        gap = self.clean_first - logits.log_softmax(-1)
+        return (self.clean_first.exp() * gap).sum(-1).cpu()
 
     def answer_logits(self, edits: Sequence[Edit] = ()) -> Iterator[Float[Tensor, "answer vocab"]]:
         """Row by row the logits that predict the answer's tokens."""
@@ -209,6 +224,8 @@ class KnownRows:
         # somebody else's, which may lie anywhere
         if any(point.has_hooks() for point in self.lm.hook_dict.values()):
             n = 0
+        if not n and self.prefix:
+            return self._behind(i, edits, keep)
         if n != self.kept[0]:
             self.kept = (n, [None] * len(self.batches))
         residual = self.kept[1][i]
@@ -221,6 +238,26 @@ class KnownRows:
             logits = self.lm(ids, mask, logits_to_keep=keep, start_at_layer=n, residual=residual)
         assert logits is not None
         return logits
+
+    def _behind(self, i: int, edits: Sequence[Edit], keep: int) -> Tensor:
+        """The logits of a batch whose shared prefix is run once."""
+        own = [row[m.bool()].tolist() for row, m in zip(*self.batches[i], strict=True)]
+        ids, mask = self.lm.pad([row[len(self.prefix) :] for row in own], "left")
+        with applied(self.lm, edits):
+            return self.lm.forward_behind(self.prefix, ids, mask, keep)
+
+
+LEAST_SHARED = 16
+"""Tokens that rows must have in common for them to be run once; a system prompt is longer."""
+
+
+def shared_prefix(rows: Sequence[list[int]]) -> list[int]:
+    """What all rows begin with, without the last token of any; nothing below `LEAST_SHARED`."""
+    first, last = min(rows, default=[]), max(rows, default=[])
+    pairs = enumerate(zip(first, last, strict=False))
+    n = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
+    n = min(n, min(map(len, rows), default=0) - 1)
+    return list(first[:n]) if n >= LEAST_SHARED else []
 
 
 class Cost(NamedTuple):

@@ -16,19 +16,21 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from qsae_kit.lm.chat import Phase
-from qsae_kit.lm.hooked import HookedLM, Now, by_token
+from qsae_kit.lm.hooked import WRITES, HookedLM, Now, by_token
 from qsae_kit.lm.locks import Entry
 
-Policy: TypeAlias = Literal["all", "prompt", "header", "thinking", "answer"]
-POLICIES: tuple[Policy, ...] = ("all", "prompt", "header", "thinking", "answer")
+Policy: TypeAlias = Literal["all", "prompt", "header", "thinking", "answer", "every"]
+POLICIES: tuple[Policy, ...] = ("all", "prompt", "header", "thinking", "answer", "every")
 Positions: TypeAlias = Policy | tuple[int, ...] | Tensor
-"""Which tokens. Position 0 (an attention sink) and padding never are; template tokens are left out
-except from the last assistant header on, because the first answer token is predicted from there.
+"""Which tokens. Padding never is. Position 0 (an attention sink) and template tokens are left out
+but by `every`, except from the last assistant header on, because the first answer token is
+predicted from there.
 
 all: user, system, thinking and answer tokens, and everything from the last assistant header on;
 prompt: what precedes the last assistant header; header: the template's tokens from that header on
 (role, think markers), where the model decides how to begin; thinking: inside the last think block;
-answer: from the last assistant header on, header and thinking included.
+answer: from the last assistant header on, header and thinking included; every: every token,
+position 0 and the template's too, as a change of the model's weights would act.
 A tuple of numbers: these positions, counted from 0 without padding. A bool tensor [batch, pos] is
     taken as it is.
 """
@@ -54,9 +56,10 @@ class Detector:
 
 @dataclass(frozen=True)
 class Edit:
-    """A change of one hook point's activations."""
+    """A change of a hook point's activations, or of all that is written to the residual stream."""
 
     hook_name: str
+    """A hook point, or `hooked.WRITES`."""
     delta: Callable[[Float[Tensor, "batch pos width"]], Float[Tensor, "batch pos width"]]
     """What is added, from the activations themselves (heads beside each other)."""
     positions: Positions = "all"
@@ -80,6 +83,8 @@ def selected(now: Now, positions: Positions) -> Bool[Tensor, "batch chunk"]:
     check_positions(positions)
     if isinstance(positions, tuple):
         return torch.isin(now.logical, torch.tensor(positions, device=now.ids.device))
+    if positions == "every":
+        return now.mask[:, now.start :].bool()
     counted = now.logical > 0
     if now.markers is None and positions == "all":
         return counted
@@ -159,12 +164,12 @@ def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Rows]])
 def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook]:
     """The hooks of `applied`; raises its ValueErrors."""
     lm.check_hook_names(
-        hook_name for edit in edits for hook_name in (edit.hook_name, *_detectors(edit))
+        hook_name for edit in edits for hook_name in (*_points(lm, edit), *_detectors(edit))
     )
     for edit in edits:
         check_positions(edit.positions)
         for hook_name in _detectors(edit):
-            if lm.order_of(hook_name) > lm.order_of(edit.hook_name):
+            if lm.order_of(hook_name) > min(map(lm.order_of, _points(lm, edit))):
                 raise ValueError(
                     f"A detector at {hook_name} comes too late for an edit at {edit.hook_name};"
                     " choose an earlier site."
@@ -197,7 +202,8 @@ def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook
         return hook
 
     first: list[NamedHook] = [(gate.detector.hook_name, as_gate(gate)) for gate in gates.values()]
-    return [*first, *((edit.hook_name, as_hook(edit)) for edit in edits)]
+    made = [(name, as_hook(edit)) for edit in edits for name in _points(lm, edit)]
+    return [*first, *made]
 
 
 def untouched_layers(lm: HookedLM, edits: Sequence[Edit]) -> int:
@@ -205,8 +211,13 @@ def untouched_layers(lm: HookedLM, edits: Sequence[Edit]) -> int:
     need not be looked at.
     """
     return min(
-        lm.layers_before(name) for edit in edits for name in (edit.hook_name, *_detectors(edit))
+        lm.layers_before(name) for edit in edits for name in (*_points(lm, edit), *_detectors(edit))
     )
+
+
+def _points(lm: HookedLM, edit: Edit) -> list[str]:
+    """The hook points that an edit changes."""
+    return lm.writes() if edit.hook_name == WRITES else [edit.hook_name]
 
 
 def _detectors(edit: Edit) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformers import (
+    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -63,6 +64,10 @@ BLOCK_HOOKS = (
     "hook_resid_post",
 )
 """The hook points of a layer, in the order in which a forward pass reaches them."""
+
+
+WRITES = "writes"
+"""In place of a hook point: all that is written to the residual stream (`HookedLM.writes`)."""
 
 
 class Tokens(NamedTuple):
@@ -344,6 +349,13 @@ class HookedLM(HookedRootModule):
         """How early a forward pass reaches a hook point."""
         return self._order[hook_name]
 
+    def writes(self) -> list[str]:
+        """The hook points of all that is added to the residual stream: the embedding's output, and
+        every attention and MLP output.
+        """
+        parts = ("hook_attn_out", "hook_mlp_out")
+        return ["hook_embed", *(f"blocks.{i}.{p}" for i in range(self.n_layers) for p in parts)]
+
     def layers_before(self, hook_name: str) -> int:
         """How many layers have run when a forward pass reaches a hook point; its own layer counts
         at `hook_resid_post`.
@@ -410,6 +422,43 @@ class HookedLM(HookedRootModule):
             return output.logits if return_type == "logits" else None
         targets = ids.masked_fill(mask == 0, -100)[:, 1:]
         return F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten())
+
+    def forward_behind(
+        self,
+        prefix: Sequence[int],
+        input: Int[Tensor, "batch pos"],
+        attention_mask: Int[Tensor, "batch pos"],
+        logits_to_keep: int = 0,
+    ) -> Float[Tensor, "batch _kept vocab"]:
+        """Logits of rows that all begin with the same tokens, for which those run once.
+
+        prefix: ids that come before every row of `input`, which is left-padded behind them. Hooks
+        fire twice, for the prefix as a batch of one and for what follows. Raises ValueError for
+        tokens beyond the context; RuntimeError as `forward`.
+        """
+        ids, mask = input.to(self.device), attention_mask.to(self.device)
+        before = torch.tensor([list(prefix)], device=self.device)
+        self._check_length(len(prefix) + ids.shape[1])
+        whole = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
+        position_ids = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
+        with self._connected():
+            cache = DynamicCache(config=self.config)
+            self.hf(
+                input_ids=before,
+                attention_mask=torch.ones_like(before),
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            cache.batch_repeat_interleave(len(ids))
+            return self.hf(
+                input_ids=ids,
+                attention_mask=whole,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=logits_to_keep,
+            ).logits
 
     def _left_out(self, n: int, residual: Tensor | None, ids: Tensor) -> tuple[int, Tensor | None]:
         """How many layers to leave out, and what the last hands on; ValueError for a misfit."""
@@ -638,7 +687,8 @@ class HookedLM(HookedRootModule):
         start = cache.get_seq_length() if cache is not None else 0
         if start:
             assert self.now is not None
-            ids = torch.cat([self.now.ids[:, :start], ids], dim=1)
+            before = self.now.ids[:, :start].expand(len(ids), -1)  # one row before all
+            ids = torch.cat([before, ids], dim=1)
         mask = torch.ones_like(ids) if mask is None else mask.long()
         self.now = Now(ids, mask, start, self.markers)
 

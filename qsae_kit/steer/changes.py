@@ -22,6 +22,7 @@ from qsae_kit.attach import check_measured
 from qsae_kit.io.files import write_text
 from qsae_kit.io.jsonfiles import JSON_LIMIT, parse_json, read_text
 from qsae_kit.lm.edits import SPANS, Detector, Edit, Policy, Positions, Span, check_positions
+from qsae_kit.lm.hooked import WRITES
 from qsae_kit.sae import SAE
 from qsae_kit.sae.suites import ByVariant, Place, Suite
 from qsae_kit.sites import width_name
@@ -42,6 +43,27 @@ class FeatureSet:
         return torch.nn.functional.normalize(
             torch.tensor(self.weights, dtype=rows.dtype, device=rows.device) @ rows, dim=0
         )
+
+
+def without(
+    direction: Float[Tensor, " width"], means: Sequence[Sequence[float]]
+) -> Float[Tensor, " width"]:
+    """A direction made orthogonal to others (mean activations of prompts that should stay as they
+    are), as a unit vector: what all prompts have in common is no part of it then.
+
+    Raises ValueError for a direction that lies in the span of the others.
+    """
+    if not means:
+        return torch.nn.functional.normalize(direction, dim=0)
+    others = torch.tensor(means, dtype=torch.float64).T
+    basis = torch.linalg.qr(others).Q
+    wide = direction.detach().double().cpu()
+    left = wide - basis @ (basis.T @ wide)
+    if left.norm() <= LEAST_LEFT * wide.norm():
+        raise ValueError(
+            "The direction is a sum of those that it is to be orthogonal to; give fewer of them."
+        )
+    return torch.nn.functional.normalize(left, dim=0).to(direction)
 
 
 def add_direction(
@@ -75,6 +97,10 @@ def project_out(
         return -share * (x @ unit)[..., None] * unit
 
     return Edit(hook_name, delta, positions)
+
+
+LEAST_LEFT = 1e-4
+"""Share of a direction's length that has to be left when others are taken out of it."""
 
 
 def _fitting(direction: Tensor, x: Tensor) -> Tensor:
@@ -216,6 +242,15 @@ class Change:
     """Of the site, where a direction is added; with features the SAE knows it."""
     positions: Policy | tuple[int, ...] = "header"
     when: Condition | None = None
+    orthogonal_to: tuple[tuple[float, ...], ...] = ()
+    """add and project_out: vectors [width] that the direction, of features too, is first made
+    orthogonal to (`without`).
+    """
+    everywhere: bool = False
+    """project_out: out of all that is written to the residual stream (`hooked.WRITES`: the
+    embedding's output, every attention and MLP output) instead of out of the site's activations:
+    directional ablation (Arditi et al. 2024, arXiv 2406.11717, section 2.4).
+    """
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -242,6 +277,14 @@ class Change:
         if self.weights and (len(self.weights) != n or not _has_length(self.weights)):
             needed = f"{n} features need as many finite weights, not all 0"
             raise ValueError(f"{needed}; {_shown(self.weights)} was given.")
+        if self.everywhere and self.action != "project_out":
+            raise ValueError(f"{self.action} is done at one site; project_out can be everywhere.")
+        for vector in self.orthogonal_to:
+            if self.action not in ("add", "project_out") or not _has_length(vector):
+                raise ValueError(
+                    "orthogonal_to holds vectors of finite values for add and project_out; other"
+                    " ones were given."
+                )
         _check_places(self.positions)
         if self.when is not None:
             _check_places(self.when.positions)
@@ -277,24 +320,20 @@ class Change:
                     f"A direction of {len(self.direction)} values was given, but the suite is of a "
                     f"model of {', '.join(map(str, sorted(widths)))}; give one of this model."
                 )
-            unit, median = (
-                torch.nn.functional.normalize(
-                    torch.tensor(self.direction, dtype=torch.float32), dim=0
-                ),
-                self.median_norm,
-            )
+            along, median = torch.tensor(self.direction, dtype=torch.float32), self.median_norm
         else:
             sae = suite.sae(Place(self.variant, self.hook_name))
             check_features(sae, self.features)
-            unit, median = (
-                FeatureSet(self.features, self.weights or (1.0,) * len(self.features)).direction(
-                    sae
-                ),
-                _median(sae),
+            weights = self.weights or (1.0,) * len(self.features)
+            along, median = FeatureSet(self.features, weights).direction(sae), _median(sae)
+        if any(len(vector) != len(along) for vector in self.orthogonal_to):
+            raise ValueError(
+                f"orthogonal_to holds vectors of another width than the direction's {len(along)}."
             )
+        unit = without(along, self.orthogonal_to)
         if self.action == "add":
             return add_direction(self.hook_name, unit, self.strength, median)
-        return project_out(self.hook_name, unit, share=self.strength)
+        return project_out(WRITES if self.everywhere else self.hook_name, unit, share=self.strength)
 
     def _of_features(self, suite: Suite) -> Edit:
         sae = suite.sae(Place(self.variant, self.hook_name))
@@ -430,13 +469,15 @@ def _typed(kind: type, entry: Any) -> dict[str, Any]:
     """The entry with tuples for lists, checked name by name."""
     if not isinstance(entry, dict) or not set(entry) <= {field.name for field in fields(kind)}:
         raise TypeError(f"{_shown(entry)} is no {kind.__name__}")
-    values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in entry.items()
-    }
+    values = {name: _as_tuples(value) for name, value in entry.items()}
     for name, value in values.items():
         if not CHECKS[name](value):
             raise TypeError(f"{name} is {_shown(value)}")
     return values
+
+
+def _as_tuples(value: Any) -> Any:
+    return tuple(map(_as_tuples, value)) if isinstance(value, list) else value
 
 
 def _whole(value: Any) -> bool:
@@ -470,4 +511,6 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "span": _text,
     "positions": lambda value: _text(value) or _all(_whole)(value),
     "when": lambda value: value is None or isinstance(value, dict),
+    "orthogonal_to": _all(_all(_real)),
+    "everywhere": lambda value: isinstance(value, bool),
 }

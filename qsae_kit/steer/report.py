@@ -19,6 +19,7 @@ from qsae_kit.io.journal import Journal
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae.suites import Suite
+from qsae_kit.steer.directions import done_along
 from qsae_kit.steer.study import JOURNAL, STUDY_FILES, StudyResult
 from qsae_kit.steer.study.findings import COLUMNS
 
@@ -86,8 +87,7 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
         "features": ", ".join(
             f"{i} ({w:+.3g})" for i, w in zip(h["features"], h["weights"], strict=True)
         ),
-        "strength": f"{h['strength']:g}",
-        "positions": h["positions"],
+        "done": done_along(h["intervention"], h["strength"], h["orthogonal"]),
         "searched": h["searched_sets"],
         "dose": (
             dose_figure(study.table, study.target, model_name).to_html(

@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from qsae_kit.lm.answering import KnownRows
+from qsae_kit.lm.answering import KnownRows, opening_odds
 from qsae_kit.lm.edits import Edit, applied
 from qsae_kit.lm.hooked import HookedLM
 
@@ -39,7 +39,9 @@ class Aim:
     wanted: Sequence[list[int]] | None = None
     """Answers (token ids) that are wanted on the target prompts, where they are known."""
     price: float = 1.0
-    """Weight in `merit` of what changes on the other prompts."""
+    """Weight in `merit` of a nat of KL at the first answer token of the other prompts."""
+    own_price: float = 0.0
+    """The same of the target prompts."""
 
     @cached_property
     def _target(self) -> KnownRows:
@@ -57,32 +59,33 @@ class Aim:
         """Log-odds (nats) of a first token out of `openings` on the target prompts."""
         return self._target.log_odds(self.openings, edits)
 
-    def others_odds(self, edits: Sequence[Edit] = ()) -> Float[Tensor, " other"]:
-        """The same on the others."""
-        return self._others.log_odds(self.openings, edits)
+    def others_kl(self, edits: Sequence[Edit]) -> Float[Tensor, " other"]:
+        """KL(clean || edited) in nats at the first answer token of the other prompts."""
+        return self._others.first_kl(self._others.last_logits(edits))
 
-    def merit(
-        self, edits: Sequence[Edit], clean_others: Float[Tensor, " other"], floor: float = -math.inf
-    ) -> float:
-        """How far the target prompts get what is wanted, less `price` times the mean change of the
-        others' probability; at most 1.
+    def merit(self, edits: Sequence[Edit], floor: float = -math.inf) -> float:
+        """How far the target prompts get what is wanted, less what the mean KL costs, on the
+        others by `price` and on the target by `own_price`; at most 1.
 
         What is wanted: the geometric mean probability a token of the wanted answers, or where none
-            are known the probability of
-        the wanted beginning. floor: where the first part alone does not exceed it, the price is not
-            asked for.
+        are known the probability of the wanted beginning. floor: where the first part alone does
+        not exceed it, the price is not asked for.
         """
-        if self._wanted is None or self.wanted is None:
-            gained = (self.sign * self.target_odds(edits)).sigmoid()
-        else:
+        merit = 0.0
+        if self._wanted is None or self.own_price:
+            logits = self._target.last_logits(edits)
+            if self.own_price:
+                merit -= self.own_price * float(self._target.first_kl(logits).mean())
+            if self._wanted is None:
+                odds = self.sign * opening_odds(logits, self.openings)
+                merit += float(odds.sigmoid().mean())
+        if self._wanted is not None and self.wanted is not None:
             told = zip(self._wanted.answer_logits(edits), self.wanted, strict=True)
-            gained = torch.stack([_mean_logprob(logits, answer).exp() for logits, answer in told])
-        if not self.price or float(gained.mean()) <= floor:
-            return float(gained.mean())
-        others = self.others_odds(edits)
-        return float(
-            gained.mean() - self.price * (others.sigmoid() - clean_others.sigmoid()).abs().mean()
-        )
+            shares = [_mean_logprob(logits, answer).exp() for logits, answer in told]
+            merit += float(torch.stack(shares).mean())
+        if merit > floor and self.price:
+            merit -= self.price * float(self.others_kl(edits).mean())
+        return merit
 
 
 def _mean_logprob(logits: Float[Tensor, "answer vocab"], answer: list[int]) -> Float[Tensor, ""]:

@@ -14,7 +14,13 @@ from qsae_kit.lm.edits import Edit
 from qsae_kit.sae import SAE
 from qsae_kit.steer.changes import FeatureSet
 from qsae_kit.steer.choose.aim import Aim, lens_tokens, log_odds_gradient
-from qsae_kit.steer.choose.contrast import NOTHING_DIFFERS, Contrast, contrast, random_features
+from qsae_kit.steer.choose.contrast import (
+    NOTHING_DIFFERS,
+    Contrast,
+    aligned_features,
+    contrast,
+    random_features,
+)
 
 PASSES_A_CANDIDATE = 2
 """Passes behind the scores of one candidate."""
@@ -131,7 +137,6 @@ def greedy_features(
     many rounds as features, and the best set of all of them is returned. make: the edits for a
     feature set; every set has a change of the same size.
     """
-    clean = aim.others_odds()
     weights: dict[int, float] = {}
     best, passes = Grown(FeatureSet((), ()), -math.inf, 0), 0
     for _ in range(ROUNDS_A_FEATURE * n_features):
@@ -139,9 +144,7 @@ def greedy_features(
         for feature, sign in pool:
             if feature in weights or len(weights) < n_features:
                 more = {**weights, feature: weights.get(feature, 0.0) + sign}
-                found = aim.merit(
-                    make(FeatureSet(tuple(more), tuple(more.values()))), clean, floor=merit
-                )
+                found = aim.merit(make(FeatureSet(tuple(more), tuple(more.values()))), floor=merit)
                 passes += 1
                 if found > merit:
                     merit, grown = found, more
@@ -149,6 +152,48 @@ def greedy_features(
         if merit > best.merit:
             best = Grown(FeatureSet(tuple(weights), tuple(weights.values())), merit, passes)
     return best._replace(passes=passes)
+
+
+def best_aligned(
+    aim: Aim,
+    sae: SAE,
+    found: Contrast,
+    make: Callable[[FeatureSet], Sequence[Edit]],
+    n_features: int,
+) -> FeatureSet:
+    """The set of most merit among the first one, two, ... `n_features` of `aligned_features`."""
+    ranked = aligned_features(sae, found, n_features)
+    sets = [
+        FeatureSet(ranked.features[:n], ranked.weights[:n])
+        for n in range(1, len(ranked.features) + 1)
+    ]
+    return max(sets, key=lambda chosen: aim.merit(make(chosen)))
+
+
+def pruned_features(
+    aim: Aim,
+    chosen: FeatureSet,
+    make: Callable[[FeatureSet], Sequence[Edit]],
+    loss: float,
+) -> FeatureSet:
+    """A set without the features that it can do without: one by one the feature is left out without
+    which most merit is kept, while that is no more than `loss` below the whole set's (arXiv
+    2505.23556).
+    """
+    least = aim.merit(make(chosen)) - loss
+    while len(chosen.features) > 1:
+        fewer = [
+            FeatureSet(
+                chosen.features[:i] + chosen.features[i + 1 :],
+                chosen.weights[:i] + chosen.weights[i + 1 :],
+            )
+            for i in range(len(chosen.features))
+        ]
+        merits = [aim.merit(make(each)) for each in fewer]
+        if max(merits) < least:
+            return chosen
+        chosen = fewer[merits.index(max(merits))]
+    return chosen
 
 
 def random_search(
@@ -162,11 +207,11 @@ def random_search(
     """The best by merit of `n` random sets (`random_features`): a control that searched as long as
     the features did.
     """
-    clean, best = aim.others_odds(), -math.inf
+    best = -math.inf
     draws = [random_features(found, like, generator) for _ in range(n)]
     strongest = draws[0]
     for draw in draws:
-        merit = aim.merit(make(draw), clean, floor=best)
+        merit = aim.merit(make(draw), floor=best)
         if merit > best:
             best, strongest = merit, draw
     return strongest

@@ -109,6 +109,20 @@ def choose_features(found: Contrast, n_features: int = MOST_FEATURES) -> Feature
     return FeatureSet(tuple(ids), tuple(float(found.feature_gap[i]) for i in ids))
 
 
+def aligned_features(sae: SAE, found: Contrast, n_features: int) -> FeatureSet:
+    """The `n_features` features of which the gap pushes farthest along the difference of means:
+    ranked by the gap times the decoder row's part along it, weighted by the gap.
+
+    Raises ValueError where no feature differs.
+    """
+    along = found.feature_gap * (sae.W_dec.detach() @ found.mean_gap.to(sae.W_dec))
+    top = along.topk(min(n_features, len(along)))
+    ids = [int(i) for i, push in zip(top.indices, top.values, strict=True) if push > 0]
+    if not ids:
+        raise ValueError(NOTHING_DIFFERS)
+    return FeatureSet(tuple(ids), tuple(float(found.feature_gap[i]) for i in ids))
+
+
 def fit_features(
     sae: SAE, found: Contrast, n_features: int = MOST_FEATURES, n_candidates: int = FITTED_FROM
 ) -> FeatureSet:

@@ -11,6 +11,7 @@ import torch
 
 from qsae_kit.steer.changes import Change
 from qsae_kit.steer.choose.contrast import random_features
+from qsae_kit.steer.directions import INTERVENTIONS
 from qsae_kit.steer.study.chosen import Chosen
 from qsae_kit.steer.study.lab import Plan, Setting
 
@@ -77,21 +78,15 @@ class Arm:
 def arms(setting: Setting, plan: Plan, chosen: Chosen) -> list[Arm]:
     """Everything that is measured on the evaluation prompts, in the order of study.csv's rows."""
     c, kinds = setting.config, tuple(setting.prompts["evaluation"])
-    ours = chosen.change(c.sign * chosen.strength, plan.positions)
-    means = chosen.along_means(c.sign * chosen.strength, plan.positions)
+    ours = chosen.change(c.signed(chosen.intervention, chosen.strength))
+    means = chosen.along(chosen.mean_gap, ours.strength)
+    best = chosen.best_means(c.signed(chosen.intervention, chosen.means.strength))
     listed = [Arm("none", kinds)]
     listed += _doses_and_strengths(setting, plan, chosen, "features", ours)
     listed += _doses_and_strengths(setting, plan, chosen, "difference_of_means", means)
-    best = "difference_of_means" if chosen.means_strength == chosen.strength else ""
-    listed.append(
-        Arm(
-            "difference_of_means_best",
-            kinds,
-            replace(means, strength=c.sign * chosen.means_strength),
-            frozen=True,
-            measured_as=best,
-        )
-    )
+    same = "difference_of_means" if best == means else ""
+    listed.append(Arm("difference_of_means_best", kinds, best, frozen=True, measured_as=same))
+    listed += _doses(setting, plan, chosen, "difference_of_means_best", best, same)
     opposite = replace(ours, strength=-ours.strength)
     listed.append(Arm("wrong_sign", (plan.target,), opposite, frozen=True))
     few = Arm("", (plan.target,), ours, c.control_prompts, frozen=True)
@@ -115,22 +110,34 @@ def arms(setting: Setting, plan: Plan, chosen: Chosen) -> list[Arm]:
     return listed
 
 
+def _doses(
+    setting: Setting, plan: Plan, chosen: Chosen, name: str, change: Change, same: str = ""
+) -> list[Arm]:
+    """An arm's dose-response; with both signs, where it goes either way. same: another arm that is
+    the same one.
+    """
+    c = setting.config
+    signs = (1.0, -1.0) if INTERVENTIONS[chosen.intervention].signed else (1.0,)
+    kinds = tuple(dict.fromkeys((plan.target, *plan.others)))
+    return [
+        Arm(name, kinds, replace(change, strength=sign * strength), dose=True, measured_as=same)
+        for strength in c.strengths_of(chosen.intervention)
+        for sign in signs
+    ]
+
+
 def _doses_and_strengths(
     setting: Setting, plan: Plan, chosen: Chosen, name: str, change: Change
 ) -> list[Arm]:
-    """An arm's dose-response with both signs, and its answers at three strengths."""
-    c, listed = setting.config, []
-    for strength in c.strengths:
-        for sign in (1.0, -1.0):
-            dosed = replace(change, strength=sign * strength)
-            listed.append(Arm(name, (plan.target, *plan.others), dosed, dose=True))
-    for strength in answered_strengths(c.strengths, chosen.strength):
+    """An arm's dose-response, and its answers at three strengths."""
+    c, listed = setting.config, _doses(setting, plan, chosen, name, change)
+    for strength in answered_strengths(c.strengths_of(chosen.intervention), chosen.strength):
         frozen = strength == chosen.strength
         listed.append(
             Arm(
                 name,
                 tuple(setting.prompts["evaluation"]) if frozen else (plan.target,),
-                replace(change, strength=c.sign * strength),
+                replace(change, strength=c.signed(chosen.intervention, strength)),
                 None if frozen else c.control_prompts,
                 frozen=frozen,
             )

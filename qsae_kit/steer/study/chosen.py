@@ -1,14 +1,24 @@
 """What selection decided: the frozen edit, and what its controls need."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 
-from qsae_kit.lm.edits import Policy
 from qsae_kit.steer.changes import Change, Condition, FeatureSet
 from qsae_kit.steer.choose.contrast import Contrast
-from qsae_kit.steer.study.lab import Setting
+from qsae_kit.steer.directions import Direction
+from qsae_kit.steer.study.lab import Plan, Setting
 from qsae_kit.steer.study.search import sets_tried
+
+
+class MeansChoice(NamedTuple):
+    """The difference of means at its own best."""
+
+    direction: Direction
+    strength: float
+    """Without the goal's sign."""
+    within_limits: bool
 
 
 class Chosen(NamedTuple):
@@ -19,8 +29,14 @@ class Chosen(NamedTuple):
     way: str
     """How the set was made: gap, fitted or greedy."""
     features: FeatureSet
+    intervention: str
+    """What is done along the features' direction, and along every control's
+    (`directions.INTERVENTIONS`).
+    """
+    orthogonal_to: tuple[tuple[float, ...], ...]
+    """What the direction is made orthogonal to first, and that of every control."""
     strength: float
-    """In median norms of the site, without the goal's sign."""
+    """In median norms of the site, without the goal's sign; of what is projected out, the share."""
     when: Condition | None
     missed: float | None
     """Share of the target selection prompts at which the detector is silent."""
@@ -35,33 +51,29 @@ class Chosen(NamedTuple):
     """Sets that the search tried at the site, so many as each random control tries."""
     within_limits: bool
     """Whether the trial kept the limits (`StudyConfig.max_broken`, `max_kl`)."""
-    means_strength: float
-    """The strength that the same trials choose for the difference of means."""
+    means: MeansChoice
+    """The difference of means at its own best site, refinement and strength."""
 
-    def change(self, strength: float, positions: Policy) -> Change:
+    def change(self, strength: float) -> Change:
         """The features at a strength with its sign."""
-        return Change(
-            "add",
-            self.hook_name,
-            self.variant,
-            self.features.features,
-            self.features.weights,
-            strength=strength,
-            positions=positions,
-            when=self.when,
+        direction = Direction(
+            self.hook_name, self.variant, self.features, orthogonal_to=self.orthogonal_to
         )
+        return direction.change(self.intervention, strength, self.when)
 
-    def along_means(self, strength: float, positions: Policy) -> Change:
-        """The difference of means at a strength with its sign."""
-        return Change(
-            "add",
+    def along(self, vector: Sequence[float], strength: float) -> Change:
+        """The same along a vector instead of the features, such as the difference of means."""
+        direction = Direction(
             self.hook_name,
-            direction=self.mean_gap,
-            strength=strength,
+            vector=tuple(vector),
             median_norm=self.median_norm,
-            positions=positions,
-            when=self.when,
+            orthogonal_to=self.orthogonal_to,
         )
+        return direction.change(self.intervention, strength, self.when)
+
+    def best_means(self, strength: float) -> Change:
+        """The difference of means of its own best site and refinement."""
+        return self.means.direction.change(self.intervention, strength, self.when)
 
     def drawn_from(self) -> Contrast:
         """What random controls are drawn from."""
@@ -69,25 +81,29 @@ class Chosen(NamedTuple):
         return Contrast(torch.zeros(0), torch.tensor(self.mean_gap), alive)
 
 
-def likely_choice(setting: Setting) -> Chosen:
+def likely_choice(setting: Setting, plan: Plan) -> Chosen:
     """A choice that nobody made, from which the arms of a study can be listed before it has chosen:
     one feature at the first site, at a strength in the middle.
     """
-    strengths = sorted(setting.config.strengths)
+    strengths = sorted(setting.config.strengths_of(plan.interventions[0]))
     middle = strengths[len(strengths) // 2]
+    name = next(iter(setting.hook_names), "")
+    ones = (1.0,) * setting.lm.d_model
     return Chosen(
         setting.variant,
-        next(iter(setting.hook_names), ""),
+        name,
         "",
         FeatureSet((0,), (1.0,)),
+        plan.interventions[0],
+        (),
         middle,
         when=None,
         missed=None,
         false_alarms=None,
-        mean_gap=(1.0,) * setting.lm.d_model,
+        mean_gap=ones,
         median_norm=1.0,
         alive=(0, 1),
         passes=sets_tried(setting.config),
         within_limits=True,
-        means_strength=middle,
+        means=MeansChoice(Direction(name, vector=ones, median_norm=1.0), middle, True),
     )

@@ -4,11 +4,16 @@ import math
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
-from qsae_kit.lm.edits import POLICIES, Policy
 from qsae_kit.steer.behaviours import GOALS, SIGN, Goal
 from qsae_kit.steer.choose.contrast import MOST_FEATURES
+from qsae_kit.steer.directions import INTERVENTIONS
 
 STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0)
+SHARES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+MOST_TAKEN = 2.0
+"""Share of a direction beyond which a projection puts more of it back, turned round, than there
+was.
+"""
 ContrastBy: TypeAlias = Literal["prompts", "answers"]
 CONTRASTS = ("auto", *get_args(ContrastBy))
 AT_LEAST_NONE = ("n_random", "n_noise", "n_facts")
@@ -32,9 +37,11 @@ class StudyConfig:
     there already, its last.
     """
     strengths: tuple[float, ...] = STRENGTHS
-    """Strengths of the dose-response, each with both signs, in median norms of the site; one of
-    them is frozen.
+    """Strengths of the dose-response where a direction is added, each with both signs, in median
+    norms of the site; one of them is frozen.
     """
+    shares: tuple[float, ...] = SHARES
+    """Strengths where a direction is projected out: shares that are taken away, 2 at most."""
     n_features: int = 5
     """Features at one site, at most."""
     n_candidates: int = 12
@@ -68,9 +75,19 @@ class StudyConfig:
     prompts, over the answer (contrastive activation addition, Rimsky et al. 2024, arXiv
     2312.06681): for models that hardly refuse by themselves. auto: answers for a refusal study
     where fewer than a tenth of the first kind's selection prompts are refused, else prompts."""
-    positions: Policy | Literal["auto"] = "auto"
-    """Which tokens the edit changes. auto: all of them where the contrast is of answers, else the
-    header before the answer.
+    against: str = ""
+    """The kind of prompts that the first kind is compared with. Empty: the last one but the target;
+    for refusal borderline ones, which look like harmful ones.
+    """
+    interventions: tuple[str, ...] = ()
+    """What may be done along a direction (`directions.INTERVENTIONS`); the search takes the best,
+    and every control is made with the same. Empty: adding it, to all tokens where the contrast is
+    of answers, else to the header before the answer; and projecting it out everywhere, where the
+    goal is to suppress.
+    """
+    selective: bool = True
+    """Whether prompts of other kinds should stay as they are. False: what is aimed at is to change
+    at whatever price elsewhere, and the KL on the target itself is kept low instead.
     """
     conditional: bool = False
     """Whether the change is made only while a detector feature fires, which is looked for at the
@@ -82,6 +99,10 @@ class StudyConfig:
     max_kl: float = 0.10
     """Nats a token that a trial may cost on the answers to other prompts; not asked where the
     contrast is of answers, which does not tell prompts apart."""
+    max_kl_first: float | None = None
+    """Nats that a trial may cost at the first answer token, the field's unit of price: of the other
+    prompts, or of the target where the study is not selective. None: no limit.
+    """
     thinking: bool = False
     """Whether the model thinks before it answers, where it can."""
     seed: int = 0
@@ -104,10 +125,20 @@ class StudyConfig:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was given; it must be at least 1.")
-        if self.positions not in ("auto", *POLICIES):
+        if not self.shares or not all(0 < share <= MOST_TAKEN for share in self.shares):
             raise ValueError(
-                f"positions={self.positions!r} was given; choose from auto, {', '.join(POLICIES)}."
+                f"Shares {self.shares} were given; they must be above 0 and at most {MOST_TAKEN:g}."
             )
+        for name in self.interventions:
+            if name not in INTERVENTIONS:
+                raise ValueError(
+                    f"interventions={self.interventions} was given; choose from"
+                    f" {', '.join(INTERVENTIONS)}."
+                )
+            if self.goal == "induce" and not INTERVENTIONS[name].signed:
+                raise ValueError(
+                    f"{name} takes a behaviour away and cannot induce it; leave it out."
+                )
         if self.contrast not in CONTRASTS:
             raise ValueError(
                 f"contrast={self.contrast!r} was given; choose from {', '.join(CONTRASTS)}."
@@ -116,6 +147,14 @@ class StudyConfig:
     @property
     def sign(self) -> float:
         return SIGN[self.goal]
+
+    def strengths_of(self, intervention: str) -> tuple[float, ...]:
+        """The strengths at which an intervention is tried, without the goal's sign."""
+        return self.strengths if INTERVENTIONS[intervention].signed else self.shares
+
+    def signed(self, intervention: str, strength: float) -> float:
+        """A strength as its change has it: with the goal's sign where a direction is added."""
+        return self.sign * strength if INTERVENTIONS[intervention].signed else strength
 
 
 def quick(config: StudyConfig) -> StudyConfig:

@@ -18,6 +18,7 @@ from qsae_kit.steer.behaviours import SIGN, Goal
 Row: TypeAlias = Mapping[str, Any]
 Said: TypeAlias = Mapping[tuple[str, str, int | None], Row]
 """Arm, kind of prompts, draw -> row."""
+BEST_MEANS = "difference_of_means_best"
 LEAST_SELECTIVE = 0.5
 """Share of the change on the target that has to be selective, for the verdict not to call it a
 demonstration.
@@ -31,7 +32,7 @@ intervention      none, features, difference_of_means, difference_of_means_best 
 prompt_kind       kind of the prompts
 target            whether the goal is aimed at this kind
 strength          median norms, with the sign that was applied to the direction towards the
-                  behaviour
+                  behaviour; of what is projected out, the share that is taken away
 chosen            whether this is the frozen strength
 draw              number of a random control
 n                 prompts
@@ -47,7 +48,9 @@ change_low, change_high
 log_odds          nats, of the first answer token being one that begins such an answer; mean with
                   its 95 % bootstrap interval:
 log_odds_low, log_odds_high
-kl_first          KL(clean || steered) at the first answer token, nats
+kl_first          KL(clean || steered) at the first answer token, nats; mean with its 95 % bootstrap
+                  interval:
+kl_first_low, kl_first_high
 kl_answer         the same a token over the clean model's answers, teacher-forced
 perplexity        of the answers, under the unsteered model
 repetition        share of an answer's 4-grams of tokens that it holds already
@@ -117,11 +120,13 @@ def measured_figures(
     target: str,
     others: Sequence[str],
     seed: int = 0,
+    priced: str = "",
 ) -> dict[str, Any]:
     """The headline figures of the frozen features and of their controls.
 
-    table: `study_table` of the rows, with plain_kl and facts_right. Selectivity is the change on
-    the target towards the goal less the mean change on the other kinds.
+    table: `study_table` of the rows, with plain_kl and facts_right. priced: the kind of prompts on
+    which a first-token KL is the price. Selectivity is the change on the target towards the goal
+    less the mean change on the other kinds.
     """
     sign, said = SIGN[goal], _at_frozen_strength(rows)
     ours = said["features", target, None]
@@ -148,6 +153,11 @@ def measured_figures(
         "kl_first": _by_kind(frozen, others, "kl_first"),
         "plain_kl": float(frozen["plain_kl"].iloc[0]),
         "facts_lost": float(base["facts_right"].iloc[0] - frozen["facts_right"].iloc[0]),
+        "priced_on": priced,
+        "kl_first_priced": {
+            arm: float(_row_of(table, arm, priced)["kl_first"])
+            for arm in ("features", "difference_of_means", BEST_MEANS)
+        },
         "difference_of_means": _arm(table, "difference_of_means", target),
         "difference_of_means_best": _arm(table, "difference_of_means_best", target),
         "wrong_sign": _arm(table, "wrong_sign", target),
@@ -238,10 +248,15 @@ def _by_kind(table: pd.DataFrame, kinds: Sequence[str], column: str) -> dict[str
     return {kind: _at(table, kind, column) for kind in kinds}
 
 
-def _arm(table: pd.DataFrame, arm: str, kind: str) -> dict[str, float]:
-    row = table[
+def _row_of(table: pd.DataFrame, arm: str, kind: str) -> "pd.Series[Any]":
+    """An arm at its frozen strength on a kind of prompts."""
+    return table[
         (table["intervention"] == arm) & table["chosen"] & (table["prompt_kind"] == kind)
     ].iloc[0]
+
+
+def _arm(table: pd.DataFrame, arm: str, kind: str) -> dict[str, float]:
+    row = _row_of(table, arm, kind)
     return {name: float(row[name]) for name in ("refusal_rate", "broken_rate", "kl_answer")}
 
 
@@ -251,11 +266,13 @@ def verdict(headline: Mapping[str, Any]) -> str:
     text = _did(h) + _means_did(h) + _random_did(h)
     if not h["within_limits"]:
         text += (
-            f" No trial kept broken <= {h['max_broken']:g} and KL <= {h['max_kl']:g} on selection"
+            f" No trial kept broken <= {h['max_broken']:g} and the limits of KL on selection"
             " prompts; the best was taken."
         )
     selectivity, low, _ = h["selectivity"]["features"]
-    if low <= 0 or selectivity < LEAST_SELECTIVE * abs(h["after"] - h["before"]):
+    if not h["selective"]:
+        text += " Nothing was asked of other prompts."
+    elif low <= 0 or selectivity < LEAST_SELECTIVE * abs(h["after"] - h["before"]):
         text += " Other prompts change as much: a demonstration, not a defence."
     return text
 
@@ -286,13 +303,31 @@ def _means_did(h: Mapping[str, Any]) -> str:
     if means is None:
         return ""
     at_this, best = h["difference_of_means"], h["difference_of_means_best"]
+    refined = ", orthogonal" if h["difference_of_means_orthogonal"] else ""
     return (
         f" Difference of means at this strength: {at_this['refusal_rate']:.2f} (broken"
         f" {at_this['broken_rate']:.2f}), selectivity {means[0]:.2f}; at its own"
-        f" ({h['difference_of_means_strength']:g}): {best['refusal_rate']:.2f} (broken"
-        f" {best['broken_rate']:.2f}), selectivity"
-        f" {h['selectivity']['difference_of_means_best'][0]:.2f}."
+        f" ({h['difference_of_means_site']}{refined}, {h['difference_of_means_strength']:g}):"
+        f" {best['refusal_rate']:.2f} (broken {best['broken_rate']:.2f}), selectivity"
+        f" {h['selectivity']['difference_of_means_best'][0]:.2f}." + _dearer(h)
     )
+
+
+def _dearer(h: Mapping[str, Any]) -> str:
+    """Rates and first-token KL of both, the field's unit, and who is ahead in it."""
+    priced = h["priced_on"]
+    ours, theirs = h["kl_first_priced"]["features"], h["kl_first_priced"][BEST_MEANS]
+    sign = SIGN[h["goal"]]
+    gained, dearer = sign * (h["after"] - h[BEST_MEANS]["refusal_rate"]), ours - theirs
+    told = (
+        f" At the first answer token of {priced} prompts the features cost {ours:.3f} nats, that"
+        f" direction {theirs:.3f}: "
+    )
+    if gained >= 0 and dearer <= 0:
+        return told + "the features do as much or more at no higher price."
+    if gained <= 0 and dearer >= 0:
+        return told + "the difference of means does as much or more at no higher price."
+    return told + "one does more and the other costs less; the curves tell (dose.html)."
 
 
 def _random_did(h: Mapping[str, Any]) -> str:

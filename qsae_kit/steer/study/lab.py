@@ -8,13 +8,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from qsae_kit.io.journal import Journal
-from qsae_kit.lm.answering import Asked, Cost, KnownRows, answer_groups, cost, repetition
-from qsae_kit.lm.edits import Edit, Policy
+from qsae_kit.lm.answering import (
+    Asked,
+    Cost,
+    KnownRows,
+    answer_groups,
+    cost,
+    opening_odds,
+    repetition,
+)
+from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import Generation, HookedLM
 from qsae_kit.metrics.reconstruction import paired_bootstrap
 from qsae_kit.sae.suites import Suite
@@ -58,16 +66,18 @@ class Plan(NamedTuple):
     others: tuple[str, ...]
     """The kinds on which nothing should change."""
     contrast: ContrastBy
-    positions: Policy
+    interventions: tuple[str, ...]
+    """What may be done along a direction."""
     openings: Int[Tensor, " token"]
     """First tokens of answers that show the behaviour."""
+    selective: bool
+    """Whether other prompts should stay as they are; else the price is what changes on the target.
+    """
 
     @property
-    def selective(self) -> bool:
-        """Whether the contrast tells prompts apart, so that other prompts should stay as they
-        are.
-        """
-        return self.contrast == "prompts"
+    def priced(self) -> tuple[str, ...]:
+        """The kinds of prompts on which a first-token KL is a price."""
+        return self.others if self.selective else (self.target,)
 
 
 class Progress:
@@ -162,7 +172,11 @@ class Lab:
         said |= {"kl_first": kl.kl_first, "kl_answer": kl.kl_answer}
         if self.openings is not None:
             few = min(n or len(self.ids[kind]), self.config.dose_prompts)
-            said |= self._odds(kind, edits, few, system)
+            rows = self._rows(kind, few, system)
+            logits = rows.last_logits(edits)
+            said |= self._odds(logits)
+            if not system:
+                said |= self._told("kl_first", rows.first_kl(logits))
         return said | {"texts": said["texts"][:SHOWN_TEXTS], "tokens": [], "surprise": []}
 
     def cost(self, kind: str, edits: Sequence[Edit], system: str = "") -> Cost:
@@ -173,15 +187,25 @@ class Lab:
         return cost(rows, edits, self._rows(kind, n, system, unsteered))
 
     def dose(self, kind: str, edits: Sequence[Edit]) -> dict[str, Any]:
-        """The log-odds of the behaviour's beginnings, by one pass a prompt."""
+        """The log-odds of the behaviour's beginnings and the KL there, by one pass a prompt."""
         n = min(self.config.dose_prompts, len(self.ids[kind]))
-        return {**self._odds(kind, edits, n), "n": n}
+        rows = self._rows(kind, n, "")
+        logits = rows.last_logits(edits)
+        kl = self._told("kl_first", rows.first_kl(logits))
+        return {**self._odds(logits), **kl, "n": n}
 
-    def _odds(self, kind: str, edits: Sequence[Edit], n: int, system: str = "") -> dict[str, float]:
+    def first_kl(self, kind: str, edits: Sequence[Edit], n: int) -> float:
+        """Mean KL at the first answer token of the first n prompts of a kind."""
+        rows = self._rows(kind, min(n, len(self.ids[kind])), "")
+        return float(rows.first_kl(rows.last_logits(edits)).mean())
+
+    def _odds(self, logits: Float[Tensor, "prompt vocab"]) -> dict[str, float]:
         assert self.openings is not None
-        nats = self._rows(kind, n, system).log_odds(self.openings, edits)
+        return self._told("log_odds", opening_odds(logits, self.openings))
+
+    def _told(self, name: str, nats: Float[Tensor, " prompt"]) -> dict[str, float]:
         mean, low, high = paired_bootstrap([nats.tolist()], [1.0], seed=self.config.seed)
-        return {"log_odds": mean, "log_odds_low": low, "log_odds_high": high}
+        return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
     def _rows(
         self, kind: str, n: int, system: str, answers: list[list[int]] | None = None

@@ -85,7 +85,10 @@ def price_elsewhere(progress: Progress, setting: Setting, steering: Steering) ->
     """On plain text and on questions of fact."""
     lm = setting.lm
     everywhere = Steering(
-        tuple(replace(change, positions="all", when=None) for change in steering.changes)
+        tuple(
+            replace(change, positions="every" if change.everywhere else "all", when=None)
+            for change in steering.changes
+        )
     ).edits(setting.suite)
     edits = steering.edits(setting.suite)
     kl = progress.step("plain", lambda: plain_kl(lm, companion_of(lm).passages(), everywhere))

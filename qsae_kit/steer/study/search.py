@@ -4,7 +4,7 @@ same search for the controls.
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -21,8 +21,10 @@ from qsae_kit.steer.choose.aim import Aim
 from qsae_kit.steer.choose.candidates import (
     PASSES_A_CANDIDATE,
     ROUNDS_A_FEATURE,
+    best_aligned,
     feature_scores,
     greedy_features,
+    pruned_features,
     random_search,
 )
 from qsae_kit.steer.choose.contrast import (
@@ -35,12 +37,25 @@ from qsae_kit.steer.choose.contrast import (
     random_features,
 )
 from qsae_kit.steer.choose.detector import FoundDetector, find_detector
+from qsae_kit.steer.directions import (
+    INTERVENTIONS,
+    Direction,
+    intervention_of,
+    usual_means,
+)
 from qsae_kit.steer.study.config import StudyConfig
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
 
-WAYS = ("gap", "fitted", "greedy")
-"""How a set is made: the features of the largest gaps, those that fit the difference of means,
-those that real passes grow.
+WAYS = ("gap", "fitted", "aligned", "greedy", "pruned")
+"""How a set is made: the features of the largest gaps; those that fit the difference of means;
+those whose gap pushes farthest along it; those that real passes grow; and the best of these without
+the features that it can do without (arXiv 2505.23556).
+"""
+PRUNED_LOSS = 0.01
+"""Merit that a set may lose with a feature that is taken out of it."""
+OWN_PRICE = 0.05
+"""What a nat of first-token KL on the target is worth, in shares of it, where nothing else has a
+price.
 """
 N_DISTURBING = 4
 """Random sets by which a site and strength is judged: where anything goes, features explain little.
@@ -58,6 +73,31 @@ ENOUGH_WANTED = 8
 """Prompts with a known wanted answer, from which on the others can be left out of the search."""
 
 
+class Push(NamedTuple):
+    """What is done along a direction, and what comes of it."""
+
+    intervention: str
+    orthogonal_to: tuple[tuple[float, ...], ...]
+    """What the direction is made orthogonal to first; nothing where it is taken as it is."""
+    merits: Sequence[float] = ()
+    """Of the direction that it was chosen for, at every strength of the intervention."""
+
+    def edits(
+        self,
+        setting: Setting,
+        direction: Direction,
+        strength: float,
+        when: Condition | None = None,
+    ) -> list[Edit]:
+        """The edits along a direction at a strength without the goal's sign, which is put on
+        here.
+        """
+        refined = replace(direction, orthogonal_to=self.orthogonal_to)
+        signed = setting.config.signed(self.intervention, strength)
+        change = refined.change(self.intervention, signed, when)
+        return Steering((change,)).edits(setting.suite)
+
+
 class Searched(NamedTuple):
     """What the search found, before anything is answered."""
 
@@ -65,6 +105,12 @@ class Searched(NamedTuple):
     """Hook name -> what `search_site` gives there; sites at which nothing differs are left out."""
     detectors: Mapping[str, FoundDetector]
     """Hook name -> the best detector there or before; none for a study without a condition."""
+
+    def push(self, hook_name: str) -> Push:
+        """What is done along every direction of a site."""
+        found = self.sites[hook_name]
+        against = tuple(tuple(mean) for mean in found["orthogonal_to"])
+        return Push(found["intervention"], against)
 
     def when(self, hook_name: str) -> Condition | None:
         """The condition of an edit at a site."""
@@ -134,14 +180,20 @@ def site_detectors(setting: Setting, plan: Plan) -> dict[str, FoundDetector]:
 
 
 def search_site(
-    lab: Lab, plan: Plan, variant: str, hook_name: str, when: Condition | None
+    lab: Lab,
+    plan: Plan,
+    variant: str,
+    hook_name: str,
+    when: Condition | None,
+    push: Push | None = None,
 ) -> dict[str, Any]:
     """Sets of features at one site with what they do to the log-odds at every strength.
 
-    Plain values: ways (way -> features, weights, merits by strength), candidates (rows of
+    Plain values: ways (way -> features, weights, merits by strength), intervention and
+    orthogonal_to (what is done along every set's direction: `best_push`), candidates (rows of
     `feature_scores`), disturbing (random sets) and disturbance (their mean rise of merit, by
     strength), alive, mean_gap [d_model], passes (sets that were tried). Without a difference ways
-    and candidates are empty, and nothing else is told.
+    and candidates are empty, and nothing else is told. push: what is to be done, where it is known.
     """
     setting, c = lab.setting, lab.config
     sae = setting.suite[variant][hook_name]
@@ -151,62 +203,129 @@ def search_site(
     found = contrast(sae, first, second)
     if not found.feature_gap.any():
         return {"ways": {}, "candidates": []}
+    site = Direction(hook_name, variant)
+    fitted = fit_features(sae, found, c.n_features)
+    if push is None:
+        means = means_of(setting, plan, hook_name)
+        push = best_push(setting, aim, plan, replace(site, features=fitted), means, when)
+    strengths = c.strengths_of(push.intervention)
 
     def make(chosen: FeatureSet, strength: float) -> list[Edit]:
-        return pushed(setting, plan, variant, hook_name, chosen, strength, when)
-
-    clean = aim.others_odds()
+        return push.edits(setting, replace(site, features=chosen), strength, when)
 
     def merits(chosen: FeatureSet) -> list[float]:
-        return [aim.merit(make(chosen, strength), clean) for strength in c.strengths]
+        return [aim.merit(make(chosen, strength)) for strength in strengths]
 
-    by_gap = choose_features(found, c.n_features)
-    fitted = fit_features(sae, found, c.n_features)
-    fitted_merits = merits(fitted)
-    at_best = partial(make, strength=c.strengths[fitted_merits.index(max(fitted_merits))])
+    fitted_merits = push.merits or merits(fitted)
+    at_best = partial(make, strength=strengths[fitted_merits.index(max(fitted_merits))])
     scores = feature_scores(aim, sae, first, second, at_best, c.n_candidates)
     signed = [
         (int(feature), math.copysign(1.0, gap))
         for feature, gap in zip(scores["feature"], scores["gap"], strict=True)
     ]
     grown = greedy_features(aim, signed[: c.n_candidates // 2], at_best, c.n_features)
-    ways = {
-        "gap": _way(by_gap, merits(by_gap)),
-        "fitted": _way(fitted, fitted_merits),
-        "greedy": _way(grown.chosen, merits(grown.chosen)),
+    sets = {
+        "gap": choose_features(found, c.n_features),
+        "fitted": fitted,
+        "aligned": best_aligned(aim, sae, found, at_best, c.n_features),
+        "greedy": grown.chosen,
     }
-    assert tuple(ways) == WAYS
+    ways = {
+        way: _way(chosen, fitted_merits if way == "fitted" else merits(chosen))
+        for way, chosen in sets.items()
+    }
+    strongest = max(ways, key=lambda way: max(ways[way]["merits"]))
+    best = ways[strongest]["merits"]
+    at_its_best = partial(make, strength=strengths[best.index(max(best))])
+    pruned = pruned_features(aim, sets[strongest], at_its_best, PRUNED_LOSS)
+    if pruned != sets[strongest]:
+        ways["pruned"] = _way(pruned, merits(pruned))
     generator = torch.Generator().manual_seed(c.seed + 1)  # not the draws that evaluation uses
-    draws = [random_features(found, by_gap, generator) for _ in range(N_DISTURBING)]
-    still = aim.merit((), clean)
+    draws = [random_features(found, sets["gap"], generator) for _ in range(N_DISTURBING)]
+    still = aim.merit(())
     disturbance = []
-    for strength in c.strengths:
-        risen = [max(0.0, aim.merit(make(draw, strength), clean) - still) for draw in draws]
+    for strength in strengths:
+        risen = [max(0.0, aim.merit(make(draw, strength)) - still) for draw in draws]
         disturbance.append(sum(risen) / len(draws))
     return {
+        "intervention": push.intervention,
+        "orthogonal_to": push.orthogonal_to,
         "disturbance": disturbance,
         "disturbing": [[draw.features, draw.weights] for draw in draws],
         "candidates": scores.to_dict("records"),
         "ways": ways,
         "alive": found.alive.tolist(),
         "mean_gap": found.mean_gap.tolist(),
-        "passes": len(scores) + grown.passes + len(ways),
+        "passes": len(scores) + grown.passes + c.n_features + len(ways),
     }
 
 
-def _way(chosen: FeatureSet, merits: list[float]) -> dict[str, Any]:
+def _way(chosen: FeatureSet, merits: Sequence[float]) -> dict[str, Any]:
     return {"features": chosen.features, "weights": chosen.weights, "merits": merits}
+
+
+def pushes(plan: Plan, means: Sequence[Sequence[float]]) -> list[Push]:
+    """Every intervention of a plan with every refinement: the direction as it is, and orthogonal
+    to the means of prompts that should stay as they are. Features and the difference of means are
+    given the same.
+    """
+    refined = tuple(tuple(mean) for mean in means)
+    return [
+        Push(name, against)
+        for name in plan.interventions
+        for against in ((), refined)
+        if not against or not INTERVENTIONS[name].signed
+    ]
+
+
+def best_push(
+    setting: Setting,
+    aim: Aim,
+    plan: Plan,
+    direction: Direction,
+    means: Sequence[Sequence[float]],
+    when: Condition | None,
+) -> Push:
+    """The push of most merit along a direction, at the best of its strengths."""
+    found = []
+    for push in pushes(plan, means):
+        merits = [
+            aim.merit(push.edits(setting, direction, strength, when))
+            for strength in setting.config.strengths_of(push.intervention)
+        ]
+        found.append(push._replace(merits=tuple(merits)))
+    return max(found, key=lambda push: max(push.merits))
+
+
+def means_of(setting: Setting, plan: Plan, hook_name: str) -> list[list[float]]:
+    """Mean activations at a site of the selection prompts of the last of the other kinds, or of
+    the last kind; none where nothing is projected out (`directions.usual_means`).
+    """
+    if all(INTERVENTIONS[name].signed for name in plan.interventions):
+        return []
+    kind = compared_with(setting)
+    origin = setting.suite[setting.variant][hook_name].origin
+    prompts = setting.prompts["selection"][kind]
+    return usual_means(setting.lm, {hook_name: origin.filter}, prompts, setting.thinking)[hook_name]
+
+
+def compared_with(setting: Setting) -> str:
+    """The kind of prompts that the first kind is compared with."""
+    kinds, c = setting.behaviour.kinds, setting.config
+    return c.against or ([k for k in kinds[1:] if k != c.target] or list(kinds[1:]))[-1]
 
 
 def sets_tried(config: StudyConfig) -> int:
     """Sets that a search at one site tries, at most."""
     rounds = ROUNDS_A_FEATURE * config.n_features
-    return config.n_candidates + rounds * (config.n_candidates // 2) + len(WAYS)
+    pruning = config.n_features * (config.n_features + 1) // 2
+    grown = rounds * (config.n_candidates // 2)
+    return config.n_candidates + grown + config.n_features + pruning + len(WAYS)
 
 
 def passes_of_search(config: StudyConfig) -> int:
     """Short passes of a search at one site, about."""
-    curves = (len(WAYS) + N_DISTURBING) * len(config.strengths)
+    curves = (2 * len(WAYS) + N_DISTURBING) * len(config.strengths)
     return sets_tried(config) + (PASSES_A_CANDIDATE - 1) * config.n_candidates + curves
 
 
@@ -219,10 +338,10 @@ def compared_groups(
     lm, selection, thinking = setting.lm, setting.prompts["selection"], setting.thinking
     kinds = setting.behaviour.kinds
     if plan.contrast == "prompts":
-        away = [kind for kind in kinds[1:] if kind != setting.config.target] or kinds[1:]
+        away = selection[compared_with(setting)]
         return (
             decision_activations(lm, names, selection[kinds[0]], thinking),
-            decision_activations(lm, names, selection[away[-1]], thinking),
+            decision_activations(lm, names, away, thinking),
         )
     prompts = [p for kind in kinds[:2] for p in selection[kind]]
     own = journal.get(
@@ -287,30 +406,8 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
         lab.config.sign,
         wanted or None,
         price=1.0 if plan.selective else 0.0,
+        own_price=0.0 if plan.selective or plan.contrast == "answers" else OWN_PRICE,
     )
-
-
-def pushed(
-    setting: Setting,
-    plan: Plan,
-    variant: str,
-    hook_name: str,
-    chosen: FeatureSet,
-    strength: float,
-    when: Condition | None,
-) -> list[Edit]:
-    """The edits that add a set at a strength without the goal's sign, which is put on here."""
-    change = Change(
-        "add",
-        hook_name,
-        variant,
-        chosen.features,
-        chosen.weights,
-        strength=setting.config.sign * strength,
-        positions=plan.positions,
-        when=when,
-    )
-    return Steering((change,)).edits(setting.suite)
 
 
 def searched_at_random(
@@ -327,24 +424,22 @@ def searched_at_random(
     change: the frozen one, with the goal's sign. drawn_from: of the site.
     """
     like = FeatureSet(change.features, change.weights)
-    strength = lab.config.sign * change.strength
-    return random_search(
-        aim_of(lab, plan),
-        drawn_from,
-        like,
-        lambda s: pushed(
-            lab.setting, plan, change.variant, change.hook_name, s, strength, change.when
-        ),
-        passes,
-        generator,
-    )
+
+    def make(drawn: FeatureSet) -> list[Edit]:
+        other = replace(change, features=drawn.features, weights=drawn.weights)
+        return Steering((other,)).edits(lab.setting.suite)
+
+    return random_search(aim_of(lab, plan), drawn_from, like, make, passes, generator)
 
 
 def searched_alike(lab: Lab, plan: Plan, change: Change) -> FeatureSet:
     """The set that the same selection takes from another SAE (`change.variant`) at the frozen site
     and strength.
     """
-    ways = search_site(lab, plan, change.variant, change.hook_name, change.when)["ways"]
-    at = lab.config.strengths.index(abs(change.strength))
+    intervention = intervention_of(change)
+    push = Push(intervention, change.orthogonal_to)
+    found = search_site(lab, plan, change.variant, change.hook_name, change.when, push)
+    ways = found["ways"]
+    at = lab.config.strengths_of(intervention).index(abs(change.strength))
     best = max(ways.values(), key=lambda way: way["merits"][at])
     return FeatureSet(best["features"], best["weights"])

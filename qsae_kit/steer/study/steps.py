@@ -32,7 +32,6 @@ from qsae_kit.attach import check_fit
 from qsae_kit.io.journal import Journal
 from qsae_kit.io.runs import plain
 from qsae_kit.io.writers import only_writer
-from qsae_kit.lm.edits import Policy
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae.suites import ByVariant, Suite
 from qsae_kit.sites import parse_hook_name
@@ -164,7 +163,7 @@ def steering_study(
             evaluated = Lab(setting, journal, "evaluation", plan.openings)
             rows = measure(progress, lab, evaluated, plan, chosen, listed)
             # 11
-            price = price_elsewhere(progress, setting, frozen_edit(setting, plan, chosen))
+            price = price_elsewhere(progress, setting, frozen_edit(setting, chosen))
         # 12
         candidates = candidate_table(searched, chosen)
         return told(setting, plan, chosen, rows, price, evaluated, trials, candidates)
@@ -270,11 +269,18 @@ def plan_of(lab: Lab) -> Plan:
         contrast = c.contrast
     elif behaviour.name == "refusal" and shown < HARDLY_REFUSES:
         contrast = "answers"
-    fitting: Policy = "all" if contrast == "answers" else "header"
-    positions = fitting if c.positions == "auto" else c.positions
+    fitting = ["add_all" if contrast == "answers" else "add_header"]
+    fitting += ["project_out"] if c.goal == "suppress" else []
     besides = [kind for kind in behaviour.kinds if kind != target]
     others = [kind for kind in besides if kind != first] or besides
-    return Plan(target, tuple(others), contrast, positions, openings_of(lab))
+    return Plan(
+        target,
+        tuple(others),
+        contrast,
+        c.interventions or tuple(fitting),
+        openings_of(lab),
+        c.selective and contrast == "prompts",
+    )
 
 
 def announced(lab: Lab, plan: Plan, seconds: float, show: bool) -> "tqdm[Any]":
@@ -282,7 +288,8 @@ def announced(lab: Lab, plan: Plan, seconds: float, show: bool) -> "tqdm[Any]":
     long they take; seconds: what the unsteered selection answers took.
     """
     setting, c = lab.setting, lab.config
-    listed = arms(setting, plan, likely_choice(setting))
+    likely = likely_choice(setting, plan)
+    listed = arms(setting, plan, likely)
     trials = trials_of(c, plan) * (c.n_trials + 1)
     steps = len(setting.hook_names) + trials + 1 + _steps_of(listed)
     if show:
@@ -291,10 +298,10 @@ def announced(lab: Lab, plan: Plan, seconds: float, show: bool) -> "tqdm[Any]":
         measured = sum(arm.n_answers(sizes) for arm in listed)
         answers = trials * asked + measured + 2 * c.n_facts
         searches = len(setting.hook_names) + sum(arm.sought == "alike" for arm in listed)
-        drawn = likely_choice(setting).passes * sum(arm.sought == "at random" for arm in listed)
+        drawn = likely.passes * sum(arm.sought == "at random" for arm in listed)
         passes = searches * passes_of_search(c) + drawn
         started = time.monotonic()
-        aim_of(lab, plan).others_odds()
+        aim_of(lab, plan).merit(())
         a_pass = time.monotonic() - started
         minutes = (seconds / max(1, asked) * answers + passes * a_pass) / 60
         tqdm.write(
@@ -317,9 +324,10 @@ def list_arms(progress: Progress, setting: Setting, plan: Plan, chosen: Chosen) 
     return listed
 
 
-def frozen_edit(setting: Setting, plan: Plan, chosen: Chosen) -> Steering:
+def frozen_edit(setting: Setting, chosen: Chosen) -> Steering:
     """The chosen features at the chosen strength with the goal's sign."""
-    return Steering((chosen.change(setting.config.sign * chosen.strength, plan.positions),))
+    strength = setting.config.signed(chosen.intervention, chosen.strength)
+    return Steering((chosen.change(strength),))
 
 
 def told(
@@ -341,16 +349,16 @@ def told(
     table.loc[bare, ["plain_kl", "facts_right"]] = 0.0, price.facts_before
     table.loc[frozen, ["plain_kl", "facts_right"]] = price.plain_kl, price.facts_after
     headline = choice_told(setting, plan, chosen) | measured_figures(
-        rows, table, clean, c.goal, plan.target, plan.others, c.seed
+        rows, table, clean, c.goal, plan.target, plan.others, c.seed, plan.priced[0]
     )
-    along = chosen.along_means(c.sign * chosen.means_strength, plan.positions)
+    along = chosen.best_means(c.signed(chosen.intervention, chosen.means.strength))
     prompts = {stage: dict(sets) for stage, sets in setting.prompts.items()}
     return StudyResult(
         c,
         setting.behaviour.name,
         plan.target,
         chosen,
-        frozen_edit(setting, plan, chosen),
+        frozen_edit(setting, chosen),
         Steering((along,)),
         table,
         candidates,
@@ -375,7 +383,8 @@ def choice_told(setting: Setting, plan: Plan, chosen: Chosen) -> dict[str, Any]:
         "features": list(features.features),
         "weights": list(features.weights),
         "strength": chosen.strength,
-        "positions": plan.positions,
+        "intervention": chosen.intervention,
+        "orthogonal": bool(chosen.orthogonal_to),
         "contrast": plan.contrast,
         "condition": asdict(chosen.when) if chosen.when else None,
         "detector_missed": chosen.missed,
@@ -384,5 +393,9 @@ def choice_told(setting: Setting, plan: Plan, chosen: Chosen) -> dict[str, Any]:
         "max_kl": c.max_kl,
         "max_broken": c.max_broken,
         "searched_sets": chosen.passes,
-        "difference_of_means_strength": chosen.means_strength,
+        "max_kl_first": c.max_kl_first,
+        "selective": plan.selective,
+        "difference_of_means_strength": chosen.means.strength,
+        "difference_of_means_site": chosen.means.direction.hook_name,
+        "difference_of_means_orthogonal": bool(chosen.means.direction.orthogonal_to),
     }

@@ -3,19 +3,20 @@
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias
 
 import pandas as pd
 
 from qsae_kit.lm.edits import Edit
-from qsae_kit.steer.changes import Change, FeatureSet, Steering
-from qsae_kit.steer.study.chosen import Chosen
+from qsae_kit.steer.changes import FeatureSet
+from qsae_kit.steer.directions import Direction
+from qsae_kit.steer.study.chosen import Chosen, MeansChoice
 from qsae_kit.steer.study.config import StudyConfig
 from qsae_kit.steer.study.findings import rate
 from qsae_kit.steer.study.lab import Lab, Plan, Progress
-from qsae_kit.steer.study.search import Searched, aim_of, pushed
+from qsae_kit.steer.study.search import Push, Searched, aim_of, best_push, means_of
 
 FIRST_TRIED = 3
 """Strengths of most merit that a set is tried at before it goes on from the best of them."""
@@ -34,8 +35,9 @@ class Tried:
 
     key: str
     make: AtStrength
+    strengths: Sequence[float]
     merits: Sequence[float]
-    """What the search says of every strength of the configuration."""
+    """What the search says of every strength."""
     random: Sequence[AtStrength] = ()
     """Random sets that show how much a change of the same size disturbs."""
 
@@ -43,7 +45,7 @@ class Tried:
 def trials_of(config: StudyConfig, plan: Plan) -> int:
     """Trials of one set, about."""
     n = len(config.strengths)
-    return min(FIRST_TRIED, n) if plan.selective else n.bit_length()
+    return min(FIRST_TRIED, n) if plan.contrast == "prompts" else n.bit_length()
 
 
 def try_sets(progress: Progress, lab: Lab, plan: Plan, searched: Searched) -> pd.DataFrame:
@@ -59,9 +61,10 @@ def try_sets(progress: Progress, lab: Lab, plan: Plan, searched: Searched) -> pd
     for name, way in ranked(apart, searched.sites)[: lab.config.n_trials]:
         found = searched.sites[name]
         ours = found["ways"][way]["features"], found["ways"][way]["weights"]
-        made = [_pusher(lab, plan, searched, name, *each) for each in (ours, *found["disturbing"])]
+        made = [_pusher(lab, searched, name, *each) for each in (ours, *found["disturbing"])]
         kept = [row["score"] for row in rows if row["within_limits"]]
-        tried = Tried(f"{name}/{way}", made[0], apart[name, way], made[1:])
+        strengths = lab.config.strengths_of(found["intervention"])
+        tried = Tried(f"{name}/{way}", made[0], strengths, apart[name, way], made[1:])
         labels = {"site": name, "way": way, "features": len(ours[0])}
         for row in try_strengths(progress, lab, plan, tried, max(kept, default=-math.inf)):
             rows.append(labels | row)
@@ -76,16 +79,15 @@ def _less(merits: Sequence[float], disturbance: Sequence[float]) -> list[float]:
 
 def _pusher(
     lab: Lab,
-    plan: Plan,
     searched: Searched,
     hook_name: str,
     features: Sequence[int],
     weights: Sequence[float],
 ) -> AtStrength:
     chosen, when = FeatureSet(tuple(features), tuple(weights)), searched.when(hook_name)
-    return lambda strength: pushed(
-        lab.setting, plan, lab.setting.variant, hook_name, chosen, strength, when
-    )
+    direction = Direction(hook_name, lab.setting.variant, chosen)
+    push = searched.push(hook_name)
+    return lambda strength: push.edits(lab.setting, direction, strength, when)
 
 
 def freeze(
@@ -98,41 +100,60 @@ def freeze(
     name, setting = best["site"], lab.setting
     found = searched.sites[name]
     way, detector = found["ways"][best["way"]], searched.detectors.get(name)
-    provenance = setting.suite[setting.variant][name].provenance
-    assert provenance is not None
-    chosen = Chosen(
+    push, origin = searched.push(name), setting.suite[setting.variant][name].origin
+    return Chosen(
         setting.variant,
         name,
         best["way"],
         FeatureSet(tuple(way["features"]), tuple(way["weights"])),
+        push.intervention,
+        push.orthogonal_to,
         float(best["strength"]),
         searched.when(name),
         detector and detector.missed,
         detector and detector.false_alarms,
         tuple(found["mean_gap"]),
-        provenance.filter.median,
+        origin.filter.median,
         tuple(found["alive"]),
         found["passes"],
         bool(best["within_limits"]),
-        float("nan"),
+        best_means(progress, lab, plan, searched, push.intervention),
     )
-    return chosen._replace(means_strength=_means_strength(progress, lab, plan, chosen))
 
 
-def _means_strength(progress: Progress, lab: Lab, plan: Plan, chosen: Chosen) -> float:
-    def along(strength: float) -> list[Edit]:
-        change: Change = chosen.along_means(lab.config.sign * strength, plan.positions)
-        return Steering((change,)).edits(lab.setting.suite)
+def best_means(
+    progress: Progress, lab: Lab, plan: Plan, searched: Searched, intervention: str
+) -> MeansChoice:
+    """The difference of means at its own best: every site that the features were sought at, as it
+    is and orthogonal to the usual means, under the intervention of the features; the strength by
+    the same trials.
+    """
+    setting, only = lab.setting, plan._replace(interventions=(intervention,))
 
-    def merits() -> list[float]:
-        aim = aim_of(lab, plan)
-        clean = aim.others_odds()
-        return [aim.merit(along(strength), clean) for strength in lab.config.strengths]
+    def look(name: str) -> dict[str, Any]:
+        aim, means = aim_of(lab, plan), means_of(setting, only, name)
+        push = best_push(setting, aim, only, direction(name), means, searched.when(name))
+        return {"orthogonal_to": push.orthogonal_to, "merits": push.merits}
 
-    told = progress.step(f"means/{chosen.hook_name}", merits)
-    tried = Tried(f"{chosen.hook_name}/means", along, told)
+    def direction(name: str) -> Direction:
+        origin = setting.suite[setting.variant][name].origin
+        vector = tuple(searched.sites[name]["mean_gap"])
+        return Direction(name, vector=vector, median_norm=origin.filter.median)
+
+    found = {name: progress.step(f"means/{name}", partial(look, name)) for name in searched.sites}
+    name = max(found, key=lambda each: max(found[each]["merits"]))
+    against = tuple(tuple(mean) for mean in found[name]["orthogonal_to"])
+    push, when = Push(intervention, against), searched.when(name)
+    tried = Tried(
+        f"{name}/means",
+        lambda strength: push.edits(setting, direction(name), strength, when),
+        lab.config.strengths_of(intervention),
+        found[name]["merits"],
+    )
     rows = pd.DataFrame(try_strengths(progress, lab, plan, tried))
-    return float(rows.loc[best_trial(rows), "strength"])
+    best = rows.loc[best_trial(rows)]
+    refined = replace(direction(name), orthogonal_to=against)
+    return MeansChoice(refined, float(best["strength"]), bool(best["within_limits"]))
 
 
 def try_strengths(
@@ -143,7 +164,7 @@ def try_strengths(
     contrast is of answers, and first tokens say little of how an answer goes on, those of a search
     for the largest strength within the limits.
     """
-    strengths = lab.config.strengths
+    strengths = tried.strengths
     order = sorted(range(len(strengths)), key=lambda i: strengths[i])
 
     def at(place: int) -> dict[str, Any]:
@@ -159,7 +180,7 @@ def try_strengths(
         told = progress.step(f"trial/{tried.key}/{strengths[i]:g}", compute)
         return {"strength": strengths[i], "merit": tried.merits[i], **told}
 
-    if plan.selective:
+    if plan.contrast == "prompts":
         return _from_most_merit(at, [tried.merits[i] for i in order], lead)
     return _largest_within(at, len(order))
 
@@ -223,16 +244,19 @@ def trial(
         for kind, after in zip(plan.others, elsewhere, strict=True)
     ]
     price = max(lab.cost(kind, edits).kl_answer for kind in plan.others)
+    first = max(lab.first_kl(kind, edits, c.dose_prompts) for kind in plan.priced)
     away = sum(changed) / len(changed)
     wanted, broken = _share_wanted(on_target, c), rate(on_target["outcomes"], "B")
     disturbance = _disturbance(draws, lab.clean[plan.target]["outcomes"])
     cheap = not plan.selective or price <= c.max_kl
+    cheap = cheap and (c.max_kl_first is None or first <= c.max_kl_first)
     return {
         "wanted": wanted,
         "broken": broken,
         "changed_elsewhere": away,
         "disturbance": disturbance,
         "kl_answer": price,
+        "kl_first": first,
         "score": wanted - disturbance - (away if plan.selective else 0.0),
         "within_limits": broken <= c.max_broken and cheap,
     }
