@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct, a real model of another family than Qwen3's, through the same wrapper."""
+"""Real models through the same wrapper: SmolLM2-135M-Instruct and Qwen2.5-Coder-0.5B-Instruct."""
 
 import pytest
 import torch
 
 import qsae_kit
-from qsae_kit.data.companions import SLOW_AND_SMALL, companion_of
+from qsae_kit.data.companions import QWEN_CODER, SLOW_AND_SMALL, companion_of
 from qsae_kit.lm.chat import Phase
 from qsae_kit.lm.edits import applied
 from qsae_kit.steer.changes import add_direction
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.real_model
 @pytest.fixture(scope="module")
 def smollm2():
     try:
-        return qsae_kit.load_model("smollm2")
+        return qsae_kit.load_model("smollm2", dtype="float32")
     except ValueError as error:
         pytest.skip(f"SmolLM2 cannot be had here: {error}")
 
@@ -69,3 +69,17 @@ def test_an_edit_reaches_the_policys_positions_only(smollm2):
     phase = qsae_kit.lm.chat.phases(ids, mask, smollm2.markers)[0]
     assert moved[-1]
     assert not moved[phase == Phase.USER].any()
+
+
+def test_qwen2_5_coder_answers_and_is_known_by_its_weights():
+    try:
+        lm = qsae_kit.load_model("qwen2.5-coder-0.5b", dtype="float32")
+    except ValueError as error:
+        pytest.skip(f"Qwen2.5-Coder-0.5B cannot be had here: {error}")
+    assert (lm.model_name, lm.n_layers, lm.d_model) == ("qwen2.5-coder-0.5b", 24, 896)
+    assert sum(parameter.numel() for parameter in lm.hf.parameters()) == 494_032_768
+    assert companion_of(lm) is QWEN_CODER
+    assert not lm.has_thinking
+    told = lm.generate("What is the capital of France?", 12)
+    assert "Paris" in told.text[0]
+    assert told.finished == [True]

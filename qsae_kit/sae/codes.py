@@ -29,21 +29,6 @@ DENSE_SHARE = 0.08
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 
-def fastest_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 where the processor multiplies it in hardware (CUDA from compute capability 8, CPUs
-    with AMX or AVX512-BF16), else float32.
-    """
-    if device.type == "cuda":
-        return (
-            torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float32
-        )
-    has = (
-        getattr(torch.cpu, f"_is_{name}_supported", lambda: False)
-        for name in ("amx_tile", "avx512_bf16")
-    )
-    return torch.bfloat16 if device.type == "cpu" and any(test() for test in has) else torch.float32
-
-
 def with_kernels(device: torch.device) -> bool:
     """Whether Triton kernels take part on a device."""
     return device.type == "cuda" and HAS_TRITON

@@ -9,8 +9,8 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 import torch
 
+from qsae_kit.io.processor import fastest_dtype
 from qsae_kit.sae import ARCHITECTURES, SAE
-from qsae_kit.sae.codes import fastest_dtype
 from qsae_kit.train.optim import MOMENT_BYTES, Moments
 
 Precision: TypeAlias = Literal["auto", "float32", "bfloat16"]
@@ -56,7 +56,8 @@ class TrainConfig:
     moments: Moments = "float32"
     """Format of Adam's moments; the parameters stay float32."""
     precision: Precision = "auto"
-    """Of the encoder's product, which selects; auto: bfloat16 where that is made in hardware."""
+    """Of the encoder's product, which selects; auto: bfloat16 where the processor is faster
+    in it (`io.processor`)."""
     frozen: Frozen = ""
     """For baselines (arXiv 2602.14111): what stays at random values, drawn without a look at the
     data. The decoder; the decoder up to a cosine of 0.8 with where it began; or the encoder's
