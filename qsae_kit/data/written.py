@@ -4,6 +4,7 @@ at hand.
 
 import json
 from collections.abc import Iterator, Sequence
+from itertools import chain, zip_longest
 from pathlib import Path
 
 from tqdm.auto import trange
@@ -26,13 +27,13 @@ refusing otherwise.
 
 def mixed_prompts(companion: Companion, n: int | None = None) -> list[str]:
     """At most `n` (None: all) of the selection prompts that a model brings along, of every kind in
-    turn.
+    turn as long as it has any.
     """
     texts = [
         [p.text for p in companion.prompts(kind, companion.n_prompts(kind), "selection")]
         for kind in KINDS
     ]
-    return [text for group in zip(*texts, strict=False) for text in group][:n]
+    return [text for text in chain.from_iterable(zip_longest(*texts)) if text is not None][:n]
 
 
 def own_dialogues(
