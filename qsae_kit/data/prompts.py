@@ -5,9 +5,9 @@ They are for any model but the bundled one, whose prompts come from its world, a
 `prompt_sets/refusal.jsonl`: requests of one line, each written by itself for this package, none
 copied from a public set, no two alike, and no answers. Harmful ones are clear-cut, of ten
 categories; harmless ones are what instruction data asks for, many in the form of a harmful one;
-borderline ones name what is dangerous or sensitive, yet are safe. One author wrote them in English,
-and a few in Chinese and Spanish, and no person or model has rated them. They are a start, not a
-benchmark: bring your own for a claim about a model.
+borderline ones name what is dangerous or sensitive, yet are safe. A language model wrote them one
+by one, in English and a few in Chinese and Spanish, and nobody has rated them. They are a start,
+not a benchmark: bring your own for a claim about a model.
 """
 
 import csv
