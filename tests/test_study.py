@@ -67,32 +67,15 @@ def sae(lm):
     return sae.requires_grad_(False), acts
 
 
-@pytest.mark.parametrize("companion", [WORLD, GENERAL])
-def test_selection_and_evaluation_share_no_template_and_no_prompt(companion):
+def test_the_worlds_selection_and_evaluation_share_no_template_and_no_prompt():
     sets = {
-        split: [p for kind in prompt_sets.KINDS for p in companion.prompts(kind, 60, split)]
+        split: [p for kind in prompt_sets.KINDS for p in WORLD.prompts(kind, 60, split)]
         for split in prompt_sets.SPLITS
     }
     templates = {split: {p.template for p in found} for split, found in sets.items()}
     assert not templates["selection"] & templates["evaluation"]
     assert not {p.text for p in sets["selection"]} & {p.text for p in sets["evaluation"]}
     assert all(len({p.text for p in found}) == 180 for found in sets.values())
-
-
-def test_general_tasks_are_apart_too():
-    tasks = {
-        split: {
-            w.text.replace(w.template.split("{a}")[0], "").strip("?. ")
-            for w in prompt_sets._pairs("harmful", split)
-        }
-        for split in prompt_sets.SPLITS
-    }
-    assert all(
-        prompt_sets.count(kind, split) >= 100
-        for kind in prompt_sets.KINDS
-        for split in prompt_sets.SPLITS
-    )
-    assert not tasks["selection"] & tasks["evaluation"]
 
 
 def test_more_prompts_than_there_are_is_said():

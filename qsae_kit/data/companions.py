@@ -13,11 +13,11 @@ from typing import Literal, TypeAlias, get_args
 from qsae_kit.data.documents import Document
 from qsae_kit.data.facts import PASSAGES, Fact, general_facts, world_facts, world_passages
 from qsae_kit.data.prompts import (
-    KINDS,
     PromptText,
     check_asked,
     count,
     general_prompts,
+    stored_prompts,
 )
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.world import requests, world
@@ -69,8 +69,8 @@ class Companion(ABC):
 
     @abstractmethod
     def prompts(self, kind: str, n: int, split: str, seed: int = 0) -> list[PromptText]:
-        """`n` distinct prompts of one of `KINDS`. ValueError for more than there are, and for
-        another kind or split.
+        """`n` distinct prompts of one of `data.prompts.KINDS`. ValueError for more than there are,
+        and for another kind or split.
         """
 
     @abstractmethod
@@ -106,11 +106,7 @@ class GeneralCompanion(Companion):
         return PASSAGES
 
     def measured_on(self) -> list[str]:
-        return [
-            prompt.text
-            for kind in KINDS
-            for prompt in self.prompts(kind, count(kind, "evaluation"), "evaluation")
-        ]
+        return [prompt.text for prompt in stored_prompts() if prompt.split == "evaluation"]
 
 
 @dataclass(frozen=True)
