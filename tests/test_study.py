@@ -201,6 +201,7 @@ def test_impossible_studies(unchecked, field):
 
 SMALL = StudyConfig(
     strengths=(0.3, 0.8, 1.5),
+    interventions=("add_header",),
     n_candidates=4,
     n_trials=1,
     n_random=2,
@@ -293,7 +294,9 @@ def test_what_a_study_holds(run):
     assert arms == whole | {"wrong_sign": 1, "random": 1, "random_single": 1, "noise": 1}
     doses = table[table["refusal_rate"].isna()]
     assert sorted(set(doses["strength"])) == [-1.5, -0.8, -0.3, 0.3, 0.8, 1.5]
-    assert len(doses) == 2 * 6 * 3
+    assert len(doses) == 3 * 6 * 3  # the features, the difference of means here and at its best
+    assert (doses["kl_first_low"] <= doses["kl_first"]).all()
+    assert (doses["kl_first"] >= 0).all()
     assert (doses["log_odds_low"] <= doses["log_odds"]).all()
     assert (doses["log_odds"] <= doses["log_odds_high"]).all()
     assert (doses["log_odds_low"] < doses["log_odds_high"]).any()
@@ -446,10 +449,37 @@ def test_the_list_of_arms_is_what_runs(lm, run):
     n_answers = {arm.name: arm.n_answers({k: 10 for k in made.evaluation}) for arm in listed}
     assert n_answers["random"] == 10
     assert n_answers["system_prompt"] == 30
-    likely = arms(setting, plan, likely_choice(setting))
+    likely = arms(setting, plan, likely_choice(setting, plan))
     assert abs(len(likely) - len(listed)) <= 2  # the frozen strength may be the largest
     with announced(lab, plan, 0.0, False) as bar:
         assert bar.total == 2 + 3 * 2 + 1 + sum(len(arm.keys) for arm in likely) + 2
+
+
+def test_what_is_projected_out_of_everything(lm, run):
+    """The same study by the field's intervention: shares for strengths, every refinement for
+    features and difference of means alike, and a frozen edit that is one saved value.
+    """
+    suite, made, _, _ = run
+    config = replace(
+        SMALL, interventions=("project_out",), shares=(0.5, 1.0), n_random=1, max_new_tokens=12
+    )
+    study = steering_study(
+        lm, suite, made.selection, made.evaluation, made.behaviour, config, bar=False
+    )
+    (change,) = study.steering.changes
+    assert (change.action, change.positions, change.everywhere) == ("project_out", "every", True)
+    assert change.strength in (0.5, 1.0)
+    assert read_steering(study.steering.to_json(suite), suite) == study.steering
+    table = study.table
+    doses = table[table["refusal_rate"].isna()]
+    assert sorted(set(doses["strength"])) == [0.5, 1.0]
+    means = study.means.changes[0]
+    assert (means.action, means.everywhere) == ("project_out", True)
+    if change.orthogonal_to:
+        (edit,) = study.steering.edits(suite)
+        moved = edit.delta(torch.randn(1, 3, lm.d_model))
+        along = moved @ torch.tensor(change.orthogonal_to).T
+        assert along.abs().max() < 1e-3 * moved.norm()
 
 
 def test_a_suite_that_tells_nothing_apart(lm):
@@ -499,9 +529,34 @@ def headline(**changes):
         "apart_from_random": [0.8, 0.7, 0.9],
         "within_limits": True,
         "max_broken": 0.1,
-        "max_kl": 0.1,
+        "selective": True,
     }
     return h | changes
+
+
+def with_means(rate, ours, theirs):
+    """A headline in which the difference of means leaves a rate of refusals, and two prices."""
+    arm = {"refusal_rate": rate, "broken_rate": 0.0, "kl_answer": 0.1}
+    return headline(
+        selectivity=dict.fromkeys(
+            ("features", "difference_of_means", "difference_of_means_best"), [0.85, 0.8, 0.9]
+        ),
+        difference_of_means=arm,
+        difference_of_means_best=arm,
+        difference_of_means_site="blocks.1.hook_resid_post",
+        difference_of_means_orthogonal=True,
+        difference_of_means_strength=0.8,
+        priced_on="harmless",
+        kl_first_priced={"features": ours, "difference_of_means_best": theirs},
+    )
+
+
+def test_the_verdict_says_who_is_ahead_in_the_unit_of_the_field():
+    told = verdict(with_means(0.2, 0.03, 0.1))
+    assert "the features cost 0.030 nats, that direction 0.100: the features do as much" in told
+    assert "difference of means does as much or more" in verdict(with_means(0.05, 0.2, 0.1))
+    assert "one does more and the other costs less" in verdict(with_means(0.05, 0.03, 0.1))
+    assert "Nothing was asked of other prompts" in verdict(headline(selective=False))
 
 
 def test_the_verdict_says_what_weakens_it():

@@ -15,6 +15,7 @@ DASHES = ("solid", "dot", "dash", "dashdot")
 # Drawn in this order; the wider one first, so that lines that coincide are both seen.
 ARM_STYLE = {
     "difference_of_means": ("#E69F00", "difference of means", "square", 4),
+    "difference_of_means_best": ("#009E73", "difference of means, its own best", "diamond", 3),
     "features": ("#0072B2", "SAE features", "circle", 2),
 }
 
@@ -149,7 +150,7 @@ ARM_NAMES = {
     "none": "unsteered",
     "features": "SAE features",
     "difference_of_means": "difference of means",
-    "difference_of_means_best": "difference of means, own strength",
+    "difference_of_means_best": "difference of means, its own best",
     "wrong_sign": "features, wrong sign",
     "random": "random features, searched",
     "random_single": "random features",
@@ -203,7 +204,7 @@ def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Fi
             annotation_text="frozen",
         )
     figure.add_hline(y=0, line={"color": "#bbbbbb", "width": 1})
-    figure.update_xaxes(title="strength (median norms, towards the behaviour)")
+    figure.update_xaxes(title="strength (median norms towards the behaviour, or share taken away)")
     figure.update_yaxes(title="log-odds of its first tokens (nats)")
     n = int(rows["n"].max()) if len(rows) else 0
     style(
@@ -214,6 +215,91 @@ def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Fi
     )
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure
+
+
+def price_figure(
+    table: pd.DataFrame, target: str, priced: str, model_name: str = ""
+) -> go.Figure:
+    """The rate of the behaviour on the target's prompts against the first-token KL on the priced
+    ones, the field's unit: features, difference of means and random controls under the same
+    intervention.
+
+    table: `StudyResult.table`. Bars: 95 % intervals. The frozen points are drawn large.
+    """
+    keys = ["intervention", "strength"]
+    dosed = table[table["refusal_rate"].isna() & (table["prompt_kind"] == priced)]
+    costs = dosed.set_index(keys)[["kl_first", "kl_first_low", "kl_first_high"]]
+    answered = table[table["refusal_rate"].notna() & (table["prompt_kind"] == target)]
+    figure = go.Figure()
+    clean = answered[answered["intervention"] == "none"]
+    for arm, (color, label, symbol, width) in ARM_STYLE.items():
+        own = answered[answered["intervention"] == arm].drop(columns=list(costs.columns))
+        own = own.join(costs, on=keys, how="inner").sort_values("kl_first")
+        figure.add_trace(
+            go.Scatter(
+                x=own["kl_first"].tolist(),
+                y=own["refusal_rate"].tolist(),
+                mode="lines+markers",
+                name=label,
+                line={"color": color, "width": width, "dash": "solid"},
+                marker={
+                    "symbol": symbol,
+                    "size": [FROZEN_SIZE if frozen else PLAIN_SIZE for frozen in own["chosen"]],
+                },
+                error_y=_bars(own, "refusal_rate", "ci_low", "ci_high"),
+                error_x=_bars(own, "kl_first", "kl_first_low", "kl_first_high"),
+                customdata=own["strength"].tolist(),
+                hovertemplate="%{y:.3f} at %{x:.3f} nats, strength %{customdata:.3g}<extra></extra>",
+            )
+        )
+    for arm, color in (("random", "#777777"), ("noise", "#CC79A7")):
+        drawn = answered[(answered["intervention"] == arm) & answered["chosen"]]
+        if not drawn.empty:
+            figure.add_trace(
+                go.Box(
+                    y=drawn["refusal_rate"].tolist(),
+                    name=ARM_NAMES[arm],
+                    marker={"color": color},
+                    boxpoints="all",
+                    xaxis="x2",
+                )
+            )
+    if not clean.empty:
+        figure.add_hline(
+            y=float(clean["refusal_rate"].iloc[0]),
+            line={"dash": "dash", "color": "#777777", "width": 1},
+            annotation_text="unsteered",
+        )
+    figure.update_layout(
+        xaxis={"title": f"KL at the first answer token of {plot_text(priced)} prompts (nats)"},
+        xaxis2={"domain": [0.8, 1.0], "anchor": "y"},
+    )
+    figure.layout.xaxis.domain = [0.0, 0.76]
+    figure.update_xaxes(rangemode="tozero", selector={"anchor": "y"})
+    figure.update_yaxes(title=f"share of {plot_text(target)} prompts", range=[-0.03, 1.03])
+    style(
+        figure,
+        f"Rate and price{_of(model_name)} (large: frozen; bars: 95 % intervals; right: controls at"
+        " the frozen strength)",
+        height=460,
+    )
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
+    return figure
+
+
+FROZEN_SIZE, PLAIN_SIZE = 14, 7
+"""Of marks, in pixels."""
+
+
+def _bars(rows: pd.DataFrame, value: str, low: str, high: str) -> dict[str, object]:
+    """Plotly's error bars from the ends of intervals."""
+    return {
+        "type": "data",
+        "array": (rows[high] - rows[value]).tolist(),
+        "arrayminus": (rows[value] - rows[low]).tolist(),
+        "thickness": 1,
+        "width": 3,
+    }
 
 
 def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Figure:

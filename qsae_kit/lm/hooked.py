@@ -9,6 +9,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import ref
 
@@ -66,6 +67,8 @@ BLOCK_HOOKS = (
 """The hook points of a layer, in the order in which a forward pass reaches them."""
 
 
+OLD_CACHE = "past_key_values"
+"""What transformers called the argument before 5.24."""
 WRITES = "writes"
 """In place of a hook point: all that is written to the residual stream (`HookedLM.writes`)."""
 
@@ -444,21 +447,22 @@ class HookedLM(HookedRootModule):
         position_ids = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         with self._connected():
             cache = DynamicCache(config=self.config)
+            # transformers names it "cache" from 5.24 on
+            named = "cache" if "cache" in signature(self.hf.forward).parameters else OLD_CACHE
+            kept: dict[str, Any] = {named: cache, "use_cache": True}
             self.hf(
                 input_ids=before,
                 attention_mask=torch.ones_like(before),
-                past_key_values=cache,
-                use_cache=True,
                 logits_to_keep=1,
+                **kept,
             )
             cache.batch_repeat_interleave(len(ids))
             return self.hf(
                 input_ids=ids,
                 attention_mask=whole,
                 position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
                 logits_to_keep=logits_to_keep,
+                **kept,
             ).logits
 
     def _left_out(self, n: int, residual: Tensor | None, ids: Tensor) -> tuple[int, Tensor | None]:
@@ -683,8 +687,7 @@ class HookedLM(HookedRootModule):
         the new chunk begins.
         """
         ids, mask = kwargs["input_ids"], kwargs.get("attention_mask")
-        # transformers names it "cache" from 5.24 on
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = kwargs.get("cache", kwargs.get(OLD_CACHE))
         start = cache.get_seq_length() if cache is not None else 0
         if start:
             assert self.now is not None

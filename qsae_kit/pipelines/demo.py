@@ -2,10 +2,10 @@
 in one go.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 
@@ -45,6 +45,8 @@ class DemoConfig:
     study: StudyConfig
     """Its goal is set to each of `goals` in turn."""
     goals: tuple[Goal, ...] = GOALS
+    differently: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Goal -> fields of its study that differ from `study`."""
     sites: str = "resid,mlp,attn"
     layers: str = "all"
     n_selection: int = 24
@@ -241,7 +243,7 @@ def _run_demo(
             given.selection,
             fewer,
             given.behaviour,
-            replace(config.study, goal=goal),
+            replace(config.study, goal=goal, **config.differently.get(goal, {})),
             folder=out / goal,
             bar=bar,
         )

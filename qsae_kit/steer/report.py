@@ -9,10 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 from jinja2 import Environment, StrictUndefined
 
 from qsae_kit.data.companions import companion_of
-from qsae_kit.figures.basic import controls_figure, dose_figure, reconstruction_figure
+from qsae_kit.figures.basic import (
+    controls_figure,
+    dose_figure,
+    price_figure,
+    reconstruction_figure,
+)
 from qsae_kit.figures.tables import headline
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.journal import Journal
@@ -94,6 +100,9 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
                 full_html=False, include_plotlyjs=first, div_id=f"dose-{study.config.goal}"
             )
         ),
+        "price": price_figure(
+            study.table, study.target, h["priced_on"], model_name
+        ).to_html(full_html=False, include_plotlyjs=False, div_id=f"price-{study.config.goal}"),
         "controls": (
             controls_figure(study.table, study.target, model_name).to_html(
                 full_html=False, include_plotlyjs=False, div_id=f"controls-{study.config.goal}"
@@ -115,10 +124,25 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
     }
 
 
+def _price(study: StudyResult, lm: HookedLM) -> go.Figure:
+    return price_figure(study.table, study.target, study.headline["priced_on"], lm.model_name)
+
+
+def _page(name: str, figures: Sequence[go.Figure]) -> str:
+    """A page of its own with figures one below the other; needs no network."""
+    parts = [
+        figure.to_html(full_html=False, include_plotlyjs=i == 0, div_id=f"{name}-{i}")
+        for i, figure in enumerate(figures)
+    ]
+    head = '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
+    return f"{head}<title>{name}</title></head><body>{''.join(parts)}</body></html>\n"
+
+
 def write_study(study: StudyResult, suite: Suite, lm: HookedLM, out: Path) -> None:
     """Writes study.csv (its columns are `steer.study.findings.COLUMNS`), study.json (headline,
-    verdict, configuration), steering.json (the frozen edit, for `load_steering`), candidates.csv,
-    selection.csv, examples.csv, prompts.json, two figures and report.html.
+    verdict, configuration), steering.json (the frozen edit, for `load_steering`), means.json (the difference of means at
+    its own best), candidates.csv, selection.csv, examples.csv, prompts.json, two pages of figures
+    and report.html.
 
     Raises ValueError for a folder that holds another study, or files with these names that are of
     none.
@@ -139,11 +163,11 @@ def write_study(study: StudyResult, suite: Suite, lm: HookedLM, out: Path) -> No
         }
         write_text(out / "study.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
         study.steering.save(out / "steering.json", suite)
-        for name, figure in (("dose", dose_figure), ("controls", controls_figure)):
-            write_text(
-                out / f"{name}.html",
-                figure(study.table, study.target, lm.model_name).to_html(
-                    include_plotlyjs=True, div_id=name
-                ),
-            )
+        study.means.save(out / "means.json", suite)
+        figures = {
+            "dose": [dose_figure(study.table, study.target, lm.model_name), _price(study, lm)],
+            "controls": [controls_figure(study.table, study.target, lm.model_name)],
+        }
+        for name, drawn in figures.items():
+            write_text(out / f"{name}.html", _page(name, drawn))
         write_text(out / "report.html", render_report(lm, None, [study]))

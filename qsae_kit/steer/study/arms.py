@@ -83,10 +83,10 @@ def arms(setting: Setting, plan: Plan, chosen: Chosen) -> list[Arm]:
     best = chosen.best_means(c.signed(chosen.intervention, chosen.means.strength))
     listed = [Arm("none", kinds)]
     listed += _doses_and_strengths(setting, plan, chosen, "features", ours)
-    listed += _doses_and_strengths(setting, plan, chosen, "difference_of_means", means)
+    listed += _doses(setting, plan, chosen, "difference_of_means", means)
+    listed.append(Arm("difference_of_means", kinds, means, frozen=True))
     same = "difference_of_means" if best == means else ""
-    listed.append(Arm("difference_of_means_best", kinds, best, frozen=True, measured_as=same))
-    listed += _doses(setting, plan, chosen, "difference_of_means_best", best, same)
+    listed += _doses_and_strengths(setting, plan, chosen, "difference_of_means_best", best, same)
     opposite = replace(ours, strength=-ours.strength)
     listed.append(Arm("wrong_sign", (plan.target,), opposite, frozen=True))
     few = Arm("", (plan.target,), ours, c.control_prompts, frozen=True)
@@ -127,12 +127,13 @@ def _doses(
 
 
 def _doses_and_strengths(
-    setting: Setting, plan: Plan, chosen: Chosen, name: str, change: Change
+    setting: Setting, plan: Plan, chosen: Chosen, name: str, change: Change, same: str = ""
 ) -> list[Arm]:
-    """An arm's dose-response, and its answers at three strengths."""
-    c, listed = setting.config, _doses(setting, plan, chosen, name, change)
-    for strength in answered_strengths(c.strengths_of(chosen.intervention), chosen.strength):
-        frozen = strength == chosen.strength
+    """An arm's dose-response, and its answers at three strengths, the change's own among them."""
+    c, listed = setting.config, _doses(setting, plan, chosen, name, change, same)
+    strengths = c.strengths_of(chosen.intervention)
+    for strength in answered_strengths(strengths, abs(change.strength)):
+        frozen = strength == abs(change.strength)
         listed.append(
             Arm(
                 name,
@@ -140,6 +141,7 @@ def _doses_and_strengths(
                 replace(change, strength=c.signed(chosen.intervention, strength)),
                 None if frozen else c.control_prompts,
                 frozen=frozen,
+                measured_as=same if frozen else "",
             )
         )
     return listed

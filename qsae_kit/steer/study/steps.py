@@ -59,7 +59,7 @@ JOURNAL = "journal.jsonl"
 STUDY_FILES = tuple(
     (
         "study.csv candidates.csv selection.csv examples.csv prompts.json study.json steering.json "
-        "dose.html controls.html report.html"
+        "means.json dose.html controls.html report.html"
     ).split()
 )
 """What `steer.report.write_study` writes."""
