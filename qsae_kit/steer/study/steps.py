@@ -13,7 +13,8 @@ others with controls. One study has one goal.
  9. List the arms: what is measured, in order, with controls; random features get a search of the
     same length.
 10. Measure every arm on the evaluation prompts.
-11. Price the frozen edit on plain text and on questions of fact.
+11. Price the frozen edit on plain text and on questions of fact, and put its condition, where it
+    has one, to the evaluation prompts.
 12. Tell what was found: table, headline, verdict.
 """
 
@@ -49,19 +50,22 @@ from qsae_kit.steer.study.findings import (
     verdict,
 )
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
-from qsae_kit.steer.study.measure import N_PRICED, Price, measure, price_elsewhere
+from qsae_kit.steer.study.measure import N_PRICED, Price, detection, measure, price_elsewhere
 from qsae_kit.steer.study.search import aim_of, openings_of, passes_of_search, search_sites
 from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_sets
 
-FORMAT = 4
+FORMAT = 5
 """Of the journal: a study that another version began is refused."""
 JOURNAL = "journal.jsonl"
 """The record of a study in its folder, with every step."""
-STUDY_FILES = tuple(
-    (
+DETECTOR_FILES = ("detector.csv", "detector.html")
+"""What only a study with a condition has."""
+STUDY_FILES = (
+    *(
         "study.csv candidates.csv selection.csv examples.csv prompts.json study.json steering.json "
         "dose.html controls.html report.html"
-    ).split()
+    ).split(),
+    *DETECTOR_FILES,
 )
 """What `steer.report.write_study` writes."""
 LAST_SHARE = 0.8
@@ -95,6 +99,10 @@ class StudyResult(NamedTuple):
     """Every trial by generated answers, on selection prompts."""
     examples: pd.DataFrame
     """Some answers with and without the edit: prompt_kind, prompt, base, steered."""
+    detector: pd.DataFrame | None
+    """detector.csv: the condition on the evaluation prompts (`metrics.detection.detector_curve`);
+    None without one.
+    """
     headline: dict[str, Any]
     verdict: str
     prompts: dict[str, dict[str, list[str]]]
@@ -165,9 +173,10 @@ def steering_study(
             rows = measure(progress, lab, evaluated, plan, chosen, listed)
             # 11
             price = price_elsewhere(progress, setting, frozen_edit(setting, plan, chosen))
+            curve = detection(progress, setting, plan, chosen)
         # 12
         candidates = candidate_table(searched, chosen)
-        return told(setting, plan, chosen, rows, price, evaluated, trials, candidates)
+        return told(setting, plan, chosen, rows, price, evaluated, trials, candidates, curve)
 
 
 def checked_setting(
@@ -331,8 +340,11 @@ def told(
     lab: Lab,
     trials: pd.DataFrame,
     candidates: pd.DataFrame,
+    curve: pd.DataFrame | None,
 ) -> StudyResult:
-    """Measured rows as table, headline and verdict. lab: of the evaluation prompts."""
+    """Measured rows as table, headline and verdict. lab: of the evaluation prompts. curve: of the
+    condition.
+    """
     c = setting.config
     clean = {kind: said["outcomes"] for kind, said in lab.clean.items()}
     table = study_table(rows, clean, c.seed)
@@ -343,6 +355,8 @@ def told(
     headline = choice_told(setting, plan, chosen) | measured_figures(
         rows, table, clean, c.goal, plan.target, plan.others, c.seed
     )
+    if curve is not None:
+        headline |= detector_told(curve)
     along = chosen.along_means(c.sign * chosen.means_strength, plan.positions)
     prompts = {stage: dict(sets) for stage, sets in setting.prompts.items()}
     return StudyResult(
@@ -356,6 +370,7 @@ def told(
         candidates,
         trials,
         example_answers(rows, prompts["evaluation"]),
+        curve,
         headline,
         verdict(headline),
         prompts,
@@ -385,4 +400,14 @@ def choice_told(setting: Setting, plan: Plan, chosen: Chosen) -> dict[str, Any]:
         "max_broken": c.max_broken,
         "searched_sets": chosen.passes,
         "difference_of_means_strength": chosen.means_strength,
+    }
+
+
+def detector_told(curve: pd.DataFrame) -> dict[str, float]:
+    """What the headline says of the condition on the evaluation prompts."""
+    at = curve[curve["chosen"]].iloc[0]
+    return {
+        "detector_auc": float(at["auc"]),
+        "detector_true_rate": float(at["true_rate"]),
+        "detector_false_rate": float(at["false_rate"]),
     }
