@@ -15,6 +15,7 @@ from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.suites import Place, Suite
 from qsae_kit.steer.changes import Condition, FeatureSet
 from qsae_kit.steer.choose.detector import (
+    FoundDetector,
     Read,
     best_cut,
     choose_detector,
@@ -22,7 +23,9 @@ from qsae_kit.steer.choose.detector import (
     find_detector,
     highest,
     read_prompts,
+    simplest,
     sparse_sets,
+    variance,
 )
 from qsae_kit.steer.choose.logistic import Groups, l1_logistic
 
@@ -182,6 +185,22 @@ def test_false_alarms_are_kept_below_what_is_asked_for():
     cut = best_cut(on, off, 0.0)
     assert (cut.missed, cut.false_alarms) == (1.0, 0.0)
     assert not (torch.cat([on, off]) > cut.threshold).any()
+
+
+def test_more_features_have_to_do_better_by_a_standard_error():
+    def made(n, policy, errors, standard_error=0.0):
+        ids = tuple(range(n))
+        weights = (1.0,) * n if n > 1 else ()
+        condition = Condition("v", SITE, ids, weights, 0.0, "so_far", policy)
+        return FoundDetector(condition, errors, 0.0, standard_error)
+
+    alone, at_header = made(1, "prompt", 0.2, 0.1), made(1, "header", 0.18, 0.1)
+    assert simplest([made(5, "header", 0.15, 0.04), at_header]) == at_header
+    assert simplest([made(5, "header", 0.15, 0.04), at_header, alone]) == at_header
+    assert simplest([made(5, "header", 0.15, 0.06), at_header, alone]) == alone
+    several = made(5, "header", 0.15, 0.02)
+    assert simplest([several, at_header, alone, made(9, "header", 0.14, 0.02)]) == several
+    assert variance(0.0, 24) == pytest.approx((1 / 26) * (25 / 26) / 24)
 
 
 def prompts(n, thing):

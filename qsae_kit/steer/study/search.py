@@ -34,7 +34,7 @@ from qsae_kit.steer.choose.contrast import (
     fit_features,
     random_features,
 )
-from qsae_kit.steer.choose.detector import FoundDetector, detectors
+from qsae_kit.steer.choose.detector import FoundDetector, detectors, simplest
 from qsae_kit.steer.study.config import StudyConfig
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
 
@@ -114,7 +114,7 @@ def _as_values(watching: Mapping[str, FoundDetector]) -> dict[str, Any]:
 
 
 def site_detectors(setting: Setting, plan: Plan) -> dict[str, FoundDetector]:
-    """For every site the best detector there or before it."""
+    """For every site the `simplest` detector there or before it."""
     lm, c = setting.lm, setting.config
     last = max(map(lm.order_of, setting.hook_names))
     names = [name for name in setting.suite[setting.variant] if lm.order_of(name) <= last]
@@ -127,12 +127,11 @@ def site_detectors(setting: Setting, plan: Plan) -> dict[str, FoundDetector]:
         most_false_alarms=c.detector_false_alarms,
         seed=c.seed,
     )
+    so_far: list[FoundDetector] = []
     found: dict[str, FoundDetector] = {}
-    best: FoundDetector | None = None
     for place in sorted(at, key=lambda place: lm.order_of(place.hook_name)):
-        if best is None or at[place].errors < best.errors:
-            best = at[place]
-        found[place.hook_name] = best
+        so_far.append(at[place])
+        found[place.hook_name] = simplest(so_far)
     return found
 
 
