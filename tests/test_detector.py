@@ -18,7 +18,7 @@ from qsae_kit.steer.choose.detector import (
     FoundDetector,
     Read,
     best_cut,
-    choose_detector,
+    candidates,
     detector_scores,
     find_detector,
     highest,
@@ -116,8 +116,8 @@ def test_two_features_tell_apart_what_none_does_alone():
     _, off = two_that_only_together_tell(120, 1)
     alone = best_cut(sae.encode(on), sae.encode(off))
     assert alone.missed + alone.false_alarms > 0.5
-    found = choose_detector(
-        Place("v", SITE), sae, read_of(sae, on), read_of(sae, off), [2, 5], 0.05, 0
+    found = simplest(
+        candidates(Place("v", SITE), sae, read_of(sae, on), read_of(sae, off), [2, 5], 0.05, 0)
     )
     condition = found.condition
     assert set(condition.features[:2]) == {0, 1}
@@ -132,14 +132,34 @@ def test_two_features_tell_apart_what_none_does_alone():
     assert float((watch.read(new_off[:, None]) > condition.threshold).float().mean()) < 0.05
 
 
+def test_a_fit_minds_the_tokens_at_which_nothing_is_decided():
+    """The header's first token reads high where its last one tells the kinds apart, and alike in
+    both; it is told from the last by feature 2.
+    """
+    sae = axis_sae()
+    reads = []
+    for which, seed in ((0, 0), (1, 1)):
+        last = two_that_only_together_tell(120, seed)[which]
+        begin = 0.5 * torch.rand(120, WIDTH, generator=torch.Generator().manual_seed(9 + seed))
+        begin[:, 0] += 3
+        begin[:, 2] += 4
+        header = torch.stack([begin, last], 1)
+        f = sae.encode(header)
+        reads.append(Read({"prompt": f[:, 0], "header": f.amax(1)}, f[:, 1], list(header)))
+    found = simplest(candidates(Place("v", SITE), sae, *reads, [2, 5], 0.05, 0))
+    assert found.errors < 0.2
+    weights = dict(zip(found.condition.features, found.condition.weights, strict=True))
+    assert weights[0] > 0 > max(weights[1], weights[2])
+
+
 def test_a_single_feature_wins_where_it_is_as_good():
     sae = axis_sae()
     generator = torch.Generator().manual_seed(0)
     on, off = torch.rand(2, 60, WIDTH, generator=generator)
     on[:, 4] += 2
     on[:, 5] += 0.3
-    found = choose_detector(
-        Place("v", SITE), sae, read_of(sae, on), read_of(sae, off), [2, 5], 0.05, 0
+    found = simplest(
+        candidates(Place("v", SITE), sae, read_of(sae, on), read_of(sae, off), [2, 5], 0.05, 0)
     )
     assert found.condition.features == (4,)
     assert found.condition.weights == ()
@@ -153,11 +173,11 @@ def test_the_threshold_is_of_prompts_that_did_not_choose_the_features():
     generator = torch.Generator().manual_seed(3)
     on, off = 0.6 * torch.rand(2, 40, 200, generator=generator)
     place, reads = Place("v", SITE), [read_of(sae, x) for x in (on, off)]
-    found = choose_detector(place, sae, *reads, [2, 5, 10, 20], 0.05, 0)
+    found = simplest(candidates(place, sae, *reads, [2, 5, 10, 20], 0.05, 0))
     seen = best_cut(on, off, 0.05)
     assert found.errors > seen.missed + seen.false_alarms + 0.1
     assert found.false_alarms <= 0.05 + 1e-6
-    held = choose_detector(place, sae, *reads, [2, 5, 10, 20], 0.0, 0)
+    held = simplest(candidates(place, sae, *reads, [2, 5, 10, 20], 0.0, 0))
     assert held.false_alarms == 0
 
 

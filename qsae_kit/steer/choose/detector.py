@@ -5,27 +5,29 @@ prompts apart; what a conditional edit waits for.
     and the rows at the header, where the answer is decided on.
  2. Part the prompts of either kind in two halves.
  3. On the first half, take the feature that tells most by its largest activation over the prompt,
-    the one that tells most at the header, and sets of a few by a logistic fit at the header's last
-    token.
+    the one that tells most at the header, and sets of a few by a logistic fit of the one kind at
+    the header's last token against the other kind at all of the header's tokens.
  4. On the second half, find each one's threshold, and take the simplest whose errors are within a
     standard error of the fewest: with a few dozen prompts, what does better by less does not do
     better on others.
 
 Where to read was measured on Qwen2.5-Coder-0.5B-Instruct, with 128 + 128 harmful and harmless
-prompts for a difference of means and 100 + 100 others for its area under the curve, at the residual
-streams of layers 8, 12, 14, 16 and 18:
+prompts for a logistic fit of at most 20 coordinates of the residual stream, and 100 + 100 others
+for its area under the curve, at layers 8, 12, 14, 16 and 18 (difference of means in brackets):
 
-    the last user token          0.83  0.83  0.84  0.78  0.76
-    <|im_end|>                   0.77  0.80  0.74  0.72  0.69
-    the line end after it        0.87  0.95  0.90  0.81  0.74
-    <|im_start|> of the header   0.84  0.84  0.80  0.65  0.56
-    assistant                    0.88  0.86  0.95  0.93  0.93
-    the line end, the last one   0.88  0.86  0.94  0.92  0.94
-    the largest of the header    0.87  0.85  0.95  0.93  0.94
+    last user token       0.87 (0.83)  0.93 (0.83)  0.93 (0.84)  0.91 (0.78)  0.92 (0.76)
+    line end before the
+    header                0.94 (0.87)  0.98 (0.95)  0.97 (0.90)  0.94 (0.81)  0.94 (0.74)
+    header: <|im_start|>  0.89 (0.84)  0.86 (0.84)  0.91 (0.80)  0.76 (0.65)  0.73 (0.56)
+    header: assistant     0.91 (0.88)  0.99 (0.86)  0.99 (0.95)  0.99 (0.93)  0.99 (0.93)
+    header: line end      0.98 (0.88)  0.99 (0.86)  0.99 (0.94)  0.99 (0.92)  0.99 (0.94)
 
-So a condition at the header looks at all of its tokens, its threshold is set for the largest sum
-among them, and it mostly opens at the role's name. An edit under it leaves the header's first
-token, and all before it, as they are. Edits of the whole header need a condition at the prompt's
+A condition at the header looks at all of its tokens, and opens at the first whose sum is above the
+threshold. A fit that has seen the last token alone may read anything at the others: the largest sum
+of the header then has 0.59, 0.87, 0.72, 0.95 and 0.99; with the other kind's other tokens in the
+fit 0.97, 0.98, 1.00, 0.98 and 0.98. So fitted it never opened at the first token, at the role's
+name on up to 0.81 of harmful prompts, and on 0.92 to 0.97 of them by the last. An edit under it
+leaves the tokens before as they are; edits of the whole header need a condition at the prompt's
 tokens.
 """
 
@@ -236,12 +238,14 @@ def detectors(
     off = read_prompts(lm, suite, second, policies, enable_thinking)
     sizes = sorted({size for size in (*SIZES, n_features) if 1 < size <= n_features})
     return {
-        place: choose_detector(place, sae, on[place], off[place], sizes, most_false_alarms, seed)
+        place: simplest(
+            candidates(place, sae, on[place], off[place], sizes, most_false_alarms, seed)
+        )
         for place, sae in suite.saes().items()
     }
 
 
-def choose_detector(
+def candidates(
     place: Place,
     sae: SAE,
     on: Read,
@@ -249,8 +253,10 @@ def choose_detector(
     sizes: Sequence[int],
     most_false_alarms: float,
     seed: int,
-) -> FoundDetector:
-    """The best detector at one SAE."""
+) -> list[FoundDetector]:
+    """What is found at one SAE: a single feature for each way of reading, and sets of at most so
+    many features as `sizes` has.
+    """
     n_on, n_off = len(on.decision), len(off.decision)
     parted = min(n_on, n_off) >= ENOUGH_TO_PART
     (fit_on, held_on), (fit_off, held_off) = (
@@ -274,12 +280,13 @@ def choose_detector(
         held = held_on.peaks[policy][:, best], held_off.peaks[policy][:, best]
         judge(policy, FeatureSet((best,), (1.0,)), *held)
     if parted and on.header:
-        for chosen in sparse_sets(fit_on.decision, fit_off.decision, sizes):
+        anywhere = sae.encode(torch.cat(list(fit_off.header)))
+        for chosen in sparse_sets(fit_on.decision, anywhere, sizes):
             first, second = (highest(sae, chosen, read.header) for read in (held_on, held_off))
             told = torch.cat([first, second])
             lowest = float(told[told.isfinite()].min()) if told.isfinite().any() else 0.0
             judge("header", chosen, first.clamp(min=lowest), second.clamp(min=lowest), lowest)
-    return simplest(tried)
+    return tried
 
 
 def variance(share: float, n: int) -> float:
@@ -298,7 +305,7 @@ def _halves(read: Read, seed: int) -> tuple[Read, Read]:
 
 
 def sparse_sets(
-    on: Float[Tensor, "prompt_a d_sae"], off: Float[Tensor, "prompt_b d_sae"], sizes: Sequence[int]
+    on: Float[Tensor, "row_a d_sae"], off: Float[Tensor, "row_b d_sae"], sizes: Sequence[int]
 ) -> list[FeatureSet]:
     """For each size the largest set of at least two and at most so many features that a logistic
     fit keeps as its penalty falls, with weights of activations; none twice.
