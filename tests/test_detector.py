@@ -78,6 +78,7 @@ def test_sets_grow_to_the_sizes_that_are_asked_for():
     assert sizes[-1] <= 10
     assert set(sets[0].features) <= {0, 1, 2}
     assert all(len(each.weights) == len(each.features) and 0 not in each.weights for each in sets)
+    assert all(max(map(abs, each.weights)) == pytest.approx(1) for each in sets)
     assert sparse_sets(0 * on, 0 * off, [2, 5]) == []
     assert sparse_sets(on, off, []) == []
 

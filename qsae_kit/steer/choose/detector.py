@@ -308,7 +308,7 @@ def sparse_sets(
     on: Float[Tensor, "row_a d_sae"], off: Float[Tensor, "row_b d_sae"], sizes: Sequence[int]
 ) -> list[FeatureSet]:
     """For each size the largest set of at least two and at most so many features that a logistic
-    fit keeps as its penalty falls, with weights of activations; none twice.
+    fit keeps as its penalty falls, with weights of activations, the largest 1 or -1; none twice.
 
     Features are fitted in shares of their standard deviation over both groups.
     """
@@ -329,9 +329,10 @@ def sparse_sets(
         if len(support) > max(sizes):
             break
         ids = tuple(int(i) for i in alive[support])
-        weights = (fit.weights[support].float() / spread[alive][support]).tolist()
+        weights = fit.weights[support].float() / spread[alive][support]
         if len(ids) > 1:
-            found[min(size for size in sizes if size >= len(ids))] = FeatureSet(ids, tuple(weights))
+            size = min(size for size in sizes if size >= len(ids))
+            found[size] = FeatureSet(ids, tuple((weights / weights.abs().max()).tolist()))
     return [found[size] for size in sorted(found)]
 
 
