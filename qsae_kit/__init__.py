@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qsae_kit.features.indexing import IndexConfig, build_index
     from qsae_kit.figures.basic import (
         controls_figure,
+        detector_figure,
         dose_figure,
         reconstruction_figure,
         training_figure,
@@ -83,7 +84,9 @@ HOMES = {
     # evaluation
     "evaluate.evaluation": ("evaluate_suite",),
     "metrics.scaling": ("fit_scaling",),
-    "figures.basic": ("controls_figure", "dose_figure", "reconstruction_figure", "training_figure"),
+    "figures.basic": tuple(
+        "controls_figure detector_figure dose_figure reconstruction_figure training_figure".split()
+    ),
     "figures.frontiers": tuple(
         (
             "baseline_figure concept_figure frontier_figure needed_l0_figure "

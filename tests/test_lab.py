@@ -246,7 +246,7 @@ def test_settings_are_values_presets_and_files(lm, suite, lab):
             "blocks.3.hook_resid_post",
             "v",
             (1,),
-            when=Condition("v", "blocks.1.hook_resid_post", 1),
+            when=Condition("v", "blocks.1.hook_resid_post", (1,)),
         ),
         Change("add", "blocks.3.hook_resid_post", direction=(1.0,), median_norm=1.0),
     ):

@@ -4,8 +4,16 @@ import re
 
 import pandas as pd
 import pytest
+import torch
 
-from qsae_kit.figures.basic import controls_figure, dose_figure, plot_text, reconstruction_figure
+from qsae_kit.figures.basic import (
+    controls_figure,
+    detector_figure,
+    dose_figure,
+    plot_text,
+    reconstruction_figure,
+)
+from qsae_kit.metrics.detection import detector_curve
 from qsae_kit.steer.report import summary
 
 EVIL = '<img src=x onerror="window.PWN=1"> $x$ %{y} <b>bold</b>'
@@ -91,6 +99,27 @@ def test_the_controls_figure_has_intervals_and_every_draw(table):
         x for x, y in zip(shown.x, shown.y, strict=True) if y == "random features, searched"
     ) == pytest.approx([0.75, 0.85, 0.95])
     assert all(e == pytest.approx(0.02) for e in shown.error_x.array)
+
+
+def test_the_detector_figure_marks_the_threshold_in_use():
+    first, second = torch.tensor([3.0, 2.0, 2.0, 0.0]), torch.tensor([2.0, 1.0, 0.0, 0.0, 0.0])
+    curve = detector_curve(first, second, 2.5)
+    for log in (False, True):
+        figure = detector_figure(curve, "tiny <b>", log)
+        line, used = figure.data[1:]
+        least = 0.1 if log else 0.0
+        assert list(line.x) == [max(x, least) for x in curve["false_rate"]]
+        assert list(line.y) == curve["true_rate"].tolist()
+        assert (list(used.x), list(used.y)) == ([least], [0.25])
+        at = curve[curve["chosen"]].iloc[0]
+        assert used.error_y.array[0] == pytest.approx(at["true_high"] - 0.25)
+        assert used.error_x.array[0] == pytest.approx(at["false_high"] - least)
+        assert used.error_x.arrayminus[0] == 0
+        assert "above 2.5" in used.name
+        assert figure.layout.xaxis.type == ("log" if log else "linear")
+        assert "share of 5 other prompts" in figure.layout.xaxis.title.text
+        assert "0.775" in figure.layout.title.text
+        assert "<b>" not in figure.layout.title.text
 
 
 def test_the_summary_shows_the_worst_draw(table):

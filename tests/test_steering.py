@@ -4,6 +4,7 @@ import json
 import os
 import random
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from qsae_kit.steer.changes import (
     load_steering,
     read_steering,
 )
-from qsae_kit.steer.choose.detector import best_cut, find_detector, peak_activations
+from qsae_kit.steer.choose.detector import best_cut, detector_scores, find_detector
 
 PROMPTS = [
     "How do I thank the nurse?",
@@ -136,9 +137,54 @@ def test_a_condition_that_held_before_holds_with_a_cache_too(lm):
     assert [a != b for a, b in zip(cached, plain, strict=True)] == [True, False, True]
 
 
+@pytest.mark.parametrize("span", ["token", "so_far"])
+def test_a_condition_of_several_features_gates_a_generation(lm, suite, span):
+    """The answers under a condition are those of a detector that reads the sum by hand."""
+    sae, sites = suite["v"][SITES[0]], SITES[:2]
+    ids, weights = (4, 7, 9), (1.0, -0.5, 2.0)
+    seen = {}
+
+    def total(x):
+        f = sae.encode(x)
+        found = f[..., 4] - 0.5 * f[..., 7] + 2 * f[..., 9]
+        seen["highest"] = max(seen.get("highest", 0.0), float(found.max()))
+        return torch.where(sae.provenance.filter.keeps(x), found, -torch.inf)
+
+    with applied(lm, [Edit(sites[1], torch.zeros_like, "all", Detector(sites[0], total, 0.0))]):
+        lm.generate(PROMPTS, 1, enable_thinking=False)
+    threshold = 0.5 * seen["highest"]
+    by_hand = Detector(sites[0], total, threshold, span)
+    condition = Condition("v", sites[0], ids, weights, threshold, span)
+    unit = torch.nn.functional.normalize(torch.ones(lm.d_model), dim=0)
+    direction = tuple(unit.tolist())
+    made = Change("add", sites[1], direction=direction, median_norm=600.0, positions="all")
+    plain = lm.generate(PROMPTS, 8, enable_thinking=False).tokens
+    told = []
+    for when in (by_hand, condition.detector(sae)):
+        edit = Edit(sites[1], lambda x: (600.0 * unit).expand_as(x), "all", when)
+        for use_cache in (True, False):
+            with applied(lm, [edit]):
+                said = lm.generate(PROMPTS, 8, enable_thinking=False, use_cache=use_cache)
+            told.append(said.tokens)
+    whole = Steering((replace(made, when=condition),))
+    with applied(lm, whole.edits(suite)):
+        told.append(lm.generate(PROMPTS, 8, enable_thinking=False).tokens)
+    assert all(tokens == told[0] for tokens in told)
+    assert told[0] != plain
+
+
+def test_a_detector_is_shut_at_sinks_whatever_its_threshold(suite):
+    sae = suite["v"][SITES[0]]
+    x = torch.zeros(1, 2, sae.d_in)
+    x[0, 1] = 100 * sae.provenance.filter.median
+    assert (Condition("v", SITES[0], (1,), (), -1.0).detector(sae).read(x) > -1.0).tolist() == [
+        [True, False]
+    ]
+
+
 @torch.no_grad()
 def test_a_detector_may_not_come_after_its_edit_and_rows_can_be_chosen(unchecked, lm, suite):
-    late = Change("add", SITES[0], "v", (1,), when=Condition("v", SITES[1], 3))
+    late = Change("add", SITES[0], "v", (1,), when=Condition("v", SITES[1], (3,)))
     with pytest.raises(ValueError, match="too late"), applied(lm, [late.edit(suite)]):
         pass
     ids, mask = lm.pad([lm.chat_tokens(PROMPTS[0], False)] * 2)
@@ -167,8 +213,7 @@ def test_a_detector_tells_two_kinds_of_prompts_apart(unchecked, lm):
     found = find_detector(lm, suite, first, second, "prompt", False)
     own = suite["v"][found.condition.hook_name]
     peaks = [
-        peak_activations(lm, own, prompts, "prompt", False)[:, found.condition.feature]
-        for prompts in (first, second)
+        detector_scores(lm, own, found.condition, prompts, False) for prompts in (first, second)
     ]
     assert found.missed == float((peaks[0] <= found.condition.threshold).float().mean()) == 0
     assert found.false_alarms == float((peaks[1] > found.condition.threshold).float().mean()) == 0
@@ -176,7 +221,8 @@ def test_a_detector_tells_two_kinds_of_prompts_apart(unchecked, lm):
     with torch.no_grad():
         _, cache = lm.run_with_cache(torch.tensor([row]), names_filter=[found.condition.hook_name])
     where = selected(Now(*lm.pad([row]), 0, lm.markers), "prompt")[0]
-    direct = own.encode(cache[found.condition.hook_name][0])[where, found.condition.feature].max()
+    (feature,) = found.condition.features
+    direct = own.encode(cache[found.condition.hook_name][0])[where, feature].max()
     torch.testing.assert_close(peaks[0][0], direct)
     with pytest.raises(ValueError, match="both kinds"):
         find_detector(lm, suite, [], second)
@@ -227,10 +273,12 @@ def random_steering(rng, suite):
                     site.endswith("resid_post") and name.endswith("mlp_out") and site[7] == name[7]
                 )
             ]
+            watched = tuple(rng.sample(range(64), rng.randint(1, 3)))
             when = Condition(
                 "v",
                 rng.choice(early),
-                rng.randrange(64),
+                watched,
+                tuple(rng.uniform(-0.5, 1) for _ in watched),
                 rng.random(),
                 rng.choice(["token", "so_far"]),
                 rng.choice(POLICIES),
@@ -313,7 +361,7 @@ def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, 
                 (1.0, -2.0),
                 strength=-0.5,
                 positions="answer",
-                when=Condition("v", SITES[0], 4, 1.5),
+                when=Condition("v", SITES[0], (4, 7), (1.0, -0.5), -1.5, "token", (3, 9)),
             ),
             Change("project_out", SITES[0], direction=tuple(range(1, 161)), positions=(3, 4)),
         )
@@ -356,7 +404,7 @@ def test_a_steering_is_saved_and_loaded_with_its_saes_checked(unchecked, suite, 
         {"strength": 10**400},
         {"positions": [1.5]},
         {"positions": None},
-        {"when": {"variant": "v", "hook_name": SITES[0], "feature": "3"}},
+        {"when": {"variant": "v", "hook_name": SITES[0], "features": ["3"]}},
         {"when": []},
         {"weights": [None]},
         {"direction": ["x"]},
@@ -387,7 +435,7 @@ def test_a_damaged_file_is_said_to_be_one(unchecked, suite, damage):
         ({"direction": [1e-320] * 160}, "no length, or values"),
         ({"positions": [10**30]}, "no steering"),
         ({"positions": [2**31 + 1]}, "no steering"),
-        ({"when": {"variant": "v", "hook_name": SITES[0], "feature": 10**30}}, "no steering"),
+        ({"when": {"variant": "v", "hook_name": SITES[0], "features": [10**30]}}, "no steering"),
         ({"hook_name": ["x" * 10**6]}, "no steering"),
     ],
 )
@@ -435,7 +483,7 @@ def test_numbers_beyond_all_bounds_are_refused(unchecked, value):
         lambda: Change("add", **at, features=(1,), weights=(value,)),
         lambda: Change("add", **at, direction=(value, 1.0), median_norm=1.0),
         lambda: Change("add", **at, direction=(1.0, 1.0), median_norm=value),
-        lambda: Change("add", **at, features=(1,), when=Condition("v", SITES[0], 1, value)),
+        lambda: Change("add", **at, features=(1,), when=Condition("v", SITES[0], (1,), (), value)),
     ):
         with pytest.raises(ValueError, match="finite") as caught:
             wrong()
@@ -461,10 +509,6 @@ def test_whole_numbers_are_weights_too(unchecked, suite):
         ({"action": "add", "direction": (1.0,)}, "median norm"),
         ({"action": "add", "features": (1, 2), "weights": (1.0,)}, "as many finite weights"),
         ({"action": "add", "features": (1,), "positions": "everywhere"}, "no position policy"),
-        (
-            {"action": "add", "features": (1,), "when": Condition("v", SITES[0], 1, float("inf"))},
-            "finite threshold",
-        ),
     ],
 )
 def test_impossible_changes(unchecked, change, message):
@@ -472,11 +516,35 @@ def test_impossible_changes(unchecked, change, message):
         Change(hook_name=SITES[1], **change)
 
 
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ({"features": (1,), "threshold": float("inf")}, "finite threshold"),
+        ({"features": (1,), "span": "ever"}, "a span of token or so_far"),
+        ({"features": ()}, "without features"),
+        ({"features": (1, 2)}, "2 features needs as many weights; 0 were given"),
+        ({"features": (1, 2), "weights": (1.0,)}, "as many weights; 1 were given"),
+        ({"features": (1,), "weights": (0.0,)}, "not all 0"),
+        ({"features": (1,), "weights": (float("nan"),)}, "not all 0"),
+        ({"features": (1,), "positions": "everywhere"}, "no position policy"),
+    ],
+)
+def test_impossible_conditions(unchecked, condition, message):
+    with pytest.raises(ValueError, match=message):
+        Condition("v", SITES[0], **condition)
+
+
+def test_a_steering_of_the_format_before_is_refused(unchecked, suite):
+    about = json.loads(Steering((Change("add", SITES[1], "v", (1,)),)).to_json(suite))
+    with pytest.raises(ValueError, match="has format 1; this version reads 2"):
+        read_steering(json.dumps(about | {"qsae_kit_steering": 1}), suite)
+
+
 def test_features_that_the_sae_does_not_have(unchecked, suite):
     for change in (
         Change("add", SITES[1], "v", (64,)),
         Change("ablate", SITES[1], "v", (-1,)),
-        Change("add", SITES[1], "v", (1,), when=Condition("v", SITES[0], 99)),
+        Change("add", SITES[1], "v", (1,), when=Condition("v", SITES[0], (99,))),
     ):
         with pytest.raises(ValueError, match="features 0 to 63"):
             change.edit(suite)

@@ -15,6 +15,7 @@ import qsae_kit.steer.steer_suite as steer_suite_module
 from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.data.companions import GENERAL, WORLD
 from qsae_kit.io.journal import Journal
+from qsae_kit.metrics.detection import auc, detector_curve
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.suites import Suite
@@ -27,6 +28,7 @@ from qsae_kit.steer.changes import (
     check_features,
     clamp_features,
     load_steering,
+    read_steering,
 )
 from qsae_kit.steer.choose.contrast import (
     Contrast,
@@ -36,7 +38,7 @@ from qsae_kit.steer.choose.contrast import (
     fit_features,
     random_features,
 )
-from qsae_kit.steer.choose.detector import FoundDetector
+from qsae_kit.steer.choose.detector import FoundDetector, detector_scores
 from qsae_kit.steer.judges import Judgement
 from qsae_kit.steer.report import write_study
 from qsae_kit.steer.steer_suite import config_for
@@ -45,7 +47,13 @@ from qsae_kit.steer.study.arms import arms
 from qsae_kit.steer.study.chosen import likely_choice
 from qsae_kit.steer.study.findings import COLUMNS, verdict
 from qsae_kit.steer.study.lab import Lab, Plan, Setting
-from qsae_kit.steer.study.steps import announced, check_prompts, plan_of, steered_sites
+from qsae_kit.steer.study.steps import (
+    DETECTOR_FILES,
+    announced,
+    check_prompts,
+    plan_of,
+    steered_sites,
+)
 from qsae_kit.steer.study.trials import trial
 
 SITE = "blocks.3.hook_resid_post"
@@ -353,7 +361,7 @@ def test_a_study_of_files(lm, run, tmp_path):
     ) <= {p.name for p in tmp_path.iterdir()}
 
 
-def test_any_judge_makes_a_behaviour(lm, sae):
+def test_any_judge_makes_a_behaviour(lm, sae, tmp_path):
     """Inducing with a condition, a judge that is a function, prompts of two kinds."""
     loud = Behaviour(
         "says door", lambda a: Verdict("door" in a.text, a.text == ""), ("codes", "other")
@@ -369,9 +377,10 @@ def test_any_judge_makes_a_behaviour(lm, sae):
         )
     ]
     config = replace(SMALL, goal="induce", conditional=True, n_random=0, n_noise=0, target="other")
+    suite = Suite({"v": {SITE: sae[0]}})
     study = steering_study(
         lm,
-        Suite({"v": {SITE: sae[0]}}),
+        suite,
         {"codes": codes[:3], "other": other[:3]},
         {"codes": codes[3:], "other": other[3:]},
         loud,
@@ -385,13 +394,31 @@ def test_any_judge_makes_a_behaviour(lm, sae):
     assert "No random controls were run" in study.verdict
     assert study.table["correct_rate"].isna().all()
 
+    curve = study.detector
+    scores = [
+        detector_scores(lm, suite["v"][when.hook_name], when, some, study.config.thinking)
+        for some in (other[3:], codes[3:])
+    ]
+    pd.testing.assert_frame_equal(curve, detector_curve(*scores, when.threshold))
+    at = curve[curve["chosen"]].iloc[0]
+    assert study.headline["detector_true_rate"] == at["true_rate"]
+    assert study.headline["detector_auc"] == at["auc"] == auc(*scores)
+    write_study(study, suite, lm, tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {*STUDY_FILES, "journal.jsonl"}
+    assert set(pd.read_csv(tmp_path / "detector.csv")["auc"]) == {at["auc"]}
+    for name in ("detector.html", "report.html"):
+        assert "area under the curve" in (tmp_path / name).read_text()
+    clause = f"it fires on {at['true_rate']:.0%} of the target&#39;s prompts"
+    assert clause in (tmp_path / "report.html").read_text()
+    assert load_steering(tmp_path / "steering.json", suite) == study.steering
+
 
 @pytest.mark.parametrize("accurate", ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"])
 def test_a_conditional_edit_goes_where_the_detector_errs_least(lm, monkeypatch, accurate):
     suite = small_suite(lm)
 
     def detectors(setting, plan):
-        condition = Condition("v", "blocks.1.hook_resid_post", 0)
+        condition = Condition("v", "blocks.1.hook_resid_post", (0,))
         return {
             name: FoundDetector(condition, 0.0 if name == accurate else 0.3, 0.0)
             for name in setting.hook_names
@@ -534,13 +561,14 @@ def headline(**changes):
     return h | changes
 
 
+MEANS = ("difference_of_means", "difference_of_means_best")
+
+
 def with_means(rate, ours, theirs):
     """A headline in which the difference of means leaves a rate of refusals, and two prices."""
     arm = {"refusal_rate": rate, "broken_rate": 0.0, "kl_answer": 0.1}
     return headline(
-        selectivity=dict.fromkeys(
-            ("features", "difference_of_means", "difference_of_means_best"), [0.85, 0.8, 0.9]
-        ),
+        selectivity={arm: [0.85, 0.8, 0.9] for arm in ("features", *MEANS)},
         difference_of_means=arm,
         difference_of_means_best=arm,
         difference_of_means_site="blocks.1.hook_resid_post",
@@ -603,9 +631,15 @@ def test_a_suite_is_steered_in_one_call(lm, tmp_path, monkeypatch):
         on_study=lambda study: told.append((study.verdict, (tmp_path / "seeds.csv").exists())),
     )
     assert told == [(result.study.verdict, False)]
+    assert result.study.detector is None
     written = {path.name for path in tmp_path.iterdir()}
     journals = {"journal.jsonl", "seeds.jsonl", "benches.jsonl"}
-    assert written == {*STUDY_FILES, *journals, "seeds.csv", "benches.csv"}
+    assert written == {
+        *set(STUDY_FILES).difference(DETECTOR_FILES),
+        *journals,
+        "seeds.csv",
+        "benches.csv",
+    }
     assert sorted(set(result.drawn["seed"])) == [5, 6]
     assert list(dict.fromkeys(result.benches["intervention"])) == [
         "none",

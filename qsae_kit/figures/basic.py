@@ -217,9 +217,7 @@ def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Fi
     return figure
 
 
-def price_figure(
-    table: pd.DataFrame, target: str, priced: str, model_name: str = ""
-) -> go.Figure:
+def price_figure(table: pd.DataFrame, target: str, priced: str, model_name: str = "") -> go.Figure:
     """The rate of the behaviour on the target's prompts against the first-token KL on the priced
     ones, the field's unit: features, difference of means and random controls under the same
     intervention.
@@ -249,7 +247,7 @@ def price_figure(
                 error_y=_bars(own, "refusal_rate", "ci_low", "ci_high"),
                 error_x=_bars(own, "kl_first", "kl_first_low", "kl_first_high"),
                 customdata=own["strength"].tolist(),
-                hovertemplate="%{y:.3f} at %{x:.3f} nats, strength %{customdata:.3g}<extra></extra>",
+                hovertemplate="%{y:.3f} at %{x:.3f} nats (%{customdata:.3g})<extra></extra>",
             )
         )
     for arm, color in (("random", "#777777"), ("noise", "#CC79A7")):
@@ -354,6 +352,80 @@ def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> g
     figure.update_layout(
         legend={"orientation": "h", "y": -0.22, "yanchor": "top"}, margin={"l": 150}
     )
+    return figure
+
+
+def detector_figure(curve: pd.DataFrame, model_name: str = "", log: bool = False) -> go.Figure:
+    """True against false rate of a detector at every threshold, with the one in use marked and its
+    95 % Wilson intervals.
+
+    curve: `metrics.detection.detector_curve`. log: the false rate on a logarithmic axis, on which
+    no false alarm at all stands at half a prompt.
+    """
+    n_true, n_false = int(curve["n_true"].iloc[0]), int(curve["n_false"].iloc[0])
+    least = 0.5 / n_false if log else 0.0
+    even = [least, *(share / 100 for share in range(1, 101) if share / 100 > least)]
+    figure = go.Figure(
+        [
+            go.Scatter(
+                x=even,
+                y=even,
+                mode="lines",
+                name="chance",
+                line={"color": "#777777", "dash": "dash", "width": 1},
+                hoverinfo="skip",
+            ),
+            go.Scatter(
+                x=curve["false_rate"].clip(lower=least).tolist(),
+                y=curve["true_rate"].tolist(),
+                mode="lines+markers",
+                name="every threshold",
+                line={"color": "#0072B2", "width": 2, "shape": "linear"},
+                marker={"size": 4},
+                customdata=curve["threshold"].tolist(),
+                hovertemplate="above %{customdata:.4g}: %{y:.3f} at %{x:.3f}<extra></extra>",
+            ),
+        ]
+    )
+    for row in curve[curve["chosen"]].to_dict("records"):
+        at = max(row["false_rate"], least)
+        figure.add_trace(
+            go.Scatter(
+                x=[at],
+                y=[row["true_rate"]],
+                mode="markers",
+                name=f"in use, above {row['threshold']:.3g}",
+                marker={"color": "#D55E00", "symbol": "diamond", "size": 11},
+                error_x={
+                    "type": "data",
+                    "array": [row["false_high"] - at],
+                    "arrayminus": [at - max(row["false_low"], least)],
+                    "thickness": 1,
+                },
+                error_y={
+                    "type": "data",
+                    "array": [row["true_high"] - row["true_rate"]],
+                    "arrayminus": [row["true_rate"] - row["true_low"]],
+                    "thickness": 1,
+                },
+                hovertemplate="%{y:.3f} at %{x:.3f}<extra></extra>",
+            )
+        )
+    figure.update_xaxes(
+        title=f"false rate (share of {n_false} other prompts)",
+        type="log" if log else "linear",
+        range=None if log else [-0.03, 1.03],
+    )
+    figure.update_yaxes(
+        title=f"true rate (share of {n_true} prompts of the target)", range=[-0.03, 1.03]
+    )
+    style(
+        figure,
+        f"Detector{_of(model_name)}: area under the curve {curve['auc'].iloc[0]:.3f} (bars: 95 %"
+        " Wilson interval)",
+        height=460,
+    )
+    figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})
     return figure
 
 

@@ -154,20 +154,38 @@ def _set_features(sae: SAE, features: Sequence[int], change: Any, positions: Pos
 
 def detector(
     sae: SAE,
-    feature: int,
+    features: Sequence[int],
+    weights: Sequence[float] = (),
     threshold: float = 0.0,
     span: Span = "so_far",
     positions: Positions = "all",
 ) -> Detector:
-    """Holds where a feature's activation is above a threshold."""
-    check_features(sae, [feature])
+    """Holds where the weighted sum of features' activations is above a threshold; at sinks it is
+    minus infinity.
+
+    weights: one a feature; empty: of one feature, 1.
+    """
+    check_features(sae, features)
+    check_weights(features, weights)
+    ids = torch.tensor(list(features), device=sae.W_dec.device)
+    weighed = torch.tensor(list(weights) or [1.0], dtype=torch.float32, device=ids.device)
 
     def read(x: Tensor) -> Tensor:
         assert sae.provenance is not None
-        # silent at sinks
-        return torch.where(sae.provenance.filter.keeps(x), sae.encode(x.float())[..., feature], 0.0)
+        total = sae.encode(x.float())[..., ids].float() @ weighed
+        return torch.where(sae.provenance.filter.keeps(x), total, -torch.inf)
 
     return Detector(_site(sae), read, threshold, span, positions)
+
+
+def check_weights(features: Sequence[int], weights: Sequence[float]) -> None:
+    """ValueError unless every feature of a condition has a weight; one feature needs none."""
+    n = len(features)
+    if len(weights) != n and (weights or n != 1):
+        raise ValueError(
+            f"A condition of {n} features needs as many weights; {len(weights)} were given (a"
+            " single feature needs none)."
+        )
 
 
 def check_features(sae: SAE, features: Sequence[int]) -> None:
@@ -206,15 +224,38 @@ LAST = 2**31
 
 @dataclass(frozen=True)
 class Condition:
-    """A feature is active: the change is made only then."""
+    """Features of one SAE are active: the change is made only then.
+
+    What is compared with the threshold is the weighted sum of their activations.
+    """
 
     variant: str
     hook_name: str
-    feature: int
+    features: tuple[int, ...]
+    weights: tuple[float, ...] = ()
+    """One a feature; empty: of one feature, 1."""
     threshold: float = 0.0
     """In activation units."""
     span: Span = "so_far"
     positions: Policy | tuple[int, ...] = "all"
+
+    def __post_init__(self) -> None:
+        if not self.features:
+            raise ValueError("A condition was given without features; give at least one.")
+        check_weights(self.features, self.weights)
+        if self.weights and not _has_length(self.weights):
+            wrong = _shown(self.weights)
+            raise ValueError(
+                f"The weights {wrong} of a condition were given; give finite ones, not all 0."
+            )
+        _check_places(self.positions)
+        if self.span not in SPANS or not _at_most(self.threshold):
+            needed = f"a finite threshold and a span of {' or '.join(SPANS)}"
+            raise ValueError(f"The condition {_shown(self)} needs {needed}.")
+
+    def detector(self, sae: SAE) -> Detector:
+        """As the model is watched by it; ValueError for features that the SAE does not have."""
+        return detector(sae, self.features, self.weights, self.threshold, self.span, self.positions)
 
 
 @dataclass(frozen=True)
@@ -286,11 +327,6 @@ class Change:
                     " ones were given."
                 )
         _check_places(self.positions)
-        if self.when is not None:
-            _check_places(self.when.positions)
-            if self.when.span not in SPANS or not _at_most(self.when.threshold):
-                needed = f"a finite threshold and a span of {' or '.join(SPANS)}"
-                raise ValueError(f"The condition {_shown(self.when)} needs {needed}.")
 
     def edit(self, suite: ByVariant) -> Edit:
         """As the model runs under it.
@@ -305,10 +341,7 @@ class Change:
         if self.when is None:
             return made
         sae = own.sae(Place(self.when.variant, self.when.hook_name))
-        when = detector(
-            sae, self.when.feature, self.when.threshold, self.when.span, self.when.positions
-        )
-        return replace(made, when=when)
+        return replace(made, when=self.when.detector(sae))
 
     def _along(self, suite: Suite) -> Edit:
         if self.direction:
@@ -373,7 +406,7 @@ def _shown(value: Any) -> str:
         return "a huge number"
 
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -506,7 +539,6 @@ CHECKS: dict[str, Callable[[Any], bool]] = {
     "direction": _all(_real),
     "strength": _real,
     "median_norm": _real,
-    "feature": _whole,
     "threshold": _real,
     "span": _text,
     "positions": lambda value: _text(value) or _all(_whole)(value),

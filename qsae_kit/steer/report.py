@@ -15,6 +15,7 @@ from jinja2 import Environment, StrictUndefined
 from qsae_kit.data.companions import companion_of
 from qsae_kit.figures.basic import (
     controls_figure,
+    detector_figure,
     dose_figure,
     price_figure,
     reconstruction_figure,
@@ -79,20 +80,12 @@ def render_report(
 def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
     """What the page shows of a study; the first one brings plotly."""
     h = study.headline
-    condition = h["condition"] and (
-        f"only while feature {h['condition']['feature']} at {h['condition']['hook_name']} is above"
-        f" {h['condition']['threshold']:.3g} (on selection prompts it misses"
-        f" {h['detector_missed']:.0%} of the target and fires on {h['detector_false_alarms']:.0%}"
-        " of others)"
-    )
     return {
         "title": f"{study.config.goal} {study.behaviour}",
         "verdict": study.verdict,
         "site": h["site"],
-        "condition": condition,
-        "features": ", ".join(
-            f"{i} ({w:+.3g})" for i, w in zip(h["features"], h["weights"], strict=True)
-        ),
+        "condition": h["condition"] and _condition_told(h),
+        "features": _weighed(h["features"], h["weights"]),
         "done": done_along(h["intervention"], h["strength"], h["orthogonal"]),
         "searched": h["searched_sets"],
         "dose": (
@@ -100,12 +93,19 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
                 full_html=False, include_plotlyjs=first, div_id=f"dose-{study.config.goal}"
             )
         ),
-        "price": price_figure(
-            study.table, study.target, h["priced_on"], model_name
-        ).to_html(full_html=False, include_plotlyjs=False, div_id=f"price-{study.config.goal}"),
+        "price": price_figure(study.table, study.target, h["priced_on"], model_name).to_html(
+            full_html=False, include_plotlyjs=False, div_id=f"price-{study.config.goal}"
+        ),
         "controls": (
             controls_figure(study.table, study.target, model_name).to_html(
                 full_html=False, include_plotlyjs=False, div_id=f"controls-{study.config.goal}"
+            )
+        ),
+        "detector": (
+            ""
+            if study.detector is None
+            else detector_figure(study.detector, model_name).to_html(
+                full_html=False, include_plotlyjs=False, div_id=f"detector-{study.config.goal}"
             )
         ),
         "table": (
@@ -138,11 +138,30 @@ def _page(name: str, figures: Sequence[go.Figure]) -> str:
     return f"{head}<title>{name}</title></head><body>{''.join(parts)}</body></html>\n"
 
 
+def _condition_told(h: dict[str, Any]) -> str:
+    """A headline's condition, and how it does, in a clause."""
+    when = h["condition"]
+    ids, weights = when["features"], when["weights"]
+    what = "feature" if len(ids) == 1 else "the sum of features (weights)"
+    return (
+        f"only while {what} {_weighed(ids, weights) if weights else ids[0]} at"
+        f" {when['hook_name']} is above {when['threshold']:.3g} at tokens {when['positions']!r} or"
+        f" was before (it fires on {h['detector_true_rate']:.0%} of the target's prompts and"
+        f" {h['detector_false_rate']:.0%} of others; on the selection prompts that set its"
+        f" threshold, on {1 - h['detector_missed']:.0%} and {h['detector_false_alarms']:.0%})"
+    )
+
+
+def _weighed(ids: Sequence[int], weights: Sequence[float]) -> str:
+    return ", ".join(f"{i} ({w:+.3g})" for i, w in zip(ids, weights, strict=True))
+
+
 def write_study(study: StudyResult, suite: Suite, lm: HookedLM, out: Path) -> None:
     """Writes study.csv (its columns are `steer.study.findings.COLUMNS`), study.json (headline,
-    verdict, configuration), steering.json (the frozen edit, for `load_steering`), means.json (the difference of means at
-    its own best), candidates.csv, selection.csv, examples.csv, prompts.json, two pages of figures
-    and report.html.
+    verdict, configuration), steering.json (the frozen edit, for `load_steering`), means.json (the
+    difference of means at its own best), candidates.csv, selection.csv, examples.csv, prompts.json,
+    two pages of figures and report.html; of a study with a condition also detector.csv
+    (`metrics.detection.detector_curve`) and its figure.
 
     Raises ValueError for a folder that holds another study, or files with these names that are of
     none.
@@ -168,6 +187,9 @@ def write_study(study: StudyResult, suite: Suite, lm: HookedLM, out: Path) -> No
             "dose": [dose_figure(study.table, study.target, lm.model_name), _price(study, lm)],
             "controls": [controls_figure(study.table, study.target, lm.model_name)],
         }
+        if study.detector is not None:
+            write_table(study.detector, out / "detector.csv")
+            figures["detector"] = [detector_figure(study.detector, lm.model_name)]
         for name, drawn in figures.items():
             write_text(out / f"{name}.html", _page(name, drawn))
         write_text(out / "report.html", render_report(lm, None, [study]))

@@ -1,5 +1,5 @@
-"""What a frozen edit costs in capability: school arithmetic and the perplexity of plain text, beside
-the unsteered model.
+"""What a frozen edit costs in capability: school arithmetic and the perplexity of plain text,
+beside the unsteered model.
 
     python tests/bench/capability.py MODEL SUITE QUESTIONS STEERING.json... [--n 100] [--tokens 256]
 

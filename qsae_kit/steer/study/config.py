@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, get_args
 
 from qsae_kit.steer.behaviours import GOALS, SIGN, Goal
 from qsae_kit.steer.choose.contrast import MOST_FEATURES
+from qsae_kit.steer.choose.detector import MOST_FALSE_ALARMS, MOST_WATCHED
 from qsae_kit.steer.directions import INTERVENTIONS
 
 STRENGTHS = (0.15, 0.3, 0.45, 0.6, 0.7, 0.8, 0.9, 1.0, 2.0)
@@ -20,6 +21,7 @@ AT_LEAST_NONE = ("n_random", "n_noise", "n_facts")
 AT_LEAST_ONE = (
     "n_candidates",
     "n_trials",
+    "detector_features",
     "dose_prompts",
     "search_prompts",
     "cost_prompts",
@@ -90,9 +92,13 @@ class StudyConfig:
     at whatever price elsewhere, and the KL on the target itself is kept low instead.
     """
     conditional: bool = False
-    """Whether the change is made only while a detector feature fires, which is looked for at the
-    site or before.
+    """Whether the change is made only while a detector fires, which is looked for at the site or
+    before.
     """
+    detector_features: int = MOST_WATCHED
+    """Features whose weighted sum a detector may be, at most."""
+    detector_false_alarms: float = MOST_FALSE_ALARMS
+    """Share of other selection prompts at which a detector may fire."""
     max_new_tokens: int = 48
     max_broken: float = 0.10
     """Share of broken answers on the target that a trial may have."""
@@ -125,6 +131,11 @@ class StudyConfig:
         for name in AT_LEAST_ONE:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} was given; it must be at least 1.")
+        if not 0 <= self.detector_false_alarms <= 1:
+            raise ValueError(
+                f"detector_false_alarms={self.detector_false_alarms} was given; it is a share from"
+                " 0 to 1."
+            )
         if not self.shares or not all(0 < share <= MOST_TAKEN for share in self.shares):
             raise ValueError(
                 f"Shares {self.shares} were given; they must be above 0 and at most {MOST_TAKEN:g}."

@@ -5,14 +5,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import pandas as pd
+import torch
+
 from qsae_kit.data.companions import companion_of
 from qsae_kit.lm.answering import answer_all, plain_kl
 from qsae_kit.lm.edits import Edit
+from qsae_kit.metrics.detection import detector_curve
 from qsae_kit.steer.changes import Change, Steering
+from qsae_kit.steer.choose.detector import detector_scores
 from qsae_kit.steer.study.arms import Arm, draw_generator
 from qsae_kit.steer.study.chosen import Chosen
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
-from qsae_kit.steer.study.search import searched_alike, searched_at_random
+from qsae_kit.steer.study.search import searched_alike, searched_at_random, told_apart
 
 N_PRICED = 2
 """Steps of `price_elsewhere`."""
@@ -104,3 +109,24 @@ def _facts(setting: Setting, edits: Sequence[Edit]) -> float:
     questions = [fact.question for fact in facts]
     said = answer_all(lm, questions, edits, c.max_new_tokens, setting.thinking).text
     return sum(fact.right(text) for fact, text in zip(facts, said, strict=True)) / len(facts)
+
+
+def detection(
+    progress: Progress, setting: Setting, plan: Plan, chosen: Chosen
+) -> pd.DataFrame | None:
+    """How the frozen edit's condition tells the target's evaluation prompts from all others, with
+    its own threshold marked; None without a condition.
+    """
+    when = chosen.when
+    if when is None:
+        return None
+    sae = setting.suite[when.variant][when.hook_name]
+
+    def scores() -> list[list[float]]:
+        return [
+            detector_scores(setting.lm, sae, when, prompts, setting.thinking).tolist()
+            for prompts in told_apart(setting, plan, "evaluation")
+        ]
+
+    first, second = map(torch.tensor, progress.journal.get("detection", scores))
+    return detector_curve(first, second, when.threshold)

@@ -36,7 +36,7 @@ from qsae_kit.steer.choose.contrast import (
     fit_features,
     random_features,
 )
-from qsae_kit.steer.choose.detector import FoundDetector, find_detector
+from qsae_kit.steer.choose.detector import FoundDetector, detectors, simplest
 from qsae_kit.steer.directions import (
     INTERVENTIONS,
     Direction,
@@ -123,12 +123,16 @@ def search_sites(progress: Progress, lab: Lab, plan: Plan) -> Searched:
     Raises ValueError where no feature differs anywhere.
     """
     setting = lab.setting
-    detectors: dict[str, FoundDetector] = {}
+    watching: dict[str, FoundDetector] = {}
     if setting.config.conditional:
         kept = progress.journal.get("detectors", lambda: _as_values(site_detectors(setting, plan)))
         for name, (condition, missed, false_alarms) in kept.items():
-            detectors[name] = FoundDetector(Condition(**condition), missed, false_alarms)
-    found = Searched({}, detectors)
+            as_tuples: dict[str, Any] = {
+                key: tuple(value) if isinstance(value, list) else value
+                for key, value in condition.items()
+            }
+            watching[name] = FoundDetector(Condition(**as_tuples), missed, false_alarms)
+    found = Searched({}, watching)
     sites = {
         name: progress.step(
             f"search/{name}",
@@ -142,41 +146,46 @@ def search_sites(progress: Progress, lab: Lab, plan: Plan) -> Searched:
             "No feature differs between the two groups at any site; train the SAEs longer or at"
             " other sites."
         )
-    if detectors:
-        wrong = {name: detectors[name].missed + detectors[name].false_alarms for name in sites}
-        limit = min(wrong.values()) + DETECTOR_SLACK
-        sites = {name: site for name, site in sites.items() if wrong[name] <= limit}
-    return Searched(sites, detectors)
+    if watching:
+        limit = min(watching[name].errors for name in sites) + DETECTOR_SLACK
+        sites = {name: site for name, site in sites.items() if watching[name].errors <= limit}
+    return Searched(sites, watching)
 
 
-def _as_values(detectors: Mapping[str, FoundDetector]) -> dict[str, Any]:
+def _as_values(watching: Mapping[str, FoundDetector]) -> dict[str, Any]:
     return {
         name: [asdict(each.condition), each.missed, each.false_alarms]
-        for name, each in detectors.items()
+        for name, each in watching.items()
     }
 
 
 def site_detectors(setting: Setting, plan: Plan) -> dict[str, FoundDetector]:
-    """For every site the best detector there or before it."""
-    lm, selection = setting.lm, setting.prompts["selection"]
-    rest = [p for kind, texts in selection.items() if kind != plan.target for p in texts]
+    """For every site the `simplest` detector there or before it."""
+    lm, c = setting.lm, setting.config
     last = max(map(lm.order_of, setting.hook_names))
+    names = [name for name in setting.suite[setting.variant] if lm.order_of(name) <= last]
+    at = detectors(
+        lm,
+        setting.suite.only([setting.variant], names),
+        *told_apart(setting, plan, "selection"),
+        enable_thinking=setting.thinking,
+        n_features=c.detector_features,
+        most_false_alarms=c.detector_false_alarms,
+        seed=c.seed,
+    )
+    so_far: list[FoundDetector] = []
     found: dict[str, FoundDetector] = {}
-    best: FoundDetector | None = None
-    for name in setting.suite[setting.variant]:
-        if lm.order_of(name) > last:
-            break
-        one = find_detector(
-            lm,
-            setting.suite.only([setting.variant], [name]),
-            selection[plan.target],
-            rest,
-            enable_thinking=setting.thinking,
-        )
-        if best is None or one.missed + one.false_alarms < best.missed + best.false_alarms:
-            best = one
-        found[name] = best
+    for place in sorted(at, key=lambda place: lm.order_of(place.hook_name)):
+        so_far.append(at[place])
+        found[place.hook_name] = simplest(so_far)
     return found
+
+
+def told_apart(setting: Setting, plan: Plan, stage: str) -> tuple[list[str], list[str]]:
+    """The target's prompts of a stage, which a detector fires on, and all others."""
+    prompts = setting.prompts[stage]
+    rest = [p for kind, texts in prompts.items() if kind != plan.target for p in texts]
+    return prompts[plan.target], rest
 
 
 def search_site(

@@ -13,7 +13,8 @@ others with controls. One study has one goal.
  9. List the arms: what is measured, in order, with controls; random features get a search of the
     same length.
 10. Measure every arm on the evaluation prompts.
-11. Price the frozen edit on plain text and on questions of fact.
+11. Price the frozen edit on plain text and on questions of fact, and put its condition, where it
+    has one, to the evaluation prompts.
 12. Tell what was found: table, headline, verdict.
 """
 
@@ -48,19 +49,22 @@ from qsae_kit.steer.study.findings import (
     verdict,
 )
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
-from qsae_kit.steer.study.measure import N_PRICED, Price, measure, price_elsewhere
+from qsae_kit.steer.study.measure import N_PRICED, Price, detection, measure, price_elsewhere
 from qsae_kit.steer.study.search import aim_of, openings_of, passes_of_search, search_sites
 from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_sets
 
-FORMAT = 4
+FORMAT = 5
 """Of the journal: a study that another version began is refused."""
 JOURNAL = "journal.jsonl"
 """The record of a study in its folder, with every step."""
-STUDY_FILES = tuple(
-    (
+DETECTOR_FILES = ("detector.csv", "detector.html")
+"""What only a study with a condition has."""
+STUDY_FILES = (
+    *(
         "study.csv candidates.csv selection.csv examples.csv prompts.json study.json steering.json "
-        "means.json dose.html controls.html report.html"
-    ).split()
+        "means.json dose.html controls.html report.html".split()
+    ),
+    *DETECTOR_FILES,
 )
 """What `steer.report.write_study` writes."""
 LAST_SHARE = 0.8
@@ -94,6 +98,10 @@ class StudyResult(NamedTuple):
     """Every trial by generated answers, on selection prompts."""
     examples: pd.DataFrame
     """Some answers with and without the edit: prompt_kind, prompt, base, steered."""
+    detector: pd.DataFrame | None
+    """detector.csv: the condition on the evaluation prompts (`metrics.detection.detector_curve`);
+    None without one.
+    """
     headline: dict[str, Any]
     verdict: str
     prompts: dict[str, dict[str, list[str]]]
@@ -164,9 +172,10 @@ def steering_study(
             rows = measure(progress, lab, evaluated, plan, chosen, listed)
             # 11
             price = price_elsewhere(progress, setting, frozen_edit(setting, chosen))
+            curve = detection(progress, setting, plan, chosen)
         # 12
         candidates = candidate_table(searched, chosen)
-        return told(setting, plan, chosen, rows, price, evaluated, trials, candidates)
+        return told(setting, plan, chosen, rows, price, evaluated, trials, candidates, curve)
 
 
 def checked_setting(
@@ -339,8 +348,11 @@ def told(
     lab: Lab,
     trials: pd.DataFrame,
     candidates: pd.DataFrame,
+    curve: pd.DataFrame | None,
 ) -> StudyResult:
-    """Measured rows as table, headline and verdict. lab: of the evaluation prompts."""
+    """Measured rows as table, headline and verdict. lab: of the evaluation prompts. curve: of the
+    condition.
+    """
     c = setting.config
     clean = {kind: said["outcomes"] for kind, said in lab.clean.items()}
     table = study_table(rows, clean, c.seed)
@@ -351,6 +363,8 @@ def told(
     headline = choice_told(setting, plan, chosen) | measured_figures(
         rows, table, clean, c.goal, plan.target, plan.others, c.seed, plan.priced[0]
     )
+    if curve is not None:
+        headline |= detector_told(curve)
     along = chosen.best_means(c.signed(chosen.intervention, chosen.means.strength))
     prompts = {stage: dict(sets) for stage, sets in setting.prompts.items()}
     return StudyResult(
@@ -364,6 +378,7 @@ def told(
         candidates,
         trials,
         example_answers(rows, prompts["evaluation"]),
+        curve,
         headline,
         verdict(headline),
         prompts,
@@ -398,4 +413,14 @@ def choice_told(setting: Setting, plan: Plan, chosen: Chosen) -> dict[str, Any]:
         "difference_of_means_strength": chosen.means.strength,
         "difference_of_means_site": chosen.means.direction.hook_name,
         "difference_of_means_orthogonal": bool(chosen.means.direction.orthogonal_to),
+    }
+
+
+def detector_told(curve: pd.DataFrame) -> dict[str, float]:
+    """What the headline says of the condition on the evaluation prompts."""
+    at = curve[curve["chosen"]].iloc[0]
+    return {
+        "detector_auc": float(at["auc"]),
+        "detector_true_rate": float(at["true_rate"]),
+        "detector_false_rate": float(at["false_rate"]),
     }
