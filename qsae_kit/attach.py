@@ -1,7 +1,8 @@
 """An SAE at its place in a model: does it fit, what does it read, what if it stood in.
 
-What releases of SAEs do not say, the median norm of every site, is measured here on the model that
-they are used on. `attached` does all that a suite needs before it is used.
+What releases of SAEs do not say, the median norm of every site and the bound of its sinks, is
+measured here on the model that they are used on. `attached` does all that a suite needs before it
+is used.
 """
 
 import sys
@@ -33,8 +34,8 @@ def calibrate(
     batches: Iterable[TokenBatch],
     rows: int = ROWS,
 ) -> int:
-    """Gives every SAE of a suite that has no median norm the one of its site, in place; returns the
-    tokens it was taken of.
+    """Gives every SAE of a suite that has no median norm the norm filter of its site, in place;
+    returns the tokens it was taken of.
 
     batches: tokens of the model such as it will be used on; as many are passed as give `rows` kept
     ones, none where all SAEs have their median. Position 0 is never among them. Where a release
@@ -65,8 +66,8 @@ def calibrate(
     if not taken:
         raise ValueError("There are no tokens to measure the median norm on; give longer texts.")
     for sae in unmeasured:
-        median = float(torch.cat(norms[sae.origin.hook_name]).nanmedian())
-        sae.provenance = replace(sae.origin, filter=NormFilter(median, sae.origin.filter.factor))
+        norms_of_site = torch.cat(norms[sae.origin.hook_name])
+        sae.provenance = replace(sae.origin, filter=NormFilter.of(norms_of_site))
     for sae in without_l0:
         parts = [
             x[sae.origin.filter.keeps(x)].to(sae.b_dec.device) for x in kept[sae.origin.hook_name]

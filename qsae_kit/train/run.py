@@ -47,7 +47,7 @@ class Normaliser(NamedTuple):
 
 
 def fit_normaliser(x: Float[Tensor, "row d_model"]) -> Normaliser:
-    """Mean and scale of a site, and its median norm, from the first rows.
+    """Mean and scale of a site, and its norm filter, from the first rows.
 
     Rows that are not finite are left out. Raises ValueError where they are most, or where all are
     alike.
@@ -59,7 +59,7 @@ def fit_normaliser(x: Float[Tensor, "row d_model"]) -> Normaliser:
             " dtype."
         )
     x = x[finite]
-    sinks = NormFilter(float(x.norm(dim=-1).median()))
+    sinks = NormFilter.of(x.norm(dim=-1))
     kept = x[sinks.keeps(x)]
     mean = kept.mean(0)
     spread = float((kept - mean).pow(2).sum(-1).mean())
