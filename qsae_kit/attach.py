@@ -122,15 +122,20 @@ def attached(
 def _policy(lm: HookedLM, sae: SAE) -> TokenPolicy:
     own = sae.origin
     # without markers no token is known to be the template's
-    return TokenPolicy(own.drop_template and lm.markers is not None, own.context_size).on(lm)
+    drop_template = own.drop_template and lm.markers is not None
+    return TokenPolicy(drop_template, own.context_size, own.drop_prefix).on(lm)
 
 
 def policy_of(lm: HookedLM, suite: ByVariant) -> TokenPolicy:
     """The tokens that the SAEs of a suite were trained on, which batches for them are made by.
 
-    Raises ValueError where its SAEs differ.
+    Where some were trained without what all chats begin with, it is left out for all: it is the
+    same rows over and over, on which nothing depends. Raises ValueError where they differ
+    otherwise.
     """
-    policies = {_policy(lm, sae) for sae in Suite(suite).saes().values()}
+    known = [_policy(lm, sae) for sae in Suite(suite).saes().values()]
+    drop_prefix = any(policy.drop_prefix for policy in known)
+    policies = {policy._replace(drop_prefix=drop_prefix) for policy in known}
     if len(policies) > 1:
         told = "; ".join(_said(policy) for policy in sorted(policies))
         raise ValueError(
@@ -142,15 +147,20 @@ def policy_of(lm: HookedLM, suite: ByVariant) -> TokenPolicy:
 
 def check_tokens(lm: HookedLM, saes: Iterable[SAE], batches: Iterable[TokenBatch]) -> None:
     """ValueError for batches with tokens of a kind that an SAE was not trained on: the template's,
-    or beyond its context.
+    what all chats begin with, or beyond its context.
     """
-    longest, template = 0, False
+    longest, template, prefix = 0, False, False
     for batch in batches:
         longest = max(longest, batch.ids.shape[1])
         template = template or not batch.policy.drop_template
+        prefix = prefix or not batch.policy.drop_prefix
     for sae in saes:
         own = _policy(lm, sae)
-        if (template and own.drop_template) or longest > own.context_size:
+        if (
+            (template and own.drop_template)
+            or (prefix and own.drop_prefix)
+            or longest > own.context_size
+        ):
             raise ValueError(
                 f"The SAE of {sae.origin.hook_name} was trained on {_said(own)}, and the batches"
                 " hold other tokens; make them with policy=qsae_kit.attach.policy_of(lm, suite)."
@@ -158,9 +168,10 @@ def check_tokens(lm: HookedLM, saes: Iterable[SAE], batches: Iterable[TokenBatch
 
 
 def _said(policy: TokenPolicy) -> str:
-    return f"{policy.context_size:,} tokens of a document" + (
-        " without its template" if policy.drop_template else ""
-    )
+    left_out = ["its template"] * policy.drop_template
+    left_out += ["what all chats begin with"] * policy.drop_prefix
+    said = f"{policy.context_size:,} tokens of a document"
+    return f"{said} without {' and '.join(left_out)}" if left_out else said
 
 
 def check_measured(sae: SAE) -> None:
@@ -254,12 +265,13 @@ def token_features(
     lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]
 ) -> list[Float[Tensor, "pos d_sae"]]:
     """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
-    hook_name = sae.origin.hook_name
+    hook_name, policy = sae.origin.hook_name, _policy(lm, sae)
     out: list[Tensor] = []
     for start in range(0, len(rows), 32):
         some = rows[start : start + 32]
         ids, mask = lm.pad(some)
-        batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask, _policy(lm, sae).drop_template))
+        keep = keep_mask(lm, ids, mask, policy.drop_template, policy.drop_prefix)
+        batch = TokenBatch(ids, mask, keep, policy)
         x = site_activations(lm, [hook_name], batch)[hook_name]
         counted = batch.keep & sae.origin.filter.keeps(x)
         f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)

@@ -10,10 +10,13 @@ import torch
 
 from qsae_kit.attach import calibrate, splice
 from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import LiveRows, StoredRows
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import ENOUGH, FEWEST, WIDEST, NormFilter
 from qsae_kit.sae.store import load_sae, save_sae
-from qsae_kit.train.run import fit_normaliser
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.train.run import Normaliser, SiteTrainer, fit_normaliser, say_sinks
+from qsae_kit.world import world
 
 SITE = "blocks.1.hook_resid_post"
 
@@ -28,8 +31,9 @@ def ordinary(n=2000, longest=1.5):
 
 
 def test_filter_is_per_row():
-    x = torch.tensor([[3.0, 4.0], [30.0, 40.0], [30.1, 40.1]])
-    assert NormFilter(5.0).keeps(x).tolist() == [True, True, False]
+    x = torch.tensor([[3.0, 4.0], [30.0, 40.0], [30.1, 40.1], [math.nan, 1.0], [math.inf, 1.0]])
+    assert NormFilter(5.0).keeps(x).tolist() == [True, True, False, False, False]
+    assert NormFilter(5.0).drops(x).tolist() == [False, False, True, False, False]
 
 
 @pytest.mark.parametrize(("longest", "shortest"), [(1.5, 2.5), (2.0, 4.0), (2.5, 28.0)])
@@ -146,3 +150,32 @@ def test_the_bound_of_a_release_is_measured_with_its_median(lm):
     )
     assert len(rows) > ENOUGH
     assert sae.origin == replace(sae.origin, filter=NormFilter.of(rows))
+
+
+def test_training_says_which_tokens_are_left_out(lm, capsys):
+    """In a model whose markers are four times as long as all else; stored rows have no tokens to
+    name.
+    """
+    documents = [d.messages for d in world.dialogues(60, seed=1)]
+    source = LiveRows(lm, [SITE], lambda: token_batches(lm, documents))
+    [marker] = lm.tokenizer("<|im_start|>", add_special_tokens=False).input_ids
+    block = next(source.blocks(20_000))
+    ids = torch.cat([batch.ids[batch.keep] for batch in source.batches()])
+    norms = block.rows[SITE].norm(dim=-1)
+    median, longest = norms.median(), norms[ids == marker].min()
+    filters = NormFilter(float(median), float(0.999 * longest / median))
+    config = TrainConfig("topk", sparsity=4, tokens=512, batch=256, pool=512)
+    trainer = SiteTrainer(
+        config, Normaliser(torch.zeros(lm.d_model), 1.0, filters), lm.d_model, lm.device
+    )
+    say_sinks(source, block, {("v", SITE): trainer})
+    n = int(filters.drops(block.rows[SITE]).sum())
+    said = capsys.readouterr().err
+    assert f"Layer 1 resid: {n:,} of {len(block):,} tokens (" in said
+    assert "'<|im_start|>'" in said
+    say_sinks(StoredRows(block.rows), block, {("v", SITE): trainer})
+    assert capsys.readouterr().err.strip().endswith("medians and left out")
+    none = trainer.normaliser._replace(filter=NormFilter(1e9))
+    trainer.normaliser = none
+    say_sinks(source, block, {("v", SITE): trainer})
+    assert not capsys.readouterr().err

@@ -12,11 +12,14 @@ none, and stay whole up to a wide bound.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
+from qsae_kit.sites import parse_hook_name
 
 WIDEST = 10.0
 """Median norms beyond which a row is a sink, gap or no gap."""
@@ -60,6 +63,11 @@ class NormFilter(NamedTuple):
     def keeps(self, x: Float[Tensor, "*row d_model"]) -> Bool[Tensor, "*row"]:
         return x.float().norm(dim=-1) <= self.factor * self.median
 
+    def drops(self, x: Float[Tensor, "*row d_model"]) -> Bool[Tensor, "*row"]:
+        """The sinks: rows of finite norm beyond the bound."""
+        norms = x.float().norm(dim=-1)
+        return norms.isfinite() & (norms > self.factor * self.median)
+
     @classmethod
     def of(cls, norms: Float[Tensor, " row"]) -> "NormFilter":
         """The filter of a site whose rows have these norms, in any order; those that are not finite
@@ -96,3 +104,22 @@ def _bound(ratios: Float[Tensor, " row"]) -> float:
         return WIDEST
     lower = int(torch.where(gap, inside, n).argmin())
     return min(WIDEST, math.sqrt(float(ratios[lower] * shortest[lower])))
+
+
+SHOWN = 8
+"""Kinds of tokens that are named, at most."""
+
+
+def sinks_said(
+    hook_name: str, norms: NormFilter, n_sinks: int, n_rows: int, texts: Sequence[str] = ()
+) -> str:
+    """One line on the rows that a filter leaves out of `n_rows`. texts: of their tokens, the most
+    frequent first, where they are known.
+    """
+    site = parse_hook_name(hook_name)
+    named = ", ".join(map(repr, texts[:SHOWN])) + (", ..." if len(texts) > SHOWN else "")
+    return (
+        f"Layer {site.layer} {site.kind}: {n_sinks:,} of {n_rows:,} tokens"
+        f" ({n_sinks / n_rows:.1%}) are beyond {norms.factor:.1f} medians and left out"
+        + (f": {named}" if texts else "")
+    )
