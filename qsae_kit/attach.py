@@ -1,7 +1,8 @@
 """An SAE at its place in a model: does it fit, what does it read, what if it stood in.
 
-What releases of SAEs do not say, the median norm of every site, is measured here on the model that
-they are used on. `attached` does all that a suite needs before it is used.
+What releases of SAEs do not say, the median norm of every site and the bound of its sinks, is
+measured here on the model that they are used on. `attached` does all that a suite needs before it
+is used.
 """
 
 import sys
@@ -33,8 +34,8 @@ def calibrate(
     batches: Iterable[TokenBatch],
     rows: int = ROWS,
 ) -> int:
-    """Gives every SAE of a suite that has no median norm the one of its site, in place; returns the
-    tokens it was taken of.
+    """Gives every SAE of a suite that has no median norm the norm filter of its site, in place;
+    returns the tokens it was taken of.
 
     batches: tokens of the model such as it will be used on; as many are passed as give `rows` kept
     ones, none where all SAEs have their median. Position 0 is never among them. Where a release
@@ -65,8 +66,8 @@ def calibrate(
     if not taken:
         raise ValueError("There are no tokens to measure the median norm on; give longer texts.")
     for sae in unmeasured:
-        median = float(torch.cat(norms[sae.origin.hook_name]).nanmedian())
-        sae.provenance = replace(sae.origin, filter=NormFilter(median, sae.origin.filter.factor))
+        norms_of_site = torch.cat(norms[sae.origin.hook_name])
+        sae.provenance = replace(sae.origin, filter=NormFilter.of(norms_of_site))
     for sae in without_l0:
         parts = [
             x[sae.origin.filter.keeps(x)].to(sae.b_dec.device) for x in kept[sae.origin.hook_name]
@@ -121,15 +122,20 @@ def attached(
 def _policy(lm: HookedLM, sae: SAE) -> TokenPolicy:
     own = sae.origin
     # without markers no token is known to be the template's
-    return TokenPolicy(own.drop_template and lm.markers is not None, own.context_size).on(lm)
+    drop_template = own.drop_template and lm.markers is not None
+    return TokenPolicy(drop_template, own.context_size, own.drop_prefix).on(lm)
 
 
 def policy_of(lm: HookedLM, suite: ByVariant) -> TokenPolicy:
     """The tokens that the SAEs of a suite were trained on, which batches for them are made by.
 
-    Raises ValueError where its SAEs differ.
+    Where some were trained without what all chats begin with, it is left out for all: it is the
+    same rows over and over, on which nothing depends. Raises ValueError where they differ
+    otherwise.
     """
-    policies = {_policy(lm, sae) for sae in Suite(suite).saes().values()}
+    known = [_policy(lm, sae) for sae in Suite(suite).saes().values()]
+    drop_prefix = any(policy.drop_prefix for policy in known)
+    policies = {policy._replace(drop_prefix=drop_prefix) for policy in known}
     if len(policies) > 1:
         told = "; ".join(_said(policy) for policy in sorted(policies))
         raise ValueError(
@@ -141,15 +147,20 @@ def policy_of(lm: HookedLM, suite: ByVariant) -> TokenPolicy:
 
 def check_tokens(lm: HookedLM, saes: Iterable[SAE], batches: Iterable[TokenBatch]) -> None:
     """ValueError for batches with tokens of a kind that an SAE was not trained on: the template's,
-    or beyond its context.
+    what all chats begin with, or beyond its context.
     """
-    longest, template = 0, False
+    longest, template, prefix = 0, False, False
     for batch in batches:
         longest = max(longest, batch.ids.shape[1])
         template = template or not batch.policy.drop_template
+        prefix = prefix or not batch.policy.drop_prefix
     for sae in saes:
         own = _policy(lm, sae)
-        if (template and own.drop_template) or longest > own.context_size:
+        if (
+            (template and own.drop_template)
+            or (prefix and own.drop_prefix)
+            or longest > own.context_size
+        ):
             raise ValueError(
                 f"The SAE of {sae.origin.hook_name} was trained on {_said(own)}, and the batches"
                 " hold other tokens; make them with policy=qsae_kit.attach.policy_of(lm, suite)."
@@ -157,9 +168,10 @@ def check_tokens(lm: HookedLM, saes: Iterable[SAE], batches: Iterable[TokenBatch
 
 
 def _said(policy: TokenPolicy) -> str:
-    return f"{policy.context_size:,} tokens of a document" + (
-        " without its template" if policy.drop_template else ""
-    )
+    left_out = ["its template"] * policy.drop_template
+    left_out += ["what all chats begin with"] * policy.drop_prefix
+    said = f"{policy.context_size:,} tokens of a document"
+    return f"{said} without {' and '.join(left_out)}" if left_out else said
 
 
 def check_measured(sae: SAE) -> None:
@@ -253,12 +265,13 @@ def token_features(
     lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]
 ) -> list[Float[Tensor, "pos d_sae"]]:
     """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
-    hook_name = sae.origin.hook_name
+    hook_name, policy = sae.origin.hook_name, _policy(lm, sae)
     out: list[Tensor] = []
     for start in range(0, len(rows), 32):
         some = rows[start : start + 32]
         ids, mask = lm.pad(some)
-        batch = TokenBatch(ids, mask, keep_mask(lm, ids, mask, _policy(lm, sae).drop_template))
+        keep = keep_mask(lm, ids, mask, policy.drop_template, policy.drop_prefix)
+        batch = TokenBatch(ids, mask, keep, policy)
         x = site_activations(lm, [hook_name], batch)[hook_name]
         counted = batch.keep & sae.origin.filter.keeps(x)
         f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)

@@ -16,7 +16,6 @@ from qsae_kit.data.rows import (
     shuffled,
     stream_rows,
 )
-from qsae_kit.sae.filter import NormFilter
 from qsae_kit.train.run import fit_normaliser
 from qsae_kit.world import world
 
@@ -130,8 +129,3 @@ def test_batches_without_kept_tokens_are_skipped(lm):
         b._replace(keep=torch.zeros_like(b.keep)) if i == 0 else b for i, b in enumerate(batches)
     ]
     assert len(list(stream_rows(lm, SITES, batches))) == len(batches) - 1
-
-
-def test_filter_is_per_row():
-    x = torch.tensor([[3.0, 4.0], [30.0, 40.0], [30.1, 40.1]])
-    assert NormFilter(5.0).keeps(x).tolist() == [True, True, False]

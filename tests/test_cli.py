@@ -18,6 +18,7 @@ import qsae_kit
 from qsae_kit.cli import app as cli
 from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.data.companions import WORLD
+from qsae_kit.data.documents import chat_prefix
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite, save_suite
@@ -209,7 +210,7 @@ def test_data_rows(tmp_path):
     _, cache = lm.run_with_cache(
         lm.to_chat(chat, add_generation_prompt=False), names_filter="blocks.2.hook_mlp_out"
     )
-    expected = cache["blocks.2.hook_mlp_out"][0, 1:]
+    expected = cache["blocks.2.hook_mlp_out"][0, len(chat_prefix(lm)) :]
     assert acts.shape == expected.shape
     assert (
         acts.float() / float(header["scale"]) - expected

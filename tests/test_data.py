@@ -8,11 +8,14 @@ import torch
 
 from qsae_kit.data.benchmarks import read_bench
 from qsae_kit.data.documents import (
+    TokenPolicy,
+    chat_prefix,
     keep_mask,
     read_documents,
     repeat,
     split_documents,
     token_batches,
+    tokenize_document,
 )
 from qsae_kit.world import world
 
@@ -124,6 +127,64 @@ def test_keep_mask(lm):
     assert torch.equal(keep[:, 1:], mask[:, 1:].bool())
     content = keep_mask(lm, ids, mask, drop_template=True)
     assert lm.to_string(ids[0][content[0]]) == "HiHello!"
+
+
+SYSTEM = "You answer shortly."
+WITH_DEFAULT = (
+    "{% if messages[0].role != 'system' %}<|im_start|>system\n"
+    + SYSTEM
+    + "<|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def kept_text(lm, batch, row):
+    return lm.to_string(batch.ids[row][batch.keep[row]])
+
+
+def test_what_all_chats_begin_with_is_not_kept(lm):
+    """The bundled model has no default system prompt: only the header of the first turn goes."""
+    assert lm.to_string(chat_prefix(lm)) == "<|im_start|>user\n"
+    own = [{"role": "system", "content": SYSTEM}, *CHAT]
+    [batch] = token_batches(lm, [CHAT, own, "user\nHi"], seed=None)
+    rest = lm.to_chat(CHAT, add_generation_prompt=False).removeprefix("<|im_start|>user\n")
+    assert kept_text(lm, batch, 0) == rest
+    assert kept_text(lm, batch, 1).startswith(f"system\n{SYSTEM}<|im_end|>\n<|im_start|>user\nHi")
+    assert kept_text(lm, batch, 2) == lm.to_string(lm.to_tokens("user\nHi")[0][1:])
+    [whole] = token_batches(lm, [CHAT], policy=TokenPolicy(drop_prefix=False))
+    assert kept_text(lm, whole, 0) == "user\n" + rest
+
+
+def test_a_default_system_prompt_is_not_kept(lm, monkeypatch):
+    monkeypatch.setattr(lm.tokenizer, "chat_template", WITH_DEFAULT)
+    prefix = chat_prefix(lm)
+    assert lm.to_string(prefix) == f"<|im_start|>system\n{SYSTEM}<|im_end|>\n<|im_start|>user\n"
+    own = [{"role": "system", "content": "You answer at length."}, *CHAT]
+    [batch] = token_batches(lm, [CHAT, own], seed=None)
+    assert kept_text(lm, batch, 0).startswith("Hi<|im_end|>")
+    assert kept_text(lm, batch, 1).startswith("system\nYou answer at length.<|im_end|>")
+    rows = [tokenize_document(lm, CHAT, 512), tokenize_document(lm, own, 512)]
+    ids, mask = lm.pad([*rows, rows[0][: len(prefix) - 2]], "left")
+    keep = keep_mask(lm, ids, mask, drop_prefix=True)
+    for row in range(2):
+        assert lm.to_string(ids[row][keep[row]]) == kept_text(lm, batch, row)
+    assert not keep[2].any()  # cut within the prefix
+
+
+def test_a_model_without_chats_has_no_prefix(lm, monkeypatch):
+    assert TokenPolicy().on(lm).drop_prefix
+    monkeypatch.setattr(lm.tokenizer, "chat_template", None)
+    assert chat_prefix(lm) == []
+    assert not TokenPolicy().on(lm).drop_prefix
+    monkeypatch.setattr(lm.tokenizer, "chat_template", "{{ raise_exception('system first') }}")
+    assert chat_prefix(lm) == []
+
+
+def test_a_chat_that_ends_with_the_user_asks_for_an_answer(lm):
+    for chat, asks in ((CHAT[:1], True), (CHAT, False), ([*CHAT, CHAT[0]], True)):
+        written = lm.to_chat(chat, add_generation_prompt=asks)
+        assert lm.to_string(tokenize_document(lm, chat, 512)) == written
+        assert written.endswith("<|im_start|>assistant\n") == asks
 
 
 def test_left_padding_drops_the_first_real_token(lm):

@@ -32,7 +32,9 @@ def recompute(lm, sae, name, batches):
     ce_clean = ce_spliced = ce_zero = kl = 0.0
     n = 0
     for ids, mask, keep, _ in batches:
-        where = keep[:, :-1] & mask[:, 1:].bool()
+        _, cache = lm.run_with_cache(ids, mask, names_filter=name)
+        ordinary = cache[name].norm(dim=-1) <= 10 * sae.provenance.filter.median
+        where = (keep & ordinary)[:, :-1] & mask[:, 1:].bool()
 
         def replace(new, keep=keep):
             def hook(x, hook):
@@ -108,8 +110,41 @@ def test_rows_beyond_the_filter_are_neither_scored_nor_spliced(lm, batches):
         batches,
         bar=False,
     )
-    some, every = table[table["category"] == "all"]["tokens"]
+    whole = table[table["category"] == "all"].set_index("variant")
+    some, every = whole["tokens"]
     assert some < every == sum(int(b.keep.sum()) for b in batches)
+    assert whole["n_sinks"].tolist() == [every - some, 0]
+    assert whole["spliced_tokens"]["a"] < whole["spliced_tokens"]["b"]
+    name, norms = sinks_out.origin.hook_name, sinks_out.origin.filter
+    rows = torch.cat([lm.run_with_cache(b.ids, b.mask)[1][name][b.keep].double() for b in batches])
+    ordinary = rows[norms.keeps(rows)]
+    kept, all_of_it = (float((x - x.mean(0)).pow(2).sum()) for x in (ordinary, rows))
+    assert whole["share_sinks"]["a"] == pytest.approx(1 - kept / all_of_it, rel=1e-4)
+    assert whole["share_sinks"]["b"] == 0
+    parts = table[(table["variant"] == "a") & (table["category"] != "all")]
+    assert parts["n_sinks"].sum() <= every - some  # a category of sinks alone has no row
+
+
+def test_losses_are_those_of_ordinary_tokens(lm, batches):
+    """Two SAEs of one site with two filters are compared on tokens that pass their own."""
+    one, other = sae_at("resid", 3, median=64.0, factor=2.5), sae_at("resid", 3, median=64.0)
+    suite = {"a": dict([one]), "b": dict([other])}
+    both = evaluate_suite(lm, suite, batches, bar=False).set_index(["variant", "category"])
+    for variant in suite:
+        alone = evaluate_suite(lm, {variant: suite[variant]}, batches, bar=False)
+        alone = alone.set_index("category").loc["all"]
+        for column in ("spliced_tokens", "ce", "delta_ce", "ce_score", "kl_score_mean", "fvu"):
+            assert both.loc[(variant, "all"), column] == pytest.approx(alone[column]), column
+    assert both.loc[("a", "all"), "ce"] != both.loc[("b", "all"), "ce"]
+
+
+def test_it_is_said_which_tokens_are_left_out(lm, batches, capsys):
+    name, sae = sae_at("resid", 3, median=64.0, factor=3.0)
+    table = evaluate_suite(lm, {"a": {name: sae}, "b": {name: sae}}, batches, 1)
+    [said] = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    n, every = table["n_sinks"][0], sum(int(b.keep.sum()) for b in batches)
+    assert f"Layer 3 resid: {n:,} of {every:,} tokens (" in said
+    assert "beyond 3.0 medians and left out: '" in said
 
 
 def test_columns_and_order(lm, batches):
@@ -117,9 +152,10 @@ def test_columns_and_order(lm, batches):
     table = evaluate_suite(lm, {"v": saes}, batches, spliced_batches=1, bar=False)
     wanted = (
         "variant site layer kind category fvu mse cosine l2_ratio relative_bias l0 l0_p10 l0_p90"
-        " dead denser_than_1_percent denser_than_10_percent tokens ce delta_ce kl_nats top_1"
-        " delta_ce_zero kl_zero delta_ce_mean kl_mean ce_score kl_score ce_score_mean kl_score_mean"
-        " spliced_tokens target d_sae trained_tokens mean_cosine nearest_median nearest_p99"
+        " dead denser_than_1_percent denser_than_10_percent tokens n_sinks share_sinks"
+        " ce delta_ce kl_nats top_1 delta_ce_zero kl_zero delta_ce_mean kl_mean ce_score kl_score"
+        " ce_score_mean kl_score_mean spliced_tokens target d_sae trained_tokens mean_cosine"
+        " nearest_median nearest_p99"
     )
     assert list(table.columns) == wanted.split()
     assert list(table["kind"].unique()) == list(KINDS)

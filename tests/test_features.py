@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from qsae_kit.data.documents import token_batches
+from qsae_kit.data.documents import chat_prefix, token_batches
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.features import indexing as features
 from qsae_kit.features.index import load_index
@@ -55,7 +55,10 @@ def suite(lm):
         median = float(rows[name].norm(dim=-1).median())
         # A filter that leaves some tokens out, as sinks are.
         sae = architecture(
-            lm.d_model, 300, 9, Provenance(lm.model_name, name, NormFilter(median, 1.3))
+            lm.d_model,
+            300,
+            9,
+            Provenance(lm.model_name, name, NormFilter(median, 1.3), drop_prefix=True),
         )
         sae.init_from_rows(rows[name], torch.Generator().manual_seed(1))
         out[variant][name] = sae.requires_grad_(False)
@@ -347,7 +350,7 @@ def test_live_search(index, suite, lm):
     ids = torch.tensor([lm.chat_tokens(chat, add_generation_prompt=False)])
     x = lm.run_with_cache(ids)[1][SITES[0]][0]
     counted = x.norm(dim=-1) <= 1.3 * site.sae.provenance.filter.median
-    counted[0] = False
+    counted[: len(chat_prefix(lm))] = False
     f = site.sae.encode(x) * counted[:, None]
     assert found["max"].tolist() == pytest.approx(
         f.amax(0).sort(descending=True).values[:10].tolist(), rel=1e-4

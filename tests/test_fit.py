@@ -68,6 +68,12 @@ def test_stored_rows_say_what_tokens_they_are_of(tmp_path, acts):
     assert done.exit_code == 0, done.exception
     [own] = [sae.provenance for sae in load_suite(tmp_path / "out" / "suite").saes().values()]
     assert (own.model_name, own.drop_template, own.context_size) == ("mine", True, 64)
+    assert not own.drop_prefix  # which the file does not say
+    save_file({"acts": rows()}, acts, about | {"drop_prefix": "True"})
+    done = qsae("rows", "train", acts, *FLAGS[2:], "--out", tmp_path / "without")
+    assert done.exit_code == 0, done.exception
+    saes = load_suite(tmp_path / "without" / "suite").saes().values()
+    assert all(sae.origin.drop_prefix for sae in saes)
     for wrong in ("many", "-3", "1"):
         save_file({"acts": rows()}, acts, about | {"context_size": wrong})
         refused = qsae("rows", "train", acts, *FLAGS[2:], "--out", tmp_path / "other")

@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from qsae_kit.data.documents import keep_mask, tokenize_document
+from qsae_kit.data.documents import chat_prefix, keep_mask, token_batches, tokenize_document
 from qsae_kit.lm.chat import Phase, phases
 from qsae_kit.lm.edits import POLICIES, Edit, applied, selected
 from qsae_kit.lm.hooked import HookedLM, Now
@@ -136,11 +136,22 @@ def test_keep_masks(lm, batches, row, side):
         assert first + kept == "".join(
             text for name, text in DIALOGUES[row]["runs"] if not drop or name != "TEMPLATE"
         )
-    if not DIALOGUES[row].get("add_generation_prompt"):
+    asks = DIALOGUES[row]["messages"][-1]["role"] == "user"
+    if asks == DIALOGUES[row].get("add_generation_prompt", False):
         assert (
             tokenize_document(lm, DIALOGUES[row]["messages"], 10_000)
             == ids[row][mask[row].bool()].tolist()
         )
+
+
+def test_the_first_header_is_the_prefix_of_all_chats(lm):
+    """Qwen3's template has no default system prompt."""
+    assert lm.to_string(chat_prefix(lm)) == "<|im_start|>user\n"
+    own = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi."}]
+    [batch] = token_batches(lm, [own[1:], own], seed=None)
+    kept = [lm.to_string(batch.ids[row][batch.keep[row]]) for row in range(2)]
+    asked = "Hi.<|im_end|>\n<|im_start|>assistant\n"
+    assert kept == [asked, f"system\nBe brief.<|im_end|>\n<|im_start|>user\n{asked}"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -265,12 +265,15 @@ def test_tokens_are_of_the_kind_that_the_sae_was_trained_on(run, lm, tmp_path):
     [ids] = [torch.tensor([lm.chat_tokens("Hello!")])]
     assert not f[~keep_mask(lm, ids, torch.ones_like(ids), True)[0]].any()
     held_out = documents_of(lm, None)[0]
-    with pytest.raises(ValueError, match="without its template, and the batches hold other tokens"):
+    other = "without its template and what all chats begin with, and the batches hold other tokens"
+    with pytest.raises(ValueError, match=other):
         evaluate_suite(lm, {variant: saes}, held_out_batches(lm, held_out, 500), bar=False)
     saes[SITE].provenance = replace(saes[SITE].provenance, drop_template=False, context_size=16)
     batches = held_out_batches(lm, held_out, 500, policy_of(lm, {variant: saes}))
     assert max(batch.ids.shape[1] for batch in batches) == 16
-    with pytest.raises(ValueError, match="trained on 16 tokens of a document, and the batches"):
+    with pytest.raises(
+        ValueError, match=r"trained on 16 tokens of a document without what .*, and the batches"
+    ):
         evaluate_suite(lm, {variant: saes}, held_out_batches(lm, held_out, 500), bar=False)
     [other] = load_suite(run / "suite").values()
     with pytest.raises(ValueError, match=r"different tokens \(16 tokens .*; use them apart"):

@@ -1,17 +1,21 @@
 """Suites, places and features: what they are called, what they hold, and what makes one usable."""
 
+import json
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 import qsae_kit
-from qsae_kit.attach import attached
-from qsae_kit.data.documents import token_batches
+from qsae_kit.attach import attached, check_tokens, policy_of, token_features
+from qsae_kit.data.documents import TokenPolicy, chat_prefix, token_batches
 from qsae_kit.io.files import checked_name
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.releases import UNMEASURED
+from qsae_kit.sae.store import CONFIG, load_sae, save_sae
 from qsae_kit.sae.suites import Feature, Place, Suite
 from qsae_kit.sites import KINDS, Site
 
@@ -179,7 +183,7 @@ def test_a_suite_is_attached_once(lm, capsys):
     assert "The suite names no median norms; they are those of" in capsys.readouterr().err
     assert suite.places() == [Place("v", EARLY), Place("v", LATE)]
     assert suite["v"][LATE] is unmeasured
-    batches = list(token_batches(lm, CHATS))
+    batches = list(token_batches(lm, CHATS, policy=policy_of(lm, suite)))
     norms = [
         lm.run_with_cache(b.ids, b.mask, names_filter=LATE)[1][LATE][b.keep].norm(dim=-1)
         for b in batches
@@ -210,3 +214,29 @@ def test_an_sae_that_does_not_fit_is_refused_before_anything_is_measured(lm, sae
 @pytest.mark.parametrize("name", ["Suite", "Place", "Feature", "attached"])
 def test_they_are_on_the_face(name):
     assert getattr(qsae_kit, name).__name__ == name
+
+
+def test_what_all_chats_begin_with_is_left_out_where_an_sae_was_trained_without(lm, tmp_path):
+    old, new = sae_at(LATE, d_in=lm.d_model), sae_at(EARLY, d_in=lm.d_model)
+    new.provenance = replace(new.origin, drop_prefix=True)
+    save_sae(new, tmp_path)
+    assert load_sae(tmp_path).origin == new.origin
+    config = json.loads((tmp_path / CONFIG).read_text())
+    del config["metadata"]["qsae_kit"]["drop_prefix"]
+    (tmp_path / CONFIG).write_text(json.dumps(config))
+    assert not load_sae(tmp_path).origin.drop_prefix
+    assert not policy_of(lm, {"v": {LATE: old}}).drop_prefix
+    policy = policy_of(lm, {"v": {LATE: old, EARLY: new}})
+    assert policy.drop_prefix
+    check_tokens(lm, [old, new], token_batches(lm, CHATS[:2], policy=policy))
+    whole = list(token_batches(lm, CHATS[:2], policy=TokenPolicy(drop_prefix=False)))
+    check_tokens(lm, [old], whole)
+    with pytest.raises(ValueError, match="without what all chats begin with, and the batches hold"):
+        check_tokens(lm, [old, new], whole)
+    n = len(chat_prefix(lm))
+    for sae, counts in ((old, True), (new, False)):
+        sae.provenance = replace(sae.origin, filter=NormFilter(1e9))
+        [f] = token_features(lm, sae, [lm.chat_tokens("Hello!")])
+        assert f[1:n].any().item() == counts
+        assert not f[0].any()
+        assert f[n:].any()

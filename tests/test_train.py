@@ -68,6 +68,7 @@ def test_the_source_says_where_its_rows_are_from(tmp_path):
     for sae in load_suite(tmp_path / "suite")[config.variant].values():
         own = sae.provenance
         assert (own.model_name, own.drop_template, own.context_size) == ("mine", True, 64)
+        assert own.drop_prefix
         assert own.recipe == asdict(config)
     train_saes(known.only(known.sites[:1]), [config], model_name="mine", bar=False)
     with pytest.raises(ValueError, match="of 'mine', and model_name='t' was given; leave it out"):

@@ -1,13 +1,14 @@
 """Chats and texts -> token batches with a keep-mask.
 
 One dialogue is one sequence in the model's own template. The keep-mask leaves out position 0,
-padding and, by choice, template tokens; the sites' norm filter comes later, where activations are
-seen.
+padding, what every chat begins with (a default system prompt, the first header: under causal
+attention the same rows in every dialogue, which tell nothing) and, by choice, template tokens; the
+sites' norm filter comes later, where activations are seen.
 """
 
 import random
 from collections.abc import Callable, Iterable, Iterator
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -38,10 +39,15 @@ class TokenPolicy(NamedTuple):
     """Whether template tokens are left out."""
     context_size: int = CONTEXT
     """Tokens that a document is cut at."""
+    drop_prefix: bool = True
+    """Whether the tokens that all chats begin with (`chat_prefix`) are left out."""
 
     def on(self, lm: HookedLM) -> "TokenPolicy":
-        """The same within the model's own context."""
-        return self._replace(context_size=min(self.context_size, lm.context_size))
+        """The same within the model's own context; no prefix is dropped where chats have none."""
+        return self._replace(
+            context_size=min(self.context_size, lm.context_size),
+            drop_prefix=self.drop_prefix and len(chat_prefix(lm)) > 1,
+        )
 
 
 class TokenBatch(NamedTuple):
@@ -149,20 +155,50 @@ def _read_dataset(name: str) -> Iterator[tuple[str, Any]]:
 
 
 def tokenize_document(lm: HookedLM, document: Document, max_length: int) -> list[int]:
-    """Token ids of a chat in the model's template, or of a text, cut at `max_length`."""
+    """Token ids of a chat in the model's template, or of a text, cut at `max_length`.
+
+    A chat that ends with the user's message is followed by the header that asks for an answer.
+    """
     if isinstance(document, str):
         return lm.tokenizer(document).input_ids[:max_length]
-    return lm.chat_tokens(document, add_generation_prompt=False)[:max_length]
+    asks = bool(document) and document[-1].get("role") == "user"
+    return lm.chat_tokens(document, add_generation_prompt=asks)[:max_length]
+
+
+PROBES = ("Who?", "7 + 5")
+"""User messages that have no beginning in common."""
+
+
+def chat_prefix(lm: HookedLM) -> list[int]:
+    """Token ids that every chat begins with unless it has a system message of its own: the
+    template's default system prompt, if it has one, and the header of the user's turn. Empty for a
+    model without a chat template.
+    """
+    if not lm.tokenizer.chat_template:
+        return []
+    try:
+        chats = [lm.chat_tokens(probe) for probe in PROBES]
+    except ValueError:  # a template that refuses a single user turn writes no such chats
+        return []
+    pairs = zip(*chats, strict=False)
+    return [one for one, _ in takewhile(lambda pair: pair[0] == pair[1], pairs)]
 
 
 def keep_mask(
-    lm: HookedLM, ids: Tensor, mask: Tensor, drop_template: bool = False
+    lm: HookedLM,
+    ids: Tensor,
+    mask: Tensor,
+    drop_template: bool = False,
+    drop_prefix: bool = False,
 ) -> Bool[Tensor, "batch pos"]:
-    """Real tokens but each row's first, and with `drop_template` no template tokens.
+    """Real tokens but each row's first; with `drop_template` no template tokens, with `drop_prefix`
+    none of what all chats begin with, in rows that begin so.
 
     Raises ValueError for `drop_template` with a model whose chat markers are unknown.
     """
     keep = (mask.cumsum(1) * mask) > 1
+    if drop_prefix:
+        keep &= ~_in_prefix(ids, mask, chat_prefix(lm))
     if drop_template:
         if lm.markers is None:
             raise ValueError(
@@ -171,6 +207,18 @@ def keep_mask(
             )
         keep &= phases(ids, mask, lm.markers) != Phase.TEMPLATE
     return keep
+
+
+def _in_prefix(ids: Tensor, mask: Tensor, prefix: list[int]) -> Bool[Tensor, "batch pos"]:
+    """The tokens of `prefix` in rows that begin with it, or that are cut within it."""
+    n = min(len(prefix), ids.shape[1])
+    position = mask.cumsum(1) - 1
+    first = mask.argmax(1, keepdim=True)
+    at = (first + torch.arange(n, device=ids.device)).clamp(max=ids.shape[1] - 1)
+    same = ids.gather(1, at) == torch.tensor(prefix[:n], dtype=ids.dtype, device=ids.device)
+    cut = torch.arange(n, device=ids.device) >= mask.sum(1, keepdim=True)
+    begins = (same | cut).all(1, keepdim=True)
+    return begins & (position < n) & mask.bool()
 
 
 def token_batches(
@@ -196,7 +244,8 @@ def token_batches(
             rng.shuffle(groups)
         for rows in groups:
             ids, mask = lm.pad(rows)
-            yield TokenBatch(ids, mask, keep_mask(lm, ids, mask, policy.drop_template), policy)
+            keep = keep_mask(lm, ids, mask, policy.drop_template, policy.drop_prefix)
+            yield TokenBatch(ids, mask, keep, policy)
 
 
 def _take_tokens(rows: Iterator[list[int]], n_tokens: int) -> Iterator[list[int]]:

@@ -1,6 +1,7 @@
 """One forward pass -> rows of activations for every site; the norm filter; the shuffle pool."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -59,7 +60,8 @@ class Origin(NamedTuple):
 
     model_name: str = ""
     """"" where it is not known."""
-    policy: TokenPolicy = TokenPolicy()
+    policy: TokenPolicy = TokenPolicy(drop_prefix=False)
+    """By default what holds for rows of which nothing is known."""
     model_digest: str = ""
     """Of the model's weights (`HookedLM.weights_digest`)."""
 
@@ -158,6 +160,30 @@ class LiveRows:
         some = LiveRows(self.lm, sites, self.batches)
         some._head = self._head
         return some
+
+    @torch.no_grad()
+    def texts_where(
+        self, chosen: Mapping[str, Callable[[Tensor], Tensor]], tokens: int = 2048
+    ) -> dict[str, list[str]]:
+        """The tokens, the most frequent first, whose rows are chosen at some sites.
+
+        chosen: by site, from rows [row, width] a mask [row]. tokens: of the first batch, padding
+        included, that are looked at.
+        """
+        if not (chosen and self.head):
+            return {}
+        first = self.head[0]
+        some = max(1, tokens // first.ids.shape[1])
+        batch = first._replace(ids=first.ids[:some], mask=first.mask[:some], keep=first.keep[:some])
+        ids = batch.ids[batch.keep]
+        counts = {
+            site: Counter(ids[chosen[site](x)].tolist())
+            for site, x in kept_rows(self.lm, list(chosen), batch).items()
+        }
+        return {
+            site: [self.lm.to_string([i]) for i, _ in own.most_common()]
+            for site, own in counts.items()
+        }
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
         pool: Rows = {}

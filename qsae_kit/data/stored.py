@@ -71,7 +71,9 @@ def _policy(header: Mapping[str, str], path: Path) -> TokenPolicy:
             f"{str(path)!r} has context_size={size[:40]!r}, which must be a whole number of 2 or"
             " more; store the activations again."
         )
-    return TokenPolicy(header.get("drop_template") == "True", int(size))
+    return TokenPolicy(
+        header.get("drop_template") == "True", int(size), header.get("drop_prefix") == "True"
+    )
 
 
 def harvest_rows(
@@ -116,6 +118,7 @@ def _harvest(
         "model": lm.model_name,
         "drop_template": str(policy.drop_template),
         "context_size": str(policy.context_size),
+        "drop_prefix": str(policy.drop_prefix),
         "data": named(data),
     }
     save_rows({hook_name: torch.cat([part.float() for part in parts])}, hook_name, out, about)

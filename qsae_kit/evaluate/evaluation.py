@@ -1,16 +1,17 @@
 """A suite of SAEs on held-out tokens -> one table: reconstruction, sparsity, and what splicing
 costs the model.
 
-Every figure stands beside the number of tokens behind it. Counted are the tokens of the keep-mask
-(no padding, not position 0) that pass the SAE's norm filter; a prediction counts where the token
-that it is made at is kept. Figures come per category: template tokens are easily reconstructed
+Every figure stands beside the number of tokens behind it. Counted are ordinary tokens: those of
+the keep-mask (no padding, not position 0) that pass the SAE's norm filter; a prediction counts
+where the token that it is made at does. What the filter leaves out, attention sinks, has columns of
+its own. Figures come per category: template tokens are easily reconstructed
 and predicted, and inflate whatever they are averaged into.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import pandas as pd
 import torch
@@ -20,9 +21,10 @@ from tqdm.auto import tqdm
 from qsae_kit.attach import attached, check_tokens, constant, splice
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
+from qsae_kit.io.interrupts import say
 from qsae_kit.lm.chat import CATEGORIES
 from qsae_kit.lm.edits import Edit, applied
-from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.hooked import HookedLM, by_token
 from qsae_kit.metrics.reconstruction import (
     Reconstruction,
     compare,
@@ -31,11 +33,22 @@ from qsae_kit.metrics.reconstruction import (
     recovered,
 )
 from qsae_kit.sae import SAE
+from qsae_kit.sae.filter import NormFilter, sinks_said
 from qsae_kit.sae.suites import ByVariant, Place
 from qsae_kit.sites import parse_hook_name
 
-Cell: TypeAlias = tuple[Place, str]
-"""A place (or what stands in at its site) and a category of tokens."""
+
+class Control(NamedTuple):
+    """What stands in at a site for an SAE, at the tokens that pass its filter."""
+
+    what: str
+    """"zero" or "mean"."""
+    hook_name: str
+    filter: NormFilter
+
+
+Cell: TypeAlias = tuple[Place | Control, str]
+"""A place, or a control of its site, and a category of tokens."""
 
 
 @dataclass
@@ -70,19 +83,23 @@ def evaluate_suite(
     batches: held-out tokens. Reconstruction uses all, splicing the first `spliced_batches` (None:
         all) of them.
     Columns: variant, site (hook name), layer, kind, category;
-    `metrics.reconstruction.Reconstruction.figures` (tokens: rows behind them); ce, delta_ce and
+    `metrics.reconstruction.Reconstruction.figures` (tokens: rows behind them; n_sinks and
+    share_sinks: rows beyond the norm filter and their share of the variance); ce, delta_ce and
     kl_nats (nats a token, spliced against clean), top_1 (share of equal predictions), the same
     deltas of zero and mean ablation (delta_ce_zero, kl_zero, delta_ce_mean, kl_mean), and how much
     of each is recovered: ce_score, kl_score (against zero), ce_score_mean, kl_score_mean;
     spliced_tokens (predictions behind these); target, d_sae, trained_tokens, and the decoder's
-    cosines. Raises ValueError where an SAE does not fit the model or no token is left.
+    cosines. With `bar` it is said which tokens are sinks. Raises ValueError where an SAE does not
+    fit the model or no token is left.
     """
     own = attached(lm, suite)
     saes, names = own.saes(), own.hook_names
     check_tokens(lm, saes.values(), batches)
     n_spliced = min(len(batches), len(batches) if spliced_batches is None else spliced_batches)
-    rebuilt: dict[Cell, Reconstruction] = defaultdict(Reconstruction)
-    passes = len(batches) + n_spliced * (len(saes) + 2 * len(names))
+    rebuilt: dict[tuple[Place, str], Reconstruction] = defaultdict(Reconstruction)
+    sinks: dict[tuple[str, NormFilter], Counter[int]] = defaultdict(Counter)
+    filters = dict.fromkeys((sae.origin.hook_name, sae.origin.filter) for sae in saes.values())
+    passes = len(batches) + n_spliced * (len(saes) + 2 * len(filters))
     with tqdm(total=passes, desc="evaluating", disable=not bar) as meter:
         for batch in batches:
             acts = site_activations(lm, names, batch)
@@ -91,11 +108,12 @@ def evaluate_suite(
                 category: masks[category][batch.keep]
                 for category in (CATEGORIES if lm.markers else masks)
             }
+            kept = {name: x[batch.keep].float() for name, x in acts.items()}
             for place, sae in saes.items():
-                for category, parts in _reconstruct(
-                    sae, acts[place.hook_name][batch.keep].float(), inside
-                ).items():
-                    rebuilt[place, category].add(*parts)
+                _reconstruct(sae, kept[place.hook_name], inside, rebuilt, place)
+            for name, norms in filters:
+                beyond = norms.drops(kept[name])
+                sinks[name, norms].update(batch.ids[batch.keep][beyond].tolist())
             meter.update()
         if lm.markers is not None:  # every token is in one category
             for place in saes:
@@ -107,7 +125,13 @@ def evaluate_suite(
                 "There are no tokens to evaluate; give data whose keep-mask and norm filter leave"
                 " some."
             )
-        means = {place.hook_name: rebuilt[place, "all"].mean.float() for place in saes}
+        if bar:
+            total = sum(int(batch.keep.sum()) for batch in batches)
+            for (name, norms), ids in sinks.items():
+                if ids:
+                    common = [lm.to_string([i]) for i, _ in ids.most_common()]
+                    say(sinks_said(name, norms, ids.total(), total, common))
+        means = {place: rebuilt[place, "all"].mean.float() for place in saes}
         spliced = _splice_all(lm, saes, means, batches[:n_spliced], meter)
     rows = []
     for place, sae in saes.items():
@@ -125,7 +149,7 @@ def evaluate_suite(
                     "category": category,
                 }
                 | reconstruction.figures()
-                | _model_figures(spliced, place, category)
+                | _model_figures(spliced, place, sae, category)
                 | {
                     "target": sae.sparsity,
                     "d_sae": sae.d_sae,
@@ -137,63 +161,78 @@ def evaluate_suite(
 
 
 def _reconstruct(
-    sae: SAE, x: Tensor, inside: dict[str, Tensor]
-) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
-    """Rows that pass the filter, their reconstructions and features, by category."""
-    kept = sae.origin.filter.keeps(x)
-    x = x[kept]
+    sae: SAE,
+    x: Tensor,
+    inside: dict[str, Tensor],
+    rebuilt: dict[tuple[Place, str], Reconstruction],
+    place: Place,
+) -> None:
+    """Takes in the rows of a batch by category: with reconstructions and features those that pass
+    the filter, and the others as sinks.
+    """
+    kept, beyond = sae.origin.filter.keeps(x), sae.origin.filter.drops(x)
+    sinks, x = x[beyond], x[kept]
     f = sae.encode(x)
     x_hat = sae.decode(f)
-    return {
-        category: (x[mask[kept]], x_hat[mask[kept]], f[mask[kept]])
-        for category, mask in inside.items()
-    }
+    for category, mask in inside.items():
+        own = mask[kept]
+        rebuilt[place, category].add(x[own], x_hat[own], f[own])
+        rebuilt[place, category].add_sinks(sinks[mask[beyond]])
 
 
 def _splice_all(
     lm: HookedLM,
     saes: Mapping[Place, SAE],
-    means: dict[str, Tensor],
+    means: dict[Place, Tensor],
     batches: Sequence[TokenBatch],
     meter: tqdm,
 ) -> dict[Cell, Losses]:
-    """Losses under every SAE, and under zero and mean ablation of every site (variants
-    "zero" and "mean").
-    """
+    """Losses under every SAE, and under the controls of every site and filter."""
     sums: dict[Cell, Losses] = defaultdict(Losses)
+    names = list(dict.fromkeys(place.hook_name for place in saes))
     for batch in batches:
         # The last token of a row predicts nothing that is known.
-        counted = batch.keep[:, :-1] & batch.mask[:, 1:].bool()
-        targets = batch.ids[:, 1:][counted]
-        inside = {name: mask[:, 1:][counted] for name, mask in categories_of(lm, batch).items()}
-        clean = lm(batch.ids, batch.mask)[:, :-1][counted]
+        predicts = batch.keep[:, :-1] & batch.mask[:, 1:].bool()
+        targets = batch.ids[:, 1:][predicts]
+        inside = {name: mask[:, 1:][predicts] for name, mask in categories_of(lm, batch).items()}
+        logits, cache = lm.run_with_cache(batch.ids, batch.mask, names_filter=names)
+        clean = logits[:, :-1][predicts]
         ce_clean = cross_entropy(clean, targets)
+        acts = {name: by_token(x)[:, :-1][predicts] for name, x in cache.items()}
 
-        def run(place: Place, edit: Edit) -> None:
+        def run(cell: Place | Control, edit: Edit, ordinary: Tensor) -> None:
             with applied(lm, [edit]):
-                logits = lm(batch.ids, batch.mask)[:, :-1][counted]  # noqa: B023
+                logits = lm(batch.ids, batch.mask)[:, :-1][predicts]  # noqa: B023
             ce, kl, agree = compare(clean, logits, targets)  # noqa: B023
             for category, mask in inside.items():  # noqa: B023
-                before = ce_clean[mask]  # noqa: B023
-                sums[place, category].add(int(mask.sum()), before, ce[mask], kl[mask], agree[mask])
+                own = mask & ordinary
+                before = ce_clean[own]  # noqa: B023
+                sums[cell, category].add(int(own.sum()), before, ce[own], kl[own], agree[own])
             meter.update()
 
-        ablated: set[str] = set()
+        done: set[Control] = set()
         for place, sae in saes.items():
-            run(place, splice(sae, batch.keep))
-            name = place.hook_name
-            if name not in ablated:
-                run(Place("zero", name), constant(sae, batch.keep, 0.0))
-                run(Place("mean", name), constant(sae, batch.keep, means[name].to(lm.device)))
-                ablated.add(name)
+            ordinary = sae.origin.filter.keeps(acts[place.hook_name])
+            run(place, splice(sae, batch.keep), ordinary)
+            zero, mean = _controls(place, sae)
+            if zero not in done:
+                middle = means[place].to(lm.device)
+                run(zero, constant(sae, batch.keep, 0.0), ordinary)
+                run(mean, constant(sae, batch.keep, middle), ordinary)
+                done.add(zero)
     return sums
 
 
-def _model_figures(sums: Mapping[Cell, Losses], place: Place, category: str) -> dict[str, float]:
-    own, zero, mean = (
-        sums[place._replace(variant=variant), category]
-        for variant in (place.variant, "zero", "mean")
-    )
+def _controls(place: Place, sae: SAE) -> tuple[Control, Control]:
+    """What an SAE is compared with: its site set to 0, and to its mean."""
+    zero = Control("zero", place.hook_name, sae.origin.filter)
+    return zero, zero._replace(what="mean")
+
+
+def _model_figures(
+    sums: Mapping[Cell, Losses], place: Place, sae: SAE, category: str
+) -> dict[str, float]:
+    own, zero, mean = (sums[cell, category] for cell in (place, *_controls(place, sae)))
     n = own.tokens
     return {
         "ce": own.ce_clean / n,

@@ -455,7 +455,7 @@ class SiteFeatures:
         return self._ranked(order, {name: values[order] for name, values in columns.items()})
 
     def _in_answer(self, document: Document) -> Float[Tensor, " d_sae"]:
-        """Mean activations over a dialogue's answer."""
+        """Mean activations over a dialogue's answer and its header."""
         lm = self.index.model
         ids = tokenize_document(lm, document, lm.context_size)
         (f,) = self.activations_of([ids])

@@ -8,10 +8,10 @@ as tables on disk.
     <index>/tables/<variant>/<hook name>/examples.parquet   a row an example, feature by feature
     <index>/labels.jsonl        labels that people gave (`features.index.FeatureIndex.label`)
 
-Counted are kept tokens (no padding, not position 0) that pass the SAE's norm filter. Memory does
-not grow with the number of tokens: counts, histograms and examples have a place for every feature,
-and what is needed of single tokens (firing together, what the token alone tells) comes from a
-sample of them of a set size.
+Counted are the kept tokens of the SAEs' policy (no padding, not position 0, not what all chats
+begin with) that pass the SAE's norm filter. Memory does not grow with the number of tokens: counts,
+histograms and examples have a place for every feature, and what is needed of single tokens (firing
+together, what the token alone tells) comes from a sample of them of a set size.
 """
 
 import hashlib
@@ -224,7 +224,9 @@ class Tally:
         self.early = torch.zeros(d_sae, dtype=torch.long, device=device)
         """Firing tokens among the first positions."""
         self.dropped = torch.zeros(d_sae, dtype=torch.long, device=device)
-        """Firing tokens among those that do not count: position 0 and sinks."""
+        """Firing tokens among those that do not count: position 0, what all chats begin with, and
+        sinks.
+        """
         self.total = torch.zeros(d_sae, dtype=torch.float64, device=device)
         """Sum of activations."""
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.long, device=device)
@@ -1079,9 +1081,10 @@ def _made_as(out: Path) -> dict[str, Any]:
         str(Place(entry["variant"], entry["hook_name"])): entry["checksum"]
         for entry in manifest["suite"]
     }
-    return {name: value for name, value in manifest.items() if name not in NOT_ITS_IDENTITY} | {
-        "suite": suite
-    }
+    own = {name: value for name, value in manifest.items() if name not in NOT_ITS_IDENTITY}
+    if isinstance(own.get("policy"), dict):  # older ones dropped no prefix, and do not say it
+        own["policy"] = {"drop_prefix": False} | own["policy"]
+    return own | {"suite": suite}
 
 
 def _put_in_place(out: Path) -> None:

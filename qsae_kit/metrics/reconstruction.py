@@ -20,12 +20,22 @@ class Reconstruction:
     batches of any size.
 
     Sums over rows r of x, its reconstruction y and its features f, in float64 and divided once:
-        fvu            sum |x - y|^2 / sum |x - mean(x)|^2, the mean over all rows (1 - explained
-        variance; SAELens since 6.45.1) mse            mean |x - y|^2 (a row, not an entry) cosine
-        mean cos(x, y);  l2_ratio: mean |y| / |x| relative_bias  E|y|^2 / E[x.y]: 1 where
-        reconstructions have the right length (Rajamanoharan et al. 2024) l0             mean
-        non-zero features a row;  l0_counts: rows by their number of features density
-        [d_sae], share of rows that each feature fires on
+
+    - fvu: sum |x - y|^2 / sum |x - mean(x)|^2, the mean over all rows (1 - explained variance;
+      SAELens since 6.45.1)
+    - mse: mean |x - y|^2 (a row, not an entry)
+    - cosine: mean cos(x, y)
+    - l2_ratio: mean |y| / |x|
+    - relative_bias: E|y|^2 / E[x.y], 1 where reconstructions have the right length (Rajamanoharan
+      et al. 2024)
+    - l0: mean non-zero features a row; l0_counts: rows by their number of features
+    - density: [d_sae], share of rows that each feature fires on
+
+    All of these are of the rows that count. Of those that were left out as sinks:
+
+    - n_sinks: how many there are
+    - share_sinks: their share of the variance, 1 - V / V_all, where V is sum |x - mean(x)|^2 over
+      the rows that count and V_all the same over all rows
     """
 
     rows: int = 0
@@ -39,6 +49,17 @@ class Reconstruction:
     fired: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     l0_counts: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     """[number of features]: rows that fire so many."""
+    n_sinks: int = 0
+    sinks_square: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.float64))
+    sinks_total: Tensor | None = None
+
+    def add_sinks(self, x: Float[Tensor, "row d_model"]) -> None:
+        """Takes in rows that were left out."""
+        if len(x):
+            x64 = x.double()
+            self.n_sinks += len(x)
+            self.sinks_square = self.sinks_square + x64.pow(2).sum().cpu()
+            self.sinks_total = _plus(self.sinks_total, x64.sum(0).cpu())
 
     def add(
         self,
@@ -56,7 +77,7 @@ class Reconstruction:
         self.rows += len(x)
         self.error = self.error + (x64 - y64).pow(2).sum().cpu()
         self.square = self.square + x64.pow(2).sum().cpu()
-        self.total = column_sums if self.total is None else self.total + column_sums
+        self.total = _plus(self.total, column_sums)
         self.cosines = (
             self.cosines + (dots / (lengths[0] * lengths[1]).clamp(min=1e-300)).sum().cpu()
         )
@@ -68,13 +89,15 @@ class Reconstruction:
 
     def __add__(self, other: "Reconstruction") -> "Reconstruction":
         """What both took in."""
-        if self.total is None or other.total is None:
-            return other if self.total is None else self
         sums: dict[str, Any] = {}
         for part in fields(self):
             one, two = getattr(self, part.name), getattr(other, part.name)
-            counts = part.name in ("fired", "l0_counts")
-            sums[part.name] = _added(one, two) if counts else one + two
+            if part.name in ("fired", "l0_counts"):
+                sums[part.name] = _added(one, two)
+            elif part.name in ("total", "sinks_total"):
+                sums[part.name] = _plus(one, two)
+            else:
+                sums[part.name] = one + two
         return type(self)(**sums)
 
     def _some(self) -> None:
@@ -89,11 +112,27 @@ class Reconstruction:
         vary.
         """
         self._some()
-        assert self.total is not None
-        variance = self.square - self.total.pow(2).sum() / self.rows
+        variance = self._variance
         if variance <= 0:
             raise ValueError("The evaluation rows are all alike; FVU needs rows that vary.")
-        return float(self.error / variance)
+        return float(self.error) / variance
+
+    @property
+    def _variance(self) -> float:
+        """sum |x - mean(x)|^2 of the rows that count."""
+        assert self.total is not None
+        return float(self.square - self.total.pow(2).sum() / self.rows)
+
+    @property
+    def share_sinks(self) -> float:
+        """Share of the variance of all rows that the sinks make."""
+        self._some()
+        if self.sinks_total is None:
+            return 0.0
+        total, rows = _plus(self.total, self.sinks_total), self.rows + self.n_sinks
+        assert total is not None
+        every = float(self.square + self.sinks_square - total.pow(2).sum() / rows)
+        return 1 - self._variance / every
 
     @property
     def mean(self) -> Float[Tensor, " d_model"]:
@@ -150,7 +189,7 @@ class Reconstruction:
         return float((self.density > share).double().mean())
 
     def figures(self) -> dict[str, float]:
-        """All of them by name."""
+        """All of them by name, those of the rows that count first, then those of the sinks."""
         return {
             "fvu": self.fvu,
             "mse": self.mse,
@@ -164,7 +203,14 @@ class Reconstruction:
             "denser_than_1_percent": self.denser(0.01),
             "denser_than_10_percent": self.denser(0.1),
             "tokens": self.rows,
+            "n_sinks": self.n_sinks,
+            "share_sinks": self.share_sinks,
         }
+
+
+def _plus(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Sum of what there is."""
+    return other if one is None else one if other is None else one + other
 
 
 def _added(one: Tensor, other: Tensor) -> Tensor:

@@ -46,6 +46,8 @@ class Provenance:
     """
     model_digest: str = ""
     """Of the model's weights (`HookedLM.weights_digest`); "" where it is not known."""
+    drop_prefix: bool = False
+    """Whether what all chats begin with was left out of training."""
 
 
 class Loss(NamedTuple):

@@ -490,6 +490,7 @@ def _own(found: Found, config: Mapping[str, Any], kit: Entries) -> Found:
         figures=dict(kit.part("figures").config),
         recipe=kit.object("recipe"),
         model_digest=kit.text("model_digest"),
+        drop_prefix=bool(kit.config.get("drop_prefix")),
     )
     return replace(
         found,

@@ -57,6 +57,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
                 "median_norm": origin.filter.median if origin.filter.measured else None,
                 "norm_factor": origin.filter.factor,
                 "drop_template": origin.drop_template,
+                "drop_prefix": origin.drop_prefix,
                 "tokens": origin.tokens,
                 "seed": origin.seed,
                 "figures": origin.figures,

@@ -146,6 +146,7 @@ def _provenance(origin: Origin, site: str, norms: NormFilter, tokens: int, seed:
         tokens,
         seed,
         model_digest=origin.model_digest,
+        drop_prefix=policy.drop_prefix,
     )
 
 

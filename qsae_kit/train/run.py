@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from qsae_kit.data.rows import Block, Origin, Place, RowSource, shuffled
+from qsae_kit.data.rows import Block, LiveRows, Origin, Place, RowSource, shuffled
 from qsae_kit.io.checkpoints import LOG, Checkpoints, delete_checkpoints, found
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.memory import Peak, free_memory, kept_memory, return_freed_memory
@@ -22,7 +22,7 @@ from qsae_kit.io.writers import only_writer
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
-from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.filter import NormFilter, sinks_said
 from qsae_kit.sae.store import CONFIG, WEIGHTS, load_sae, save_sae, suite_folder
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
@@ -47,7 +47,7 @@ class Normaliser(NamedTuple):
 
 
 def fit_normaliser(x: Float[Tensor, "row d_model"]) -> Normaliser:
-    """Mean and scale of a site, and its median norm, from the first rows.
+    """Mean and scale of a site, and its norm filter, from the first rows.
 
     Rows that are not finite are left out. Raises ValueError where they are most, or where all are
     alike.
@@ -59,7 +59,7 @@ def fit_normaliser(x: Float[Tensor, "row d_model"]) -> Normaliser:
             " dtype."
         )
     x = x[finite]
-    sinks = NormFilter(float(x.norm(dim=-1).median()))
+    sinks = NormFilter.of(x.norm(dim=-1))
     kept = x[sinks.keeps(x)]
     mean = kept.mean(0)
     spread = float((kept - mean).pow(2).sum(-1).mean())
@@ -202,6 +202,7 @@ class SiteTrainer:
             figures,
             asdict(self.config),
             origin.model_digest,
+            origin.policy.drop_prefix,
         )
         return self.sae.exported().eval().requires_grad_(False)
 
@@ -345,6 +346,8 @@ class _GroupRun:
                 if not trainers:
                     trainers = self.trainers(block)
                     self._announce(block, trainers, bar)
+                    if bar:
+                        say_sinks(source, block, trainers)
                 with kept_memory(most) as limit_kept:
                     for rows in shuffled(block, lead.batch, lead.seed, self.given):
                         began = time.perf_counter()
@@ -411,6 +414,18 @@ class _GroupRun:
                 "sites": figures,
             }
             self.checkpoints.log(line)
+
+
+def say_sinks(source: RowSource, block: Block, trainers: Mapping[Key, SiteTrainer]) -> None:
+    """A line for every site at which rows of a block are left out, with their tokens where the
+    source has a model at hand.
+    """
+    filters = {site: trainer.normaliser.filter for (_, site), trainer in trainers.items()}
+    dropped = {site: int(own.drops(block.rows[site]).sum()) for site, own in filters.items()}
+    beyond = {site: filters[site].drops for site, n in dropped.items() if n}
+    texts = source.texts_where(beyond) if isinstance(source, LiveRows) else {}
+    for site in beyond:
+        say(sinks_said(site, filters[site], dropped[site], len(block), texts.get(site, ())))
 
 
 def start_trainers(
@@ -551,6 +566,7 @@ def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin)
         "choice of sites": list(source.sites),
         "model": origin.model_digest or origin.model_name,
         "drop_template": origin.policy.drop_template,
+        "drop_prefix": origin.policy.drop_prefix,
         "context size": origin.policy.context_size,
         "data": source.fingerprint(),
     }
