@@ -66,6 +66,8 @@ class StudyConfig:
     """Prompts of each kind behind the log-odds of the dose-response."""
     search_prompts: int = 16
     """Prompts of each side behind the passes of the search."""
+    trial_prompts: int | None = None
+    """Selection prompts of each kind behind a trial by generated answers; None: all."""
     cost_prompts: int = 48
     """Prompts of each kind behind the KL figures."""
     n_facts: int = 100

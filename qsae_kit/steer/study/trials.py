@@ -235,7 +235,9 @@ def trial(
     wrong.
     """
     c, kinds = lab.config, [plan.target, *plan.others]
-    groups: list[tuple[str, Sequence[Edit], int | None]] = [(kind, edits, None) for kind in kinds]
+    groups: list[tuple[str, Sequence[Edit], int | None]] = [
+        (kind, edits, c.trial_prompts) for kind in kinds
+    ]
     groups += [(plan.target, each, c.search_prompts) for each in random]
     said = lab.groups_answered(groups)
     on_target, elsewhere, draws = said[0], said[1 : len(kinds)], said[len(kinds) :]
@@ -273,9 +275,9 @@ def _share_wanted(said: Mapping[str, Any], config: StudyConfig) -> float:
 
 def _share_changed(after: Mapping[str, Any], before: Mapping[str, Any]) -> float:
     """Of prompts whose outcome changes, or whose answer turns right or wrong."""
-    new = zip(after["outcomes"], after["correct"], strict=True)
+    new = list(zip(after["outcomes"], after["correct"], strict=True))
     old = zip(before["outcomes"], before["correct"], strict=True)
-    return sum(a != b for a, b in zip(new, old, strict=True)) / len(before["outcomes"])
+    return sum(a != b for a, b in zip(new, old, strict=False)) / len(new)
 
 
 def _disturbance(draws: Sequence[Mapping[str, Any]], clean: str) -> float:
