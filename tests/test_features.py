@@ -263,7 +263,7 @@ def test_what_the_token_alone_tells(index, truth):
             sides[number % 2].append((int(ids[i]), set(torch.nonzero(f[i] > 0)[:, 0].tolist())))
     table = index.site().figures
     known = 0
-    for feature in range(0, 300, 15):
+    for feature in range(0, 300, 5):
         fired = [sum(feature in own for _, own in side) for side in sides.values()]
         if min(fired) < 5:
             assert np.isnan(table["token_f1"][feature])
