@@ -7,6 +7,7 @@ repository or in the Hugging Face cache is taken.
 
 import json
 import os
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -14,10 +15,17 @@ import pytest
 import torch
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import chat_prefix, keep_mask, token_batches, tokenize_document
+from qsae_kit.data.prompts import KINDS, SPLITS
 from qsae_kit.lm.chat import Phase, phases
 from qsae_kit.lm.edits import POLICIES, Edit, applied, selected
 from qsae_kit.lm.hooked import HookedLM, Now
+from qsae_kit.pipelines.demo import DIFFERENTLY
+from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
+from qsae_kit.steer.choose.contrast import decision_activations
+from qsae_kit.steer.study import StudyConfig, steering_study
 
 HERE = Path(__file__).parent
 DIALOGUES = json.loads((HERE / "data" / "qwen3_dialogues.json").read_text(encoding="utf-8"))
@@ -189,3 +197,53 @@ def test_a_template_without_thinking_is_recognised(lm, monkeypatch):
     assert [tuple(run) for run in runs(lm, ids[0], phases(ids, mask, lm.markers)[0])] == expected
     monkeypatch.setattr(lm.tokenizer, "chat_template", None)
     assert not lm.has_thinking
+
+
+@pytest.mark.parametrize("thinking", [False, True])
+def test_the_same_study_runs_on_qwen3_with_thinking_on_and_off(lm, thinking):
+    """Another model is another name: same prompts, same configuration, both directions."""
+    name = "blocks.0.hook_resid_post"
+    companion = companion_of(lm)
+    asked = {
+        split: {
+            kind: [prompt.text for prompt in companion.prompts(kind, 4, split)] for kind in KINDS
+        }
+        for split in SPLITS
+    }
+    x = torch.cat(
+        [decision_activations(lm, [name], p, thinking)[name] for p in asked["selection"].values()]
+    )
+    sae = TopKSAE(
+        lm.d_model, 32, 4, Provenance("qwen3", name, NormFilter(float(x.norm(dim=1).median())))
+    )
+    sae.init_from_rows(x.repeat(20, 1), torch.Generator().manual_seed(0))
+    small = StudyConfig(
+        strengths=(0.5, 1.0),
+        shares=(1.0,),
+        n_features=2,
+        n_candidates=2,
+        n_trials=1,
+        n_random=1,
+        n_noise=1,
+        n_facts=1,
+        dose_prompts=2,
+        search_prompts=2,
+        cost_prompts=2,
+        max_new_tokens=6,
+        contrast="prompts",
+        max_kl_first=1.0,
+        thinking=thinking,
+    )
+    for goal, differs in DIFFERENTLY.items():
+        config = replace(small, goal=goal, **{**differs, "max_kl_first": 1.0})
+        study = steering_study(
+            lm,
+            {"v": {name: sae.requires_grad_(False)}},
+            asked["selection"],
+            asked["evaluation"],
+            config=config,
+            bar=False,
+        )
+        assert study.headline["model"] == lm.model_name
+        assert study.headline["goal"] == goal
+        assert set(study.table["prompt_kind"]) == set(KINDS)

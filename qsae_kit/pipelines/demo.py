@@ -20,7 +20,7 @@ from qsae_kit.data.documents import (
 )
 from qsae_kit.data.rows import LiveRows
 from qsae_kit.data.streams import documents_of, read_by
-from qsae_kit.data.written import mixed_prompts, own_dialogues
+from qsae_kit.data.written import mixed_prompts, own_dialogues, self_asked
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.runs import Run
@@ -83,8 +83,28 @@ class DemoResult(NamedTuple):
         )
 
 
+DIFFERENTLY: Mapping[str, Mapping[str, Any]] = {
+    "suppress": {"against": "harmless", "max_kl_first": 0.03},
+    "induce": {
+        "against": "harmless",
+        "target": "harmless",
+        "selective": False,
+        "max_kl_first": 3.0,
+    },
+}
+"""What a study of a model that refuses by itself is asked for, by the field's unit: refusals of
+harmful requests are taken away at hardly any price on harmless ones, and harmless ones are refused.
+"""
+REFUSING_LAYERS = (0.6, 0.68, 0.76)
+"""Where in the depth of such a model features of refusing are looked for."""
+
+
 def default_config(lm: HookedLM) -> DemoConfig:
-    """Sizes that suit a model: the bundled one whole, another at two layers before its middle."""
+    """Sizes that suit a model: the bundled one whole; one that refuses by itself at three layers
+    behind its middle, in both directions; another at two layers before it.
+    """
+    if companion_of(lm).refuses:
+        return _refusing_config(lm)
     few = StudyConfig(
         strengths=(0.3, 0.45, 0.6, 0.75, 0.9, 1.5),
         n_candidates=8,
@@ -131,6 +151,42 @@ def default_config(lm: HookedLM) -> DemoConfig:
     )
 
 
+def _refusing_config(lm: HookedLM) -> DemoConfig:
+    lead = TrainConfig(
+        "jumprelu", sparsity=30, expansion=8, tokens=500_000, batch=2048, pool=32_768
+    )
+    study = StudyConfig(
+        strengths=(0.25, 0.5, 0.75, 1.0),
+        shares=(0.5, 0.75, 1.0, 1.25, 1.5),
+        n_features=3,
+        n_candidates=6,
+        n_trials=2,
+        n_random=20,
+        n_noise=4,
+        control_prompts=25,
+        dose_prompts=100,
+        search_prompts=12,
+        trial_prompts=32,
+        cost_prompts=24,
+        n_facts=24,
+        max_new_tokens=24,
+    )
+    layers = sorted({round(lm.n_layers * share) for share in REFUSING_LAYERS})
+    return DemoConfig(
+        (lead,),
+        study,
+        differently=DIFFERENTLY,
+        sites="resid",
+        layers=",".join(map(str, layers)),
+        n_selection=96,
+        n_evaluation=200,
+        n_harmless=200,
+        evaluation_tokens=4_000,
+        spliced_tokens=1_000,
+        own_dialogues=1_200,
+    )
+
+
 def demo_documents(
     lm: HookedLM, config: DemoConfig
 ) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
@@ -138,7 +194,10 @@ def demo_documents(
     if config.own_dialogues == 0:
         held_out, endless = documents_of(lm, None, 100)
         return endless, held_out
-    written = list(own_dialogues(lm, mixed_prompts(companion_of(lm), config.own_dialogues)))
+    prompts = mixed_prompts(companion_of(lm), config.own_dialogues)
+    if (missing := config.own_dialogues - len(prompts)) > 0:
+        prompts += self_asked(lm, missing)
+    written = list(own_dialogues(lm, prompts))
     held_out, training = split_documents(written, len(written) // 6)
     rest = list(training)
     return lambda: repeat(rest), held_out
