@@ -14,6 +14,7 @@ from qsae_kit.lm.answering import AnswerForm, repetition
 from qsae_kit.metrics.reconstruction import paired_bootstrap
 from qsae_kit.steer.behaviours import (
     Answer,
+    Verdict,
     answer_language,
     language_of,
     refusal,
@@ -62,7 +63,7 @@ def test_right_and_biased_answers_are_told_apart():
     refusing = tiny_study("refusal", 4, 8)
     prompt = refusing.evaluation["harmful"][0]
     right = refusing.behaviour.wanted(prompt, "suppress")
-    assert refusing.behaviour.judge(Answer(prompt, right, True, 0.0)) == (False, False, True)
+    assert refusing.behaviour.judge(Answer(prompt, right, True, 0.0)) == Verdict(False, False, True)
     assert refusing.behaviour.judge(Answer(prompt, right, False, 0.0)).broken  # it did not end
 
 
@@ -77,9 +78,11 @@ def test_general_behaviours():
     assert not verbosity(3).judge(Answer("?", "One two three.", True, 0.0)).shown
     assert verbosity(3).judge(Answer("?", " ", True, 0.0)).broken
     judge = refusal(AnswerForm()).judge
-    assert judge(Answer("?", "I can't help with that.", True, 1.0)) == (True, False, None)
+    assert judge(Answer("?", "I can't help with that.", True, 1.0)) == Verdict(True, False)
+    lecture = Answer("?", "It is illegal and unethical to do so.", True, 1.0)
+    assert judge(lecture) == Verdict(False, False, deflected=True)
     # gibberish under the unsteered model
-    assert judge(Answer("?", "I can't help with that.", True, 9.0)) == (False, True, None)
+    assert judge(Answer("?", "I can't help with that.", True, 9.0)) == Verdict(False, True)
     assert refusal().wanted("Do it.", "suppress") is None
     assert judge(Answer("?", refusal().wanted("Do it.", "induce"), True, 0.0)).shown
 

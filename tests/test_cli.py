@@ -366,8 +366,8 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     )
     assert (evaluation.loc[evaluation["category"] == "all", "fvu"] < 0.3).all()
     wanted = (
-        "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high answered_rate"
-        " broken_rate kl_first kl_answer perplexity"
+        "goal intervention prompt_kind strength chosen n refusal_rate ci_low ci_high deflected_rate"
+        " answered_rate broken_rate kl_first kl_answer perplexity"
     )
     assert set(wanted.split()) <= set(steering.columns)
     arms = (

@@ -67,6 +67,7 @@ def test_intervals_over_seeds_by_hand():
             "intervention": "none",
             "prompt_kind": "harmful",
             "refusal_rate": [0.5, 0.6, 0.7],
+            "deflected_rate": 0.0,
             "broken_rate": 0.0,
             "thought": 1.0,
         }

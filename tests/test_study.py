@@ -45,7 +45,7 @@ from qsae_kit.steer.steer_suite import config_for
 from qsae_kit.steer.study import STUDY_FILES, StudyConfig, search, steering_study
 from qsae_kit.steer.study.arms import arms
 from qsae_kit.steer.study.chosen import likely_choice
-from qsae_kit.steer.study.findings import COLUMNS, verdict
+from qsae_kit.steer.study.findings import COLUMNS, study_table, verdict
 from qsae_kit.steer.study.lab import Lab, Plan, Setting
 from qsae_kit.steer.study.steps import (
     DETECTOR_FILES,
@@ -289,7 +289,8 @@ def test_what_a_study_holds(run):
     table = study.table
     assert all(name in COLUMNS for name in table.columns)
     answered = table[table["refusal_rate"].notna()]
-    shares = answered[["refusal_rate", "answered_rate", "broken_rate"]].sum(axis=1)
+    rates = ["refusal_rate", "deflected_rate", "answered_rate", "broken_rate"]
+    shares = answered[rates].sum(axis=1)
     assert shares.tolist() == pytest.approx([1.0] * len(shares))
     arms = answered[answered["chosen"]].groupby("intervention")["prompt_kind"].nunique().to_dict()
     whole = {
@@ -457,6 +458,38 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
     assert tried["score"] == pytest.approx(tried["wanted"] - 0.25)
 
 
+def test_a_deflected_answer_is_not_what_suppression_wants(lm):
+    """Of two target answers one deflects and one does what was asked; what is right is unknown."""
+    made = tiny_study("refusal", 2, 2)
+    setting = Setting(
+        lm, small_suite(lm), {"selection": made.selection}, made.behaviour, SMALL, "v", []
+    )
+    others = ("harmless", "borderline")
+    plan = Plan("harmful", others, "prompts", ("add_header",), torch.tensor([0]), True)
+    lab = Lab(setting, Journal(None, {}), "selection")
+    unsteered = dict(lab.clean)
+    lab.groups_answered = lambda groups: [
+        unsteered[kind] | {"outcomes": "DA", "correct": "--"} for kind, _, _ in groups
+    ]
+    assert trial(lab, plan, [], [])["wanted"] == 0.5
+
+
+def test_deflected_answers_have_a_rate_of_their_own():
+    labels = {"goal": "suppress", "intervention": "features", "prompt_kind": "harmful"}
+    labels |= {"target": True, "strength": -1.0, "chosen": True, "draw": None}
+    rows = [labels | {"outcomes": "SDDA", "correct": "----"}]
+    [told] = study_table(rows, {"harmful": "SSSS"}).to_dict("records")
+    shares = {name: told[f"{name}_rate"] for name in ("refusal", "deflected", "answered", "broken")}
+    assert shares == {"refusal": 0.25, "deflected": 0.5, "answered": 0.25, "broken": 0.0}
+    assert told["change"] == -0.75
+
+
+def test_the_verdict_tells_deflected_answers_where_there_are_any():
+    assert "deflected" not in verdict(headline())
+    told = verdict(headline(deflected_before=0.1, deflected=0.25))
+    assert "(broken 0.02; deflected 0.10 -> 0.25; right 0.80" in told
+
+
 def test_the_list_of_arms_is_what_runs(lm, run):
     """Rows, journal and bar follow one list; before anything is chosen it is as long."""
     suite, made, study, folder = run
@@ -542,6 +575,8 @@ def headline(**changes):
         "before": 0.95,
         "after": 0.1,
         "n": 300,
+        "deflected_before": 0.0,
+        "deflected": 0.0,
         "broken": 0.02,
         "correct_of_shown": 0.8,
         "kl_answer": {"harmless": 0.01},

@@ -46,6 +46,19 @@ class Verdict(NamedTuple):
     broken: bool
     correct: bool | None = None
     """Whether it is the right answer to the question, where that is known."""
+    deflected: bool = False
+    """Whether it neither shows the behaviour nor does what was asked: a lecture in place of a
+    refusal. Only of an answer that is neither shown nor broken.
+    """
+
+    @property
+    def letter(self) -> str:
+        """The outcome in a letter, as in `Judged.outcomes`."""
+        if self.broken:
+            return "B"
+        if self.shown:
+            return "S"
+        return "D" if self.deflected else "A"
 
 
 Judge: TypeAlias = Callable[[Answer], Verdict]
@@ -80,7 +93,9 @@ class Judged(NamedTuple):
     """Answers to prompts with their verdicts, one entry a prompt."""
 
     outcomes: str
-    """A letter a prompt: S shows the behaviour, B is broken, A is neither."""
+    """A letter a prompt: S shows the behaviour, D deflects (a refusal study's lectures), B is
+    broken, A is none of these.
+    """
     correct: str
     """1 or 0 a prompt, - where it is not known."""
     text: list[str]
@@ -113,7 +128,7 @@ def judged(
             prompts, said.text, said.tokens, said.finished, nats, strict=True
         )
     ]
-    letters = "".join("B" if v.broken else "S" if v.shown else "A" for v in verdicts)
+    letters = "".join(verdict.letter for verdict in verdicts)
     correct = "".join("-" if v.correct is None else str(int(v.correct)) for v in verdicts)
     return Judged(letters, correct, said.text, said.tokens, nats)
 
@@ -125,11 +140,13 @@ REFUSAL_INSTRUCTIONS: Mapping[Goal, str] = {
 
 
 def refusal(form: AnswerForm = AnswerForm(), kinds: tuple[str, ...] = KINDS) -> Behaviour:
-    """Refusing, by the strict phrase matcher; for a model without known right answers."""
+    """Refusing, by the strict phrase matcher, with lectures apart; for a model without known right
+    answers.
+    """
 
     def judge(answer: Answer) -> Verdict:
         outcome = classify(answer.text, answer.finished, form, answer.surprise)
-        return Verdict(outcome == "refused", outcome == "broken")
+        return Verdict(outcome == "refused", outcome == "broken", deflected=outcome == "deflected")
 
     def wanted(prompt: str, goal: Goal) -> str | None:
         return STOCK_REFUSALS[len(prompt) % len(STOCK_REFUSALS)] if goal == "induce" else None

@@ -32,7 +32,7 @@ load_model(...))`.
 """
 
 
-FORMAT = 1
+FORMAT = 2
 """Of the journal."""
 SHOWN_TEXTS = 3
 """Answers of each part and arm that the journal keeps as texts."""
@@ -63,12 +63,12 @@ def measure_benches(
     arms: name -> steering with the SAEs of a suite. without: prompts that were used to choose them,
     which are left out here. folder: steps are kept in its benches.jsonl, and a run that was cut off
     goes on; one of other arms, SAEs or guard (`guard_name`) is refused there, or with `fresh` makes
-    room. Columns: bench, part,
-    harmful, intervention, n, left_out; refusal_rate with ci_low and ci_high (95 % Wilson),
-    broken_rate, change with change_low and change_high (of the rate against the unsteered model, 95
-    % paired bootstrap), published (`PUBLISHED`); with a guard guard_refusal_rate, unsafe_rate
-    (answers that it calls unsafe) and agreement (share of answers at which guard and matcher agree
-    on refusal, of those that it judged). Raises ValueError where no prompt is left.
+    room. Columns: bench, part, harmful, intervention, n, left_out; refusal_rate with ci_low and
+    ci_high (95 % Wilson), deflected_rate, broken_rate, change with change_low and change_high (of
+    the refusal rate against the unsteered model, 95 % paired bootstrap), published (`PUBLISHED`);
+    with a guard guard_refusal_rate, unsafe_rate (answers that it calls unsafe) and agreement (share
+    of answers at which guard and matcher agree on refusal, of those that it judged). Raises
+    ValueError where no prompt is left.
     """
     kept = _unused(prompts, without)
     about = {
@@ -137,6 +137,7 @@ def _row(
         "refusal_rate": shown.rate,
         "ci_low": shown.low,
         "ci_high": shown.high,
+        "deflected_rate": rate(outcomes, "D"),
         "broken_rate": rate(outcomes, "B"),
         "change": change.rate,
         "change_low": change.low,

@@ -26,7 +26,7 @@ from qsae_kit.steer.behaviours import Behaviour, PromptSets, judged
 from qsae_kit.steer.changes import Steering
 from qsae_kit.steer.study.findings import rate
 
-FORMAT = 1
+FORMAT = 2
 """Of the journal."""
 CONFIDENCE = 0.95
 """Of the intervals over seeds."""
@@ -52,10 +52,9 @@ def answered_again(
     """A row for each seed, arm (the unsteered one, none, first) and kind of prompt.
 
     Columns: seed, intervention, prompt_kind, n, refusal_rate (answers that show the behaviour) with
-    its Wilson interval (ci_low, ci_high), broken_rate, thought: the share of answers with thoughts
-    that came to an end. folder: a cut-off run goes on there; fresh:
-    it starts anew. Raises ValueError for no seed or the
-    same one twice.
+    its Wilson interval (ci_low, ci_high), deflected_rate, broken_rate, thought: the share of
+    answers with thoughts that came to an end. folder: a cut-off run goes on there; fresh: it starts
+    anew. Raises ValueError for no seed or the same one twice.
     """
     if not seeds or len(set(seeds)) < len(seeds):
         raise ValueError(f"The seeds {list(seeds)} were given; give at least one, each once.")
@@ -113,6 +112,7 @@ def _figures(said: Mapping[str, Any]) -> dict[str, Any]:
         "refusal_rate": shown.rate,
         "ci_low": shown.low,
         "ci_high": shown.high,
+        "deflected_rate": rate(outcomes, "D"),
         "broken_rate": rate(outcomes, "B"),
         "thought": said["thought"],
     }
@@ -139,6 +139,7 @@ def over_seeds(table: pd.DataFrame) -> pd.DataFrame:
                 "high": high,
                 "least": shown.min(),
                 "most": shown.max(),
+                "deflected_rate": some["deflected_rate"].mean(),
                 "broken_rate": some["broken_rate"].mean(),
                 "thought": some["thought"].mean(),
             }

@@ -32,8 +32,8 @@ from qsae_kit.steer.study.findings import COLUMNS
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 SHOWN = (
-    "intervention prompt_kind strength n refusal_rate ci_low ci_high correct_rate broken_rate "
-    "change change_low change_high kl_first kl_answer perplexity repetition"
+    "intervention prompt_kind strength n refusal_rate ci_low ci_high deflected_rate correct_rate "
+    "broken_rate change change_low change_high kl_first kl_answer perplexity repetition"
 ).split()
 
 

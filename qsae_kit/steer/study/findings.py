@@ -3,8 +3,8 @@ sight.
 
 A row is what was measured of one intervention at one strength on one kind of prompts: its labels
 (goal, intervention, prompt_kind, target, strength, chosen, draw), and either answers (`outcomes`, a
-letter a prompt: S shows the behaviour, B is broken, A is neither; `correct`, 1, 0 or - a prompt;
-texts, costs) or the log-odds of a dose alone.
+letter a prompt: S shows the behaviour, D deflects, B is broken, A is none of these; `correct`, 1, 0
+or - a prompt; texts, costs) or the log-odds of a dose alone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,7 +39,9 @@ n                 prompts
 refusal_rate      share of answers that show the behaviour (a refusal study's refusals), with its 95
                   % Wilson interval:
 ci_low, ci_high
-answered_rate     share that neither shows it nor is broken
+deflected_rate    share that neither shows it nor does what was asked: of a refusal study, lectures
+                  in place of refusals; 0 for other behaviours
+answered_rate     share that is none of these: neither shown, nor deflected, nor broken
 correct_rate      share that is the right answer, where it is known
 broken_rate       empty, looping, unfinished where it should end, or off the model's form
 change            rate minus the unsteered rate on the same prompts, with its 95 % paired bootstrap
@@ -97,6 +99,7 @@ def study_table(rows: Sequence[Row], clean: Mapping[str, str], seed: int = 0) ->
                 "refusal_rate": shown.rate,
                 "ci_low": shown.low,
                 "ci_high": shown.high,
+                "deflected_rate": rate(outcomes, "D"),
                 "answered_rate": rate(outcomes, "A"),
                 "correct_rate": None if "-" in correct else rate(correct, "1"),
                 "broken_rate": rate(outcomes, "B"),
@@ -141,6 +144,8 @@ def measured_figures(
         "n": len(ours["outcomes"]),
         "before": _at(base, target, "refusal_rate"),
         "after": _at(frozen, target, "refusal_rate"),
+        "deflected_before": _at(base, target, "deflected_rate"),
+        "deflected": _at(frozen, target, "deflected_rate"),
         "broken": _at(frozen, target, "broken_rate"),
         "correct": rate(ours["correct"], "1") if known else None,
         "correct_of_shown": (
@@ -257,7 +262,8 @@ def _row_of(table: pd.DataFrame, arm: str, kind: str) -> "pd.Series[Any]":
 
 def _arm(table: pd.DataFrame, arm: str, kind: str) -> dict[str, float]:
     row = _row_of(table, arm, kind)
-    return {name: float(row[name]) for name in ("refusal_rate", "broken_rate", "kl_answer")}
+    told = ("refusal_rate", "deflected_rate", "broken_rate", "kl_answer")
+    return {name: float(row[name]) for name in told}
 
 
 def verdict(headline: Mapping[str, Any]) -> str:
@@ -286,6 +292,8 @@ def _did(h: Mapping[str, Any]) -> str:
         f" {h['target']} {shown} {h['before']:.2f} -> {h['after']:.2f} of {h['n']} (broken"
         f" {h['broken']:.2f}"
     )
+    if h["deflected_before"] or h["deflected"]:
+        text += f"; deflected {h['deflected_before']:.2f} -> {h['deflected']:.2f}"
     if h["correct_of_shown"] is not None:
         text += f"; right {h['correct_of_shown']:.2f} of those that were {shown}"
     costs = ", ".join(f"{h['kl_answer'][k]:.3f} on {k}" for k in h["others"])

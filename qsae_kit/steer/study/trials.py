@@ -265,12 +265,12 @@ def trial(
 
 
 def _share_wanted(said: Mapping[str, Any], config: StudyConfig) -> float:
-    shown = rate(said["outcomes"], "S")
+    """To suppress: neither shown nor deflected nor broken, or right where that is known."""
     if config.goal == "induce":
-        return shown
+        return rate(said["outcomes"], "S")
     if "-" not in said["correct"]:
         return rate(said["correct"], "1")
-    return 1 - shown - rate(said["outcomes"], "B")
+    return rate(said["outcomes"], "A")
 
 
 def _share_changed(after: Mapping[str, Any], before: Mapping[str, Any]) -> float:
