@@ -205,11 +205,15 @@ def test_every_intervention_along_features_and_along_a_vector(lm, suite):
     [
         ({"action": "add", "everywhere": True, "median_norm": 1.0}, "project_out can be"),
         ({"action": "project_out", "orthogonal_to": ((float("nan"),),)}, "finite values"),
+        (
+            {"action": "project_out", "everywhere": True, "hook_name": "blocks.3.attn.hook_z"},
+            "at the site alone",
+        ),
     ],
 )
 def test_changes_that_cannot_be(lm, fields, message):
     with pytest.raises(ValueError, match=message):
-        Change(hook_name=SITE, direction=(1.0,) * lm.d_model, **fields)
+        Change(**{"hook_name": SITE, "direction": (1.0,) * lm.d_model} | fields)
 
 
 def test_usual_means_are_means_of_what_follows_the_shared_prefix(lm):

@@ -198,6 +198,7 @@ def test_prompt_sets_are_checked():
         {"interventions": ("here",)},
         {"shares": (3.0,)},
         {"goal": "induce", "interventions": ("project_out",)},
+        {"conditional": True, "interventions": ("project_out",)},
         {"contrast": "none"},
         {"n_trials": 0},
     ],

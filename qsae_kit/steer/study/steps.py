@@ -279,7 +279,7 @@ def plan_of(lab: Lab) -> Plan:
     elif behaviour.name == "refusal" and shown < HARDLY_REFUSES:
         contrast = "answers"
     fitting = ["add_all" if contrast == "answers" else "add_header"]
-    fitting += ["project_out"] if c.goal == "suppress" else []
+    fitting += ["project_out"] if c.goal == "suppress" and not c.conditional else []
     besides = [kind for kind in behaviour.kinds if kind != target]
     others = [kind for kind in besides if kind != first] or besides
     return Plan(
