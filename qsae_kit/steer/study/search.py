@@ -16,7 +16,8 @@ from qsae_kit.data.prompts import STOCK_REFUSALS
 from qsae_kit.io.journal import Journal
 from qsae_kit.lm.answering import answer_all, first_tokens
 from qsae_kit.lm.edits import Edit
-from qsae_kit.steer.changes import Change, Condition, FeatureSet, Steering
+from qsae_kit.sites import width_name
+from qsae_kit.steer.changes import RESIDUAL, Change, Condition, FeatureSet, Steering
 from qsae_kit.steer.choose.aim import Aim
 from qsae_kit.steer.choose.candidates import (
     PASSES_A_CANDIDATE,
@@ -212,6 +213,8 @@ def search_site(
     found = contrast(sae, first, second)
     if not found.feature_gap.any():
         return {"ways": {}, "candidates": []}
+    if push is None and not pushes(plan, hook_name):
+        return {"ways": {}, "candidates": []}
     site = Direction(hook_name, variant)
     fitted = fit_features(sae, found, c.n_features)
     if push is None:
@@ -273,15 +276,17 @@ def _way(chosen: FeatureSet, merits: Sequence[float]) -> dict[str, Any]:
     return {"features": chosen.features, "weights": chosen.weights, "merits": merits}
 
 
-def pushes(plan: Plan, means: Sequence[Sequence[float]]) -> list[Push]:
-    """Every intervention of a plan with every refinement: the direction as it is, and orthogonal
-    to the means of prompts that should stay as they are. Features and the difference of means are
-    given the same.
+def pushes(plan: Plan, hook_name: str, means: Sequence[Sequence[float]] = ()) -> list[Push]:
+    """Every intervention of a plan that a site allows, with every refinement: the direction as it
+    is, and orthogonal to the means of prompts that should stay as they are. Features and the
+    difference of means are given the same. At attention heads nothing is taken out everywhere.
     """
     refined = tuple(tuple(mean) for mean in means)
+    in_stream = width_name(hook_name) == RESIDUAL
     return [
         Push(name, against)
         for name in plan.interventions
+        if in_stream or not INTERVENTIONS[name].everywhere
         for against in ((), refined)
         if not against or not INTERVENTIONS[name].signed
     ]
@@ -297,7 +302,7 @@ def best_push(
 ) -> Push:
     """The push of most merit along a direction, at the best of its strengths."""
     found = []
-    for push in pushes(plan, means):
+    for push in pushes(plan, direction.hook_name, means):
         merits = [
             aim.merit(push.edits(setting, direction, strength, when))
             for strength in setting.config.strengths_of(push.intervention)

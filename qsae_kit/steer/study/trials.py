@@ -16,7 +16,7 @@ from qsae_kit.steer.study.chosen import Chosen, MeansChoice
 from qsae_kit.steer.study.config import StudyConfig
 from qsae_kit.steer.study.findings import rate
 from qsae_kit.steer.study.lab import Lab, Plan, Progress
-from qsae_kit.steer.study.search import Push, Searched, aim_of, best_push, means_of
+from qsae_kit.steer.study.search import Push, Searched, aim_of, best_push, means_of, pushes
 
 FIRST_TRIED = 3
 """Strengths of most merit that a set is tried at before it goes on from the best of them."""
@@ -140,7 +140,8 @@ def best_means(
         vector = tuple(searched.sites[name]["mean_gap"])
         return Direction(name, vector=vector, median_norm=origin.filter.median)
 
-    found = {name: progress.step(f"means/{name}", partial(look, name)) for name in searched.sites}
+    allowed = [name for name in searched.sites if pushes(only, name)]
+    found = {name: progress.step(f"means/{name}", partial(look, name)) for name in allowed}
     name = max(found, key=lambda each: max(found[each]["merits"]))
     against = tuple(tuple(mean) for mean in found[name]["orthogonal_to"])
     push, when = Push(intervention, against), searched.when(name)
