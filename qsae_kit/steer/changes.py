@@ -55,8 +55,9 @@ def without(
     """
     if not means:
         return torch.nn.functional.normalize(direction, dim=0)
-    others = torch.tensor(means, dtype=torch.float64).T
-    basis = torch.linalg.qr(others).Q
+    others = torch.nn.functional.normalize(torch.tensor(means, dtype=torch.float64), dim=1)
+    span, sizes, _ = torch.linalg.svd(others.T, full_matrices=False)
+    basis = span[:, sizes > LEAST_LEFT]  # means that say the same are one
     wide = direction.detach().double().cpu()
     left = wide - basis @ (basis.T @ wide)
     if left.norm() <= LEAST_LEFT * wide.norm():

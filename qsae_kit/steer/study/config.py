@@ -108,8 +108,9 @@ class StudyConfig:
     """Nats a token that a trial may cost on the answers to other prompts; not asked where the
     contrast is of answers, which does not tell prompts apart."""
     max_kl_first: float | None = None
-    """Nats that a trial may cost at the first answer token, the field's unit of price: of the other
-    prompts, or of the target where the study is not selective. None: no limit.
+    """Nats that a trial may cost at the first answer token, the field's unit of price: of the first
+    of the other kinds (for refusal, harmless prompts), or of the target where the study is not
+    selective. None: no limit.
     """
     thinking: bool = False
     """Whether the model thinks before it answers, where it can."""

@@ -19,6 +19,8 @@ Row: TypeAlias = Mapping[str, Any]
 Said: TypeAlias = Mapping[tuple[str, str, int | None], Row]
 """Arm, kind of prompts, draw -> row."""
 BEST_MEANS = "difference_of_means_best"
+REACHED: Mapping[Goal, str] = {"suppress": "answered_rate", "induce": "refusal_rate"}
+"""The share of the target's prompts that a goal is about: broken answers are none of it."""
 LEAST_SELECTIVE = 0.5
 """Share of the change on the target that has to be selective, for the verdict not to call it a
 demonstration.
@@ -154,6 +156,10 @@ def measured_figures(
         "plain_kl": float(frozen["plain_kl"].iloc[0]),
         "facts_lost": float(base["facts_right"].iloc[0] - frozen["facts_right"].iloc[0]),
         "priced_on": priced,
+        "reached": {
+            arm: float(_row_of(table, arm, target)[REACHED[goal]])
+            for arm in ("features", BEST_MEANS)
+        },
         "kl_first_priced": {
             arm: float(_row_of(table, arm, priced)["kl_first"])
             for arm in ("features", "difference_of_means", BEST_MEANS)
@@ -317,11 +323,11 @@ def _dearer(h: Mapping[str, Any]) -> str:
     """Rates and first-token KL of both, the field's unit, and who is ahead in it."""
     priced = h["priced_on"]
     ours, theirs = h["kl_first_priced"]["features"], h["kl_first_priced"][BEST_MEANS]
-    sign = SIGN[h["goal"]]
-    gained, dearer = sign * (h["after"] - h[BEST_MEANS]["refusal_rate"]), ours - theirs
+    gained, dearer = h["reached"]["features"] - h["reached"][BEST_MEANS], ours - theirs
+    beyond = "" if h["difference_of_means_within_limits"] else " (beyond the limits)"
     told = (
         f" At the first answer token of {priced} prompts the features cost {ours:.3f} nats, that"
-        f" direction {theirs:.3f}: "
+        f" direction {theirs:.3f}{beyond}: "
     )
     if gained >= 0 and dearer <= 0:
         return told + "the features do as much or more at no higher price."

@@ -250,8 +250,8 @@ def search_site(
     best = ways[strongest]["merits"]
     at_its_best = partial(make, strength=strengths[best.index(max(best))])
     pruned = pruned_features(aim, sets[strongest], at_its_best, PRUNED_LOSS)
-    if pruned != sets[strongest]:
-        ways["pruned"] = _way(pruned, merits(pruned))
+    if pruned.chosen != sets[strongest]:
+        ways["pruned"] = _way(pruned.chosen, merits(pruned.chosen))
     generator = torch.Generator().manual_seed(c.seed + 1)  # not the draws that evaluation uses
     draws = [random_features(found, sets["gap"], generator) for _ in range(N_DISTURBING)]
     still = aim.merit(())
@@ -268,7 +268,7 @@ def search_site(
         "ways": ways,
         "alive": found.alive.tolist(),
         "mean_gap": found.mean_gap.tolist(),
-        "passes": len(scores) + grown.passes + c.n_features + len(ways),
+        "passes": len(scores) + grown.passes + c.n_features + pruned.passes + len(ways),
     }
 
 
@@ -420,7 +420,7 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
         lab.config.sign,
         wanted or None,
         price=1.0 if plan.selective else 0.0,
-        own_price=0.0 if plan.selective or plan.contrast == "answers" else OWN_PRICE,
+        own_price=0.0 if plan.selective else OWN_PRICE,
     )
 
 
@@ -454,6 +454,11 @@ def searched_alike(lab: Lab, plan: Plan, change: Change) -> FeatureSet:
     push = Push(intervention, change.orthogonal_to)
     found = search_site(lab, plan, change.variant, change.hook_name, change.when, push)
     ways = found["ways"]
+    if not ways:
+        raise ValueError(
+            f"The control SAE {change.variant}/{change.hook_name} tells nothing apart; train it"
+            " longer, or leave it out."
+        )
     at = lab.config.strengths_of(intervention).index(abs(change.strength))
     best = max(ways.values(), key=lambda way: way["merits"][at])
     return FeatureSet(best["features"], best["weights"])
