@@ -27,10 +27,11 @@ demonstration.
 """
 COLUMNS = """
 goal              none, suppress or induce
-intervention      none, features, difference_of_means, difference_of_means_best (at the strength
-                  that the same trials choose for it), wrong_sign, random (the best of a search),
-                  random_single (a set as it comes), noise, system_prompt, frozen_decoder_sae,
-                  soft_frozen_sae
+intervention      none, features, difference_of_means (in the features' place and strength),
+                  difference_of_means_best (at the site, refinement and strength that the same
+                  trials choose for it: study.json names them), wrong_sign, random (the best of a
+                  search), random_single (a set as it comes), noise, system_prompt,
+                  frozen_decoder_sae, soft_frozen_sae
 prompt_kind       kind of the prompts
 target            whether the goal is aimed at this kind
 strength          median norms, with the sign that was applied to the direction towards the

@@ -87,7 +87,7 @@ class StudyResult(NamedTuple):
     steering: Steering
     """The frozen edit as a value."""
     means: Steering
-    """The difference of means at the strength that the same trials choose for it."""
+    """The difference of means at its own best: site, refinement and strength."""
     table: pd.DataFrame
     """study.csv: see `steer.study.findings.COLUMNS`."""
     candidates: pd.DataFrame
