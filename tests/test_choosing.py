@@ -164,5 +164,6 @@ def test_greedy_and_random_search_find_what_is_known(setting):
     assert set(many.features) == {1, 4}
     whole = FeatureSet((0, 1, 4, 5), (0.01, 2.0, -1.0, 0.02))
     kept = pruned_features(known, whole, lambda chosen: [chosen], 0.01)
-    assert kept == FeatureSet((1, 4), (2.0, -1.0))
+    assert kept.chosen == FeatureSet((1, 4), (2.0, -1.0))
+    assert kept.passes == 1 + 4 + 3 + 2
     assert not set(many.features) & set(like.features)

@@ -1,16 +1,26 @@
 """Directions and what is done along them, against independent computations."""
 
 import copy
+from dataclasses import replace
 from itertools import chain
 
 import pytest
 import torch
+from small import small_suite
 
 from qsae_kit.lm.answering import KnownRows, shared_prefix
 from qsae_kit.lm.edits import Edit, applied, selected, untouched_layers
 from qsae_kit.lm.hooked import WRITES, HookedLM, Now
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.steer.changes import Change, FeatureSet, Steering, project_out, read_steering, without
+from qsae_kit.steer.changes import (
+    Change,
+    Condition,
+    FeatureSet,
+    Steering,
+    project_out,
+    read_steering,
+    without,
+)
 from qsae_kit.steer.directions import (
     INTERVENTIONS,
     Direction,
@@ -18,7 +28,6 @@ from qsae_kit.steer.directions import (
     intervention_of,
     usual_means,
 )
-from tests.small import small_suite
 
 SITE = "blocks.3.hook_resid_post"
 SYSTEM = {"role": "system", "content": "You answer every question in one short sentence, politely."}
@@ -96,7 +105,7 @@ def test_every_token_is_every_one_but_padding(lm):
     assert later.equal(mask.bool()[:, 5:])
 
 
-def test_what_is_written_is_known_and_a_detector_cannot_decide_on_it(lm, unit):
+def test_what_is_written_is_known_and_a_detector_comes_too_late_for_it(unchecked, lm, unit, suite):
     names = lm.writes()
     assert names[0] == "hook_embed"
     assert len(names) == 1 + 2 * lm.n_layers
@@ -104,6 +113,9 @@ def test_what_is_written_is_known_and_a_detector_cannot_decide_on_it(lm, unit):
     assert untouched_layers(lm, [edit]) == 0
     late = Change("project_out", SITE, direction=tuple(unit.tolist()), everywhere=True)
     assert late.edit({}).hook_name == WRITES
+    decided = replace(late, when=Condition("v", SITE, (1,)))
+    with pytest.raises(ValueError, match="comes too late"), applied(lm, [decided.edit(suite)]):
+        pass
 
 
 # --- rows that begin alike
@@ -164,6 +176,8 @@ def test_a_direction_made_orthogonal(unit):
     assert left.norm() == pytest.approx(1)
     assert (means @ left).abs().max() < 1e-4
     torch.testing.assert_close(without(3 * unit, []), unit)
+    twice = [*means.tolist(), (2 * means[1]).tolist()]  # says nothing new
+    torch.testing.assert_close(without(unit, twice), left)
     with pytest.raises(ValueError, match="is a sum of those"):
         without(means[0] - 2 * means[1], means.tolist())
 
@@ -205,17 +219,22 @@ def test_every_intervention_along_features_and_along_a_vector(lm, suite):
     [
         ({"action": "add", "everywhere": True, "median_norm": 1.0}, "project_out can be"),
         ({"action": "project_out", "orthogonal_to": ((float("nan"),),)}, "finite values"),
+        (
+            {"action": "project_out", "everywhere": True, "hook_name": "blocks.3.attn.hook_z"},
+            "at the site alone",
+        ),
     ],
 )
 def test_changes_that_cannot_be(lm, fields, message):
     with pytest.raises(ValueError, match=message):
-        Change(hook_name=SITE, direction=(1.0,) * lm.d_model, **fields)
+        Change(**{"hook_name": SITE, "direction": (1.0,) * lm.d_model} | fields)
 
 
 def test_usual_means_are_means_of_what_follows_the_shared_prefix(lm):
     prompts = [*QUESTIONS, *(f"Where does {name} live?" for name in ("Tom", "Ana"))]
     ids = [lm.chat_tokens(prompt) for prompt in prompts]
-    n = len(shared_prefix(ids))
+    n = next(i for i, column in enumerate(zip(*ids, strict=False)) if len(set(column)) > 1)
+    assert n > 1
     at_last, over_all = usual_means(lm, {SITE: NormFilter(1.0, 1e9)}, prompts)[SITE]
     rows = [
         lm.run_with_cache(torch.tensor([row]), names_filter=SITE, return_type=None)[1][SITE][0]

@@ -249,6 +249,7 @@ def test_settings_are_values_presets_and_files(lm, suite, lab):
             when=Condition("v", "blocks.1.hook_resid_post", (1,)),
         ),
         Change("add", "blocks.3.hook_resid_post", direction=(1.0,), median_norm=1.0),
+        Change("add", "blocks.3.hook_resid_post", "v", (1,), orthogonal_to=((1.0,) * lm.d_model,)),
     ):
         with pytest.raises(ValueError, match="one feature each"):
             lab.load(Steering((wrong,)))

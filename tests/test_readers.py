@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from qsae_kit.attach import calibrate, splice
 from qsae_kit.cli import app as cli
-from qsae_kit.data.documents import TokenBatch, keep_mask, token_batches
+from qsae_kit.data.documents import TokenBatch, token_batches
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.features.indexing import build_index
 from qsae_kit.io.tensorfiles import TensorFile
@@ -353,7 +353,7 @@ def test_it_is_spliced_and_steered_at_the_output_of_the_module_that_it_was_train
     sae = only(suite)
     [batch] = list(token_batches(lm, CHATS[:4], batch_tokens=4096))
     calibrate(lm, suite, [batch])
-    keep = keep_mask(lm, batch.ids, batch.mask)
+    keep = batch.keep
     seen = {}
 
     def hooked(change):

@@ -198,6 +198,7 @@ def test_prompt_sets_are_checked():
         {"interventions": ("here",)},
         {"shares": (3.0,)},
         {"goal": "induce", "interventions": ("project_out",)},
+        {"conditional": True, "interventions": ("project_out",)},
         {"contrast": "none"},
         {"n_trials": 0},
     ],
@@ -442,7 +443,8 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
     setting = Setting(
         lm, small_suite(lm), {"selection": made.selection}, made.behaviour, SMALL, "v", []
     )
-    plan = Plan("harmful", ("harmless", "borderline"), "prompts", "header", torch.tensor([0]))
+    others = ("harmless", "borderline")
+    plan = Plan("harmful", others, "prompts", ("add_header",), torch.tensor([0]), True)
     lab = Lab(setting, Journal(None, {}), "selection")
     clean = {kind: dict(said) for kind, said in lab.clean.items()}
 
@@ -608,6 +610,8 @@ def with_means(rate, ours, theirs):
         difference_of_means_best=arm,
         difference_of_means_site="blocks.1.hook_resid_post",
         difference_of_means_orthogonal=True,
+        difference_of_means_within_limits=theirs < 1,
+        reached={"features": 0.9, "difference_of_means_best": 1 - rate},
         difference_of_means_strength=0.8,
         priced_on="harmless",
         kl_first_priced={"features": ours, "difference_of_means_best": theirs},
@@ -679,7 +683,7 @@ def test_a_suite_is_steered_in_one_call(lm, tmp_path, monkeypatch):
     assert list(dict.fromkeys(result.benches["intervention"])) == [
         "none",
         "features",
-        "difference_of_means",
+        "difference_of_means_best",
     ]
     assert set(result.benches.loc[result.benches["part"] == "unsafe", "left_out"]) == {1}
     assert set(judge) == {("some/guard", "auto")}

@@ -7,6 +7,7 @@ answers.
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -229,7 +230,7 @@ class KnownRows:
         self.batches = [lm.pad(rows[start : start + batch], "left") for start in self.starts]
         self.batch = batch
         self.kept: tuple[int, list[Tensor | None]] = (0, [None] * len(self.batches))
-        self.clean_first: Tensor | None = None
+        self.clean_first: tuple[int, Tensor] | None = None
 
     def __len__(self) -> int:
         return sum(len(ids) for ids, _ in self.batches)
@@ -249,12 +250,13 @@ class KnownRows:
 
     def first_kl(self, logits: Float[Tensor, "prompt vocab"]) -> Float[Tensor, " prompt"]:
         """KL(clean || edited) in nats of the first answer token's distribution, from
-        `last_logits` under an edit; the clean one is kept.
+        `last_logits` under an edit just before; the clean one is kept.
         """
-        if self.clean_first is None:
-            self.clean_first = self.last_logits().log_softmax(-1)
-        gap = self.clean_first - logits.log_softmax(-1)
-        return (self.clean_first.exp() * gap).sum(-1).cpu()
+        # by the way that the edited ones went, so that no rounding counts
+        if self.clean_first is None or self.clean_first[0] != self.kept[0]:
+            self.clean_first = self.kept[0], self.last_logits().log_softmax(-1)
+        clean = self.clean_first[1]
+        return (clean.exp() * (clean - logits.log_softmax(-1))).sum(-1).cpu()
 
     def answer_logits(self, edits: Sequence[Edit] = ()) -> Iterator[Float[Tensor, "answer vocab"]]:
         """Row by row the logits that predict the answer's tokens."""
@@ -273,10 +275,10 @@ class KnownRows:
         # somebody else's, which may lie anywhere
         if any(point.has_hooks() for point in self.lm.hook_dict.values()):
             n = 0
-        if not n and self.prefix:
-            return self._behind(i, edits, keep)
         if n != self.kept[0]:
             self.kept = (n, [None] * len(self.batches))
+        if not n and self.prefix:
+            return self._behind(i, edits, keep)
         residual = self.kept[1][i]
         if n and residual is None:
             name = f"blocks.{n - 1}.hook_resid_post"
@@ -300,13 +302,13 @@ LEAST_SHARED = 16
 """Tokens that rows must have in common for them to be run once; a system prompt is longer."""
 
 
-def shared_prefix(rows: Sequence[list[int]]) -> list[int]:
-    """What all rows begin with, without the last token of any; nothing below `LEAST_SHARED`."""
+def shared_prefix(rows: Sequence[list[int]], least: int = LEAST_SHARED) -> list[int]:
+    """What all rows begin with, without the last token of any; nothing below `least` tokens."""
     first, last = min(rows, default=[]), max(rows, default=[])
     pairs = enumerate(zip(first, last, strict=False))
     n = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
     n = min(n, min(map(len, rows), default=0) - 1)
-    return list(first[:n]) if n >= LEAST_SHARED else []
+    return list(first[:n]) if n >= least else []
 
 
 class Cost(NamedTuple):
@@ -411,19 +413,31 @@ def cost(rows: KnownRows, edits: Sequence[Edit], changed: KnownRows | None = Non
 @torch.no_grad()
 def plain_kl(lm: HookedLM, texts: Sequence[str], edits: Sequence[Edit]) -> float:
     """KL(clean || edited) in nats a token on texts outside of any chat, mean over all tokens but
-    each text's first.
+    each text's first; the edits as `on_plain_text` makes them.
     """
     total, n_tokens = 0.0, 0
     for text in texts:
         ids, mask = lm.to_batch([text])
         clean = lm(ids, mask)
-        with applied(lm, edits):
+        with applied(lm, on_plain_text(edits, mask)):
             changed = lm(ids, mask)
         assert clean is not None
         assert changed is not None
         kl = kl_divergence(clean[0, 1:], changed[0, 1:])
         total, n_tokens = total + float(kl.sum()), n_tokens + len(kl)
     return total / max(1, n_tokens)
+
+
+def on_plain_text(edits: Sequence[Edit], mask: Int[Tensor, "batch pos"]) -> list[Edit]:
+    """Edits at every token but the first of texts outside of any chat, where policies that name
+    parts of a chat would find none; `every` stays.
+    """
+    rest = (mask.cumsum(1) * mask) > 1
+    whole = [isinstance(edit.positions, str) and edit.positions == "every" for edit in edits]
+    return [
+        edit if every else replace(edit, positions=rest)
+        for edit, every in zip(edits, whole, strict=True)
+    ]
 
 
 def repetition(answers: Sequence[Sequence[int]], n: int = 4) -> float:

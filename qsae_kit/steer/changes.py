@@ -55,8 +55,9 @@ def without(
     """
     if not means:
         return torch.nn.functional.normalize(direction, dim=0)
-    others = torch.tensor(means, dtype=torch.float64).T
-    basis = torch.linalg.qr(others).Q
+    others = torch.nn.functional.normalize(torch.tensor(means, dtype=torch.float64), dim=1)
+    span, sizes, _ = torch.linalg.svd(others.T, full_matrices=False)
+    basis = span[:, sizes > LEAST_LEFT]  # means that say the same are one
     wide = direction.detach().double().cpu()
     left = wide - basis @ (basis.T @ wide)
     if left.norm() <= LEAST_LEFT * wide.norm():
@@ -99,6 +100,8 @@ def project_out(
     return Edit(hook_name, delta, positions)
 
 
+RESIDUAL = "d_model"
+"""What the width of the residual stream, and of what is added to it, is called."""
 LEAST_LEFT = 1e-4
 """Share of a direction's length that has to be left when others are taken out of it."""
 
@@ -320,6 +323,11 @@ class Change:
             raise ValueError(f"{needed}; {_shown(self.weights)} was given.")
         if self.everywhere and self.action != "project_out":
             raise ValueError(f"{self.action} is done at one site; project_out can be everywhere.")
+        if self.everywhere and width_name(self.hook_name) != RESIDUAL:
+            raise ValueError(
+                f"What is written to the residual stream holds no direction of {self.hook_name};"
+                " project it out at the site alone."
+            )
         for vector in self.orthogonal_to:
             if self.action not in ("add", "project_out") or not _has_length(vector):
                 raise ValueError(

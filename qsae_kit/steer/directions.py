@@ -50,12 +50,14 @@ is the share that is taken away. project_out_site: out of the site's activations
 
 
 def done_along(intervention: str, strength: float, orthogonal: bool = False) -> str:
-    """What an intervention does, in words."""
+    """What an intervention does at a strength with its sign, in words."""
     action, positions, everywhere = INTERVENTIONS[intervention]
     refined = ", made orthogonal to the mean activations of prompts that should stay as they are,"
     along = "their direction" + (refined if orthogonal else "")
     if action == "add":
-        return f"{along} added with {strength:g} median norms at the tokens “{positions}”"
+        done = "added" if strength > 0 else "taken away"
+        norms = f"{abs(strength):g} median norms"
+        return f"{along} {done} with {norms} at the tokens “{positions}”"
     place = "all that is written to the residual stream" if everywhere else "the site's activations"
     return f"{along} projected out of {place}, {strength:g} times"
 
@@ -130,7 +132,7 @@ def usual_means(
     filters: hook name -> the filter of sinks, which do not count.
     """
     ids = [lm.chat_tokens(prompt, enable_thinking) for prompt in prompts]
-    n = len(shared_prefix(ids))
+    n = len(shared_prefix(ids, least=1))
     sums: dict[str, Float[Tensor, "2 width"]] = {}
     counts: dict[str, Float[Tensor, " 2"]] = {}
     for start in range(0, len(ids), PROMPTS_A_BATCH):

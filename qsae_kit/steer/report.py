@@ -86,7 +86,11 @@ def _part(study: StudyResult, model_name: str, first: bool) -> dict[str, Any]:
         "site": h["site"],
         "condition": h["condition"] and _condition_told(h),
         "features": _weighed(h["features"], h["weights"]),
-        "done": done_along(h["intervention"], h["strength"], h["orthogonal"]),
+        "done": done_along(
+            h["intervention"],
+            study.config.signed(h["intervention"], h["strength"]),
+            h["orthogonal"],
+        ),
         "searched": h["searched_sets"],
         "dose": (
             dose_figure(study.table, study.target, model_name).to_html(

@@ -90,7 +90,7 @@ def steer_suite(
     write_study(study, own, lm, out)
     if on_study is not None:
         on_study(study)
-    arms = {"features": study.steering, "difference_of_means": study.means}
+    arms = {"features": study.steering, "difference_of_means_best": study.means}
     drawn = _drawn_again(lm, own, out, config, given, arms, draws, fresh) if draws else None
     measured = None
     if benches:

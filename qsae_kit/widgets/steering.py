@@ -163,11 +163,12 @@ class SteeringLab(View):
         policies = {change.positions for change in steering.changes}
         if (
             any(len(c.features) != 1 or c.when or c.action not in ACTIONS for c in steering.changes)
+            or any(c.everywhere or c.orthogonal_to for c in steering.changes)
             or len(policies) > 1
         ):
             raise ValueError(
-                "Sliders show changes of one feature each, all with one policy and none with a"
-                " condition."
+                "Sliders show changes of one feature each at its own site and along its own"
+                " direction, all with one policy and none with a condition."
             )
         steering.edits(self.suite)
         self.controls = [

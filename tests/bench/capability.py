@@ -19,7 +19,7 @@ import pandas as pd
 import torch
 
 from qsae_kit import load_model, load_suite
-from qsae_kit.lm.answering import answer_all
+from qsae_kit.lm.answering import answer_all, on_plain_text
 from qsae_kit.lm.edits import Edit, applied
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import cross_entropy, paired_bootstrap, wilson
@@ -40,7 +40,7 @@ def nats(lm: HookedLM, texts: list[str], edits: list[Edit]) -> list[tuple[float,
     told = []
     for text in texts:
         ids, mask = lm.to_batch([text])
-        with applied(lm, edits):
+        with applied(lm, on_plain_text(edits, mask)):
             logits = lm(ids, mask)
         assert logits is not None
         losses = cross_entropy(logits[0, :-1], ids[0, 1:])

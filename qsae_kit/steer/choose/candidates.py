@@ -175,12 +175,13 @@ def pruned_features(
     chosen: FeatureSet,
     make: Callable[[FeatureSet], Sequence[Edit]],
     loss: float,
-) -> FeatureSet:
+) -> Grown:
     """A set without the features that it can do without: one by one the feature is left out without
     which most merit is kept, while that is no more than `loss` below the whole set's (arXiv
     2505.23556).
     """
-    least = aim.merit(make(chosen)) - loss
+    merit = aim.merit(make(chosen))
+    least, passes = merit - loss, 1
     while len(chosen.features) > 1:
         fewer = [
             FeatureSet(
@@ -190,10 +191,12 @@ def pruned_features(
             for i in range(len(chosen.features))
         ]
         merits = [aim.merit(make(each)) for each in fewer]
+        passes += len(fewer)
         if max(merits) < least:
-            return chosen
-        chosen = fewer[merits.index(max(merits))]
-    return chosen
+            break
+        merit = max(merits)
+        chosen = fewer[merits.index(merit)]
+    return Grown(chosen, merit, passes)
 
 
 def random_search(

@@ -9,7 +9,7 @@ from qsae_kit.steer.changes import Change, Condition, FeatureSet
 from qsae_kit.steer.choose.contrast import Contrast
 from qsae_kit.steer.directions import Direction
 from qsae_kit.steer.study.lab import Plan, Setting
-from qsae_kit.steer.study.search import sets_tried
+from qsae_kit.steer.study.search import Push, pushes, sets_tried
 
 
 class MeansChoice(NamedTuple):
@@ -85,16 +85,17 @@ def likely_choice(setting: Setting, plan: Plan) -> Chosen:
     """A choice that nobody made, from which the arms of a study can be listed before it has chosen:
     one feature at the first site, at a strength in the middle.
     """
-    strengths = sorted(setting.config.strengths_of(plan.interventions[0]))
+    allowed = [(name, push) for name in setting.hook_names for push in pushes(plan, name)]
+    name, push = next(iter(allowed), ("", Push(plan.interventions[0], ())))
+    strengths = sorted(setting.config.strengths_of(push.intervention))
     middle = strengths[len(strengths) // 2]
-    name = next(iter(setting.hook_names), "")
     ones = (1.0,) * setting.lm.d_model
     return Chosen(
         setting.variant,
         name,
         "",
         FeatureSet((0,), (1.0,)),
-        plan.interventions[0],
+        push.intervention,
         (),
         middle,
         when=None,

@@ -87,7 +87,7 @@ class StudyConfig:
     """What may be done along a direction (`directions.INTERVENTIONS`); the search takes the best,
     and every control is made with the same. Empty: adding it, to all tokens where the contrast is
     of answers, else to the header before the answer; and projecting it out everywhere, where the
-    goal is to suppress.
+    goal is to suppress, without a condition.
     """
     selective: bool = True
     """Whether prompts of other kinds should stay as they are. False: what is aimed at is to change
@@ -108,8 +108,9 @@ class StudyConfig:
     """Nats a token that a trial may cost on the answers to other prompts; not asked where the
     contrast is of answers, which does not tell prompts apart."""
     max_kl_first: float | None = None
-    """Nats that a trial may cost at the first answer token, the field's unit of price: of the other
-    prompts, or of the target where the study is not selective. None: no limit.
+    """Nats that a trial may cost at the first answer token, the field's unit of price: of the first
+    of the other kinds (for refusal, harmless prompts), or of the target where the study is not
+    selective. None: no limit.
     """
     thinking: bool = False
     """Whether the model thinks before it answers, where it can."""
@@ -151,6 +152,11 @@ class StudyConfig:
             if self.goal == "induce" and not INTERVENTIONS[name].signed:
                 raise ValueError(
                     f"{name} takes a behaviour away and cannot induce it; leave it out."
+                )
+            if self.conditional and INTERVENTIONS[name].everywhere:
+                raise ValueError(
+                    f"{name} was given with a condition, but it begins at the embedding, before any"
+                    " detector; leave one of the two out."
                 )
         if self.contrast not in CONTRASTS:
             raise ValueError(

@@ -19,16 +19,19 @@ Row: TypeAlias = Mapping[str, Any]
 Said: TypeAlias = Mapping[tuple[str, str, int | None], Row]
 """Arm, kind of prompts, draw -> row."""
 BEST_MEANS = "difference_of_means_best"
+REACHED: Mapping[Goal, str] = {"suppress": "answered_rate", "induce": "refusal_rate"}
+"""The share of the target's prompts that a goal is about: broken answers are none of it."""
 LEAST_SELECTIVE = 0.5
 """Share of the change on the target that has to be selective, for the verdict not to call it a
 demonstration.
 """
 COLUMNS = """
 goal              none, suppress or induce
-intervention      none, features, difference_of_means, difference_of_means_best (at the strength
-                  that the same trials choose for it), wrong_sign, random (the best of a search),
-                  random_single (a set as it comes), noise, system_prompt, frozen_decoder_sae,
-                  soft_frozen_sae
+intervention      none, features, difference_of_means (in the features' place and strength),
+                  difference_of_means_best (at the site, refinement and strength that the same
+                  trials choose for it: study.json names them), wrong_sign, random (the best of a
+                  search), random_single (a set as it comes), noise, system_prompt,
+                  frozen_decoder_sae, soft_frozen_sae
 prompt_kind       kind of the prompts
 target            whether the goal is aimed at this kind
 strength          median norms, with the sign that was applied to the direction towards the
@@ -159,6 +162,10 @@ def measured_figures(
         "plain_kl": float(frozen["plain_kl"].iloc[0]),
         "facts_lost": float(base["facts_right"].iloc[0] - frozen["facts_right"].iloc[0]),
         "priced_on": priced,
+        "reached": {
+            arm: float(_row_of(table, arm, target)[REACHED[goal]])
+            for arm in ("features", BEST_MEANS)
+        },
         "kl_first_priced": {
             arm: float(_row_of(table, arm, priced)["kl_first"])
             for arm in ("features", "difference_of_means", BEST_MEANS)
@@ -325,11 +332,11 @@ def _dearer(h: Mapping[str, Any]) -> str:
     """Rates and first-token KL of both, the field's unit, and who is ahead in it."""
     priced = h["priced_on"]
     ours, theirs = h["kl_first_priced"]["features"], h["kl_first_priced"][BEST_MEANS]
-    sign = SIGN[h["goal"]]
-    gained, dearer = sign * (h["after"] - h[BEST_MEANS]["refusal_rate"]), ours - theirs
+    gained, dearer = h["reached"]["features"] - h["reached"][BEST_MEANS], ours - theirs
+    beyond = "" if h["difference_of_means_within_limits"] else " (beyond the limits)"
     told = (
         f" At the first answer token of {priced} prompts the features cost {ours:.3f} nats, that"
-        f" direction {theirs:.3f}: "
+        f" direction {theirs:.3f}{beyond}: "
     )
     if gained >= 0 and dearer <= 0:
         return told + "the features do as much or more at no higher price."

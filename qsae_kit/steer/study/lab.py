@@ -75,9 +75,9 @@ class Plan(NamedTuple):
     """
 
     @property
-    def priced(self) -> tuple[str, ...]:
-        """The kinds of prompts on which a first-token KL is a price."""
-        return self.others if self.selective else (self.target,)
+    def priced(self) -> str:
+        """The kind of prompts on which the first-token KL is the price that is told and limited."""
+        return self.others[0] if self.selective else self.target
 
 
 class Progress:
@@ -175,8 +175,8 @@ class Lab:
             rows = self._rows(kind, few, system)
             logits = rows.last_logits(edits)
             said |= self._odds(logits)
-            if not system:
-                said |= self._told("kl_first", rows.first_kl(logits))
+            plain = self._rows(kind, few, "")
+            said |= self._told("kl_first", plain.first_kl(logits))
         return said | {"texts": said["texts"][:SHOWN_TEXTS], "tokens": [], "surprise": []}
 
     def cost(self, kind: str, edits: Sequence[Edit], system: str = "") -> Cost:

@@ -16,7 +16,8 @@ from qsae_kit.data.prompts import STOCK_REFUSALS
 from qsae_kit.io.journal import Journal
 from qsae_kit.lm.answering import answer_all, first_tokens
 from qsae_kit.lm.edits import Edit
-from qsae_kit.steer.changes import Change, Condition, FeatureSet, Steering
+from qsae_kit.sites import width_name
+from qsae_kit.steer.changes import RESIDUAL, Change, Condition, FeatureSet, Steering
 from qsae_kit.steer.choose.aim import Aim
 from qsae_kit.steer.choose.candidates import (
     PASSES_A_CANDIDATE,
@@ -212,6 +213,8 @@ def search_site(
     found = contrast(sae, first, second)
     if not found.feature_gap.any():
         return {"ways": {}, "candidates": []}
+    if push is None and not pushes(plan, hook_name):
+        return {"ways": {}, "candidates": []}
     site = Direction(hook_name, variant)
     fitted = fit_features(sae, found, c.n_features)
     if push is None:
@@ -247,8 +250,8 @@ def search_site(
     best = ways[strongest]["merits"]
     at_its_best = partial(make, strength=strengths[best.index(max(best))])
     pruned = pruned_features(aim, sets[strongest], at_its_best, PRUNED_LOSS)
-    if pruned != sets[strongest]:
-        ways["pruned"] = _way(pruned, merits(pruned))
+    if pruned.chosen != sets[strongest]:
+        ways["pruned"] = _way(pruned.chosen, merits(pruned.chosen))
     generator = torch.Generator().manual_seed(c.seed + 1)  # not the draws that evaluation uses
     draws = [random_features(found, sets["gap"], generator) for _ in range(N_DISTURBING)]
     still = aim.merit(())
@@ -265,7 +268,7 @@ def search_site(
         "ways": ways,
         "alive": found.alive.tolist(),
         "mean_gap": found.mean_gap.tolist(),
-        "passes": len(scores) + grown.passes + c.n_features + len(ways),
+        "passes": len(scores) + grown.passes + c.n_features + pruned.passes + len(ways),
     }
 
 
@@ -273,15 +276,17 @@ def _way(chosen: FeatureSet, merits: Sequence[float]) -> dict[str, Any]:
     return {"features": chosen.features, "weights": chosen.weights, "merits": merits}
 
 
-def pushes(plan: Plan, means: Sequence[Sequence[float]]) -> list[Push]:
-    """Every intervention of a plan with every refinement: the direction as it is, and orthogonal
-    to the means of prompts that should stay as they are. Features and the difference of means are
-    given the same.
+def pushes(plan: Plan, hook_name: str, means: Sequence[Sequence[float]] = ()) -> list[Push]:
+    """Every intervention of a plan that a site allows, with every refinement: the direction as it
+    is, and orthogonal to the means of prompts that should stay as they are. Features and the
+    difference of means are given the same. At attention heads nothing is taken out everywhere.
     """
     refined = tuple(tuple(mean) for mean in means)
+    in_stream = width_name(hook_name) == RESIDUAL
     return [
         Push(name, against)
         for name in plan.interventions
+        if in_stream or not INTERVENTIONS[name].everywhere
         for against in ((), refined)
         if not against or not INTERVENTIONS[name].signed
     ]
@@ -297,7 +302,7 @@ def best_push(
 ) -> Push:
     """The push of most merit along a direction, at the best of its strengths."""
     found = []
-    for push in pushes(plan, means):
+    for push in pushes(plan, direction.hook_name, means):
         merits = [
             aim.merit(push.edits(setting, direction, strength, when))
             for strength in setting.config.strengths_of(push.intervention)
@@ -415,7 +420,7 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
         lab.config.sign,
         wanted or None,
         price=1.0 if plan.selective else 0.0,
-        own_price=0.0 if plan.selective or plan.contrast == "answers" else OWN_PRICE,
+        own_price=0.0 if plan.selective else OWN_PRICE,
     )
 
 
@@ -449,6 +454,11 @@ def searched_alike(lab: Lab, plan: Plan, change: Change) -> FeatureSet:
     push = Push(intervention, change.orthogonal_to)
     found = search_site(lab, plan, change.variant, change.hook_name, change.when, push)
     ways = found["ways"]
+    if not ways:
+        raise ValueError(
+            f"The control SAE {change.variant}/{change.hook_name} tells nothing apart; train it"
+            " longer, or leave it out."
+        )
     at = lab.config.strengths_of(intervention).index(abs(change.strength))
     best = max(ways.values(), key=lambda way: way["merits"][at])
     return FeatureSet(best["features"], best["weights"])

@@ -87,7 +87,7 @@ class StudyResult(NamedTuple):
     steering: Steering
     """The frozen edit as a value."""
     means: Steering
-    """The difference of means at the strength that the same trials choose for it."""
+    """The difference of means at its own best: site, refinement and strength."""
     table: pd.DataFrame
     """study.csv: see `steer.study.findings.COLUMNS`."""
     candidates: pd.DataFrame
@@ -190,6 +190,11 @@ def checked_setting(
 ) -> Setting:
     """What the study is of, after every check that needs no pass of the model."""
     check_prompts(behaviour, config.target, selection, evaluation)
+    if config.against and config.against not in behaviour.kinds[1:]:
+        raise ValueError(
+            f"against={config.against!r} was given; {behaviour.name} has"
+            f" {', '.join(behaviour.kinds[1:])} to compare {behaviour.kinds[0]} prompts with."
+        )
     variant, names = steered_sites(lm, suite, variant, hook_names)
     lm.check_hook_names(names)
     for name in names:
@@ -255,13 +260,17 @@ def open_journal(setting: Setting, folder: Path | None, fresh: bool) -> Journal:
 
 def identity_of_study(setting: Setting) -> dict[str, Any]:
     """What tells a study from others."""
-    lm, saes = setting.lm, setting.suite[setting.variant]
+    lm, suite = setting.lm, setting.suite
+    ends = tuple(CONTROL_SAES)
+    told = [place for place in suite.places() if place.variant == setting.variant]
+    told += [place for place in suite.places() if place.variant.endswith(ends)]
     return {
         "study": FORMAT,
         **lm.identity(),
         "behaviour": setting.behaviour.identity,
         "config": asdict(setting.config),
-        "saes": {f"{setting.variant}/{name}": saes[name].checksum() for name in setting.hook_names},
+        "saes": {str(place): suite.sae(place).checksum() for place in dict.fromkeys(told)},
+        "sites": list(setting.hook_names),
         "prompts": hashlib.sha256(json.dumps(setting.prompts).encode()).hexdigest(),
     }
 
@@ -279,7 +288,7 @@ def plan_of(lab: Lab) -> Plan:
     elif behaviour.name == "refusal" and shown < HARDLY_REFUSES:
         contrast = "answers"
     fitting = ["add_all" if contrast == "answers" else "add_header"]
-    fitting += ["project_out"] if c.goal == "suppress" else []
+    fitting += ["project_out"] if c.goal == "suppress" and not c.conditional else []
     besides = [kind for kind in behaviour.kinds if kind != target]
     others = [kind for kind in besides if kind != first] or besides
     return Plan(
@@ -361,7 +370,7 @@ def told(
     table.loc[bare, ["plain_kl", "facts_right"]] = 0.0, price.facts_before
     table.loc[frozen, ["plain_kl", "facts_right"]] = price.plain_kl, price.facts_after
     headline = choice_told(setting, plan, chosen) | measured_figures(
-        rows, table, clean, c.goal, plan.target, plan.others, c.seed, plan.priced[0]
+        rows, table, clean, c.goal, plan.target, plan.others, c.seed, plan.priced
     )
     if curve is not None:
         headline |= detector_told(curve)
@@ -412,6 +421,7 @@ def choice_told(setting: Setting, plan: Plan, chosen: Chosen) -> dict[str, Any]:
         "selective": plan.selective,
         "difference_of_means_strength": chosen.means.strength,
         "difference_of_means_site": chosen.means.direction.hook_name,
+        "difference_of_means_within_limits": chosen.means.within_limits,
         "difference_of_means_orthogonal": bool(chosen.means.direction.orthogonal_to),
     }
 

@@ -16,7 +16,7 @@ from qsae_kit.steer.study.chosen import Chosen, MeansChoice
 from qsae_kit.steer.study.config import StudyConfig
 from qsae_kit.steer.study.findings import rate
 from qsae_kit.steer.study.lab import Lab, Plan, Progress
-from qsae_kit.steer.study.search import Push, Searched, aim_of, best_push, means_of
+from qsae_kit.steer.study.search import Push, Searched, aim_of, best_push, means_of, pushes
 
 FIRST_TRIED = 3
 """Strengths of most merit that a set is tried at before it goes on from the best of them."""
@@ -65,7 +65,14 @@ def try_sets(progress: Progress, lab: Lab, plan: Plan, searched: Searched) -> pd
         kept = [row["score"] for row in rows if row["within_limits"]]
         strengths = lab.config.strengths_of(found["intervention"])
         tried = Tried(f"{name}/{way}", made[0], strengths, apart[name, way], made[1:])
-        labels = {"site": name, "way": way, "features": len(ours[0])}
+        push = searched.push(name)
+        labels = {
+            "site": name,
+            "way": way,
+            "features": len(ours[0]),
+            "intervention": push.intervention,
+            "orthogonal": bool(push.orthogonal_to),
+        }
         for row in try_strengths(progress, lab, plan, tried, max(kept, default=-math.inf)):
             rows.append(labels | row)
     table = pd.DataFrame(rows)
@@ -140,20 +147,28 @@ def best_means(
         vector = tuple(searched.sites[name]["mean_gap"])
         return Direction(name, vector=vector, median_norm=origin.filter.median)
 
-    found = {name: progress.step(f"means/{name}", partial(look, name)) for name in searched.sites}
-    name = max(found, key=lambda each: max(found[each]["merits"]))
-    against = tuple(tuple(mean) for mean in found[name]["orthogonal_to"])
-    push, when = Push(intervention, against), searched.when(name)
-    tried = Tried(
-        f"{name}/means",
-        lambda strength: push.edits(setting, direction(name), strength, when),
-        lab.config.strengths_of(intervention),
-        found[name]["merits"],
-    )
-    rows = pd.DataFrame(try_strengths(progress, lab, plan, tried))
+    allowed = [name for name in searched.sites if pushes(only, name)]
+    found = {name: progress.step(f"means/{name}", partial(look, name)) for name in allowed}
+    refined = {
+        name: replace(direction(name), orthogonal_to=tuple(map(tuple, told["orthogonal_to"])))
+        for name, told in found.items()
+    }
+
+    def pusher(name: str) -> AtStrength:
+        push = Push(intervention, refined[name].orthogonal_to)
+        return lambda strength: push.edits(setting, refined[name], strength, searched.when(name))
+
+    trials: list[dict[str, Any]] = []
+    ranked_sites = sorted(found, key=lambda name: -max(found[name]["merits"]))
+    for name in ranked_sites[: lab.config.n_trials]:
+        strengths = lab.config.strengths_of(intervention)
+        tried = Tried(f"{name}/means", pusher(name), strengths, found[name]["merits"])
+        kept = [row["score"] for row in trials if row["within_limits"]]
+        lead = max(kept, default=-math.inf)
+        trials += [{"site": name} | row for row in try_strengths(progress, lab, plan, tried, lead)]
+    rows = pd.DataFrame(trials)
     best = rows.loc[best_trial(rows)]
-    refined = replace(direction(name), orthogonal_to=against)
-    return MeansChoice(refined, float(best["strength"]), bool(best["within_limits"]))
+    return MeansChoice(refined[best["site"]], float(best["strength"]), bool(best["within_limits"]))
 
 
 def try_strengths(
@@ -246,7 +261,7 @@ def trial(
         for kind, after in zip(plan.others, elsewhere, strict=True)
     ]
     price = max(lab.cost(kind, edits).kl_answer for kind in plan.others)
-    first = max(lab.first_kl(kind, edits, c.dose_prompts) for kind in plan.priced)
+    first = lab.first_kl(plan.priced, edits, c.dose_prompts)
     away = sum(changed) / len(changed)
     wanted, broken = _share_wanted(on_target, c), rate(on_target["outcomes"], "B")
     disturbance = _disturbance(draws, lab.clean[plan.target]["outcomes"])
