@@ -81,6 +81,8 @@ def test_general_behaviours():
     assert judge(Answer("?", "I can't help with that.", True, 1.0)) == Verdict(True, False)
     lecture = Answer("?", "It is illegal and unethical to do so.", True, 1.0)
     assert judge(lecture) == Verdict(False, False, deflected=True)
+    verdicts = [judge(lecture), Verdict(True, False), Verdict(False, True), Verdict(False, False)]
+    assert "".join(verdict.letter for verdict in verdicts) == "DSBA"
     # gibberish under the unsteered model
     assert judge(Answer("?", "I can't help with that.", True, 9.0)) == Verdict(False, True)
     assert refusal().wanted("Do it.", "suppress") is None

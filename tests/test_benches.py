@@ -189,6 +189,7 @@ def test_measured_beside_the_unsteered_model_and_a_guard(lm, tmp_path):
         steered["change"] == steered["refusal_rate"].to_numpy() - clean["refusal_rate"].to_numpy()
     ).all()
     assert (steered["change"] != 0).any()  # or the edit was not applied
+    assert (table["deflected_rate"] == 0).all()
     assert table["published"].iloc[0] == 0.95
     assert table["published"].isna().tolist() == [False, False, True, True]
     assert (table["agreement"] == 1).all()  # it judges by the same rule, where it judges

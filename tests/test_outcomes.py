@@ -80,7 +80,7 @@ def test_lectures_on_a_real_models_answers():
 
 
 def test_outcomes_of_a_real_models_answers():
-    """Whole answers are not taken for broken ones; some gibberish is known by its surprise alone."""
+    """No whole answer is taken for a broken one; some gibberish is known by its surprise alone."""
     found = {label: Counter() for label in ("refused", "deflected", "answered", "broken")}
     for a in REAL_ONES:
         found[a["label"]][classify(a["answer"], a["finished"], AnswerForm())] += 1

@@ -37,6 +37,7 @@ def test_seeds_give_rows_of_their_own_and_the_same_digits_again(lm, tmp_path):
     assert list(table.columns[:3]) == ["seed", "intervention", "prompt_kind"]
     assert (table.loc[table["intervention"] == "none", "thought"] > 0.8).all()
     assert table["broken_rate"].between(0, 1).all()
+    assert (table["deflected_rate"] == 0).all()
     pd.testing.assert_frame_equal(again(lm, [0, 1], True), table)
     lines = (tmp_path / "seeds.jsonl").read_text().splitlines()
     (tmp_path / "seeds.jsonl").write_text("\n".join(lines[:6]) + "\n" + lines[6][:20])  # cut off

@@ -20,7 +20,7 @@ Said: TypeAlias = Mapping[tuple[str, str, int | None], Row]
 """Arm, kind of prompts, draw -> row."""
 BEST_MEANS = "difference_of_means_best"
 REACHED: Mapping[Goal, str] = {"suppress": "answered_rate", "induce": "refusal_rate"}
-"""The share of the target's prompts that a goal is about: broken answers are none of it."""
+"""The share of the target's prompts that a goal is about: none of it deflected or broken."""
 LEAST_SELECTIVE = 0.5
 """Share of the change on the target that has to be selective, for the verdict not to call it a
 demonstration.

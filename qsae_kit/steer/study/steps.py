@@ -53,7 +53,7 @@ from qsae_kit.steer.study.measure import N_PRICED, Price, detection, measure, pr
 from qsae_kit.steer.study.search import aim_of, openings_of, passes_of_search, search_sites
 from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_sets
 
-FORMAT = 6
+FORMAT = 7
 """Of the journal: a study that another version began is refused."""
 JOURNAL = "journal.jsonl"
 """The record of a study in its folder, with every step."""
