@@ -101,7 +101,7 @@ def test_the_dialogues_are_whole():
     assert {name for d in DIALOGUES for name, _ in d["runs"]} == {p.name for p in Phase} - {
         "PADDING"
     }
-    assert all(tuple(d["selected"]) == POLICIES for d in DIALOGUES)
+    assert all((*d["selected"], "every") == POLICIES for d in DIALOGUES)
 
 
 @sides
@@ -128,6 +128,8 @@ def test_policies_select_what_was_marked_by_hand(lm, batches, row, side):
     found = {
         policy: texts(lm, ids[row][real], where[row][real]) for policy, where in chosen.items()
     }
+    assert chosen["every"][row].equal(mask[row].bool())
+    del found["every"]
     assert found == DIALOGUES[row]["selected"]
     late = Now(ids, mask, ids.shape[1] - 3, lm.markers)
     assert all(
@@ -162,7 +164,7 @@ def test_the_first_header_is_the_prefix_of_all_chats(lm):
     assert kept == [asked, f"system\nBe brief.<|im_end|>\n<|im_start|>user\n{asked}"]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [policy for policy in POLICIES if policy != "every"])
 @torch.no_grad()
 def test_edits_change_exactly_the_selected_tokens_under_left_padding(lm, policy):
     chosen = [
@@ -214,7 +216,10 @@ def test_the_same_study_runs_on_qwen3_with_thinking_on_and_off(lm, thinking):
         [decision_activations(lm, [name], p, thinking)[name] for p in asked["selection"].values()]
     )
     sae = TopKSAE(
-        lm.d_model, 32, 4, Provenance("qwen3", name, NormFilter(float(x.norm(dim=1).median())))
+        lm.d_model,
+        32,
+        4,
+        Provenance(lm.model_name, name, NormFilter(float(x.norm(dim=1).median()))),
     )
     sae.init_from_rows(x.repeat(20, 1), torch.Generator().manual_seed(0))
     small = StudyConfig(
