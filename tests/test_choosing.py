@@ -11,7 +11,7 @@ from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.behaviours import tiny_study
 from qsae_kit.steer.changes import FeatureSet, add_direction, add_features
-from qsae_kit.steer.choose.aim import Aim, lens_tokens, log_odds_gradient
+from qsae_kit.steer.choose.aim import BEYOND_LIMIT, Aim, lens_tokens, log_odds_gradient
 from qsae_kit.steer.choose.candidates import (
     feature_scores,
     greedy_features,
@@ -122,6 +122,10 @@ def test_the_merit_counts_what_is_wanted_and_what_changes_elsewhere(lm, setting)
     free = replace(aim, price=0.0)
     cost = free.merit([edit]) - aim.merit([edit])
     assert cost == pytest.approx(float(aim.others_kl([edit]).mean()), abs=1e-5)
+    nats = float(aim.others_kl([edit]).mean())
+    limited = replace(aim, limit=nats / 2)
+    assert limited.merit([edit]) == pytest.approx(aim.merit([edit]) - BEYOND_LIMIT, abs=1e-5)
+    assert replace(aim, limit=2 * nats).merit([edit]) == pytest.approx(aim.merit([edit]))
     own = replace(free, own_price=0.5)
     target_only = replace(free, others=aim.target)
     paid = free.merit([edit]) - own.merit([edit])

@@ -263,8 +263,8 @@ def test_index(lm, tmp_path):
 
 STUDY_FILES = set(
     (
-        "study.csv study.json steering.json candidates.csv selection.csv examples.csv prompts.json "
-        "dose.html controls.html report.html"
+        "study.csv study.json steering.json means.json candidates.csv selection.csv examples.csv "
+        "prompts.json dose.html controls.html report.html"
     ).split()
 )
 

@@ -68,7 +68,12 @@ def explain(
     rng.shuffle(sampled)
     given = (top[: (shown + 1) // 2] + sampled)[:shown]
     seen = {example.document for example in given}
-    others = [example for example in sampled if example.document not in seen][:unseen]
+    known = "\n".join("".join(example.tokens) for example in given)  # dialogues repeat each other
+    others = [
+        example
+        for example in sampled
+        if example.document not in seen and "".join(example.tokens) not in known
+    ][:unseen]
     if not given or len(others) < 2:
         raise ValueError(
             f"Feature {feature} has {len(top) + len(sampled)} examples, too few to explain it and"

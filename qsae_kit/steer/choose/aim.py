@@ -17,6 +17,10 @@ from qsae_kit.lm.hooked import HookedLM
 
 BACKWARD_BATCH = 32
 """Prompts of one backward pass."""
+BEYOND_LIMIT = 0.3
+"""Merit that a KL of twice the limit costs beside its price: a search that did not know the limit
+would end beyond it.
+"""
 LENS_TOKENS = 10
 """Tokens that a direction is read as."""
 
@@ -42,6 +46,8 @@ class Aim:
     """Weight in `merit` of a nat of KL at the first answer token of the other prompts."""
     own_price: float = 0.0
     """The same of the target prompts."""
+    limit: float = math.inf
+    """Nats of that KL beyond which each costs `BEYOND_LIMIT`."""
 
     @cached_property
     def _target(self) -> KnownRows:
@@ -65,7 +71,8 @@ class Aim:
 
     def merit(self, edits: Sequence[Edit], floor: float = -math.inf) -> float:
         """How far the target prompts get what is wanted, less what the mean KL costs, on the
-        others by `price` and on the target by `own_price`; at most 1.
+        others by `price` and on the target by `own_price`, and what it is beyond the limit; at
+        most 1.
 
         What is wanted: the geometric mean probability a token of the wanted answers, or where none
         are known the probability of the wanted beginning. floor: where the first part alone does
@@ -75,7 +82,7 @@ class Aim:
         if self._wanted is None or self.own_price:
             logits = self._target.last_logits(edits)
             if self.own_price:
-                merit -= self.own_price * float(self._target.first_kl(logits).mean())
+                merit -= self._paid(self.own_price, self._target.first_kl(logits))
             if self._wanted is None:
                 odds = self.sign * opening_odds(logits, self.openings)
                 merit += float(odds.sigmoid().mean())
@@ -84,8 +91,12 @@ class Aim:
             shares = [_mean_logprob(logits, answer).exp() for logits, answer in told]
             merit += float(torch.stack(shares).mean())
         if merit > floor and self.price:
-            merit -= self.price * float(self.others_kl(edits).mean())
+            merit -= self._paid(self.price, self.others_kl(edits))
         return merit
+
+    def _paid(self, price: float, kl: Float[Tensor, " prompt"]) -> float:
+        nats = float(kl.mean())
+        return price * nats + BEYOND_LIMIT * max(0.0, nats / self.limit - 1)
 
 
 def _mean_logprob(logits: Float[Tensor, "answer vocab"], answer: list[int]) -> Float[Tensor, ""]:

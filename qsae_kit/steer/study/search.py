@@ -421,6 +421,7 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
         wanted or None,
         price=1.0 if plan.selective else 0.0,
         own_price=0.0 if plan.selective else OWN_PRICE,
+        limit=math.inf if lab.config.max_kl_first is None else lab.config.max_kl_first,
     )
 
 
