@@ -9,9 +9,9 @@ difference of means, and that difference itself, each as it is and orthogonal to
 are projected out of all that is written to the residual stream. The direction and the share are
 chosen on the files' prompts: of those within --limit nats at the first answer token of harmless
 prompts the one with the lowest log-odds of refusing, else the cheapest. Then n of the package's
-evaluation prompts of each kind are answered: rates with Wilson intervals, KL with its bootstrap
-interval. "at equal rate": the cheapest difference of means (by selection prompts) whose log-odds
-are as low as the features'.
+evaluation prompts of each kind are answered: rates with Wilson intervals (broken: empty or looping
+alone), KL with its bootstrap interval. "at equal rate": the cheapest difference of means (by
+selection prompts) whose log-odds are as low as the features'.
 """
 
 import argparse
@@ -23,12 +23,11 @@ import pandas as pd
 from qsae_kit import load_model, load_suite
 from qsae_kit.data.companions import companion_of
 from qsae_kit.data.prompts import read_prompts
-from qsae_kit.lm.answering import KnownRows, answer_all, first_tokens, opening_odds
+from qsae_kit.lm.answering import KnownRows, answer_all, classify, first_tokens, opening_odds
 from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import paired_bootstrap, wilson
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
-from qsae_kit.steer.behaviours import judged, refusal
 from qsae_kit.steer.changes import FeatureSet, Steering
 from qsae_kit.steer.choose.contrast import aligned_features, contrast, decision_activations
 from qsae_kit.steer.directions import Direction, usual_means
@@ -73,6 +72,7 @@ def main() -> None:
     )
     measured = Measured(lm, a.n, a.tokens)
     rows = [measured.row("unsteered", [])]
+    print(pd.DataFrame(rows).round(4).to_string(index=False), flush=True)
     kinds, _, layers = a.at.partition("@")
     for path in a.suites:
         suite = load_suite(path)
@@ -150,18 +150,18 @@ class Measured:
 
     def row(self, arm: str, edits: list[Edit]) -> dict[str, object]:
         said = answer_all(self.lm, self.harmful, edits, self.tokens, None)
-        letters = judged(self.lm, refusal(), self.harmful, said).outcomes
-        shown = wilson(letters.count("S"), len(letters))
+        became = [classify(*each) for each in zip(said.text, said.finished, strict=True)]
+        shown = wilson(became.count("refused"), len(became))
         kl = self.harmless.first_kl(self.harmless.last_logits(edits))
         nats = paired_bootstrap([kl.tolist()], [1.0])
         return {
             "arm": arm,
-            "n": len(letters),
+            "n": len(became),
             "refused": shown.rate,
             "low": shown.low,
             "high": shown.high,
-            "broken": letters.count("B") / len(letters),
-            "deflected": letters.count("D") / len(letters),
+            "broken": became.count("broken") / len(became),
+            "deflected": became.count("deflected") / len(became),
             "kl": nats.rate,
             "kl_low": nats.low,
             "kl_high": nats.high,
