@@ -6,12 +6,12 @@ the difference of means under the same intervention.
 
 For every suite and site: directions of the one to three features that push farthest along the
 difference of means, made orthogonal to the usual means, and that difference itself, as it is and
-orthogonal, are projected out of all that is written to the residual stream. The direction and the share are
-chosen on the files' prompts: of those within --limit nats at the first answer token of harmless
-prompts the one with the lowest log-odds of refusing, else the cheapest. Then n of the package's
-evaluation prompts of each kind are answered: rates with Wilson intervals (broken: empty or looping
-alone), KL with its bootstrap interval. "at equal rate": the cheapest difference of means (by
-selection prompts) whose log-odds are as low as the features'.
+orthogonal, are projected out of all that is written to the residual stream. The direction and the
+share are chosen on the files' prompts: of those within --limit nats at the first answer token of
+harmless prompts the one with the lowest log-odds of refusing, else the cheapest. Then n of the
+package's evaluation prompts of each kind are answered: rates with Wilson intervals (broken: empty
+or looping alone), KL with its bootstrap interval. "at equal rate": the cheapest difference of means
+(by selection prompts) whose log-odds are as low as the features'.
 """
 
 import argparse
