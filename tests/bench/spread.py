@@ -23,7 +23,14 @@ import pandas as pd
 from qsae_kit import load_model, load_suite
 from qsae_kit.data.companions import companion_of
 from qsae_kit.data.prompts import read_prompts
-from qsae_kit.lm.answering import KnownRows, answer_all, classify, first_tokens, opening_odds
+from qsae_kit.lm.answering import (
+    AnswerForm,
+    KnownRows,
+    answer_all,
+    classify,
+    first_tokens,
+    opening_odds,
+)
 from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import paired_bootstrap, wilson
@@ -150,7 +157,8 @@ class Measured:
 
     def row(self, arm: str, edits: list[Edit]) -> dict[str, object]:
         said = answer_all(self.lm, self.harmful, edits, self.tokens, None)
-        became = [classify(*each) for each in zip(said.text, said.finished, strict=True)]
+        answers = zip(said.text, said.finished, strict=True)
+        became = [classify(text, done, AnswerForm()) for text, done in answers]
         shown = wilson(became.count("refused"), len(became))
         kl = self.harmless.first_kl(self.harmless.last_logits(edits))
         nats = paired_bootstrap([kl.tolist()], [1.0])
