@@ -22,7 +22,7 @@ from qsae_kit.steer.choose.detector import (
     detector_scores,
     find_detector,
     highest,
-    read_prompts,
+    reads_of_prompts,
     simplest,
     sparse_sets,
     variance,
@@ -243,7 +243,7 @@ def suite(lm):
 @torch.no_grad()
 def test_scores_are_what_the_threshold_is_compared_with(lm, suite):
     sae, texts = suite["v"][SITE], [*prompts(4, "illness"), "Thank you."]
-    read = read_prompts(lm, suite, texts, ("prompt", "header"), False)[Place("v", SITE)]
+    read = reads_of_prompts(lm, suite, texts, ("prompt", "header"), False)[Place("v", SITE)]
     condition = Condition("v", SITE, (3, 9, 11), (1.0, -0.5, 0.25), 0.0, "so_far", "header")
     scores = detector_scores(lm, sae, condition, texts, False)
     chosen = FeatureSet(condition.features, condition.weights)

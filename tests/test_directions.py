@@ -4,11 +4,13 @@ import copy
 from dataclasses import replace
 from itertools import chain
 
+import pandas as pd
 import pytest
 import torch
 from small import small_suite
 
-from qsae_kit.lm.answering import KnownRows, shared_prefix
+from qsae_kit.figures.basic import price_figure
+from qsae_kit.lm.answering import KnownRows, plain_kl, shared_prefix
 from qsae_kit.lm.edits import Edit, applied, selected, untouched_layers
 from qsae_kit.lm.hooked import WRITES, HookedLM, Now
 from qsae_kit.sae.filter import NormFilter
@@ -244,3 +246,23 @@ def test_usual_means_are_means_of_what_follows_the_shared_prefix(lm):
     every = torch.stack(list(chain.from_iterable(x[max(n, 1) :] for x in rows))).mean(0)
     torch.testing.assert_close(torch.tensor(at_last), last, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(torch.tensor(over_all), every, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("positions", ["header", "all", "every"])
+def test_plain_text_has_no_chat_whose_parts_a_policy_could_name(lm, unit, positions):
+    edit = Edit(SITE, lambda x: 3 * unit.expand_as(x), positions)
+    assert plain_kl(lm, ["The river rises in the hills."], [edit]) > 0
+
+
+def test_the_price_figure_shows_each_rate_at_its_price():
+    row = {"prompt_kind": "harmful", "refusal_rate": 0.2, "ci_low": 0.1, "ci_high": 0.3}
+    kl = {"kl_first": 0.03, "kl_first_low": 0.02, "kl_first_high": 0.05}
+    ours = {"intervention": "features", "strength": 1.0, "chosen": True}
+    dose = ours | {"prompt_kind": "harmless", "chosen": False} | kl
+    other = dose | {"prompt_kind": "borderline", "kl_first": 9.0}
+    table = pd.DataFrame([ours | row | {"kl_first": 7.0}, dose, other])
+    figure = price_figure(table, "harmful", "harmless")
+    (trace,) = [trace for trace in figure.data if trace.name == "SAE features"]
+    assert (trace.x, trace.y) == ((0.03,), (0.2,))
+    assert trace.error_x.array == pytest.approx((0.02,))
+    assert trace.error_y.arrayminus == pytest.approx((0.1,))

@@ -187,13 +187,7 @@ def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Fi
                     name=plot_text(f"{label}, {kind}"),
                     line={"color": color, "dash": dash, "width": width},
                     marker={"symbol": symbol, "size": 4 + width},
-                    error_y={
-                        "type": "data",
-                        "array": (points["log_odds_high"] - points["log_odds"]).tolist(),
-                        "arrayminus": (points["log_odds"] - points["log_odds_low"]).tolist(),
-                        "thickness": 1,
-                        "width": 3,
-                    },
+                    error_y=_bars(points, "log_odds", "log_odds_low", "log_odds_high"),
                 )
             )
     frozen = table.loc[(table["intervention"] == "features") & table["chosen"], "strength"]
@@ -270,15 +264,14 @@ def price_figure(table: pd.DataFrame, target: str, priced: str, model_name: str 
         )
     figure.update_layout(
         xaxis={"title": f"KL at the first answer token of {plot_text(priced)} prompts (nats)"},
-        xaxis2={"domain": [0.8, 1.0], "anchor": "y"},
+        xaxis2={"domain": [0.8, 1.0], "anchor": "y", "showticklabels": False},  # the legend's
     )
     figure.layout.xaxis.domain = [0.0, 0.76]
     figure.update_xaxes(rangemode="tozero", selector={"anchor": "y"})
     figure.update_yaxes(title=f"share of {plot_text(target)} prompts", range=[-0.03, 1.03])
     style(
         figure,
-        f"Rate and price{_of(model_name)} (large: frozen; bars: 95 % intervals; right: controls at"
-        " the frozen strength)",
+        f"Rate and price{_of(model_name)} (large: frozen; right: controls; bars: 95 % interval)",
         height=460,
     )
     figure.update_layout(legend={"orientation": "h", "y": -0.2, "yanchor": "top"})

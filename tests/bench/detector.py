@@ -28,7 +28,7 @@ from qsae_kit.steer.choose.detector import (
     candidates,
     highest,
     policies_for,
-    read_prompts,
+    reads_of_prompts,
     simplest,
 )
 
@@ -64,7 +64,7 @@ def main(suite, model, first, second, n_fit="128", n_test="100"):
     own = attached(lm, load_suite(suite), lambda: chats)
     began = time.monotonic()
     fit, test = (
-        [read_prompts(lm, own, some[begin:stop], policies_for(lm)) for some in texts]
+        [reads_of_prompts(lm, own, some[begin:stop], policies_for(lm)) for some in texts]
         for begin, stop in ((0, n), (n, end))
     )
     print(f"read in {time.monotonic() - began:.0f} s")

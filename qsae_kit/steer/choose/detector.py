@@ -93,7 +93,7 @@ def policies_for(lm: HookedLM) -> tuple[Policy, ...]:
     return ("prompt", "header") if lm.markers is not None else ("all",)
 
 
-def read_prompts(
+def reads_of_prompts(
     lm: HookedLM,
     suite: Suite,
     prompts: Sequence[str],
@@ -234,8 +234,8 @@ def detectors(
             " from 0 to 1."
         )
     policies = policies_for(lm) if positions is None else (positions,)
-    on = read_prompts(lm, suite, first, policies, enable_thinking)
-    off = read_prompts(lm, suite, second, policies, enable_thinking)
+    on = reads_of_prompts(lm, suite, first, policies, enable_thinking)
+    off = reads_of_prompts(lm, suite, second, policies, enable_thinking)
     sizes = sorted({size for size in (*SIZES, n_features) if 1 < size <= n_features})
     return {
         place: simplest(
