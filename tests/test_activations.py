@@ -12,6 +12,7 @@ from qsae_kit.data.rows import (
     Origin,
     Place,
     StoredRows,
+    held_rows,
     kept_rows,
     shuffled,
     stream_rows,
@@ -33,6 +34,21 @@ def test_rows_are_the_cached_activations_of_kept_tokens(lm):
     _, cache = lm.run_with_cache(batch.ids, batch.mask)
     for site in SITES:
         torch.testing.assert_close(got[site], cache[site][batch.keep])
+
+
+def test_held_rows_are_those_of_one_pass(lm):
+    documents = [d.messages for d in world.dialogues(40, seed=1)]
+    source = LiveRows(lm, SITES, lambda: token_batches(lm, documents, batch_tokens=512))
+    passed = [kept_rows(lm, SITES, batch) for batch in source.batches()]
+    assert len(passed) > 2
+    for n in (100, 10**6):
+        held = held_rows(source, n)
+        for site in SITES:
+            whole = torch.cat([part[site] for part in passed]).bfloat16()
+            assert held.rows[site].equal(whole[:n])
+        assert held.origin == source.origin
+    with pytest.raises(ValueError, match="no tokens to train on"):
+        held_rows(LiveRows(lm, SITES, lambda: iter(())), 10)
 
 
 def test_planted_sinks_are_dropped_and_nothing_else():

@@ -10,9 +10,10 @@ import torch
 from small import small_suite
 
 from qsae_kit.figures.basic import price_figure
-from qsae_kit.lm.answering import KnownRows, plain_kl, shared_prefix
+from qsae_kit.lm.answering import KnownRows, answer_all, plain_kl
 from qsae_kit.lm.edits import Edit, applied, selected, untouched_layers
 from qsae_kit.lm.hooked import WRITES, HookedLM, Now
+from qsae_kit.lm.prefix import shared_prefix
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.changes import (
     Change,
@@ -141,6 +142,25 @@ def test_what_rows_share_is_run_once_and_changes_no_figure(lm, unit):
     for row, answer, logits in zip(rows, answers, with_answers.answer_logits(), strict=True):
         plain = lm(torch.tensor([row + answer]))[0, len(row) - 1 : -1]
         torch.testing.assert_close(logits, plain, rtol=1e-3, atol=2e-3)
+
+
+def test_answers_behind_a_shared_prefix_are_the_same(lm, unit):
+    system = {"role": "system", "content": "You answer every question in one short sentence."}
+    asked = ["What is the capital of Norland?", "Tell me how to bake a cake, please.", "Hi"]
+    chats = [[system, {"role": "user", "content": text}] for text in asked]
+    for positions in ("every", "all", "header", "answer"):
+        edit = Edit(SITE, lambda x: 3 * unit.expand_as(x), positions)
+        for drawn in ({}, {"do_sample": True, "seed": 1}):
+            with applied(lm, [edit]):
+                whole = lm.generate(chats, 8, **drawn)
+                shared = lm.generate(chats, 8, share_prefix=True, **drawn)
+            assert shared.tokens == whole.tokens
+    heard = []
+    with lm.hooks(fwd_hooks=[(SITE, lambda x, hook: heard.append(x.shape[:2]))]):
+        lm.generate(chats, 1, share_prefix=True)
+        answer_all(lm, chats, [], 1, None)
+    # somebody else's hook is not shown rows that stand for all
+    assert [shape[0] for shape in heard] == [1, 3, 3]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import chat_prefix, keep_mask, token_batches, tokenize_document
 from qsae_kit.data.prompts import KINDS, SPLITS
-from qsae_kit.lm.chat import Phase, phases
+from qsae_kit.lm.chat import Phase, first_said, phases
 from qsae_kit.lm.edits import POLICIES, Edit, applied, selected
 from qsae_kit.lm.hooked import HookedLM, Now
 from qsae_kit.pipelines.demo import DIFFERENTLY
@@ -199,6 +199,37 @@ def test_a_template_without_thinking_is_recognised(lm, monkeypatch):
     assert [tuple(run) for run in runs(lm, ids[0], phases(ids, mask, lm.markers)[0])] == expected
     monkeypatch.setattr(lm.tokenizer, "chat_template", None)
     assert not lm.has_thinking
+
+
+OPENS = NO_THINKING.replace("assistant\n{% endif", "assistant\n<think>\n{% endif")
+
+
+def test_what_an_answer_begins_with_is_looked_for_behind_the_thoughts(lm, monkeypatch):
+    empty = "<think>\n\n</think>\n\n"
+    thinking = lm.opening_tokens("Who?")
+    assert lm.to_string(thinking).endswith(f"assistant\n{empty}")
+    monkeypatch.setattr(lm.tokenizer, "chat_template", OPENS)
+    opened = lm.opening_tokens("Who?")
+    assert opened == thinking
+    monkeypatch.setattr(lm.tokenizer, "chat_template", NO_THINKING)
+    assert lm.opening_tokens("Who?") == lm.chat_tokens("Who?")
+
+
+@pytest.mark.parametrize(
+    ("text", "first"),
+    [
+        ("I cannot.", "I"),
+        ("<think>\nHm.\n</think>\n\nNo, I won't.", "No"),
+        ("<think>\nHm", None),
+        ("Hm.\n</think>\n\nNo.", "No"),  # the template opened the block
+        ("<think></think>", None),
+    ],
+)
+def test_the_first_token_that_is_said(lm, text, first):
+    ids = lm.tokenizer(text, add_special_tokens=False).input_ids
+    found = first_said(ids, lm.markers)
+    assert (found is None) == (first is None)
+    assert first is None or lm.to_string([found]) == first
 
 
 @pytest.mark.parametrize("thinking", [False, True])

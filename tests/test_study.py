@@ -42,7 +42,7 @@ from qsae_kit.steer.choose.detector import FoundDetector, detector_scores
 from qsae_kit.steer.judges import Judgement
 from qsae_kit.steer.report import write_study
 from qsae_kit.steer.steer_suite import config_for
-from qsae_kit.steer.study import STUDY_FILES, StudyConfig, search, steering_study
+from qsae_kit.steer.study import STUDY_FILES, StudyConfig, Unsteered, search, steering_study
 from qsae_kit.steer.study.arms import arms
 from qsae_kit.steer.study.chosen import likely_choice
 from qsae_kit.steer.study.findings import COLUMNS, study_table, verdict
@@ -460,6 +460,24 @@ def test_a_trial_counts_answers_that_turn_wrong_as_changed(lm, tmp_path):
     assert tried["score"] == pytest.approx(tried["wanted"] - 0.25)
 
 
+def test_studies_of_the_same_prompts_share_what_the_model_answers_unsteered(lm, monkeypatch):
+    made = tiny_study("refusal", 2, 2)
+    shared = Unsteered()
+    setting = Setting(
+        lm, small_suite(lm), {"selection": made.selection}, made.behaviour, SMALL, "v", [], shared
+    )
+    first = Lab(setting, Journal(None, {}), "selection")
+    assert shared.n == 6
+    assert shared.seconds > 0
+    other = replace(setting, config=replace(SMALL, max_new_tokens=SMALL.max_new_tokens + 1))
+    longer = Lab(other, Journal(None, {}), "selection")
+    assert shared.n == 12  # answers of another length are others
+    assert longer.clean.keys() == first.clean.keys()
+    monkeypatch.setattr(Lab, "answered", None)
+    again = Lab(replace(setting, config=replace(SMALL, seed=1)), Journal(None, {}), "selection")
+    assert again.clean == first.clean
+
+
 def test_a_deflected_answer_is_not_what_suppression_wants(lm):
     """Of two target answers one deflects and one does what was asked; what is right is unknown."""
     made = tiny_study("refusal", 2, 2)
@@ -513,7 +531,7 @@ def test_the_list_of_arms_is_what_runs(lm, run):
     assert n_answers["system_prompt"] == 30
     likely = arms(setting, plan, likely_choice(setting, plan))
     assert abs(len(likely) - len(listed)) <= 2  # the frozen strength may be the largest
-    with announced(lab, plan, 0.0, False) as bar:
+    with announced(lab, plan, False) as bar:
         assert bar.total == 2 + 3 * 2 + 1 + sum(len(arm.keys) for arm in likely) + 2
 
 

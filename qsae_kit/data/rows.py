@@ -291,6 +291,26 @@ class StoredRows:
             epoch, used = epoch + 1, 0
 
 
+def held_rows(source: LiveRows, n_rows: int, seed: int = 0) -> StoredRows:
+    """At most `n_rows` rows of a model that is run once, kept in memory in bfloat16 for many
+    epochs: where a forward pass costs more than a training step.
+
+    Raises ValueError where there are none.
+    """
+    parts: list[Rows] = []
+    taken = 0
+    for rows in stream_rows(source.lm, source.sites, source.batches()):
+        some = {site: x[: n_rows - taken].bfloat16() for site, x in rows.items()}
+        parts.append(some)
+        taken += len(next(iter(some.values())))
+        if taken >= n_rows:
+            break
+    if not taken:
+        raise ValueError("There are no tokens to train on; give longer texts.")
+    whole = {site: torch.cat([some[site] for some in parts]) for site in source.sites}
+    return StoredRows(whole, seed, device=source.device, origin=source.origin)
+
+
 def shuffled(block: Block, batch: int, seed: int, skip: int = 0) -> Iterator[Rows]:
     """Batches of exactly `batch` rows of a block in random order; the rows of one token stay
     together across sites.

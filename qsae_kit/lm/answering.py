@@ -18,6 +18,7 @@ from torch import Tensor
 from qsae_kit.lm.chat import spoken
 from qsae_kit.lm.edits import Edit, applied, applied_by_rows, untouched_layers
 from qsae_kit.lm.hooked import Generation, HookedLM, Prompt
+from qsae_kit.lm.prefix import shared_prefix
 from qsae_kit.metrics.reconstruction import cross_entropy, kl_divergence
 
 Outcome: TypeAlias = Literal["refused", "deflected", "answered", "broken"]
@@ -298,19 +299,6 @@ class KnownRows:
             return self.lm.forward_behind(self.prefix, ids, mask, keep)
 
 
-LEAST_SHARED = 16
-"""Tokens that rows must have in common for them to be run once; a system prompt is longer."""
-
-
-def shared_prefix(rows: Sequence[list[int]], least: int = LEAST_SHARED) -> list[int]:
-    """What all rows begin with, without the last token of any; nothing below `least` tokens."""
-    first, last = min(rows, default=[]), max(rows, default=[])
-    pairs = enumerate(zip(first, last, strict=False))
-    n = next((i for i, (a, b) in pairs if a != b), min(len(first), len(last)))
-    n = min(n, min(map(len, rows), default=0) - 1)
-    return list(first[:n]) if n >= least else []
-
-
 class Cost(NamedTuple):
     """What an edit did to the model's distributions, in nats, means over prompts."""
 
@@ -361,6 +349,8 @@ def answer_groups(
     asked = [(g, prompt) for g, group in enumerate(groups) for prompt in group.prompts]
     order = sorted(range(len(asked)), key=lambda i: len(str(asked[i][1])))
     said: dict[int, Generation] = {}
+    # somebody else's hooks may count on all rows
+    alone = not any(point.has_hooks() for point in lm.hook_dict.values())
     for start in range(0, len(order), batch):
         some = order[start : start + batch]
         owners = torch.tensor([asked[i][0] for i in some], device=lm.device)
@@ -376,6 +366,7 @@ def answer_groups(
                 [asked[i][1] for i in some],
                 max_new_tokens,
                 enable_thinking=enable_thinking,
+                share_prefix=alone and len(present) == 1,
                 **drawn,
             )
         said |= {i: out.one(row) for row, i in enumerate(some)}

@@ -5,11 +5,14 @@ middle of a generation with a KV cache. The ChatML markers of Qwen and SmolLM ar
 without them has no phases.
 """
 
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 
 class Phase(IntEnum):
@@ -59,8 +62,8 @@ def find_markers(tokenizer: Any) -> Markers | None:
         ids("system"),
         ids("user"),
         ids("assistant"),
-        single("<think>"),
-        single("</think>"),
+        single(THINK_OPEN),
+        single(THINK_CLOSE),
         tuple(single("\n" * n) for n in (1, 2, 3)),
     )
     distinct = len({found.system[0], found.user[0], found.assistant[0]}) == 3
@@ -135,10 +138,28 @@ def answer_start(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
     return torch.where(last >= 0, last, ids.shape[1])
 
 
+def closed(text: str) -> str:
+    """A chat that asks for an answer, with the think block ended that its template may open for
+    the answer.
+    """
+    return text.rstrip() + f"\n\n{THINK_CLOSE}\n\n" if text.rstrip().endswith(THINK_OPEN) else text
+
+
+def first_said(tokens: Sequence[int], markers: Markers | None) -> int | None:
+    """The first token of an answer behind its thoughts; None where there is none."""
+    if markers is None or markers.think_close < 0:
+        return next(iter(tokens), None)
+    ends = [i for i, token in enumerate(tokens) if token == markers.think_close]
+    if not ends and markers.think_open in tokens:
+        return None
+    rest = tokens[ends[-1] + 1 :] if ends else tokens
+    return next((token for token in rest if token not in markers.line_ends), None)
+
+
 def spoken(text: str) -> str:
     """What an answer says after its thoughts; nothing where they have not come to an end."""
-    _, end, rest = text.rpartition("</think>")
-    return "" if not end and text.lstrip().startswith("<think>") else rest
+    _, end, rest = text.rpartition(THINK_CLOSE)
+    return "" if not end and text.lstrip().startswith(THINK_OPEN) else rest
 
 
 CATEGORIES = {

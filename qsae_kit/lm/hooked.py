@@ -32,8 +32,9 @@ from transformers import (
 )
 
 from qsae_kit.io.tensorfiles import all_finite
-from qsae_kit.lm.chat import Markers, answer_start, find_markers, phases
+from qsae_kit.lm.chat import Markers, answer_start, closed, find_markers, phases
 from qsae_kit.lm.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
+from qsae_kit.lm.prefix import shared_prefix
 from qsae_kit.lm.sources import load_source, public_name
 from qsae_kit.lm.templates import render
 from qsae_kit.sites import kind_at, width_name
@@ -441,29 +442,32 @@ class HookedLM(HookedRootModule):
         tokens beyond the context; RuntimeError as `forward`.
         """
         ids, mask = input.to(self.device), attention_mask.to(self.device)
-        before = torch.tensor([list(prefix)], device=self.device)
         self._check_length(len(prefix) + ids.shape[1])
         whole = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
         position_ids = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         with self._connected():
-            cache = DynamicCache(config=self.config)
-            # transformers names it "cache" from 5.24 on
-            named = "cache" if "cache" in signature(self.hf.forward).parameters else OLD_CACHE
-            kept: dict[str, Any] = {named: cache, "use_cache": True}
-            self.hf(
-                input_ids=before,
-                attention_mask=torch.ones_like(before),
-                logits_to_keep=1,
-                **kept,
-            )
-            cache.batch_repeat_interleave(len(ids))
             return self.hf(
                 input_ids=ids,
                 attention_mask=whole,
                 position_ids=position_ids,
                 logits_to_keep=logits_to_keep,
-                **kept,
+                use_cache=True,
+                **self._after(prefix, len(ids)),
             ).logits
+
+    def _after(self, prefix: Sequence[int], n_rows: int) -> dict[str, DynamicCache]:
+        """Runs a prefix as a batch of one, in a connection that is there: its keys and values, for
+        as many rows, under the name that transformers takes them by.
+        """
+        ids = torch.tensor([list(prefix)], device=self.device)
+        cache = DynamicCache(config=self.config)
+        # transformers names it "cache" from 5.24 on
+        named = "cache" if "cache" in signature(self.hf.forward).parameters else OLD_CACHE
+        kept: dict[str, Any] = {named: cache, "use_cache": True}
+        mask = torch.ones_like(ids)
+        self.hf(input_ids=ids, attention_mask=mask, logits_to_keep=1, **kept)
+        cache.batch_repeat_interleave(n_rows)
+        return {named: cache}
 
     def _left_out(self, n: int, residual: Tensor | None, ids: Tensor) -> tuple[int, Tensor | None]:
         """How many layers to leave out, and what the last hands on; ValueError for a misfit."""
@@ -838,6 +842,13 @@ class HookedLM(HookedRootModule):
         text = self.to_chat(prompt, enable_thinking, add_generation_prompt)
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
+    def opening_tokens(self, prompt: Prompt) -> list[int]:
+        """Token ids up to where the answer itself begins: of a model that thinks first, whose next
+        token would be a think marker or a thought, behind an empty think block.
+        """
+        text = self.to_chat(prompt, False if self.has_thinking else None)
+        return self.tokenizer(closed(text), add_special_tokens=False).input_ids
+
     # --- generation
 
     def generate(
@@ -853,6 +864,7 @@ class HookedLM(HookedRootModule):
         top_k: int = 0,
         seed: int | Sequence[int] | None = None,
         use_cache: bool = True,
+        share_prefix: bool = False,
         on_step: Callable[[Step], None] | None = None,
         stop: threading.Event | None = None,
     ) -> Generation:
@@ -862,13 +874,20 @@ class HookedLM(HookedRootModule):
             the template.
         seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows,
             whatever else is in the batch.
+        share_prefix: whether what all rows begin with, such as a system prompt, is run once
+            (`lm.prefix.shared_prefix`); hooks then see it as a batch of one, before the rest.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
         Raises ValueError for a prompt that is empty or does not fit the context with its answer,
         and for logits that are not finite; RuntimeError as `forward`.
         """
         rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
-        ids, mask = self.pad(rows, "left")
+        prefix = shared_prefix(rows) if share_prefix and use_cache else []
+        ids, mask = self.pad([row[len(prefix) :] for row in rows], "left")
+        before = torch.tensor([prefix] * len(rows), dtype=ids.dtype, device=self.device)
+        # padding comes between what is shared and the rest
+        ids = torch.cat([before, ids], dim=1)
+        mask = torch.cat([torch.ones_like(before), mask], dim=1)
         self._check_length(ids.shape[1], max_new_tokens)
         ends = self.end_ids()
         chooser = _Chooser(
@@ -882,7 +901,9 @@ class HookedLM(HookedRootModule):
             use_cache=use_cache,
             eos_token_id=sorted(ends),
             pad_token_id=(
-                int(ids[0, 0]) if not mask[0, 0] else (self.tokenizer.pad_token_id or min(ends))
+                int(ids[mask == 0][0])
+                if not mask.all()
+                else (self.tokenizer.pad_token_id or min(ends))
             ),
         )
         streamer = _Steps(on_step, chooser) if on_step else None
@@ -895,6 +916,7 @@ class HookedLM(HookedRootModule):
                 streamer=streamer,
                 stopping_criteria=criteria,
                 logits_processor=LogitsProcessorList([chooser]),
+                **(self._after(prefix, len(rows)) if prefix else {}),
             )
         logprobs = torch.stack(chooser.logprobs, 1).tolist()
         made = self._collect(out[:, ids.shape[1] :].tolist(), logprobs, ends)

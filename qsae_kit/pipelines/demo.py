@@ -18,9 +18,9 @@ from qsae_kit.data.documents import (
     split_documents,
     token_batches,
 )
-from qsae_kit.data.rows import LiveRows
+from qsae_kit.data.rows import LiveRows, held_rows
 from qsae_kit.data.streams import documents_of, read_by
-from qsae_kit.data.written import mixed_prompts, own_dialogues, self_asked
+from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues, self_asked
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.runs import Run
@@ -31,7 +31,14 @@ from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
 from qsae_kit.steer.behaviours import GOALS, Goal, refusal_prompts
 from qsae_kit.steer.report import render_report, write_study
-from qsae_kit.steer.study import JOURNAL, STUDY_FILES, StudyConfig, StudyResult, steering_study
+from qsae_kit.steer.study import (
+    JOURNAL,
+    STUDY_FILES,
+    StudyConfig,
+    StudyResult,
+    Unsteered,
+    steering_study,
+)
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import sae_files, train_saes
 
@@ -62,6 +69,12 @@ class DemoConfig:
     own_dialogues: int = 0
     """Dialogues that the model itself writes as training data; 0: those that it comes with, the
     bundled model's world.
+    """
+    answer_tokens: int = ANSWER_TOKENS
+    """Tokens of an answer in them."""
+    held_rows: int = 0
+    """Rows, at most, that are read once, kept in memory and trained on in several epochs; 0: every
+    batch is read anew.
     """
 
 
@@ -95,12 +108,12 @@ DIFFERENTLY: Mapping[str, Mapping[str, Any]] = {
 """What a study of a model that refuses by itself is asked for, by the field's unit: refusals of
 harmful requests are taken away at hardly any price on harmless ones, and harmless ones are refused.
 """
-REFUSING_LAYERS = (0.6, 0.68, 0.76)
+REFUSING_LAYERS = (0.6, 0.68)
 """Where in the depth of such a model features of refusing are looked for."""
 
 
 def default_config(lm: HookedLM) -> DemoConfig:
-    """Sizes that suit a model: the bundled one whole; one that refuses by itself at three layers
+    """Sizes that suit a model: the bundled one whole; one that refuses by itself at two layers
     behind its middle, in both directions; another at two layers before it.
     """
     if companion_of(lm).refuses:
@@ -153,21 +166,21 @@ def default_config(lm: HookedLM) -> DemoConfig:
 
 def _refusing_config(lm: HookedLM) -> DemoConfig:
     lead = TrainConfig(
-        "jumprelu", sparsity=30, expansion=8, tokens=500_000, batch=2048, pool=32_768
+        "jumprelu", sparsity=30, expansion=4, tokens=400_000, batch=2048, pool=32_768
     )
     study = StudyConfig(
-        strengths=(0.25, 0.5, 0.75, 1.0),
-        shares=(0.5, 0.75, 1.0, 1.25, 1.5),
+        strengths=(0.7, 0.85, 1.0, 1.2),
+        shares=(0.75, 1.0, 1.25),
         n_features=3,
-        n_candidates=6,
+        n_candidates=4,
         n_trials=2,
-        n_random=20,
-        n_noise=4,
+        n_random=5,
+        n_noise=2,
         control_prompts=25,
-        dose_prompts=100,
-        search_prompts=12,
-        trial_prompts=32,
-        cost_prompts=24,
+        dose_prompts=48,
+        search_prompts=6,
+        trial_prompts=20,
+        cost_prompts=8,
         n_facts=24,
         max_new_tokens=24,
     )
@@ -178,29 +191,32 @@ def _refusing_config(lm: HookedLM) -> DemoConfig:
         differently=DIFFERENTLY,
         sites="resid",
         layers=",".join(map(str, layers)),
-        n_selection=96,
-        n_evaluation=200,
-        n_harmless=200,
+        n_selection=48,
+        n_evaluation=100,
         evaluation_tokens=4_000,
         spliced_tokens=1_000,
-        own_dialogues=1_200,
+        own_dialogues=580,
+        answer_tokens=96,
+        held_rows=120_000,
     )
 
 
 def demo_documents(
     lm: HookedLM, config: DemoConfig
 ) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
-    """Training documents without end, the same at each call, and held-out ones."""
+    """Training documents, the same at each call, and held-out ones; without end but where rows are
+    held (`DemoConfig.held_rows`).
+    """
     if config.own_dialogues == 0:
         held_out, endless = documents_of(lm, None, 100)
         return endless, held_out
     prompts = mixed_prompts(companion_of(lm), config.own_dialogues)
     if (missing := config.own_dialogues - len(prompts)) > 0:
         prompts += self_asked(lm, missing)
-    written = list(own_dialogues(lm, prompts))
+    written = list(own_dialogues(lm, prompts, config.answer_tokens))
     held_out, training = split_documents(written, len(written) // 6)
     rest = list(training)
-    return lambda: repeat(rest), held_out
+    return (lambda: iter(rest)) if config.held_rows else (lambda: repeat(rest)), held_out
 
 
 def run_demo(
@@ -239,7 +255,8 @@ def _trained(
         kept = {name: {site: there[name][site] for site in source.sites} for name in variants}
         return Suite(kept)
     run.again("train")
-    suite = train_saes(source, list(config.variants), bar=bar)
+    rows = held_rows(source, config.held_rows) if config.held_rows else source
+    suite = train_saes(rows, list(config.variants), bar=bar)
     save_suite(suite, out / "suite")
     run.done("train", _sae_names(config, source.sites))
     return suite
@@ -295,6 +312,7 @@ def _run_demo(
     evaluation = evaluate_suite(lm, suite, batches, n_spliced, bar)
     write_table(evaluation, out / "evaluation.csv")
     lead = suite.only([config.variants[0].variant])
+    unsteered = Unsteered()
     studies = [
         steering_study(
             lm,
@@ -305,6 +323,7 @@ def _run_demo(
             replace(config.study, goal=goal, **config.differently.get(goal, {})),
             folder=out / goal,
             bar=bar,
+            unsteered=unsteered,
         )
         for goal in config.goals
     ]

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from qsae_kit.data.documents import TokenBatch, keep_mask
 from qsae_kit.data.rows import site_activations
-from qsae_kit.lm.answering import shared_prefix
 from qsae_kit.lm.edits import Policy
 from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.prefix import shared_prefix
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.steer.changes import Change, Condition, FeatureSet
 

@@ -8,7 +8,8 @@ For every suite and site: directions of the one to three features that push fart
 difference of means, made orthogonal to the usual means, and that difference itself, as it is and
 orthogonal, are projected out of all that is written to the residual stream. The direction and the
 share are chosen on the files' prompts: of those within --limit nats at the first answer token of
-harmless prompts the one with the lowest log-odds of refusing, else the cheapest. Then n of the
+harmless prompts the one with the lowest log-odds of refusing, else the cheapest. The difference of
+means is the same for every suite, and is measured with the first that has the site. Then n of the
 package's evaluation prompts of each kind are answered: rates with Wilson intervals (broken: empty
 or looping alone), KL with its bootstrap interval. "at equal rate": the cheapest difference of means
 (by selection prompts) whose log-odds are as low as the features'.
@@ -81,6 +82,8 @@ def main() -> None:
     rows = [measured.row("unsteered", [])]
     print(pd.DataFrame(rows).round(4).to_string(index=False), flush=True)
     kinds, _, layers = a.at.partition("@")
+    of_means: dict[str, list[Tried]] = {}
+    known: list[Tried] = []
     for path in a.suites:
         suite = load_suite(path)
         variant = next(iter(suite))
@@ -109,12 +112,16 @@ def main() -> None:
                         made.append(each._replace(odds=float(odds.mean()), kl=float(kl.mean())))
                 return made
 
-            ours, theirs = tried(own), tried(usual)
-            best = chosen(ours, a.limit)
-            arms = {"features": best, "difference of means": chosen(theirs, a.limit)}
-            equal = [each for each in theirs if each.odds <= best.odds]
+            arms = {"features": chosen(tried(own), a.limit)}
+            if name not in of_means:
+                of_means[name] = tried(usual)
+                arms["difference of means"] = chosen(of_means[name], a.limit)
+            equal = [each for each in of_means[name] if each.odds <= arms["features"].odds]
             if equal:
-                arms["difference of means, at equal rate"] = min(equal, key=lambda each: each.kl)
+                cheapest = min(equal, key=lambda each: each.kl)
+                if cheapest not in [*known, *arms.values()]:
+                    arms["difference of means, at equal rate"] = cheapest
+            known += arms.values()
             for arm, each in arms.items():
                 features = each.direction.features
                 rows.append(

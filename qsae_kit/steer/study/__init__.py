@@ -7,6 +7,7 @@ site and strength, `chosen` what was decided, `arms` what is measured, `measure`
 
 from qsae_kit.steer.study.arms import CONTROL_SAES
 from qsae_kit.steer.study.config import StudyConfig, quick
+from qsae_kit.steer.study.lab import Unsteered
 from qsae_kit.steer.study.steps import JOURNAL, STUDY_FILES, StudyResult, steering_study
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "STUDY_FILES",
     "StudyConfig",
     "StudyResult",
+    "Unsteered",
     "quick",
     "steering_study",
 ]

@@ -2,9 +2,11 @@
 judge, and the journal.
 """
 
+import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -23,7 +25,7 @@ from qsae_kit.lm.answering import (
     repetition,
 )
 from qsae_kit.lm.edits import Edit
-from qsae_kit.lm.hooked import Generation, HookedLM
+from qsae_kit.lm.hooked import Generation, HookedLM, Prompt
 from qsae_kit.metrics.reconstruction import paired_bootstrap
 from qsae_kit.sae.suites import Suite
 from qsae_kit.steer.behaviours import Behaviour, judged
@@ -35,6 +37,19 @@ ROWS_WITH_ANSWERS, ROWS_WITHOUT = 16, 64
 """Prompts of one pass, with their answers and without."""
 MOST_NATS = 50.0
 """Nats a token beyond which a perplexity is not told."""
+
+
+@dataclass
+class Unsteered:
+    """What the model answers as it is, which studies of the same prompts share, and how long it
+    takes for it.
+    """
+
+    said: dict[str, dict[str, Any]] = field(default_factory=dict)
+    n: int = 0
+    """Answers that were asked for here."""
+    seconds: float = 0.0
+    """That they took together."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +66,7 @@ class Setting:
     """Of the SAEs that features are chosen from."""
     hook_names: Sequence[str]
     """Where they may be chosen."""
+    unsteered: Unsteered = field(default_factory=Unsteered)
 
     @property
     def thinking(self) -> bool | None:
@@ -114,16 +130,32 @@ class Lab:
         self.setting, self.journal, self.stage, self.openings = setting, journal, stage, openings
         self.lm, self.config = setting.lm, setting.config
         self.prompts = setting.prompts[stage]
-        self.ids = {
-            kind: [self.lm.chat_tokens(p, setting.thinking) for p in texts]
-            for kind, texts in self.prompts.items()
-        }
+        self.ids, self.opening = (
+            {kind: [self._asked(p, opening) for p in texts] for kind, texts in self.prompts.items()}
+            for opening in (False, True)
+        )
         self.clean: dict[str, dict[str, Any]] = {}
         for kind in self.prompts:
-            self.clean[kind] = journal.get(
-                f"{stage}/clean/{kind}", partial(self.answered, kind, [])
-            )
+            self.clean[kind] = self._unsteered(kind)
         self.known: dict[str, KnownRows] = {}
+
+    def _unsteered(self, kind: str) -> dict[str, Any]:
+        """The model's own answers to a kind of prompts, which another study may have asked for."""
+        shared, texts = self.setting.unsteered, self.prompts[kind]
+        how = [self.setting.behaviour.identity, self.config.max_new_tokens, self.setting.thinking]
+
+        def ask() -> dict[str, Any]:
+            began = time.monotonic()
+            said = self.answered(kind, [])
+            shared.seconds += time.monotonic() - began
+            shared.n += len(texts)
+            return said
+
+        key = json.dumps([*how, texts])
+        there = shared.said.get(key)
+        compute = ask if there is None else partial(dict, there)
+        shared.said[key] = self.journal.get(f"{self.stage}/clean/{kind}", compute)
+        return shared.said[key]
 
     def answered(
         self, kind: str, edits: Sequence[Edit], n: int | None = None, system: str = ""
@@ -207,16 +239,22 @@ class Lab:
         mean, low, high = paired_bootstrap([nats.tolist()], [1.0], seed=self.config.seed)
         return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
+    def _asked(self, prompt: Prompt, opening: bool) -> list[int]:
+        """Token ids of a prompt: where answers begin, thoughts included, or behind thoughts."""
+        if opening:
+            return self.lm.opening_tokens(prompt)
+        return self.lm.chat_tokens(prompt, self.setting.thinking)
+
     def _rows(
         self, kind: str, n: int, system: str, answers: list[list[int]] | None = None
     ) -> KnownRows:
         """The first n prompts of a kind, which every arm is measured on."""
         key = f"{kind}/{n}/{answers is not None}/{system}"
         if key not in self.known:
-            ids = self.ids[kind][:n]
+            ids = (self.opening if answers is None else self.ids)[kind][:n]
             if system:
                 chats = [with_system(system, p) for p in self.prompts[kind][:n]]
-                ids = [self.lm.chat_tokens(chat, self.setting.thinking) for chat in chats]
+                ids = [self._asked(chat, answers is None) for chat in chats]
             batch = ROWS_WITH_ANSWERS if answers else ROWS_WITHOUT
             self.known[key] = KnownRows(self.lm, ids, answers, batch)
         return self.known[key]

@@ -15,6 +15,7 @@ from torch import Tensor
 from qsae_kit.data.prompts import STOCK_REFUSALS
 from qsae_kit.io.journal import Journal
 from qsae_kit.lm.answering import answer_all, first_tokens
+from qsae_kit.lm.chat import first_said
 from qsae_kit.lm.edits import Edit
 from qsae_kit.sites import width_name
 from qsae_kit.steer.changes import RESIDUAL, Change, Condition, FeatureSet, Steering
@@ -382,8 +383,9 @@ def openings_of(lab: Lab) -> Int[Tensor, " token"]:
     rest: dict[int, int] = {}
     for said in lab.clean.values():
         for letter, tokens in zip(said["outcomes"], said["tokens"], strict=True):
-            counts = shown if letter == "S" else rest
-            counts[tokens[0]] = counts.get(tokens[0], 0) + 1
+            counts, first = shown if letter == "S" else rest, first_said(tokens, lab.lm.markers)
+            if first is not None:
+                counts[first] = counts.get(first, 0) + 1
     total, others = sum(shown.values()), max(1, sum(rest.values()))
     own = [
         token
@@ -402,7 +404,7 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
     """
     setting, n = lab.setting, lab.config.search_prompts
     per_kind = max(1, n // len(plan.others))
-    target = lab.ids[plan.target][:n]
+    target = lab.opening[plan.target][:n]
     wanted: list[list[int]] = []
     asked = []
     for prompt, ids in zip(lab.prompts[plan.target][:n], target, strict=True):
@@ -415,7 +417,7 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
     return Aim(
         lab.lm,
         asked,
-        [ids for kind in plan.others for ids in lab.ids[kind][:per_kind]],
+        [ids for kind in plan.others for ids in lab.opening[kind][:per_kind]],
         plan.openings,
         lab.config.sign,
         wanted or None,

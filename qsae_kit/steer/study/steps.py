@@ -48,12 +48,12 @@ from qsae_kit.steer.study.findings import (
     study_table,
     verdict,
 )
-from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
+from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting, Unsteered
 from qsae_kit.steer.study.measure import N_PRICED, Price, detection, measure, price_elsewhere
 from qsae_kit.steer.study.search import aim_of, openings_of, passes_of_search, search_sites
 from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_sets
 
-FORMAT = 7
+FORMAT = 8
 """Of the journal: a study that another version began is refused."""
 JOURNAL = "journal.jsonl"
 """The record of a study in its folder, with every step."""
@@ -123,6 +123,7 @@ def steering_study(
     folder: Path | None = None,
     fresh: bool = False,
     bar: bool = True,
+    unsteered: Unsteered | None = None,
 ) -> StudyResult:
     """The whole study: features, site and strength on selection prompts, figures and controls on
     evaluation prompts.
@@ -131,7 +132,8 @@ def steering_study(
     frozen_soft_decoder are controls at the same site. behaviour: refusal by default. hook_names,
     variant: where to choose from (`steered_sites`). folder: every step is written there, and a
     study that was cut off goes on (`journal.jsonl`); the same seed gives the same digits. fresh:
-    a study that is there goes, with its `STUDY_FILES`. Raises ValueError for prompts that are
+    a study that is there goes, with its `STUDY_FILES`. unsteered: what another study of the same
+    prompts was answered already; it is added to. Raises ValueError for prompts that are
     missing, empty, in both sets or all of one kind, for sites that are not there, where the folder
     holds another study (unless `fresh` is given) or files with a study's names that are of none,
     and while another process writes to the folder.
@@ -146,18 +148,17 @@ def steering_study(
         config,
         variant,
         hook_names,
+        unsteered,
     )
     with only_writer(folder):
         # 2
         journal = open_journal(setting, folder, fresh)
         # 3
-        began = time.monotonic()
         lab = Lab(setting, journal, "selection")
-        seconds = time.monotonic() - began
         # 4
         plan = plan_of(lab)
         # 5
-        with announced(lab, plan, seconds, bar) as shown:
+        with announced(lab, plan, bar) as shown:
             progress = Progress(journal, shown)
             # 6
             searched = search_sites(progress, lab, plan)
@@ -187,6 +188,7 @@ def checked_setting(
     config: StudyConfig,
     variant: str,
     hook_names: Sequence[str],
+    unsteered: Unsteered | None = None,
 ) -> Setting:
     """What the study is of, after every check that needs no pass of the model."""
     check_prompts(behaviour, config.target, selection, evaluation)
@@ -203,7 +205,7 @@ def checked_setting(
         "selection": {kind: list(texts) for kind, texts in selection.items()},
         "evaluation": {kind: list(texts) for kind, texts in evaluation.items()},
     }
-    return Setting(lm, suite, prompts, behaviour, config, variant, names)
+    return Setting(lm, suite, prompts, behaviour, config, variant, names, unsteered or Unsteered())
 
 
 def check_prompts(
@@ -301,9 +303,9 @@ def plan_of(lab: Lab) -> Plan:
     )
 
 
-def announced(lab: Lab, plan: Plan, seconds: float, show: bool) -> "tqdm[Any]":
+def announced(lab: Lab, plan: Plan, show: bool) -> "tqdm[Any]":
     """The bar of the whole study, after a line that says how many answers there will be and how
-    long they take; seconds: what the unsteered selection answers took.
+    long they take, by the pace of the unsteered ones.
     """
     setting, c = lab.setting, lab.config
     likely = likely_choice(setting, plan)
@@ -312,7 +314,7 @@ def announced(lab: Lab, plan: Plan, seconds: float, show: bool) -> "tqdm[Any]":
     steps = len(setting.hook_names) + trials + 1 + _steps_of(listed)
     if show:
         sizes = {kind: len(texts) for kind, texts in setting.prompts["evaluation"].items()}
-        asked = sum(map(len, lab.prompts.values()))
+        asked, unsteered = sum(map(len, lab.prompts.values())), setting.unsteered
         measured = sum(arm.n_answers(sizes) for arm in listed)
         answers = trials * asked + measured + 2 * c.n_facts
         searches = len(setting.hook_names) + sum(arm.sought == "alike" for arm in listed)
@@ -321,11 +323,11 @@ def announced(lab: Lab, plan: Plan, seconds: float, show: bool) -> "tqdm[Any]":
         started = time.monotonic()
         aim_of(lab, plan).merit(())
         a_pass = time.monotonic() - started
-        minutes = (seconds / max(1, asked) * answers + passes * a_pass) / 60
+        minutes = (unsteered.seconds / max(1, unsteered.n) * answers + passes * a_pass) / 60
         tqdm.write(
             f"{c.goal} {setting.behaviour.name}, aimed at {plan.target} prompts: about {answers:,}"
             f" answers and {passes:,} short passes, {minutes:.0f} minutes at the pace of the first"
-            f" {asked} answers (less where steps are in the journal)."
+            f" {unsteered.n} answers (less where steps are in the journal)."
         )
     return tqdm(total=steps, desc="study", unit="step", disable=not show)
 
