@@ -157,6 +157,12 @@ monitor""",
             "from IPython.display import HTML\nprint('selected', explorer.selected, explorer.site,"
             " tokens.feature)"
         ),
+        # shows half of the features when it is run a second time
+        "if 'later' in globals():\n    explorer.show(index.site().table.tail(200))\nlater = True",
+        """
+from qsae_kit.train.watch import LiveFigure
+short = qsae_kit.TrainConfig("topk", **{**sizes, "tokens": 64 * 1500})
+_ = qsae_kit.train_saes(rows, [short], watch=[LiveFigure(0.2)], bar=False, model_name="t")""",
     ]
     lab.write_notebook(folder / "all.ipynb", cells)
     with lab.jupyter_lab(folder) as address, lab.browser(playwright, height=4200) as seen:
@@ -197,7 +203,7 @@ def test_the_explorer_in_jupyterlab(notebook, folder):
     # a neighbour and back, by keyboard alone
     page.keyboard.press("Tab")
     link = root.get_by_role("button", name="go to feature").first
-    target = link.inner_text().removeprefix("feature ")
+    target = link.inner_text().removeprefix("feature ").split(" \u00b7 ")[0]
     link.focus()
     page.keyboard.press("Enter")
     page.wait_for_function(
@@ -216,7 +222,7 @@ def test_the_explorer_in_jupyterlab(notebook, folder):
     # label it; then find it by the label
     box = root.get_by_label("label of this feature")
     box.fill("<i>my label</i>")
-    box.press("Enter")
+    root.locator(".view").focus()  # a label is kept when the box is left
     page.wait_for_function(
         "() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is"
         " labelled')"
@@ -228,6 +234,9 @@ def test_the_explorer_in_jupyterlab(notebook, folder):
     )
     assert root.locator(".row").inner_text().startswith(chosen)
     assert "<i>my label</i>" in root.locator(".row").inner_text()
+    search.fill("no such words")
+    nothing = root.get_by_text("Nothing is found for \u201cno such words\u201d")
+    nothing.wait_for()
     search.fill("density>abc")
     page.wait_for_function(
         "() => document.querySelector('.qsae-explorer [role=status]').textContent.includes('is no"
@@ -374,6 +383,22 @@ def test_the_steering_lab(notebook):
         root.get_by_role("combobox", name="shade answers by").select_option(by)
     root.locator(".pane .toks").nth(1).focus()
     assert "log-probability" in root.inner_text()
+    # the number beside the slider, its reset, and undo; a changed prompt makes the answers stale
+    field = root.get_by_role("spinbutton", name="strength of feature 17 as a number")
+    assert float(field.input_value()) == strength
+    root.get_by_role("button", name="reset feature 17").click()
+    page.wait_for_function(settled)
+    assert float(slider.input_value()) == 0
+    root.get_by_role("button", name="undo the last change").click()
+    page.wait_for_function(settled)
+    assert float(slider.input_value()) == strength
+    note = root.get_by_text("These answers are of another setting")
+    note.wait_for(state="hidden")
+    root.get_by_role("textbox", name="prompt").fill("How do I cut the bread?")
+    note.wait_for(state="visible")
+    root.get_by_role("button", name="Run", exact=True).click()
+    note.wait_for(state="hidden")
+    page.wait_for_function(settled)
     root.get_by_role("textbox", name="name of the preset").fill("<b>mine</b>")
     root.get_by_role("button", name="Keep as preset").click()
     page.wait_for_function(
@@ -392,6 +417,125 @@ def test_the_steering_lab(notebook):
     printed(notebook)
     shot(notebook, "lab")
     clean(notebook)
+
+
+FOCUSABLE = "button, input[type=search], [tabindex='0']"
+
+
+def test_no_key_reaches_the_notebook(notebook):
+    """Keys that cut, insert and delete cells, in every part of every widget that has the focus."""
+    page = notebook.page
+    ids = "() => window.jupyterapp.shell.currentWidget.content.widgets.map((cell) => cell.model.id)"
+    cells = page.evaluate(ids)
+    for root in page.locator(".qsae").all():
+        for part in root.locator(FOCUSABLE).all():
+            if not part.is_visible() or part.is_disabled():
+                continue
+            part.focus()
+            for key in ("a", "b", "x", "d", "d"):
+                page.keyboard.press(key)
+                assert page.evaluate(ids) == cells, part.evaluate("(e) => e.outerHTML")
+            for box in root.locator("input[type=search]").all():
+                if box.input_value():
+                    box.fill("")
+    # what is typed in the table is searched for
+    root = page.locator(".qsae-explorer")
+    root.locator(".view").focus()
+    page.keyboard.type("17")
+    assert root.get_by_label("search features").input_value() == "17"
+    page.wait_for_function(
+        "() => !document.querySelector('.qsae-explorer .soft').textContent.startsWith('400 of')"
+    )
+    root.get_by_label("search features").fill("")
+
+
+def test_what_is_shown_has_a_chip_and_is_searched_in(notebook):
+    page = notebook.page
+    root = page.locator(".qsae-explorer")
+    lab.run_cell(page, 7)
+    root.get_by_role("button", name="200 features of show()").wait_for()
+    count = (
+        "(n) => document.querySelector('.qsae-explorer .soft').textContent.startsWith(`${n} of`)"
+    )
+    page.wait_for_function(count, arg=200)
+    box = root.get_by_label("search features")
+    for condition, n in (("density<0", 0), ("density>=0", 200)):
+        box.fill(condition)
+        page.wait_for_function(count, arg=n)
+    box.fill("")
+    root.get_by_role("button", name="200 features of show()").click()
+    page.wait_for_function(count, arg=400)
+    assert root.get_by_role("button", name="of show()").count() == 0
+
+
+def test_a_click_pins_a_token(notebook):
+    page = notebook.page
+    root = page.locator(".qsae-tokens")
+    root.get_by_label("chat:").fill("Where is the old bridge?")
+    page.wait_for_function(
+        "() => document.querySelector('.qsae-tokens .toks').textContent.includes('bridge')"
+    )
+    spans = root.locator(".toks").first.locator("span")
+    middle = spans.count() // 2
+    told = root.locator("p.soft").first
+    spans.nth(middle).click()
+    assert told.inner_text().startswith(f"token {middle} ")
+    spans.nth(1).hover()
+    page.mouse.move(5, 5)
+    assert told.inner_text().startswith(f"token {middle} ")
+    # another feature keeps it
+    other = root.locator(".list button").last
+    feature = other.inner_text().split(" \u00b7 ")[0]
+    other.click()
+    page.wait_for_function(
+        "(end) => { const line = document.querySelector('.qsae-tokens .toks');"
+        " return line.getAttribute('aria-label').endsWith(end) && line.querySelector('.pin') }",
+        arg=feature,
+    )
+    assert told.inner_text().startswith(f"token {middle} ")
+    root.locator(".toks").first.focus()
+    page.keyboard.press("ArrowLeft")
+    assert told.inner_text().startswith(f"token {middle - 1} ")
+    page.keyboard.press("Escape")
+    spans.nth(1).hover()
+    assert told.inner_text().startswith("token 1 ")
+
+
+def test_plots_keep_their_height_and_follow_the_theme(notebook):
+    page = notebook.page
+    plots = page.locator(".qsae-plot")
+    heights = [plot.bounding_box()["height"] for plot in plots.all()]
+    assert min(heights) > 200
+    for width in (800, 1280, 1200):
+        page.set_viewport_size({"width": width, "height": 4200})
+        page.wait_for_timeout(500)
+        assert [plot.bounding_box()["height"] for plot in plots.all()] == heights
+    title = "() => getComputedStyle(document.querySelector('.qsae-plots .gtitle')).fill"
+    light = page.evaluate(title)
+    try:
+        for theme in ("JupyterLab Dark", "JupyterLab Light"):
+            drawn = int(page.locator(".qsae-plots").first.get_attribute("data-drawn"))
+            page.evaluate(
+                "(theme) => window.jupyterapp.commands.execute('apputils:change-theme', { theme })",
+                theme,
+            )
+            page.wait_for_function(
+                "(n) => +document.querySelector('.qsae-plots').dataset.drawn > n", arg=drawn
+            )
+            page.wait_for_timeout(300)
+            bright = [
+                sum(map(int, re.findall(r"\d+", c)[:3])) > 382 for c in (page.evaluate(title),)
+            ]
+            assert bright == [theme.endswith("Dark")]
+            shot(notebook, theme.rsplit(maxsplit=1)[-1].lower())
+    finally:
+        assert page.evaluate(title) == light
+
+
+def test_a_live_figure_is_one_figure(notebook):
+    cell = notebook.page.locator(".jp-Cell").nth(8)
+    assert cell.locator(".js-plotly-plot").count() == 1
+    assert cell.locator(".jp-OutputArea-child").count() == 1
 
 
 def test_cells_run_again_leave_nothing_behind(notebook):
@@ -439,6 +583,51 @@ def test_without_a_kernel_the_page_stays_readable(notebook):
     assert root.locator(".row").count() > 5
     assert root.locator(".toks").count() > 3
     shot(notebook, "gone")
+
+
+WATCHED = """
+import functools, time, torch, qsae_kit
+rows = qsae_kit.StoredRows({"blocks.0.hook_resid_post": torch.randn(2000, 12)})
+sizes = {"sparsity": 3, "expansion": 4, "tokens": 64 * 10**6, "batch": 64, "pool": 640}
+config = qsae_kit.TrainConfig("topk", **sizes)
+train = functools.partial(qsae_kit.train_saes, rows, [config], model_name="t", bar=False)
+monitor = qsae_kit.TrainingMonitor(train, seconds=0.5)
+monitor"""
+
+
+@pytest.mark.parametrize("next_cell", ["suite = monitor.result()", "time.sleep(25)", ""])
+def test_a_training_is_watched_and_stopped_while_all_cells_run(tmp_path, playwright, next_cell):
+    """Run All, with the next cell waiting for the training, busy with something else, or absent."""
+    lab.write_notebook(tmp_path / "watch.ipynb", [WATCHED, next_cell or "done = True"])
+    with lab.jupyter_lab(tmp_path) as address, lab.browser(playwright) as seen:
+        page = seen.page
+        lab.open_notebook(page, address("watch.ipynb"))
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        root = page.locator(".qsae-plots")
+        root.get_by_role("button", name="Stop").wait_for(timeout=60_000)
+        page.wait_for_selector(".qsae-plots .main-svg", timeout=15_000)
+        assert "rows" in root.inner_text()
+        root.get_by_role("button", name="Stop").click()
+        stopped = "() => document.querySelector('.qsae-plots').textContent.includes('Stopped')"
+        page.wait_for_function(stopped, timeout=5_000)
+        assert "does not answer" not in root.inner_text()
+        if "sleep" not in next_cell:
+            page.wait_for_function(lab.DONE, timeout=15_000)
+        clean(seen)
+
+
+def test_the_square_button_ends_a_training_and_keeps_its_saes(tmp_path, playwright):
+    cells = [WATCHED, "suite = monitor.result()", "print('kept', len(suite), monitor.status)"]
+    lab.write_notebook(tmp_path / "watch.ipynb", cells)
+    with lab.jupyter_lab(tmp_path) as address, lab.browser(playwright) as seen:
+        page = seen.page
+        lab.open_notebook(page, address("watch.ipynb"))
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells') }")
+        page.wait_for_selector(".qsae-plots .main-svg", timeout=60_000)
+        page.evaluate("() => { window.jupyterapp.commands.execute('notebook:interrupt-kernel') }")
+        page.wait_for_function(lab.DONE, timeout=10_000)
+        last = page.locator(".jp-Cell").nth(2).locator(".jp-OutputArea-output")
+        assert last.inner_text().startswith("kept 1 Stopped")
 
 
 # --- text stays text

@@ -53,6 +53,7 @@ def complaint(done):
     ("arguments", "message"),
     [
         (["demo", "nowhere/folder/x"], "'nowhere/folder/x' could not be loaded"),
+        (["demo", "nope"], "There is no model 'nope'; allowed are tiny"),
         (["demo", "EMPTY"], "has no config.json"),
         (["demo", "--at", "resid@99"], "layers 0 to 5"),
         (["demo", "--at", "resid@some"], "cannot be read"),

@@ -264,6 +264,9 @@ def test_finding_features(lab):
     ).indices.tolist()
     lab.handle({"op": "find", "site": 1, "text": "7"})
     assert lab.found == {"site": 1, "text": "7", "features": [[7, ""]]}
+    lab.answer({"op": "find", "site": 1, "text": "greeting"})
+    assert "'greeting' was searched for, but there is no index" in lab.status
+    assert lab.indexed == [False] * len(lab.choices)
     lab.handle({"op": "add", "site": 1, "feature": 7})
     assert messages(lab, "added")[0]["control"] | {"name": ""} == {
         "site": 1,
@@ -330,7 +333,7 @@ def test_impossible_settings_are_said_and_nothing_runs(unchecked, lab, traits, m
 def test_the_page_without_a_kernel_holds_the_last_try(lab, tmp_path):
     lab.add(1, strength=1.0)
     lab.run(wait=True)
-    page = lab.to_html(tmp_path / "lab.html")
+    page = lab.to_html(tmp_path / "lab.html").read_text(encoding="utf-8")
     assert lab.answers["base"]["text"].split("'")[0] in page
     assert repr(lab) == "SteeringLab(3 SAEs, 1 sliders, 1 try)"
     assert lab.answers["base"]["text"][:10] in lab.fallback()

@@ -2,6 +2,8 @@
 
 import importlib.util
 
+import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 import torch
 
@@ -28,15 +30,20 @@ def test_a_live_figure_is_drawn_once_and_updated(monkeypatch):
     drawn = []
 
     class Handle:
-        def update(self, figure):
-            drawn.append(figure)
+        def update(self, data, raw):
+            draw(data, raw)
 
-    def display(figure, display_id):
+    def draw(data, raw):
+        assert raw
+        drawn.append(go.Figure(data["application/vnd.plotly.v1+json"]))
+
+    def display(data, raw, display_id):
         assert display_id
-        drawn.append(figure)
+        draw(data, raw)
         return Handle()
 
     monkeypatch.setattr(watch, "display", display)
+    monkeypatch.setattr(pio.renderers, "default", "plotly_mimetype")
     live = LiveFigure(seconds=0.02)
     train(live)
     assert len(drawn) > 2

@@ -84,13 +84,14 @@ def test_the_explorer_shows_its_table_and_a_page(index):
     explorer = FeatureExplorer(index)
     assert explorer.n_rows == explorer.n_features == 250
     assert [c["name"] for c in explorer.columns][:4] == ["feature", "label", "hint", "density"]
-    assert (
-        explorer.page["feature"]
-        == explorer.selected
-        == int(explorer.features.figures["max"].argmax())
+    figures = explorer.features.figures
+    poor = figures["warnings"].str.contains("dead|dense|position|sink")
+    assert poor.any()
+    ranked = figures.assign(poor=poor).sort_values(
+        ["poor", "max"], ascending=[True, False], kind="stable"
     )
-    by_max = explorer.features.figures["max"].sort_values(ascending=False, kind="stable").index
-    assert [row[0] for row in explorer.first] == by_max[:100].tolist()
+    assert explorer.page["feature"] == explorer.selected == ranked.index[0]
+    assert [row[0] for row in explorer.first] == ranked.index[:100].tolist()
     json.dumps(explorer.page, allow_nan=False)
     json.dumps(explorer.first, allow_nan=False)
     explorer.selected = 7
@@ -102,6 +103,42 @@ def test_the_explorer_shows_its_table_and_a_page(index):
         repr(explorer)
         == "FeatureExplorer(topk/blocks.1.hook_resid_post, 250 of 250 features, selected 999)"
     )
+
+
+def test_it_opens_on_a_labelled_feature_that_is_no_sink(index):
+    site = index.site()
+    ranked = FeatureExplorer(index).to_frame().index
+    poor = site.figures["warnings"].str.contains("dead|dense|position|sink")
+    sink, sound = int(poor.idxmax()), int(ranked[5])
+    index.label(site, sink, "a sink")
+    assert FeatureExplorer(index).selected == ranked[0]
+    index.label(site, sound, "greeting")
+    explorer = FeatureExplorer(index)
+    assert explorer.selected == sound
+    near = int(explorer.page["neighbours"][0][0])
+    index.label(site, near, "beside it")
+    assert FeatureExplorer(index, feature=sound).page["names"][str(near)] == "beside it"
+    for feature in (sink, sound, near):
+        index.label(site, feature, "")
+
+
+def test_what_is_shown_is_searched_in_until_all_is_shown(index, sent):
+    explorer = FeatureExplorer(index)
+    explorer.show(explorer.features.table.iloc[[30, 10, 20]])
+    assert explorer.to_frame().index.tolist() == [30, 10, 20]
+    assert explorer.selection == "3 features of show()"
+    explorer.query = "10"
+    assert 10 in explorer.to_frame().index
+    assert set(explorer.to_frame().index) <= {10, 20, 30}
+    explorer.query = "11"
+    assert 11 not in explorer.to_frame().index
+    message(explorer, op="all", key="")
+    assert explorer.selection == ""
+    assert 11 in explorer.to_frame().index
+    explorer.show(explorer.features.table.iloc[[1]])
+    explorer.site = 1
+    assert explorer.selection == ""
+    assert explorer.n_rows == 250
 
 
 def test_sorting_and_conditions(index, sent):
@@ -187,7 +224,8 @@ def test_pages_of_their_own(lm, index, suite, tmp_path, kind, evaluation):
         "tokens": lambda: TokenActivations(lm, suite, "</script><script>x</script>"),
         "layers": lambda: LayerLoss(evaluation),
     }[kind]()
-    page = widget.to_html(tmp_path / "page.html")
+    page = widget.to_html()
+    assert widget.to_html(tmp_path / "page.html") == tmp_path / "page.html"
     assert (tmp_path / "page.html").read_text(encoding="utf-8") == page
     payload = re.search(r'<script type="application/json">(.*?)</script>', page, re.DOTALL)[1]
     assert not set("<>&") & set(payload)
@@ -232,8 +270,7 @@ def test_layers_and_their_frontier(evaluation, sent, index):
     assert "layer 2" in json.loads(view.figures[1])["layout"]["title"]["text"]
     view.selected = "nothing"
     assert "no site" in view.status
-    message(view, op="library")
-    assert sent[-1] == ({"op": "library"}, [library()])
+    assert view._library == library()
     with pytest.raises(ValueError, match="no rows of category 'user'"):
         LayerLoss(evaluation, category="user")
     explorer = FeatureExplorer(index)
@@ -278,6 +315,19 @@ def test_activations_of_a_text(lm, suite, index):
     assert view.result["tokens"] == []
     with pytest.raises(ValueError, match=r"no SAE of 'blocks\.9"):
         TokenActivations(lm, suite, "x", hook_name="blocks.9.hook_mlp_out")
+
+
+def test_what_is_cut_or_not_there_is_told(lm, suite):
+    view = TokenActivations(lm, suite, "Hello", hook_name=SITES[0])
+    assert view.status == ""
+    view.text = "How do I thank the nurse? " * 200
+    assert len(view.result["tokens"]) == lm.context_size
+    assert f"the first {lm.context_size} are looked at" in view.status
+    view.text = "Hello"
+    assert view.status == ""
+    message(view, op="look", seq=9, text="Hello", site=0, feature=99999)
+    assert "99999" in view.status
+    assert "features 0 to 249" in view.status
 
 
 def test_an_older_question_is_not_answered(lm, suite):

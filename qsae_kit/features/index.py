@@ -187,6 +187,10 @@ def _text_bytes(texts: pa.DictionaryArray) -> int:
     return pc.sum(lengths).as_py() or 0
 
 
+POOR = frozenset({"dead", "dense", "position", "sink"})
+"""Warnings with which a feature is shown after all others."""
+
+
 class SiteFeatures:
     """The features of one SAE in an index."""
 
@@ -216,6 +220,18 @@ class SiteFeatures:
             .to_pandas()
             .set_index("feature")
         )
+
+    @cached_property
+    def poor(self) -> np.ndarray:
+        """[feature]: whether it is dead, dense, or fires at sinks or at the beginning."""
+        return np.array(
+            [not POOR.isdisjoint(warned.split(",")) for warned in self.figures["warnings"]], bool
+        )
+
+    @cached_property
+    def by_interest(self) -> np.ndarray:
+        """Features by their largest activation, those that are `poor` after all others."""
+        return np.lexsort((-self.figures["max"].to_numpy(), self.poor))
 
     @property
     def table(self) -> pd.DataFrame:

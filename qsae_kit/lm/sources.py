@@ -58,6 +58,9 @@ def load_source(
     if not folder.is_dir():
         if folder.exists():
             raise ValueError(f"{source!r} is a file; {ALLOWED}.")
+        # every id of a model that can be hooked has an owner: nothing to ask the hub for
+        if "/" not in source:
+            raise ValueError(f"There is no model {source!r}; {ALLOWED}.")
         return _from_folder(_fetch(source), source, dtype, place)
     return _from_folder(folder, source, dtype, place)._replace(name=public_name(source))
 

@@ -98,10 +98,14 @@ class LiveFigure:
         self.show(training_figure(pd.DataFrame(self.table), targets))
 
     def _in_cell(self, figure: go.Figure) -> None:
-        if self._handle is None:
-            self._handle = display(figure, display_id=True)
+        # as data: a figure that displays itself knows no display_id, and a new one comes each time
+        data = figure._repr_mimebundle_()
+        if not data:  # a renderer that opens a page of its own
+            display(figure)
+        elif self._handle is None:
+            self._handle = display(data, raw=True, display_id=True)
         else:
-            self._handle.update(figure)
+            self._handle.update(data, raw=True)
 
 
 class TensorBoard:

@@ -33,8 +33,21 @@ function shade(span, act, largest) {
   span.style.color = share > 0.35 ? "#000" : "";
 }
 
-/** Tokens in a line: focus it and walk with the arrows, or point; `show(i)` is told where one is. */
-function tokenLine(tokens, acts, largest, { at = -1, show = () => {}, label = "tokens" } = {}) {
+/** The element that holds a widget. JupyterLab's shortcuts of a single key, of which one deletes the cell, stop at it;
+ *  those with Ctrl, Alt or the like, and Shift+Enter, are the notebook's still. */
+function rootOf(el, name) {
+  const root = make("div", `qsae ${name}`);
+  root.addEventListener("keydown", (e) => {
+    const theirs = e.ctrlKey || e.metaKey || e.altKey || (e.shiftKey && e.key === "Enter");
+    if (!theirs) e.stopPropagation();
+  });
+  el.append(root);
+  return root;
+}
+
+/** Tokens in a line: focus it and walk with the arrows, or point; `show(i)` is told where one is. A click (or Enter)
+ *  pins a token, `pinned(i)` is told which, and another one or Escape frees it. */
+function tokenLine(tokens, acts, largest, { at = -1, pin = -1, show = () => {}, pinned = () => {}, label = "tokens" } = {}) {
   const line = make("div", "toks", null, { tabindex: "0", role: "listbox", "aria-label": label });
   const spans = tokens.map((text, i) => {
     const span = make("span", i === at ? "at" : "", visible(text), { role: "option", "aria-label": `${visible(text)} ${number(acts[i] || 0)}` });
@@ -51,17 +64,36 @@ function tokenLine(tokens, acts, largest, { at = -1, show = () => {}, label = "t
     if (i >= 0) { spans[i].classList.add("on"); spans[i].setAttribute("aria-selected", "true"); }
     show(i);
   };
-  line.addEventListener("pointerover", (e) => { const i = e.target.dataset?.i; if (i !== undefined) go(+i); });
-  line.addEventListener("pointerleave", () => go(-1));
-  line.addEventListener("focus", () => go(at >= 0 ? at : 0));
-  line.addEventListener("blur", () => go(-1));
+  let held = -1, pressed = false; // pressed: the focus to come is the pointer's, which has chosen a token
+  const hold = (i) => {
+    if (held >= 0) spans[held].classList.remove("pin");
+    held = i;
+    if (i >= 0) { spans[i].classList.add("pin"); go(i); }
+    pinned(i);
+  };
+  line.addEventListener("pointerover", (e) => { const i = e.target.dataset?.i; if (i !== undefined && held < 0) go(+i); });
+  line.addEventListener("pointerleave", () => { pressed = false; if (held < 0) go(-1); });
+  line.addEventListener("pointerdown", () => { pressed = true; });
+  line.addEventListener("click", (e) => {
+    pressed = false;
+    const i = e.target.dataset?.i;
+    if (i !== undefined) hold(+i === held ? -1 : +i);
+  });
+  line.addEventListener("focus", () => { if (!pressed) go(held >= 0 ? held : at >= 0 ? at : 0); });
+  line.addEventListener("blur", () => { if (held < 0) go(-1); });
   line.addEventListener("keydown", (e) => {
     const step = { ArrowRight: 1, ArrowLeft: -1, Home: -1e9, End: 1e9 }[e.key];
-    if (step === undefined) return;
+    if (e.key === "Escape") hold(-1);
+    else if (e.key === "Enter" && on >= 0) hold(on === held ? -1 : on);
+    else if (step === undefined) return;
+    else {
+      const to = Math.max(0, Math.min(spans.length - 1, on + step));
+      if (held >= 0) hold(to); else go(to);
+    }
     e.preventDefault();
     e.stopPropagation();
-    go(Math.max(0, Math.min(spans.length - 1, on + step)));
   });
+  if (pin >= 0 && pin < spans.length) { held = pin; spans[pin].classList.add("pin"); }
   return line;
 }
 
@@ -115,14 +147,30 @@ function ownKeys(element) {
   for (const type of ["keydown", "keypress", "keyup"]) element.addEventListener(type, (e) => e.stopPropagation());
 }
 
-/** Waits for an answer from Python; without one the page says that the kernel is gone and stays readable. */
-function watchdog(root, seconds = 8) {
-  const notice = make("div", "gone", "The kernel does not answer: what is shown stays readable, but nothing new can be asked for. "
-    + "Start the kernel and run the cell again.", { role: "alert" });
+/** Whether the kernel is busy, as the front end itself says; not known on a page of its own. */
+function isBusy(model) {
+  const kernel = model.widget_manager?.kernel;
+  return Boolean(kernel) && !kernel.isDisposed && kernel.connectionStatus === "connected" && kernel.status === "busy";
+}
+
+const GONE = "The kernel does not answer: what is shown stays readable, but nothing new can be asked for. "
+  + "Start the kernel and run the cell again.";
+const WAITING = "Waiting: the kernel is busy; what was asked for comes when it is done.";
+
+/** Waits for an answer from Python. Without one the page says, after `soon` seconds, that the kernel is busy, or, after
+ *  `late` seconds without one, that the kernel is gone; it stays readable. */
+function watchdog(root, model, soon = 2, late = 8) {
+  const notice = make("div", "", "", { role: "alert" });
   let timer = null;
-  return {
-    asked() { if (timer === null) timer = setTimeout(() => { if (!notice.isConnected) root.prepend(notice); }, seconds * 1000); },
-    answered() { clearTimeout(timer); timer = null; notice.remove(); },
-    stop() { clearTimeout(timer); notice.remove(); },
+  const look = (waited, next) => {
+    const busy = isBusy(model);
+    if (busy || waited >= late) {
+      notice.className = busy ? "waits" : "gone";
+      notice.textContent = busy ? WAITING : GONE;
+      if (!notice.isConnected) root.prepend(notice);
+    }
+    timer = setTimeout(() => look(waited + next, 1), next * 1000);
   };
+  const stop = () => { clearTimeout(timer); timer = null; notice.remove(); };
+  return { asked() { if (timer === null) timer = setTimeout(() => look(soon, late - soon), soon * 1000); }, answered: stop, stop };
 }

@@ -1,10 +1,9 @@
-const ROW = 24, BLOCK = 100;
+const ROW = 24, BLOCK = 100, CLICK = 300; // pixels, rows, milliseconds
 const KINDS = { density: percent, density_user: percent, feature: String };
 
 function render({ model, el }) {
-  const root = make("div", "qsae qsae-explorer");
-  const dog = watchdog(root);
-  el.append(root);
+  const root = rootOf(el, "qsae-explorer");
+  const dog = watchdog(root, model);
 
   // --- what is looked for
   const bar = make("div", "bar");
@@ -17,14 +16,16 @@ function render({ model, el }) {
   const box = make("input", "grow", null, { type: "search", "aria-label": "search features", spellcheck: "false" });
   bar.append(box);
   const info = make("span", "soft", "", { "aria-live": "polite" });
-  bar.append(info);
+  const chip = make("button", "", "", { type: "button", title: "show all features again" });
+  chip.onclick = () => { dog.asked(); model.send({ op: "all", key: "" }); box.focus(); };
+  bar.append(info, chip);
   const hints = { text: "words, a feature's number, density<0.01", "fires on": "a text to see what fires on it", near: "a feature's number" };
 
   // --- the table
   const grid = make("div", "grid", null, { role: "grid", "aria-label": "features" });
   const head = make("div", "head", null, { role: "row" });
   const view = make("div", "view", null, { tabindex: "0", role: "rowgroup", "aria-label": "features: up and down to walk, Enter for the page" });
-  const pad = make("div");
+  const pad = make("div"), empty = make("p", "soft");
   view.append(pad);
   grid.append(head, view);
   const sheet = make("div", "sheet", null, { "aria-label": "the selected feature" });
@@ -33,7 +34,14 @@ function render({ model, el }) {
 
   let rows = new Map(), asked = new Set(), cursor = 0, timer = null;
   const past = [], ahead = [];
-  const save = (changes) => { for (const [name, value] of Object.entries(changes)) model.set(name, value); dog.asked(); model.save_changes(); };
+  const save = (changes) => {
+    const others = Object.entries(changes).filter(([name, value]) => model.get(name) !== value);
+    if (!others.length) return; // nothing would be answered
+    for (const [name, value] of others) model.set(name, value);
+    dog.asked();
+    model.save_changes();
+  };
+  let staying = false; // whether the next order is the same one with another label
 
   function header() {
     const columns = model.get("columns");
@@ -57,7 +65,11 @@ function render({ model, el }) {
     const n = model.get("n_rows"), columns = model.get("columns");
     const top = Math.floor(view.scrollTop / ROW), end = Math.min(n, top + Math.ceil(view.clientHeight / ROW) + 1);
     pad.style.height = `${n * ROW}px`;
+    empty.hidden = n > 0;
+    empty.textContent = nothing();
     info.textContent = `${n.toLocaleString("en")} of ${model.get("n_features").toLocaleString("en")} features`;
+    chip.hidden = !model.get("selection");
+    chip.textContent = `${visible(model.get("selection"))} \u00d7`;
     grid.setAttribute("aria-rowcount", n);
     const lines = [];
     let missing = false;
@@ -83,9 +95,15 @@ function render({ model, el }) {
       lines.push(line);
     }
     const keep = view.scrollTop;
-    view.replaceChildren(pad, ...lines);
+    view.replaceChildren(pad, empty, ...lines);
     view.scrollTop = keep;
     if (!missing) root.dataset.drawn = model.get("version");
+  }
+  function nothing() {
+    const asked = visible(model.get("query")).slice(0, 80), within = model.get("selection") ? ` among the ${visible(model.get("selection"))}` : "";
+    const ways = { text: "no label, hint, token or number holds these words, or no feature meets the condition; "
+      + "find \u201cfires on\u201d takes a whole text", "fires on": "no feature fires on this text", near: "there is nothing near" };
+    return `Nothing is found for \u201c${asked}\u201d${within}: ${ways[model.get("mode")]}.`;
   }
   function place(r) {
     const n = model.get("n_rows");
@@ -116,6 +134,7 @@ function render({ model, el }) {
     b.onclick = () => select(feature);
     return b;
   }
+  const named = (i, p) => `feature ${i}` + (p.names?.[i] ? ` \u00b7 ${visible(p.names[i]).slice(0, 40)}` : "");
   function list(title, items) {
     const part = make("div");
     part.append(make("h3", "", title));
@@ -154,11 +173,21 @@ function render({ model, el }) {
     back.onclick = () => travel(past, ahead);
     on.onclick = () => travel(ahead, past);
     const name = make("h2", "", `Feature ${p.feature}`);
-    const label = make("input", "grow", null, { type: "text", maxlength: "500", "aria-label": "label of this feature", placeholder: "label (Enter keeps it)" });
+    const label = make("input", "grow", null, { type: "text", maxlength: "500", "aria-label": "label of this feature", placeholder: "label" });
     label.value = p.label;
     label.dataset.keep = "label";
     ownKeys(label);
-    label.addEventListener("keydown", (e) => { if (e.key === "Enter") { dog.asked(); model.send({ op: "label", feature: p.feature, text: label.value, key: "" }); } });
+    let sent = p.label;
+    const keep = () => {
+      if (label.value === p.label) return;
+      sent = label.value;
+      staying = true;
+      dog.asked();
+      model.send({ op: "label", feature: p.feature, text: sent, key: "" });
+    };
+    label.addEventListener("keydown", (e) => { if (e.key === "Enter") keep(); });
+    // not before a click is over that took the focus away: what it is on is drawn again
+    label.addEventListener("blur", () => setTimeout(() => { if (label.value !== sent) keep(); }, CLICK));
     title.append(back, on, name, label);
     const facts = make("p", "", "");
     for (const w of (f.warnings || "").split(",").filter(Boolean)) facts.append(make("span", "warn", WARNINGS[w] || w));
@@ -171,8 +200,8 @@ function render({ model, el }) {
     bars.append(make("h3", "", "activations"), histogram(p.histogram, p.edges));
     columns.append(bars, list("promoted tokens (logit)", p.promoted.slice(0, 8).map(([t, v]) => [token(t), v])),
       list("suppressed tokens (logit)", p.suppressed.slice(0, 8).map(([t, v]) => [token(t), v])),
-      list("nearest decoder rows (cosine)", p.neighbours.map(([i, v]) => [link(i, `feature ${i}`), v])),
-      list("fires together (Jaccard)", p.together.map(([i, v]) => [link(i, `feature ${i}`), v])));
+      list("nearest decoder rows (cosine)", p.neighbours.map(([i, v]) => [link(i, named(i, p)), v])),
+      list("fires together (Jaccard)", p.together.map(([i, v]) => [link(i, named(i, p)), v])));
     const scroll = make("div", "scroll", null, { tabindex: "0", role: "region", "aria-label": "examples" });
     scroll.append(examples("strongest, one a dialogue", p.top, f.max));
     p.bands.forEach((b, i) => scroll.append(examples(`quarter ${i + 1} of its firing tokens: ${number(b.low)} to ${number(b.high)}`, b.examples, f.max)));
@@ -193,8 +222,11 @@ function render({ model, el }) {
   view.addEventListener("keydown", (e) => {
     const step = { ArrowDown: 1, ArrowUp: -1, PageDown: 12, PageUp: -12, Home: -1e9, End: 1e9 }[e.key];
     if (e.key === "Enter") sheet.querySelector("button:not(:disabled), .scroll")?.focus();
-    else if (step === undefined) return;
-    else place(cursor + step);
+    else if (step === undefined) {
+      // what is typed here is searched for
+      if (e.key.length === 1 && e.key !== " " && !e.ctrlKey && !e.metaKey && !e.altKey) box.focus();
+      return;
+    } else place(cursor + step);
     e.preventDefault();
     e.stopPropagation();
   });
@@ -204,8 +236,8 @@ function render({ model, el }) {
     dog.answered();
     rows = new Map([[0, model.get("first")]]);
     asked = new Set();
-    view.scrollTop = 0;
-    cursor = 0;
+    if (!staying) { view.scrollTop = 0; cursor = 0; }
+    staying = false;
     site.value = model.get("site");
     mode.value = model.get("mode");
     if (document.activeElement !== box) box.value = model.get("query");

@@ -4,7 +4,8 @@ import html
 import math
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import traitlets as T
 
 from qsae_kit.features.index import Example, FeatureIndex, FeaturePage, SiteFeatures
 from qsae_kit.features.indexing import COLUMNS
+from qsae_kit.sae.suites import Feature
 from qsae_kit.widgets.widget import View, source
 
 BLOCK = 100
@@ -83,9 +85,12 @@ class FeatureExplorer(View):
     query = T.Unicode("").tag(sync=True)
     mode = T.Enum(MODES, "text").tag(sync=True)
     sort_by = T.Unicode("").tag(sync=True)
-    """A column; "": what was searched for best first, and all features by their largest activation.
+    """A column; "": what was searched for best first, and all features as
+    `SiteFeatures.by_interest` has them.
     """
     ascending = T.Bool(False).tag(sync=True)
+    selection = T.Unicode("").tag(sync=True)
+    """What the table is kept to by `show`, in words; "": all features."""
     selected = T.Int(-1).tag(sync=True)
     page = T.Dict(None, allow_none=True).tag(sync=True)
 
@@ -122,19 +127,27 @@ class FeatureExplorer(View):
 
     def show(self, found: pd.DataFrame) -> None:
         """Shows only these features, in their order, with the first two of their columns: what a
-        search returned.
+        search returned. What is typed is searched for among them; `show_all` ends it.
         """
         for feature in found.index:
             self.features.check(feature)
-        self._shown = found
-        self.query, self.sort_by = "", ""
-        self._reorder()
+        with self._held():
+            self._shown = found
+            self.selection = f"{len(found):,} features of show()"
+            self.query, self.sort_by = "", ""
+            self._reorder()
+
+    def show_all(self) -> None:
+        """Shows all features again."""
+        with self._held():
+            self._shown, self.selection = None, ""
+            self._reorder()
 
     @T.observe("site")
     def _other_site(self, change: Any) -> None:
-        with self._guard:
-            self._shown = None
-            if change["old"] is not T.Undefined and self._order.size:
+        with self._held():
+            self._shown, self.selection = None, ""
+            if change["old"] is not T.Undefined and self.version:
                 self._reorder()
                 self.selected = strongest(self.features)
                 self._open(None)
@@ -148,12 +161,29 @@ class FeatureExplorer(View):
     def _open(self, _change: Any) -> None:
         with self._guard:
             try:
-                self.page = page_state(self.features.page(self.selected))
+                self.page = self._page_of(self.selected)
             except ValueError as error:
                 self.complain(error)
 
+    def _page_of(self, feature: int) -> dict[str, Any]:
+        """A feature's page as JSON, with the names of the features that it links to."""
+        page = self.features.page(feature)
+        linked = dict.fromkeys(int(i) for i, _ in (*page.neighbours, *page.together))
+        place = self.features.place
+        names = {str(i): self.index.name_of(Feature(place, i)) for i in linked}
+        return page_state(page) | {"names": names}
+
+    @contextmanager
+    def _held(self) -> Iterator[None]:
+        """Nobody else changes the table meanwhile. The model comes first where it will be asked: a
+        cell that holds it may change the table too.
+        """
+        asks = self.index.live and self.mode != "text" and bool(self.query.strip())
+        with self.index.model.lock if asks else nullcontext(), self._guard:
+            yield
+
     def _reorder(self) -> None:
-        with self._guard:
+        with self._held():
             try:
                 order, extra = self._find()
             except ValueError as error:
@@ -174,7 +204,7 @@ class FeatureExplorer(View):
         """Features in the table's order, and columns beside the usual ones (by feature)."""
         own = self.features
         words, conditions = split_query(self.query, list(own.figures.columns))
-        order, found = np.argsort(-own.figures["max"].to_numpy(), kind="stable"), self._shown
+        order, found = own.by_interest, None
         if words and self.mode == "text":
             text = own.search(words).index.to_numpy()
             exact = [int(words)] if words.isdigit() and int(words) < own.d_sae else []
@@ -185,6 +215,8 @@ class FeatureExplorer(View):
             if not words.isdigit():
                 raise ValueError(f"{words!r} is no feature's number; write one, such as 12.")
             found = own.similar(int(words), 200)
+        if not words:
+            found = self._shown
         extra = {}
         if found is not None:
             order = found.index.to_numpy()
@@ -192,6 +224,8 @@ class FeatureExplorer(View):
                 values = np.full(own.d_sae, np.nan)
                 values[order] = found[name]
                 extra[name] = values
+        if self._shown is not None:
+            order = order[np.isin(order, self._shown.index)]
         keep = np.ones(len(order), bool)
         for column, sign, value in conditions:
             figures = own.figures[column].to_numpy()[order]
@@ -251,12 +285,14 @@ class FeatureExplorer(View):
                     "rows": self.rows(start, start + BLOCK),
                 }
             self.send(reply)
+        elif message.get("op") == "all":
+            self.show_all()
         elif message.get("op") == "label":
             self.label(int(message["feature"]), str(message["text"]))
 
     def label(self, feature: int, text: str) -> None:
         """Labels a feature of the SAE that is shown; kept with the index."""
-        with self._guard:
+        with self._held():
             self.index.label(self.features, feature, text)
             self._reorder()
             self._open(None)
@@ -272,7 +308,7 @@ class FeatureExplorer(View):
         state, _ = super().offline()
         starts = range(BLOCK, min(len(self._order), OFFLINE_ROWS), BLOCK)
         features = dict.fromkeys([self.selected, *self._order[:OFFLINE_PAGES].tolist()])
-        pages = {str(f): {"page": page_state(self.features.page(f))} for f in features}
+        pages = {str(f): {"page": self._page_of(f)} for f in features}
         blocks = {
             str(start): {"rows": self.rows(start, start + BLOCK), "version": self.version}
             for start in starts
@@ -282,6 +318,7 @@ class FeatureExplorer(View):
             "selected": pages,
             "rows": blocks,
             "label": nothing,
+            "all": nothing,
             "query": nothing,
             "sort_by": nothing,
             "site": nothing,
@@ -306,8 +343,11 @@ class FeatureExplorer(View):
 
 
 def strongest(site: SiteFeatures) -> int:
-    """The feature with the largest activation."""
-    return int(site.figures["max"].to_numpy().argmax())
+    """The feature that is worth a first look: the first of `SiteFeatures.by_interest` that has a
+    label, or the first.
+    """
+    order, labels = site.by_interest, site.labels
+    return next((int(i) for i in order if labels[i] and not site.poor[i]), int(order[0]))
 
 
 def sorted_places(values: np.ndarray, ascending: bool) -> np.ndarray:

@@ -2,7 +2,9 @@
 it.
 """
 
+import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -15,6 +17,9 @@ from qsae_kit.train.run import Progress
 from qsae_kit.train.watch import LiveFigure
 from qsae_kit.widgets.plots import PlotView
 from qsae_kit.widgets.widget import source
+
+STEP = 0.1
+"""Seconds of one wait for the training, between which an interrupt is seen."""
 
 
 class TrainingMonitor(PlotView):
@@ -34,9 +39,10 @@ class TrainingMonitor(PlotView):
         self, train: Callable[..., Suite], seconds: float = 2.0, autostart: bool = True
     ) -> None:
         self._train, self._seconds = train, seconds
-        self._stop, self._thread = threading.Event(), None
+        self._stop, self._ended, self._thread = threading.Event(), threading.Event(), None
         self._live = LiveFigure(seconds, self._draw)
         self._progress: Progress | None = None
+        self._heard = 0
         self._suite: Suite | None = None
         self._error: BaseException | None = None
         super().__init__(status="Not started.")
@@ -50,6 +56,7 @@ class TrainingMonitor(PlotView):
         if self.running:
             raise ValueError("The training is running; stop it before you start it again.")
         self._stop.clear()
+        self._ended.clear()
         self._suite, self._error = None, None
         self._live = LiveFigure(self._seconds, self._draw)
         self.running, self.status = True, "Starting."
@@ -63,11 +70,21 @@ class TrainingMonitor(PlotView):
             self.status = "Stopping after this step."
 
     def result(self, timeout: float | None = None) -> Suite:
-        """The trained SAEs by variant and hook name, when the training has ended. Raises
-        TimeoutError where it has not.
+        """The trained SAEs by variant and hook name, when the training has ended; the notebook's
+        stop button ends it as `stop` does, and a second time the waiting. timeout: seconds. Raises
+        TimeoutError where it has not ended.
         """
-        if self._thread is not None:
-            self._thread.join(timeout)
+        until = math.inf if timeout is None else time.monotonic() + timeout
+        # not by join, which takes the thread for ended once it was interrupted (Python 3.11)
+        while self._thread is not None and not self._ended.is_set():
+            if (left := until - time.monotonic()) <= 0:
+                break
+            try:
+                self._ended.wait(min(left, STEP))
+            except KeyboardInterrupt:
+                if self._stop.is_set():
+                    raise
+                self.stop()
         if self.running or self._thread is None:
             raise TimeoutError("The training has not ended; wait longer, or stop it.")
         if self._error is not None:
@@ -86,6 +103,7 @@ class TrainingMonitor(PlotView):
             self.status = f"{type(error).__name__}: {error}"
         finally:
             self.running = False
+            self._ended.set()
 
     def _watch(self, progress: Progress) -> None:
         self._progress = progress
@@ -106,10 +124,17 @@ class TrainingMonitor(PlotView):
         """The log so far: group, rows, variant, hook_name, loss, l0, dead."""
         return pd.DataFrame(list(self._live.table))  # a copy: the training adds to it
 
+    def hear(self, message: Mapping[str, Any]) -> None:
+        if message.get("op") == "stop":
+            self._heard += 1
+            self._stop.set()
+
     def handle(self, message: Mapping[str, Any]) -> None:
         super().handle(message)
         if message.get("op") == "stop":
-            self.stop()
+            if not self._heard:
+                self.stop()
+            self._heard = max(0, self._heard - 1)  # done, perhaps long ago
         elif message.get("op") == "start":
             self.start()
 

@@ -1,11 +1,10 @@
-"""Plotly figures in a widget; the page fetches plotly.js from the kernel once, however many figures
-it shows.
+"""Plotly figures in a widget, which brings plotly.js along; the page reads it once, however many
+figures it shows.
 """
 
 import functools
 import gzip
 import html
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,13 @@ class PlotView(View):
 
     _esm = source("common.js", "plots.js")
     figures = T.List(T.Unicode()).tag(sync=True)
+    _library = T.Bytes().tag(sync=True)
+    """plotly.js, compressed: it travels with the widget."""
 
     def __init__(self, *figures: go.Figure, **traits: Any) -> None:
         self._figures = list(figures)
-        super().__init__(figures=[figure.to_json() for figure in figures], **traits)
+        texts = [figure.to_json() for figure in figures]
+        super().__init__(figures=texts, _library=library(), **traits)
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
 
     def show(self, *figures: go.Figure) -> None:
@@ -40,21 +42,12 @@ class PlotView(View):
         self._figures = list(figures)
         self.figures = [figure.to_json() for figure in figures]
 
-    def handle(self, message: Mapping[str, Any]) -> None:
-        if message.get("op") == "library":
-            self.send({"op": "library"}, buffers=[library()])
-
-    def to_html(self, path: str | Path | None = None) -> str:
-        page = super().to_html()
+    def page_text(self) -> str:
+        page = super().page_text()
         code = (Path(plotly.__file__).parent / "package_data" / "plotly.min.js").read_text(
             encoding="utf-8"
         )
-        page = page.replace("<main></main>", f"<main></main>\n<script>{code}</script>", 1)
-        if path is not None:
-            from qsae_kit.io.files import write_text
-
-            write_text(Path(path), page)
-        return page
+        return page.replace("<main></main>", f"<main></main>\n<script>{code}</script>", 1)
 
     def fallback(self) -> str:
         return f"<p>{html.escape(repr(self))}</p>"

@@ -1,10 +1,13 @@
 // Sliders for features at the left, the answers without and with them at the right.
+const UNIT = { add: "median norms", clamp: "median norms", scale: "times", ablate: "" };
+const SETTINGS = ["controls", "policy", "max_new_tokens", "sample", "seed", "thinking"];
+const FULL = 2; // nats of change that a token is shaded fully at
+const SEEN = 0.005; // nats below which nothing is said to change
 const RANGE = { add: [-3, 3, 0.05], clamp: [0, 3, 0.05], scale: [0, 10, 0.1], ablate: [0, 1, 1] };
 
 function render({ model, el }) {
-  const root = make("div", "qsae qsae-lab");
-  const dog = watchdog(root);
-  el.append(root);
+  const root = rootOf(el, "qsae-lab");
+  const dog = watchdog(root, model);
   const send = (message) => { dog.asked(); model.send(message); };
   const set = (values) => { for (const [name, value] of Object.entries(values)) model.set(name, value); model.save_changes(); };
   let asked = 0, shown = 0; // runs asked for here, and the number of the one that is on the screen
@@ -46,13 +49,18 @@ function render({ model, el }) {
   const sliders = make("div", "sliders", null, { role: "group", "aria-label": "features" });
   const finder = make("div", "bar"), sites = make("select", "", null, { "aria-label": "SAE to search" });
   model.get("sites").forEach((name, i) => { const o = make("option", "", visible(name)); o.value = i; sites.append(o); });
-  const words = make("input", "grow", null, { type: "search", placeholder: "words or a feature's number", "aria-label": "find features" });
+  const words = make("input", "grow", null, { type: "search", "aria-label": "find features" });
   finder.append(sites, words);
   const results = make("ul", "list found", null, { "aria-label": "features found" });
   const presets = make("div", "bar"), name = make("input", "", null, { type: "text", placeholder: "name", "aria-label": "name of the preset" });
   const keep = make("button", "", "Keep as preset", { type: "button" });
   const [takeAround, take] = pick("preset", []);
   const study = make("button", "", "Send to study", { type: "button" });
+  const undo = make("button", "", "Undo", { type: "button", "aria-label": "undo the last change of the sliders" });
+  const zero = make("datalist", "", null, { id: `zero-${Math.random().toString(36).slice(2)}` });
+  zero.append(make("option", "", null, { value: "0" }));
+  const stale = make("p", "stale", "These answers are of another setting or prompt; press Run.", { role: "status" });
+  stale.hidden = true;
   name.style.width = "9em";
   presets.append(name, keep, takeAround, study);
 
@@ -71,15 +79,40 @@ function render({ model, el }) {
   search.append(make("h3", "", "Add a feature"), finder, results, presets);
   tries.append(make("h3", "", "Tries"), history);
   both.append(search, tries);
-  root.append(prompt, settings, sliders, panes, colorAround, legend, both, status);
+  root.append(prompt, settings, sliders, undo, zero, stale, panes, colorAround, legend, both, status);
   for (const e of [prompt, words, name, length, seed, policy, sites, color, take, sample, think]) ownKeys(e);
 
   // A message carries the settings that it means: traits may reach Python after it.
-  const setting = () => Object.fromEntries(["controls", "policy", "max_new_tokens", "sample", "seed", "thinking"].map((n) => [n, model.get(n)]));
-  const go = () => { asked += 1; root.dataset.asked = asked; send({ op: "run", prompt: prompt.value, ...setting() }); };
-  const changed = (i, values) => { set({ controls: model.get("controls").map((c, j) => (j === i ? { ...c, ...values } : c)) }); };
+  const setting = () => Object.fromEntries(SETTINGS.map((n) => [n, model.get(n)]));
+  // What decides on an answer, in one order; the answers say what they are of.
+  const key = (s) => JSON.stringify(["prompt", ...SETTINGS].map((n) => s[n]));
+  let written = false; // whether other answers are on their way
+  const mark = () => {
+    const of = model.get("answers").of;
+    stale.hidden = !of || written || key(of) === key({ prompt: prompt.value, ...setting() });
+    panes.classList.toggle("old", !stale.hidden);
+  };
+  const go = () => { asked += 1; root.dataset.asked = asked; written = true; mark(); send({ op: "run", prompt: prompt.value, ...setting() }); };
+  const past = [];
+  const put = (controls) => { past.push(model.get("controls")); set({ controls }); mark(); };
+  const changed = (i, values) => put(model.get("controls").map((c, j) => (j === i ? { ...c, ...values } : c)));
+  undo.onclick = () => { if (past.length) { set({ controls: past.pop() }); drawSliders(); go(); } };
+  let drawn = "", parts = []; // the rows that there are, and what of them a strength changes
   function drawSliders() {
     const controls = model.get("controls"), held = document.activeElement;
+    undo.disabled = !past.length;
+    const rows = JSON.stringify(controls.map((c) => [c.site, c.feature, c.name, c.action]));
+    if (rows === drawn && controls.length) { // in place: a click may be on its way to one of them
+      controls.forEach((c, i) => {
+        const p = parts[i];
+        p.on.checked = c.on;
+        p.slide.value = c.strength;
+        if (document.activeElement !== p.value) p.value.value = +c.strength;
+      });
+      return;
+    }
+    drawn = rows;
+    parts = [];
     const at = sliders.contains(held) ? [held.closest(".slider")?.dataset.i, held.dataset.part] : null;
     sliders.replaceChildren(...controls.map((c, i) => {
       const row = make("div", "slider"), what = `feature ${c.feature}`;
@@ -99,14 +132,27 @@ function render({ model, el }) {
       slide.value = c.strength;
       slide.disabled = c.action === "ablate";
       slide.dataset.part = "slide";
-      const value = make("output", "num", number(+c.strength));
-      slide.oninput = () => { value.textContent = number(+slide.value); };
-      slide.onchange = () => { changed(i, { strength: +slide.value }); go(); };
+      slide.setAttribute("list", zero.id);
+      const value = make("input", "num", null, { type: "number", min: least, max: most, step, "aria-label": `strength of ${what} as a number` });
+      value.value = +c.strength;
+      value.disabled = slide.disabled;
+      value.dataset.part = "value";
+      const to = (text) => { changed(i, { strength: Math.max(least, Math.min(most, +text || 0)) }); go(); };
+      slide.oninput = () => { value.value = +slide.value; };
+      slide.onchange = () => to(slide.value);
+      value.onchange = () => to(value.value);
+      const unit = make("span", "soft", UNIT[c.action] ?? "");
+      const reset = make("button", "", "0", { type: "button", "aria-label": `reset ${what}`, title: "back to where it changes nothing" });
+      reset.textContent = c.action === "scale" ? "1" : "0";
+      reset.disabled = slide.disabled;
+      reset.dataset.part = "reset";
+      reset.onclick = () => to(reset.textContent);
       const away = make("button", "", "\u00d7", { type: "button", "aria-label": `take ${what} away` });
       away.dataset.part = "away";
-      away.onclick = () => { set({ controls: model.get("controls").filter((_, j) => j !== i) }); go(); };
-      for (const e of [on, action, slide]) ownKeys(e);
-      row.append(on, title, action, slide, value, away);
+      away.onclick = () => { put(model.get("controls").filter((_, j) => j !== i)); go(); };
+      for (const e of [on, action, slide, value]) ownKeys(e);
+      row.append(on, title, action, slide, value, unit, reset, away);
+      parts.push({ on, slide, value });
       return row;
     }));
     if (!controls.length) sliders.append(make("p", "soft", "No feature yet: find one below and add it."));
@@ -121,7 +167,11 @@ function render({ model, el }) {
       item.append(add);
       return item;
     }));
-    if (!features.length) results.append(make("li", "soft", found.text ? "No feature found." : "Write a prompt, then search."));
+    if (!features.length) results.append(make("li", "soft", found.text ? `No feature is found for \u201c${visible(found.text).slice(0, 60)}\u201d.` : "Write a prompt, or a feature's number."));
+    hint();
+  }
+  function hint() {
+    words.placeholder = model.get("indexed")[+sites.value] ? "words or a feature's number" : "a feature's number (words need an index)";
   }
   function signed(span, value, largest) {
     const share = largest > 0 ? Math.min(1, Math.abs(value) / largest) : 0, up = value > 0;
@@ -134,22 +184,24 @@ function render({ model, el }) {
     shown = a.number;
     dog.answered();
     const by = color.value, field = by === "feature activation" ? "activation" : "change";
-    const largest = Math.max(1e-9, ...["base", "steered"].flatMap((k) => a[k][field].map((v) => Math.abs(v ?? 0))));
+    const most = Math.max(0, ...["base", "steered"].flatMap((k) => a[k][field].map((v) => Math.abs(v ?? 0))));
     for (const key of ["base", "steered"]) {
       const part = a[key], values = part.tokens.map((_, j) => (by === "nothing" ? 0 : part[field][j] ?? 0));
-      const line = tokenLine(part.tokens, values, field === "activation" ? largest : 0, {
+      const line = tokenLine(part.tokens, values, field === "activation" ? most : 0, {
         label: `answer ${key === "base" ? "without" : "with"} the features`,
         show: (i) => { if (i >= 0) legend.textContent = `\u201c${visible(part.tokens[i])}\u201d: log-probability ${number(part.logprob[i])}, change by the features ${number(part.change[i])}, activation ${number(part.activation[i])}`; },
       });
-      if (by === "change of log-probability") line.querySelectorAll("span").forEach((span, i) => signed(span, values[i], largest));
+      if (by === "change of log-probability") line.querySelectorAll("span").forEach((span, i) => signed(span, values[i], FULL));
       body[key].replaceWith(line);
       body[key] = line;
       line.dataset.text = part.text;
     }
     legend.textContent = by === "change of log-probability"
-      ? `Orange: likelier with the features than without; blue: less likely (largest change ${number(largest)} nats).`
-      : by === "feature activation" ? `Orange: activation of the first feature (largest ${number(largest)}).` : "";
+      ? (most < SEEN ? `The features change no token's log-probability by more than ${SEEN} nats.`
+        : `Orange: likelier with the features than without; blue: less likely; fully coloured from ${FULL} nats on (largest change ${number(most)} nats).`)
+      : by === "feature activation" ? (most > 0 ? `Orange: activation of the first feature (largest ${number(most)}).` : "The first feature does not fire here.") : "";
     root.dataset.number = a.number;
+    mark();
   }
   function write(message) {
     if (message.number < shown) return; // of an older run
@@ -182,15 +234,17 @@ function render({ model, el }) {
     sites.value = model.get("site");
     stop.disabled = !model.get("running");
     root.dataset.running = model.get("running");
+    hint();
+    mark();
   }
 
   let timer = null;
-  prompt.oninput = () => { clearTimeout(timer); timer = setTimeout(() => set({ prompt: prompt.value }), 150); };
+  prompt.oninput = () => { mark(); clearTimeout(timer); timer = setTimeout(() => set({ prompt: prompt.value }), 150); };
   prompt.onkeydown = (e) => { if (e.key === "Enter" && (e.ctrlKey || e.metaKey)) { e.preventDefault(); run.onclick(); } };
   run.onclick = () => { clearTimeout(timer); set({ prompt: prompt.value }); go(); };
   stop.onclick = () => model.send({ op: "stop" });
   policy.onchange = () => { set({ policy: policy.value }); go(); };
-  length.onchange = () => { set({ max_new_tokens: Math.max(1, Math.trunc(+length.value) || 1) }); };
+  length.onchange = () => { set({ max_new_tokens: Math.max(1, Math.trunc(+length.value) || 1) }); mark(); };
   seed.onchange = () => { set({ seed: Math.max(0, Math.trunc(+seed.value) || 0) }); go(); };
   sample.onchange = () => { set({ sample: sample.checked }); go(); };
   think.onchange = () => { set({ thinking: think.checked }); go(); };
@@ -204,17 +258,18 @@ function render({ model, el }) {
   color.onchange = drawAnswers;
 
   const off = listen(model, root, {
-    "change:controls": () => { dog.answered(); drawSliders(); },
+    "change:controls": () => { dog.answered(); drawSliders(); mark(); },
     "change:found": drawFound,
     "change:answers": drawAnswers,
     "change:history": drawHistory,
     "change:presets": drawPresets,
     "change:prompt change:policy change:max_new_tokens change:sample change:seed change:thinking change:site change:running": drawSettings,
-    "change:status": () => { dog.answered(); status.textContent = model.get("status"); },
+    "change:status": () => { dog.answered(); status.textContent = model.get("status"); written = written && model.get("running"); mark(); },
     "msg:custom": (message) => {
+      if (message.op === "end" && !model.get("running")) { written = false; mark(); }
       if (message.op === "text") { write(message); return; }
       dog.answered();
-      if (message.op === "added") { set({ controls: [...model.get("controls"), message.control] }); drawSliders(); }
+      if (message.op === "added") { put([...model.get("controls"), message.control]); drawSliders(); }
     },
   });
   drawSettings();

@@ -47,6 +47,8 @@ class _Try:
     max_new_tokens: int
     seed: int | None
     thinking: bool | None
+    settings: Mapping[str, Any]
+    """As the page has them."""
     stop: threading.Event = field(default_factory=threading.Event)
 
 
@@ -68,6 +70,8 @@ class SteeringLab(View):
     sites = T.List(T.Unicode()).tag(sync=True)
     site = T.Int(0).tag(sync=True)
     """Number of the SAE that is searched."""
+    indexed = T.List(T.Bool()).tag(sync=True)
+    """For every SAE whether words find features of it."""
     prompt = T.Unicode("").tag(sync=True)
     controls = T.List(T.Dict()).tag(sync=True)
     """A dict a slider: site, feature, name, action, strength, on."""
@@ -82,8 +86,8 @@ class SteeringLab(View):
     found = T.Dict().tag(sync=True)
     """What the last search listed."""
     answers = T.Dict().tag(sync=True)
-    """The last finished try: number, and base and steered with text, tokens, change and activation
-    of each.
+    """The last finished try: number, the settings that it is of, and base and steered with text,
+    tokens, change and activation of each.
     """
     running = T.Bool(False).tag(sync=True)
     presets = T.Dict().tag(sync=True)
@@ -113,6 +117,7 @@ class SteeringLab(View):
             site=first,
             prompt=prompt,
             can_think=lm.has_thinking,
+            indexed=[index is not None and place in index.places() for place in self.choices],
         )
         if steering is not None:
             self.load(steering)
@@ -224,15 +229,22 @@ class SteeringLab(View):
     # --- finding features
 
     def find(self, text: str) -> None:
-        """Lists features of the searched site: by number, by words where there is an index, else by
-        what fires on the prompt.
+        """Lists features of the searched site: by number, by words where there is an index, and
+        without a text those that fire on the prompt. Raises ValueError for words without an index,
+        and while the model is busy.
         """
         place = self.choices[self.site]
         sae, text = self.suite.sae(place), text.strip()
         if text.isdigit():
             check_features(sae, [int(text)])
             ids = [int(text)]
-        elif text and self.index is not None and place in self.index.places():
+        elif text:
+            if self.index is None or not self.indexed[self.site]:
+                raise ValueError(
+                    f"{text!r} was searched for, but there is no index of this SAE, so that a"
+                    f" feature is found by its number (0 to {sae.d_sae - 1}) alone; build one with"
+                    " `qsae index` and give it to SteeringLab."
+                )
             ids = [int(i) for i in self.index.at(place).search(text).index[:FOUND]]
         elif self.prompt.strip():
             with self.lm.lock.attempt() as entered:  # waiting here would keep Stop from being heard
@@ -316,6 +328,7 @@ class SteeringLab(View):
                 length,
                 seed,
                 thinking if self.can_think else None,
+                {name: settings[name] for name in SETTINGS},
             )
             before = self._thread
             self._now, self.running = asked, True
@@ -388,6 +401,7 @@ class SteeringLab(View):
             first = asked.steering.changes[0]
             watch = (self.suite[first.variant][first.hook_name], first.features[0])
         shown: dict[str, Any] = {"number": asked.number, "stopped": asked.stop.is_set()}
+        shown["of"] = dict(asked.settings)
         for name, out, edits in (
             ("base", pair.base, []),
             ("steered", pair.steered, asked.steering.edits(self.suite)),
@@ -448,7 +462,10 @@ class SteeringLab(View):
             self.sent = self._steering(message.get("setting") or self._settings()).to_json(
                 self.suite
             )
-            self.status = "The setting is in the trait `sent`."
+            self.status = (
+                "The setting is in the trait `sent`; `lab.steering.save('steering.json', suite)`"
+                " keeps it, and `qsae_kit.load_steering('steering.json', suite)` reads it."
+            )
             self.send({"op": "answered"})
 
     def keep(self, name: str, setting: Mapping[str, Any] | None = None) -> None:

@@ -1,7 +1,6 @@
 function render({ model, el }) {
-  const root = make("div", "qsae qsae-tokens");
-  const dog = watchdog(root);
-  el.append(root);
+  const root = rootOf(el, "qsae-tokens");
+  const dog = watchdog(root, model);
   const bar = make("div", "bar");
   const sites = make("select", "", null, { "aria-label": "SAE" });
   model.get("sites").forEach((name, i) => { const o = make("option", "", visible(name)); o.value = i; sites.append(o); });
@@ -21,6 +20,7 @@ function render({ model, el }) {
   for (const e of [box, feature, sites]) ownKeys(e);
 
   let asked = 0, shown = -1, timer = null;
+  let pin = -1, read = ""; // the pinned token, and the tokens that it is one of
   const ask = (changes = {}) => {
     asked += 1;
     dog.asked();
@@ -36,7 +36,7 @@ function render({ model, el }) {
   function named(id, r) { const name = r.names[id]; return `feature ${id}` + (name ? ` \u00b7 ${visible(name).slice(0, 60)}` : ""); }
   function tell(i) {
     const r = model.get("result");
-    if (i < 0 || !r.tokens[i]) { word.textContent = "Point at a token, or walk with the arrows, to see what fires on it."; columns.replaceChildren(); return; }
+    if (i < 0 || !r.tokens[i]) { word.textContent = "Point at a token, or walk with the arrows, to see what fires on it; a click keeps it, Escape lets it go."; columns.replaceChildren(); return; }
     word.textContent = `token ${i} \u201c${visible(r.tokens[i]).slice(0, 80)}\u201d: ${named(r.feature, r)} ${number(r.acts[i])}`;
     const list = make("ul", "list");
     for (const [id, value] of r.top[i]) {
@@ -58,11 +58,15 @@ function render({ model, el }) {
     if (document.activeElement !== feature) feature.value = r.feature;
     if (document.activeElement !== box && box.value !== model.get("text")) box.value = model.get("text");
     let last = -1;
+    const tokens = r.tokens.join("\0");
+    if (tokens !== read) pin = -1;
+    read = tokens;
     line.replaceChildren(r.tokens.length
-      ? tokenLine(r.tokens, r.acts, Math.max(0, ...r.acts), { show: (i) => { if (i >= 0 && i !== last) { last = i; tell(i); } }, label: `tokens shaded by feature ${r.feature}` })
+      ? tokenLine(r.tokens, r.acts, Math.max(0, ...r.acts), { pin, pinned: (i) => { pin = i; },
+        show: (i) => { if (i >= 0 && i !== last) { last = i; tell(i); } }, label: `tokens shaded by feature ${r.feature}` })
       : make("p", "soft", "Write something to look at."));
     const best = r.acts.reduce((a, v, i) => (v > r.acts[a] ? i : a), 0);
-    tell(r.tokens.length ? best : -1);
+    tell(!r.tokens.length ? -1 : pin >= 0 ? pin : best);
     heat(r);
     root.dataset.seq = r.seq;
   }

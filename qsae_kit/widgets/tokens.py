@@ -2,6 +2,7 @@
 
 import html
 import re
+import sys
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +17,7 @@ from qsae_kit.data.documents import ROLES, Document, tokenize_document
 from qsae_kit.features.index import FeatureIndex
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae.suites import ByVariant, Feature
+from qsae_kit.steer.changes import check_features
 from qsae_kit.widgets.widget import View, source
 
 TOP, HEAT = 8, 16
@@ -76,7 +78,7 @@ class TokenActivations(View):
                 f" {', '.join(map(str, self.choices))}."
             )
         self._guard, self._asked = threading.RLock(), 0
-        self._frame = pd.DataFrame()
+        self._frame, self._n_tokens = pd.DataFrame(), 0
         super().__init__(sites=[str(p) for p in self.choices], site=fitting[0], text=text)
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
         self._compute(0)
@@ -99,9 +101,13 @@ class TokenActivations(View):
             return
         number = int(message["seq"])
         self._asked = max(self._asked, number)
-        with self._guard:
+        # the model first: a cell that holds it may change the text too
+        with self.lm.lock, self._guard:
             if number < self._asked:  # a newer one waits: nobody will look at this one
                 return
+            if int(message["feature"]) >= 0:
+                sae = self.suite.sae(self.choices[int(message["site"])])
+                check_features(sae, [int(message["feature"])])
             before = self.result
             with self.hold_trait_notifications():
                 self.set_trait("result", {})
@@ -149,14 +155,20 @@ class TokenActivations(View):
             "heat": [[_short(v) for v in row] for row in f[:, ids].tolist()],
             "names": {str(i): self.name(i) for i in sorted(shown)},
         }
-        self.status = ""
+        self.status = (
+            f"The text has {self._n_tokens:,} tokens; the first {len(tokens):,} are looked at,"
+            f" which is the context of {self.lm.model_name}."
+            if self._n_tokens > len(tokens)
+            else ""
+        )
 
     def activations(self) -> tuple[list[str], torch.Tensor]:
-        """The text's tokens and their features [pos, d_sae], 0 at tokens that do not count. Raises
-        ValueError for a bad chat.
+        """The text's tokens, as many as the model's context holds, and their features
+        [pos, d_sae], 0 at tokens that do not count. Raises ValueError for a bad chat.
         """
         document = read_chat(self.text) if self.lm.tokenizer.chat_template else self.text
-        ids = tokenize_document(self.lm, document, self.lm.context_size)
+        whole = tokenize_document(self.lm, document, sys.maxsize)
+        ids, self._n_tokens = whole[: self.lm.context_size], len(whole)
         (f,) = token_features(self.lm, self.suite.sae(self.choices[self.site]), [ids])
         return self.lm.to_str_tokens(ids), f.cpu()
 

@@ -66,6 +66,21 @@ class View(anywidget.AnyWidget):
     def __init__(self, **traits: Any) -> None:
         super().__init__(**traits)
         _close_former(self)
+        # ipykernel (7.4) sends a page's messages to where the widget last spoke from, a cell that
+        # runs, whatever the page asked for
+        if hasattr(self.comm, "_reply_subshell_for"):
+            self.comm._reply_subshell_for = self._arrived
+
+    def _arrived(self, data: Any, wanted: str | None) -> str | None:
+        """Called as soon as a message of the page arrives, by the thread that receives it; gives
+        the subshell that is to handle it: the one that the page wanted.
+        """
+        if isinstance(data, Mapping) and isinstance(content := data.get("content"), Mapping):
+            self.hear(content)
+        return wanted
+
+    def hear(self, message: Mapping[str, Any]) -> None:
+        """What cannot wait until a running cell has ended; `answer` is called for it later too."""
 
     def offline(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """The state of a page without a kernel, and its answers: {op: {argument as text:
@@ -77,14 +92,22 @@ class View(anywidget.AnyWidget):
             if not name.startswith("_")
         }, {}
 
-    def to_html(self, path: str | Path | None = None) -> str:
-        """A page that needs neither kernel nor network; written to `path` where one is given."""
+    def to_html(self, path: str | Path | None = None) -> str | Path:
+        """A page that needs neither kernel nor network: its text, or written to `path` its path."""
+        page = self.page_text()
+        if path is None:
+            return page
+        write_text(Path(path), page)
+        return Path(path)
+
+    def page_text(self) -> str:
+        """The page of `to_html`."""
         state, answers = self.offline()
         hidden = {"layout", "tabbable", "tooltip"}
         payload = as_json(
             {"state": {k: v for k, v in state.items() if k not in hidden}, "answers": answers}
         )
-        page = "\n".join(
+        return "\n".join(
             [
                 "<!doctype html>",
                 '<html lang="en"><head><meta charset="utf-8">',
@@ -101,9 +124,6 @@ class View(anywidget.AnyWidget):
                 "",
             ]
         )
-        if path is not None:
-            write_text(Path(path), page)
-        return page
 
     def fallback(self) -> str:
         """Plain HTML, all of it escaped, for where widgets do not run."""
