@@ -155,6 +155,17 @@ def test_answers_behind_a_shared_prefix_are_the_same(lm, unit):
                 whole = lm.generate(chats, 8, **drawn)
                 shared = lm.generate(chats, 8, share_prefix=True, **drawn)
             assert shared.tokens == whole.tokens
+    # of several assistant headers the last one counts: what comes before the first is shared
+    turns = [
+        [system, *({"role": role, "content": text} for role, text in turn), *chat[1:]]
+        for chat in chats
+        for turn in [(("user", "Who are you?"), ("assistant", "A friend of yours."))]
+    ]
+    for positions in ("header", "prompt", "answer", "all"):
+        with applied(lm, [Edit(SITE, lambda x: 3 * unit.expand_as(x), positions)]):
+            whole, shared = (lm.generate(turns, 8, share_prefix=on) for on in (False, True))
+            assert shared.tokens == whole.tokens
+            assert shared.logprobs[0] == pytest.approx(whole.logprobs[0], abs=1e-3)
     heard = []
     with lm.hooks(fwd_hooks=[(SITE, lambda x, hook: heard.append(x.shape[:2]))]):
         lm.generate(chats, 1, share_prefix=True)

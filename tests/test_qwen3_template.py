@@ -227,9 +227,11 @@ def test_what_an_answer_begins_with_is_looked_for_behind_the_thoughts(lm, monkey
 )
 def test_the_first_token_that_is_said(lm, text, first):
     ids = lm.tokenizer(text, add_special_tokens=False).input_ids
-    found = first_said(ids, lm.markers)
+    found = first_said(ids, lm.markers, opened="\n</think>" in text and text[0] != "<")
     assert (found is None) == (first is None)
     assert first is None or lm.to_string([found]) == first
+    cut = lm.tokenizer("Okay, so the", add_special_tokens=False).input_ids
+    assert first_said(cut, lm.markers, opened=True) is None
 
 
 @pytest.mark.parametrize("thinking", [False, True])

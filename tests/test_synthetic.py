@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from qsae_kit.evaluate.synthetic import Synthetic, SyntheticConfig, apart, score
+from qsae_kit.metrics.decoders import decoder_overlap, decoder_projection
 from qsae_kit.metrics.reconstruction import match
 from qsae_kit.sae import ReLUSAE
 
@@ -123,3 +124,25 @@ def test_scores_by_hand():
 def test_worlds_that_cannot_be(config, message):
     with pytest.raises(ValueError, match=message):
         SyntheticConfig(**config)
+
+
+def test_decoders_that_mix_features_are_told_from_the_true_one(world):
+    generator = torch.Generator().manual_seed(0)
+    other = world.directions[torch.randperm(len(world.directions), generator=generator)]
+    mixed = world.directions + 0.5 * other + 0.2 * world.directions[:1]
+    x, _ = world.sample(500)
+    zero = torch.zeros(world.config.d_model)
+    assert decoder_overlap(mixed) > decoder_overlap(world.directions)
+    n = 16  # more than fire
+    true, wrong = (decoder_projection(x, rows, zero, n) for rows in (world.directions, mixed))
+    assert wrong > true
+    rows = torch.nn.functional.normalize(mixed, dim=1)
+    cosines = (rows @ rows.T).abs()
+    pairs = cosines[~torch.eye(len(rows), dtype=torch.bool)]
+    assert decoder_overlap(mixed) == pytest.approx(float(pairs.mean()), rel=1e-4)
+    shift = torch.ones(world.config.d_model)
+    ranked = ((x - shift) @ rows.T).flatten().sort(descending=True).values
+    assert decoder_projection(x, mixed, shift, n) == pytest.approx(float(ranked[n * 500 - 1]))
+    for bad in (0, 65):
+        with pytest.raises(ValueError, match="from 1 to 64"):
+            decoder_projection(x, mixed, zero, bad)

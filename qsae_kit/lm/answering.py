@@ -18,7 +18,6 @@ from torch import Tensor
 from qsae_kit.lm.chat import spoken
 from qsae_kit.lm.edits import Edit, applied, applied_by_rows, untouched_layers
 from qsae_kit.lm.hooked import Generation, HookedLM, Prompt
-from qsae_kit.lm.prefix import shared_prefix
 from qsae_kit.metrics.reconstruction import cross_entropy, kl_divergence
 
 Outcome: TypeAlias = Literal["refused", "deflected", "answered", "broken"]
@@ -226,7 +225,7 @@ class KnownRows:
             else prompts
         )
         self.starts = range(0, len(rows), batch)
-        self.prefix = shared_prefix(prompts)
+        self.prefix = lm.shared_prefix(prompts)
         # Left padding puts the answers at the end, so that nothing before them is unembedded.
         self.batches = [lm.pad(rows[start : start + batch], "left") for start in self.starts]
         self.batch = batch

@@ -145,12 +145,14 @@ def closed(text: str) -> str:
     return text.rstrip() + f"\n\n{THINK_CLOSE}\n\n" if text.rstrip().endswith(THINK_OPEN) else text
 
 
-def first_said(tokens: Sequence[int], markers: Markers | None) -> int | None:
-    """The first token of an answer behind its thoughts; None where there is none."""
+def first_said(tokens: Sequence[int], markers: Markers | None, opened: bool = False) -> int | None:
+    """The first token of an answer behind its thoughts; None where there is none. opened: whether
+    the template has opened a think block for them.
+    """
     if markers is None or markers.think_close < 0:
         return next(iter(tokens), None)
     ends = [i for i, token in enumerate(tokens) if token == markers.think_close]
-    if not ends and markers.think_open in tokens:
+    if not ends and (opened or markers.think_open in tokens):
         return None
     rest = tokens[ends[-1] + 1 :] if ends else tokens
     return next((token for token in rest if token not in markers.line_ends), None)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from inspect import signature
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeAlias
 from weakref import ref
 
@@ -34,7 +35,7 @@ from transformers import (
 from qsae_kit.io.tensorfiles import all_finite
 from qsae_kit.lm.chat import Markers, answer_start, closed, find_markers, phases
 from qsae_kit.lm.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
-from qsae_kit.lm.prefix import shared_prefix
+from qsae_kit.lm.prefix import LEAST_SHARED, shared_prefix
 from qsae_kit.lm.sources import load_source, public_name
 from qsae_kit.lm.templates import render
 from qsae_kit.sites import kind_at, width_name
@@ -454,6 +455,18 @@ class HookedLM(HookedRootModule):
                 use_cache=True,
                 **self._after(prefix, len(ids)),
             ).logits
+
+    def shared_prefix(self, rows: Sequence[list[int]]) -> list[int]:
+        """What rows begin with and can be run once for all of them (`lm.prefix.shared_prefix`): it
+        ends before the first assistant header, since which of several is the last one is known at
+        a row's end only.
+        """
+        shared = shared_prefix(rows)
+        if self.markers is None or not shared:
+            return shared
+        header = (self.markers.start, self.markers.assistant[0])
+        ends = [i for i, pair in enumerate(pairwise(shared)) if pair == header]
+        return shared[: ends[0]] if ends and ends[0] >= LEAST_SHARED else [] if ends else shared
 
     def _after(self, prefix: Sequence[int], n_rows: int) -> dict[str, DynamicCache]:
         """Runs a prefix as a batch of one, in a connection that is there: its keys and values, for
@@ -875,14 +888,14 @@ class HookedLM(HookedRootModule):
         seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows,
             whatever else is in the batch.
         share_prefix: whether what all rows begin with, such as a system prompt, is run once
-            (`lm.prefix.shared_prefix`); hooks then see it as a batch of one, before the rest.
+            (`shared_prefix`); hooks then see it as a batch of one, before the rest.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
         Raises ValueError for a prompt that is empty or does not fit the context with its answer,
         and for logits that are not finite; RuntimeError as `forward`.
         """
         rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
-        prefix = shared_prefix(rows) if share_prefix and use_cache else []
+        prefix = self.shared_prefix(rows) if share_prefix and use_cache else []
         ids, mask = self.pad([row[len(prefix) :] for row in rows], "left")
         before = torch.tensor([prefix] * len(rows), dtype=ids.dtype, device=self.device)
         # padding comes between what is shared and the rest

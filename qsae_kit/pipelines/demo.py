@@ -170,10 +170,10 @@ def _refusing_config(lm: HookedLM) -> DemoConfig:
     )
     study = StudyConfig(
         strengths=(0.7, 0.85, 1.0, 1.2),
-        shares=(0.75, 1.0, 1.25),
+        shares=(0.5, 0.75, 1.0),
         n_features=3,
         n_candidates=4,
-        n_trials=2,
+        n_trials=1,
         n_random=5,
         n_noise=2,
         control_prompts=25,
@@ -195,8 +195,8 @@ def _refusing_config(lm: HookedLM) -> DemoConfig:
         n_evaluation=100,
         evaluation_tokens=4_000,
         spliced_tokens=1_000,
-        own_dialogues=580,
-        answer_tokens=96,
+        own_dialogues=540,
+        answer_tokens=64,
         held_rows=120_000,
     )
 

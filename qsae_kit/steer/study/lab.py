@@ -142,7 +142,8 @@ class Lab:
     def _unsteered(self, kind: str) -> dict[str, Any]:
         """The model's own answers to a kind of prompts, which another study may have asked for."""
         shared, texts = self.setting.unsteered, self.prompts[kind]
-        how = [self.setting.behaviour.identity, self.config.max_new_tokens, self.setting.thinking]
+        how: list[Any] = [self.lm.identity(), self.setting.behaviour.identity]
+        how += [self.config.max_new_tokens, self.setting.thinking]
 
         def ask() -> dict[str, Any]:
             began = time.monotonic()

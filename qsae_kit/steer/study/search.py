@@ -381,9 +381,11 @@ def openings_of(lab: Lab) -> Int[Tensor, " token"]:
     """
     shown: dict[int, int] = {}
     rest: dict[int, int] = {}
-    for said in lab.clean.values():
+    for kind, said in lab.clean.items():
+        opened = lab.ids[kind] != lab.opening[kind]
         for letter, tokens in zip(said["outcomes"], said["tokens"], strict=True):
-            counts, first = shown if letter == "S" else rest, first_said(tokens, lab.lm.markers)
+            counts = shown if letter == "S" else rest
+            first = first_said(tokens, lab.lm.markers, opened)
             if first is not None:
                 counts[first] = counts.get(first, 0) + 1
     total, others = sum(shown.values()), max(1, sum(rest.values()))

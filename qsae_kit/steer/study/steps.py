@@ -326,8 +326,13 @@ def announced(lab: Lab, plan: Plan, show: bool) -> "tqdm[Any]":
         minutes = (unsteered.seconds / max(1, unsteered.n) * answers + passes * a_pass) / 60
         tqdm.write(
             f"{c.goal} {setting.behaviour.name}, aimed at {plan.target} prompts: about {answers:,}"
-            f" answers and {passes:,} short passes, {minutes:.0f} minutes at the pace of the first"
-            f" {unsteered.n} answers (less where steps are in the journal)."
+            f" answers and {passes:,} short passes"
+            + (
+                f", {minutes:.0f} minutes at the pace of the first {unsteered.n} answers (less"
+                " where steps are in the journal)."
+                if unsteered.n
+                else "."
+            )
         )
     return tqdm(total=steps, desc="study", unit="step", disable=not show)
 
