@@ -1,7 +1,7 @@
 """What an SAE's decoder tells of its sparsity: at the true L0 of the data a decoder row holds one
 feature, below it features that fire together are mixed, above it any others (Chanin &
-Garriga-Alonso 2025, "Sparse but Wrong", arXiv 2508.16560). Both figures are least at the true L0,
-and neither needs to know the features.
+Garriga-Alonso 2025, "Sparse but Wrong", arXiv 2508.16560). By that paper both figures are least at
+the true L0, and neither needs to know the features; `tests/bench/target_l0.py` tries it.
 """
 
 import torch

@@ -21,6 +21,8 @@ from qsae_kit.train.run import train_saes
 ROWS, LOOKED_AT = 200_000, 2000
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)
 """Of d_sae: the numbers of the projections that are told."""
+SITE = "blocks.0.hook_resid_post"
+"""A name for the rows, as training asks for one."""
 
 
 def main() -> None:
@@ -32,14 +34,14 @@ def main() -> None:
     a = p.parse_args()
     world = Synthetic(SyntheticConfig(seed=a.seed))
     parts = [world.sample(LOOKED_AT, seed).x for seed in range(ROWS // LOOKED_AT)]
-    source = StoredRows({"x": torch.cat(parts)}, seed=a.seed)
+    source = StoredRows({SITE: torch.cat(parts)}, seed=a.seed)
     fresh = world.sample(LOOKED_AT, len(parts)).x
     rows = []
     for l0 in map(float, a.l0.split(",")):
         recipe = TrainConfig(
             a.arch, sparsity=l0, expansion=8, tokens=a.tokens, precision="float32", seed=a.seed
         )
-        sae = train_saes(source, [recipe], bar=False)[recipe.variant]["x"]
+        sae = train_saes(source, [recipe], bar=False, model_name="known")[recipe.variant][SITE]
         told, _ = score(sae, world)
         kept = {name: told[name] for name in ("true_l0", "l0", "mcc", "f1", "fvu", "dead")}
         projected = {
