@@ -155,14 +155,14 @@ def test_answers_behind_a_shared_prefix_are_the_same(lm, unit):
                 whole = lm.generate(chats, 8, **drawn)
                 shared = lm.generate(chats, 8, share_prefix=True, **drawn)
             assert shared.tokens == whole.tokens
-    # of several assistant headers the last one counts: what comes before the first is shared
+    # of several assistant headers the last one counts
     turns = [
         [system, *({"role": role, "content": text} for role, text in turn), *chat[1:]]
         for chat in chats
         for turn in [(("user", "Who are you?"), ("assistant", "A friend of yours."))]
     ]
     for positions in ("header", "prompt", "answer", "all"):
-        with applied(lm, [Edit(SITE, lambda x: 3 * unit.expand_as(x), positions)]):
+        with applied(lm, [Edit(SITE, lambda x: 100 * unit.expand_as(x), positions)]):
             whole, shared = (lm.generate(turns, 8, share_prefix=on) for on in (False, True))
             assert shared.tokens == whole.tokens
             assert shared.logprobs[0] == pytest.approx(whole.logprobs[0], abs=1e-3)

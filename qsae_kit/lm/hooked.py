@@ -35,7 +35,7 @@ from transformers import (
 from qsae_kit.io.tensorfiles import all_finite
 from qsae_kit.lm.chat import Markers, answer_start, closed, find_markers, phases
 from qsae_kit.lm.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
-from qsae_kit.lm.prefix import LEAST_SHARED, shared_prefix
+from qsae_kit.lm.prefix import shared_prefix
 from qsae_kit.lm.sources import load_source, public_name
 from qsae_kit.lm.templates import render
 from qsae_kit.sites import kind_at, width_name
@@ -457,16 +457,16 @@ class HookedLM(HookedRootModule):
             ).logits
 
     def shared_prefix(self, rows: Sequence[list[int]]) -> list[int]:
-        """What rows begin with and can be run once for all of them (`lm.prefix.shared_prefix`): it
-        ends before the first assistant header, since which of several is the last one is known at
-        a row's end only.
+        """What rows begin with and can be run once for all of them (`lm.prefix.shared_prefix`).
+
+        Nothing where it holds an assistant header: which of several is the last one is known at a
+        row's end only, and a turn that began behind padding would not be seen as one.
         """
         shared = shared_prefix(rows)
-        if self.markers is None or not shared:
+        if self.markers is None:
             return shared
         header = (self.markers.start, self.markers.assistant[0])
-        ends = [i for i, pair in enumerate(pairwise(shared)) if pair == header]
-        return shared[: ends[0]] if ends and ends[0] >= LEAST_SHARED else [] if ends else shared
+        return [] if header in pairwise(shared) else shared
 
     def _after(self, prefix: Sequence[int], n_rows: int) -> dict[str, DynamicCache]:
         """Runs a prefix as a batch of one, in a connection that is there: its keys and values, for

@@ -241,7 +241,9 @@ class Lab:
         return {name: mean, f"{name}_low": low, f"{name}_high": high}
 
     def _asked(self, prompt: Prompt, opening: bool) -> list[int]:
-        """Token ids of a prompt: where answers begin, thoughts included, or behind thoughts."""
+        """Token ids of a prompt as it is answered; opening: as first tokens are looked at, behind
+        an empty think block.
+        """
         if opening:
             return self.lm.opening_tokens(prompt)
         return self.lm.chat_tokens(prompt, self.setting.thinking)
