@@ -52,6 +52,7 @@ from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting, Unsteered
 from qsae_kit.steer.study.measure import N_PRICED, Price, detection, measure, price_elsewhere
 from qsae_kit.steer.study.search import aim_of, openings_of, passes_of_search, search_sites
 from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_sets
+from qsae_kit.steer.study.words import in_words
 
 FORMAT = 8
 """Of the journal: a study that another version began is refused."""
@@ -108,6 +109,11 @@ class StudyResult(NamedTuple):
     """The selection and the evaluation prompts by kind."""
     identity: Mapping[str, Any]
     """What tells the study from others: model, weights, SAEs, configuration, prompts."""
+
+    @property
+    def in_words(self) -> str:
+        """The finding in plain sentences (`steer.study.words`)."""
+        return in_words(self.headline)
 
 
 def steering_study(
