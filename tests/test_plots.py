@@ -124,7 +124,7 @@ def test_the_detector_figure_marks_the_threshold_in_use():
 
 def test_the_summary_shows_the_worst_draw(table):
     worst = summary(table).set_index(["intervention", "prompt_kind"])["refusal_rate"]
-    assert worst["random (worst of 3)", "harmful"] == pytest.approx(0.75)
+    assert worst["strongest of 3 random searches", "harmful"] == pytest.approx(0.75)
     assert worst["features", "harmful"] == pytest.approx(0.1)
 
 

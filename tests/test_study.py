@@ -46,11 +46,14 @@ from qsae_kit.steer.study import STUDY_FILES, StudyConfig, Unsteered, search, st
 from qsae_kit.steer.study.arms import arms
 from qsae_kit.steer.study.chosen import likely_choice
 from qsae_kit.steer.study.findings import COLUMNS, study_table, verdict
-from qsae_kit.steer.study.lab import Lab, Plan, Setting
+from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
+from qsae_kit.steer.study.measure import measure, price_elsewhere
 from qsae_kit.steer.study.steps import (
     DETECTOR_FILES,
     announced,
     check_prompts,
+    expected_work,
+    list_arms,
     plan_of,
     steered_sites,
 )
@@ -531,8 +534,43 @@ def test_the_list_of_arms_is_what_runs(lm, run):
     assert n_answers["system_prompt"] == 30
     likely = arms(setting, plan, likely_choice(setting, plan))
     assert abs(len(likely) - len(listed)) <= 2  # the frozen strength may be the largest
-    with announced(lab, plan, False) as bar:
-        assert bar.total == 2 + 3 * 2 + 1 + sum(len(arm.keys) for arm in likely) + 2
+    work = expected_work(lab, plan)
+    with announced(lab, plan, work, False) as bar:
+        assert bar.total == work.work > sum(n_answers.values())
+
+
+class Bar:
+    """A bar that counts."""
+
+    def __init__(self, total):
+        self.n, self.total, self.initial, self.disable = 0.0, total, 0.0, False
+
+    def update(self, n):
+        self.n += n
+
+    def refresh(self):
+        pass
+
+
+def test_the_work_that_is_left_is_the_work_that_comes(lm, run):
+    """From the choice on the bar's length is exact, and what a journal has counts for no time."""
+    suite, made, study, folder = run
+    prompts = {"selection": made.selection, "evaluation": made.evaluation}
+    names = ["blocks.1.hook_resid_post", "blocks.3.hook_resid_post"]
+    setting = Setting(lm, suite, prompts, made.behaviour, SMALL, "v", names)
+    journal = Journal(None, {})
+    written = (folder / "journal.jsonl").read_text().splitlines()[1:]
+    journal.done = {entry["key"]: entry["value"] for entry in map(json.loads, written)}
+    lab = Lab(setting, journal, "selection")
+    plan = plan_of(lab)
+    bar = Bar(1.0)
+    progress = Progress(journal, bar, 0.25)
+    listed = list_arms(progress, setting, plan, study.chosen)
+    evaluated = Lab(setting, journal, "evaluation", plan.openings)
+    measure(progress, lab, evaluated, plan, study.chosen, listed)
+    price_elsewhere(progress, setting, study.steering)
+    assert bar.n == pytest.approx(bar.total)
+    assert bar.initial == pytest.approx(bar.n)
 
 
 def test_what_is_projected_out_of_everything(lm, run):

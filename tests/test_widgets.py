@@ -26,9 +26,9 @@ from qsae_kit.sae.filter import NormFilter
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import train_saes
 from qsae_kit.widgets import widget as base
+from qsae_kit.widgets.chats import read_chat
 from qsae_kit.widgets.explorer import sorted_places, split_query
 from qsae_kit.widgets.plots import library
-from qsae_kit.widgets.tokens import read_chat
 from qsae_kit.world import world
 
 SITES = ("blocks.1.hook_resid_post", "blocks.4.hook_mlp_out")

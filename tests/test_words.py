@@ -33,8 +33,8 @@ def test_a_finding_is_one_plain_sentence_and_its_price() -> None:
     assert in_words(HEADLINE) == (
         "Four features cut refusals of harmful prompts: 95 % -> 24 % of 200 (the strongest of 20"
         " searches among random features goes less far than that, to 72 %); a plain difference of"
-        " means does as well (22 %), at about the same price. One fact in 6 is lost, refusals of"
-        " harmless and borderline prompts stay as they were."
+        " means does as well (22 %), at about the same price on harmless prompts. One fact in 6 is"
+        " lost, refusals of harmless and borderline prompts stay as they were."
     )
 
 
@@ -61,7 +61,7 @@ def test_a_finding_is_one_plain_sentence_and_its_price() -> None:
         ),
         (
             {"kl_first_priced": {"features": 0.2, "difference_of_means_best": 0.1}},
-            "at 0.5 of the price on harmless prompts",
+            "at 0.5 times the price on harmless prompts",
         ),
         ({"others": []}, "One fact in 6 is lost."),
     ],

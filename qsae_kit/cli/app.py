@@ -7,7 +7,7 @@ import typer
 
 from qsae_kit.cli import judging, making, outputs
 from qsae_kit.cli.gathering import data
-from qsae_kit.cli.holdings import suite
+from qsae_kit.cli.holdings import open_, suite
 from qsae_kit.cli.rowfiles import rows
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ def _qsae(context: typer.Context) -> None:
 
 
 app.command()(making.demo)
+app.command("open")(open_)
 app.command()(making.run)
 app.command()(making.train)
 app.command()(making.baselines)

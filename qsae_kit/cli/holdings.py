@@ -1,5 +1,9 @@
-"""Suites as files: `qsae suite show`, `qsae suite convert` and `qsae suite push`."""
+"""What there is: `qsae open`, and suites as files: `qsae suite show`, `qsae suite convert` and
+`qsae suite push`.
+"""
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +15,29 @@ suite = typer.Typer(help="What a suite holds, and where it goes.", no_args_is_he
 AnySource = Annotated[
     str, typer.Argument(help="Folder of SAEs, or the id of a repository on the hub.")
 ]
+
+
+def open_(
+    run: Annotated[
+        Path, typer.Argument(help="A folder that qsae demo or qsae run wrote, or one of SAEs.")
+    ] = Path("runs/demo"),
+    model: options.OtherModel = None,
+    lab: Annotated[
+        bool, typer.Option(help="Start JupyterLab; without it only the notebook is written.")
+    ] = True,
+) -> None:
+    """Open a finished run in JupyterLab: its features to look at, its edit to move.
+
+    Example: qsae open runs/demo
+    """
+    from qsae_kit.pipelines.opened import write_notebook
+
+    notebook = write_notebook(run, model or "")
+    typer.echo(f"Notebook: {notebook}")
+    if lab:
+        raise typer.Exit(
+            subprocess.run([sys.executable, "-m", "jupyterlab", str(notebook)]).returncode
+        )
 
 
 @suite.command()

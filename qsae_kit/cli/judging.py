@@ -105,12 +105,13 @@ def evaluate(
 
 def _say_scores(scores: "Scores") -> None:
     from qsae_kit.evaluate.score import smallest_differences
-    from qsae_kit.figures.tables import headline
+    from qsae_kit.figures.tables import in_short
     from qsae_kit.lm.chat import CATEGORIES
 
     table = scores.evaluation
     shown = "assistant" if (table["category"] == "assistant").any() else "all"
-    typer.echo(f"Category: {shown}\n" + outputs.page(headline(table, [shown])))
+    of = "all tokens" if shown == "all" else f"{shown} tokens"
+    typer.echo(f"On {of} (CE: nats a token)\n" + outputs.page(in_short(table, shown)))
     missing = [name for name in CATEGORIES if name not in set(table["category"])]
     if missing:
         typer.echo(f"No tokens: {', '.join(missing)}.")
@@ -314,12 +315,10 @@ def _prompts_of_benches(
 
 
 def _say_study(study: "StudyResult", out: Path) -> None:
-    from qsae_kit.steer.report import SHOWN, summary
-
-    typer.echo(outputs.page(summary(study.table)[SHOWN], 3))
-    typer.echo(
-        f"\n{study.verdict}\n\nReport: {out / 'report.html'}; the edit: {out / 'steering.json'}"
-    )
+    typer.echo(outputs.study_page(study))
+    typer.echo(f"\nReport: {out / 'report.html'}\nThe edit: {out / 'steering.json'}")
+    typer.echo("\n" + outputs.wrapped(study.verdict))
+    typer.echo("\n" + outputs.wrapped(study.in_words))
 
 
 def _steered(lm: "HookedLM", trained: "Suite", variant: str, places: list[str]) -> list[str]:

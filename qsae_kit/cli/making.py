@@ -63,9 +63,8 @@ def demo(
     config: options.ConfigFile = None,
 ) -> None:
     """Train SAEs, evaluate them per layer and site, and steer refusal both ways."""
-    from qsae_kit.figures.tables import headline
+    from qsae_kit.figures.tables import by_kind
     from qsae_kit.pipelines.demo import default_config, run_demo
-    from qsae_kit.steer.report import SHOWN, summary
 
     changes = DEMO.read(set_, config, **_places(at))
     lengths = options.counts("--tokens", tokens)
@@ -77,18 +76,14 @@ def demo(
         sizes = replace(sizes, variants=recipes)
     result = run_demo(lm, out, sizes, data, fresh=fresh)
     typer.echo(
-        "\nReconstruction per layer and site (evaluation.csv has tokens by category)\n"
-        + outputs.page(headline(result.evaluation, ["all"]))
+        "\nReconstruction, medians over layers (CE: nats a token; all: evaluation.csv)\n"
+        + outputs.page(by_kind(result.evaluation))
     )
     typer.echo(
-        "\nRefusal at the frozen strength (steering.csv has every row)\n"
-        + outputs.page(summary(result.table)[["goal", *SHOWN]], 3)
+        f"\nReport: {out / 'report.html'}\nLook at the features, move the edit: qsae open {out}"
     )
     for study in result.studies:
-        typer.echo("\n" + study.verdict)
-    typer.echo(
-        f"\nReport: {out / 'report.html'}\nNotebook: jupyter lab notebooks/01_quickstart.ipynb"
-    )
+        typer.echo("\n" + outputs.wrapped(study.in_words))
 
 
 def run(

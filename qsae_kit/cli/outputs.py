@@ -3,6 +3,7 @@ with what is said of them, and tables on a terminal.
 """
 
 import signal
+import textwrap
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from contextvars import ContextVar
@@ -15,10 +16,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from qsae_kit.lm.hooked import HookedLM
+    from qsae_kit.steer.study import StudyResult
 
 INTERRUPTED = 128 + signal.SIGINT
 """The exit code of a command that was interrupted, as Typer gives it too."""
-PAGE_WIDTH, PAGE_ROWS = 250, 500
+PAGE_WIDTH, PAGE_ROWS = 76, 500
 """Characters and rows of a table that is printed."""
 running: ContextVar[typer.Context] = ContextVar("running")
 
@@ -95,7 +97,22 @@ def page(table: "pd.DataFrame", digits: int = 4) -> str:
     """A table as text."""
     import pandas as pd
 
-    with pd.option_context(
-        "display.width", PAGE_WIDTH, "display.max_columns", 30, "display.max_rows", PAGE_ROWS
-    ):
-        return table.round(digits).to_string(index=False, na_rep="")
+    with pd.option_context("display.max_columns", 30, "display.max_rows", PAGE_ROWS):
+        return table.round(digits).to_string(index=False, na_rep="", line_width=PAGE_WIDTH)
+
+
+def wrapped(text: str) -> str:
+    """A text in lines that fit, broken between words."""
+    return textwrap.fill(text, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+
+
+def study_page(study: "StudyResult") -> str:
+    """What a study found, as a small table under a line that says what it shows."""
+    from qsae_kit.steer.report import gains
+
+    h = study.headline
+    shown = "refused" if study.behaviour == "refusal" else f"showing {study.behaviour!r}"
+    return (
+        f"{study.config.goal} {study.behaviour}: share {shown}, {h['n']} {h['target']} prompts;"
+        f"\nKL: nats at the first token of {h['priced_on']} ones\n{page(gains(study))}"
+    )

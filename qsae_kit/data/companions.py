@@ -159,7 +159,12 @@ QWEN_CODER = replace(
 )
 """Of Qwen2.5-Coder-0.5B-Instruct and -1.5B-Instruct as their wheels bring them."""
 WORLD = WorldCompanion(
-    "tiny-chat-v1", requests.BEHAVIOURS, answer_tokens=40, quick=True, planted=True
+    "tiny-chat-v1",
+    requests.BEHAVIOURS,
+    answer_tokens=40,
+    quick=True,
+    planted=True,
+    note="A model of a made-up world, in which it is known what is refused and why.",
 )
 COMPANIONS: Mapping[str, Companion] = {
     "3eab7007f7c2d2d5e201cae0dcf1f64a824478254904b27b4b02e8a140d07ade": WORLD,

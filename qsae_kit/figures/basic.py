@@ -12,6 +12,22 @@ from plotly.subplots import make_subplots
 from qsae_kit.sites import in_order, kind_named, look_of
 
 DASHES = ("solid", "dot", "dash", "dashdot")
+INK, GRID = "#767676", "rgba(127,127,127,0.3)"
+"""Letters and lines that read on a white page and on a dark one."""
+_AXIS = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID}
+TEMPLATE = go.layout.Template(
+    layout={
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": INK},
+        "xaxis": {**_AXIS, "automargin": True},
+        "yaxis": {**_AXIS, "automargin": True},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": INK, "activecolor": "#0072B2"},
+    }
+)
+"""Of every figure: without a ground of its own, so that the page's is seen."""
+KIND_COLORS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
+KIND_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "star")
 # Drawn in this order; the wider one first, so that lines that coincide are both seen.
 ARM_STYLE = {
     "difference_of_means": ("#E69F00", "difference of means", "square", 4),
@@ -31,7 +47,7 @@ def plot_text(text: str) -> str:
 def style(figure: go.Figure, title: str, height: int = 420) -> go.Figure:
     figure.update_layout(
         title={"text": title, "x": 0.01, "y": 0.97, "yanchor": "top"},
-        template="plotly_white",
+        template=TEMPLATE,
         height=height,
         margin={"l": 70, "r": 20, "t": 90, "b": 60},
         legend={"orientation": "v"},
@@ -293,6 +309,50 @@ def _bars(rows: pd.DataFrame, value: str, low: str, high: str) -> dict[str, obje
     }
 
 
+def outcome_figure(rows: pd.DataFrame, target: str, shown: str = "refused") -> go.Figure:
+    """Three bars: the rate of the behaviour on the target's prompts, unsteered, with the features
+    and with the strongest control, and 95 % intervals.
+
+    rows: told, intervention, refusal_rate, ci_low, ci_high and n, a row a bar from the top
+        (`steer.report.outcomes`).
+    """
+    colors = [
+        {"none": "#999999", "features": "#0072B2"}.get(arm, "#E69F00")
+        for arm in rows["intervention"]
+    ]
+    figure = go.Figure(
+        go.Bar(
+            x=rows["refusal_rate"].tolist(),
+            y=[plot_text(told) for told in rows["told"]],
+            orientation="h",
+            marker={"color": colors},
+            error_x=_bars(rows, "refusal_rate", "ci_low", "ci_high") | {"color": INK},
+            text=[f"{100 * rate:.0f} %" for rate in rows["refusal_rate"]],
+            textposition="none",
+            customdata=rows["n"].tolist(),
+            hovertemplate="%{text} of %{customdata} prompts<extra></extra>",
+        )
+    )
+    for told, rate, high in zip(rows["told"], rows["refusal_rate"], rows["ci_high"], strict=True):
+        figure.add_annotation(
+            x=float(high),
+            y=plot_text(told),
+            text=f"<b>{100 * rate:.0f} %</b>",
+            showarrow=False,
+            xanchor="left",
+            xshift=6,
+        )
+    figure.update_yaxes(autorange="reversed", title=None, showgrid=False)
+    figure.update_xaxes(
+        title=f"share of {plot_text(target)} prompts {plot_text(shown)} (lines: 95 % interval)",
+        range=[0, 1.12],
+        tickformat=".0%",
+    )
+    style(figure, f"{plot_text(target).capitalize()} prompts {plot_text(shown)}", height=240)
+    figure.update_layout(margin={"t": 50, "b": 50}, bargap=0.35, showlegend=False)
+    return figure
+
+
 def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Figure:
     """Rates at the frozen strength with 95 % intervals: the features and every control, on the
     target's prompts and others.
@@ -302,9 +362,14 @@ def controls_figure(table: pd.DataFrame, target: str, model_name: str = "") -> g
     ]
     kinds = [target, *(kind for kind in dict.fromkeys(frozen["prompt_kind"]) if kind != target)]
     figure = go.Figure()
-    colors = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9")
-    symbols = ("circle", "square", "diamond", "triangle-up", "star")
-    for i, (kind, color, symbol) in enumerate(zip(kinds, colors, symbols, strict=False)):
+    looks = dict(
+        zip(
+            dict.fromkeys(table["prompt_kind"]),
+            zip(KIND_COLORS, KIND_SYMBOLS, strict=True),
+            strict=False,
+        )
+    )
+    for i, (kind, (color, symbol)) in enumerate((kind, looks[kind]) for kind in kinds):
         own = frozen[frozen["prompt_kind"] == kind]
         names = [ARM_NAMES[arm] for arm in own["intervention"]]
         figure.add_trace(

@@ -15,3 +15,38 @@ def headline(
 ) -> pd.DataFrame:
     """The columns and categories that a page has room for."""
     return evaluation.loc[evaluation["category"].isin(categories), HEADLINE]
+
+
+SHORT = {
+    "fvu": "FVU",
+    "l0": "L0",
+    "dead": "dead",
+    "delta_ce": "rise of CE",
+}
+"""Columns for a terminal, with their headings: a table of at most 76 columns."""
+
+
+def in_short(evaluation: pd.DataFrame, category: str = "all") -> pd.DataFrame:
+    """Every SAE's figures for a terminal: variant, site as kind and layer, and `SHORT`."""
+    rows = evaluation[evaluation["category"] == category]
+    sites = [f"{kind} {layer}" for kind, layer in zip(rows["kind"], rows["layer"], strict=True)]
+    out = pd.DataFrame({"SAE": rows["variant"].tolist(), "site": sites})
+    for name, told in SHORT.items():
+        out[told] = [SHOWN_AS[name].format(value) for value in rows[name]]
+    return out
+
+
+SHOWN_AS = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead": "{:.1%}", "delta_ce": "{:.3f}"}
+
+
+def by_kind(evaluation: pd.DataFrame, category: str = "all") -> pd.DataFrame:
+    """The medians over a kind's layers, a row for each variant and kind of site."""
+    rows = evaluation[evaluation["category"] == category]
+    medians = rows.groupby(["variant", "kind"], sort=False)[list(SHORT)].median().reset_index()
+    counts = rows.groupby(["variant", "kind"], sort=False).size().tolist()
+    layers = [f"{n} layer{'' if n == 1 else 's'}" for n in counts]
+    sites = [f"{kind}, {told}" for kind, told in zip(medians["kind"], layers, strict=True)]
+    out = pd.DataFrame({"SAEs": medians["variant"].tolist(), "sites": sites})
+    for name, told in SHORT.items():
+        out[told] = [SHOWN_AS[name].format(value) for value in medians[name]]
+    return out

@@ -57,6 +57,10 @@ class Journal:
             file.truncate()
             os.fsync(file.fileno())
 
+    def __contains__(self, key: str) -> bool:
+        """Whether there is an entry under a key already."""
+        return key in self.done
+
     def get(self, key: str, compute: Callable[[], Any]) -> Any:
         """What was written under a key, or what `compute` gives now; floats come back to the
         bit.

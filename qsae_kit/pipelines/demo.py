@@ -4,10 +4,12 @@ in one go.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
+from tqdm.auto import tqdm
 
 from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import (
@@ -22,15 +24,18 @@ from qsae_kit.data.rows import LiveRows, held_rows
 from qsae_kit.data.streams import documents_of, read_by
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues, self_asked
 from qsae_kit.evaluate.evaluation import evaluate_suite
+from qsae_kit.features.index import FeatureIndex, load_index
+from qsae_kit.features.indexing import IndexConfig, build_index
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.pipelines.cards import PAGES, feature_cards, place_of, write_pages
 from qsae_kit.sae.store import load_suite, save_suite
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import expand_sites, parse_kinds, parse_layers
 from qsae_kit.steer.behaviours import GOALS, Goal, refusal_prompts
-from qsae_kit.steer.report import render_report, write_study
+from qsae_kit.steer.report import Card, render_report, write_study
 from qsae_kit.steer.study import (
     JOURNAL,
     STUDY_FILES,
@@ -72,6 +77,8 @@ class DemoConfig:
     """
     answer_tokens: int = ANSWER_TOKENS
     """Tokens of an answer in them."""
+    indexed_tokens: int = 40_000
+    """Tokens that the index of the steered SAEs looks at."""
     held_rows: int = 0
     """Rows, at most, that are read once, kept in memory and trained on in several epochs; 0: every
     batch is read anew.
@@ -227,8 +234,9 @@ def run_demo(
     bar: bool = True,
     fresh: bool = False,
 ) -> DemoResult:
-    """Trains, evaluates and steers; writes `suite/`, evaluation.csv, steering.csv, a folder of each
-    study (`steer.report.write_study`) and report.html to `out`.
+    """Trains, evaluates, steers and indexes the SAEs that are steered; writes `suite/`,
+    `features/`, evaluation.csv, steering.csv, a folder of each study (`steer.report.write_study`,
+    and features.html) and report.html to `out`, which `pipelines.opened.open_run` opens.
 
     data: a file or data set of chats to train on instead of the default. A demo that was cut off
     there goes on after the last stage that was done; fresh: it starts anew. Raises ValueError for
@@ -242,6 +250,8 @@ def run_demo(
 
 DEMO = "demo.run.json"
 """The record of a demo in its folder."""
+FEATURES = "features"
+"""The folder of its index."""
 TABLES = ("evaluation.csv", "steering.csv", "report.html")
 
 
@@ -295,15 +305,21 @@ def _run_demo(
         held_out, training = documents_of(lm, data, 64)
 
     source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
-    studied = [f"{goal}/{name}" for goal in config.goals for name in (*STUDY_FILES, JOURNAL)]
+    own = (*STUDY_FILES, PAGES, JOURNAL)
+    studied = [f"{goal}/{name}" for goal in config.goals for name in own]
     files = [*TABLES, *studied, *_sae_names(config, names)]
     # the first documents are read for it, before anything is written
     policy = source.origin.policy._asdict()
     identity = {**read_by(lm, data), "policy": policy, "demo": asdict(config)}
     run = Run(out, identity, files, name=DEMO, what="demo", fresh=fresh)
     run.begin()
+    say = tqdm.write if bar else _quiet
+    n = len(config.variants) * len(names)
+    say(f"1 of 4: training {n} SAEs at {len(names)} sites of {lm.model_name}")
+    same = "train" in run.stages and run.as_it_was("train")
     suite = _trained(lm, out, config, source, run, bar)
     run.again("tables")
+    say("2 of 4: evaluating them on held-out tokens")
     batches = held_out_batches(lm, held_out, config.evaluation_tokens)
     kept = [int(batch.keep.sum()) for batch in batches]
     n_spliced = next(
@@ -313,6 +329,7 @@ def _run_demo(
     write_table(evaluation, out / "evaluation.csv")
     lead = suite.only([config.variants[0].variant])
     unsteered = Unsteered()
+    say(f"3 of 4: steering refusal, {len(config.goals)} studies with controls")
     studies = [
         steering_study(
             lm,
@@ -329,8 +346,40 @@ def _run_demo(
     ]
     result = DemoResult(suite, evaluation, studies)
     write_table(result.table, out / "steering.csv")
+    say("4 of 4: indexing what the steered features do, and the report")
+    index = _indexed(lm, lead, studies, training, out, config, fresh or not same, bar)
     for study in studies:
-        write_study(study, lead, lm, out / study.config.goal)
-    write_text(out / "report.html", render_report(lm, evaluation, studies))
+        folder = out / study.config.goal
+        write_study(study, lead, lm, folder, partial(feature_cards, index=index))
+        write_pages(study, index, folder)
+
+    def cards(study: StudyResult) -> list[Card]:
+        return feature_cards(study, index, f"{study.config.goal}/{PAGES}")
+
+    write_text(out / "report.html", render_report(lm, evaluation, studies, cards))
     run.done("tables", [*TABLES, *studied])
     return result
+
+
+def _quiet(_text: str) -> None:
+    """Says nothing."""
+
+
+def _indexed(
+    lm: HookedLM,
+    suite: Suite,
+    studies: Sequence[StudyResult],
+    documents: Callable[[], Iterator[Document]],
+    out: Path,
+    config: DemoConfig,
+    fresh: bool,
+    bar: bool,
+) -> FeatureIndex:
+    """The index of the SAEs that the studies steer with."""
+    places = dict.fromkeys(place_of(study) for study in studies)
+    steered = suite.only(hook_names=[place.hook_name for place in places])
+    settings = IndexConfig(tokens=config.indexed_tokens)
+    build_index(
+        lm, steered, documents, out / FEATURES, settings, data="the demo's", fresh=fresh, bar=bar
+    )
+    return load_index(out / FEATURES, lm, steered)

@@ -396,7 +396,7 @@ class _GroupRun:
                 f"; of what float32 selects {trainer.miss_rate(rows[: self.lead.batch]):.2%} is"
                 " missed"
             )
-        if bar:
+        if bar and (dtype == torch.bfloat16 or rows.device.type != "cpu"):
             say(f"Products: {said}")
 
     def _log(self, progress: Progress, meter: tqdm) -> None:
@@ -497,10 +497,9 @@ def train_saes(
             state = _found_state(checkpoints, record, fresh)
         groups = _groups(source, configs, memory, state)
         if bar:
-            sizes = ", ".join(f"{len(g.keys)} SAEs in {g.bytes / 1e9:.2f} GB" for g in groups)
-            say(
-                f"Planned: {len(groups)} group(s), {sizes}, with a pool of {configs[0].pool:,} rows"
-            )
+            taken, n = max(group.bytes for group in groups), sum(len(g.keys) for g in groups)
+            turns = f", in {len(groups)} turns" if len(groups) > 1 else ""
+            say(f"{n} SAEs on {configs[0].tokens:,} tokens each{turns}, {taken / 1e9:.2f} GB")
         saes: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
         # so that a run can be resumed from its first moment
         if checkpoints is not None and state is None:
@@ -516,7 +515,7 @@ def train_saes(
             peak = Peak(source.device)
             most = peak.began + group.bytes if source.device.type == "cpu" else None
             trainers = run.train(source.only(group.sites), watch, checkpoint_seconds, most, bar)
-            if bar and peak.bytes is not None:
+            if bar and peak.bytes is not None and peak.bytes > group.bytes:
                 say(
                     f"Peak memory: {peak.bytes / 1e9:.2f} GB taken (forward pass included),"
                     f" {group.bytes / 1e9:.2f} GB planned"

@@ -129,9 +129,22 @@ function render({ model, el }) {
   let after = null; // the feature to go to when the SAE has changed
 
   // --- the page of a feature
+  let trial = ""; // the text that features are tried on, and what came of it
+  const tried = make("div");
+  function drawTried(message) {
+    if (message.feature !== model.get("selected") || message.text !== trial) return;
+    const where = make("div", "soft", ""), largest = model.get("page").figures.max;
+    const most = Math.max(0, ...message.acts);
+    const rest = most > 0 ? `largest here ${number(most)}, ${percent(most / largest)} of its largest anywhere` : "It does not fire on this text.";
+    where.textContent = rest;
+    tried.replaceChildren(tokenLine(message.tokens, message.acts, Math.max(largest, most), { label: "your text",
+      show: (i) => { where.textContent = i < 0 ? rest : `\u201c${visible(message.tokens[i]).slice(0, 60)}\u201d ${number(message.acts[i])}`; } }), where);
+    tried.dataset.of = `${model.get("site")}/${message.feature}`;
+  }
   function link(feature, text) {
     const b = make("button", "", text, { type: "button", "aria-label": `go to feature ${feature}` });
     b.onclick = () => select(feature);
+    b.dataset.offline = `selected:${feature}`;
     return b;
   }
   const named = (i, p) => `feature ${i}` + (p.names?.[i] ? ` \u00b7 ${visible(p.names[i]).slice(0, 40)}` : "");
@@ -169,6 +182,7 @@ function render({ model, el }) {
     const title = make("div", "bar");
     const back = make("button", "", "\u2190 back", { type: "button" }), on = make("button", "", "forward \u2192", { type: "button" });
     back.dataset.keep = "back"; on.dataset.keep = "on";
+    back.dataset.offline = on.dataset.offline = "yes";
     back.disabled = !past.length; on.disabled = !ahead.length;
     back.onclick = () => travel(past, ahead);
     on.onclick = () => travel(ahead, past);
@@ -189,6 +203,12 @@ function render({ model, el }) {
     // not before a click is over that took the focus away: what it is on is drawn again
     label.addEventListener("blur", () => setTimeout(() => { if (label.value !== sent) keep(); }, CLICK));
     title.append(back, on, name, label);
+    if (model.get("steers")) {
+      const steer = make("button", "", "Steer with it", { type: "button", "aria-label": `make feature ${p.feature} a slider of the steering lab` });
+      steer.dataset.keep = "steer";
+      steer.onclick = () => { dog.asked(); model.send({ op: "steer", feature: p.feature }); };
+      title.append(steer);
+    }
     const facts = make("p", "", "");
     for (const w of (f.warnings || "").split(",").filter(Boolean)) facts.append(make("span", "warn", WARNINGS[w] || w));
     facts.append(make("span", "", `fires on ${percent(f.density)} of tokens (template ${percent(f.density_template)}, user ${percent(f.density_user)}, `
@@ -202,10 +222,24 @@ function render({ model, el }) {
       list("suppressed tokens (logit)", p.suppressed.slice(0, 8).map(([t, v]) => [token(t), v])),
       list("nearest decoder rows (cosine)", p.neighbours.map(([i, v]) => [link(i, named(i, p)), v])),
       list("fires together (Jaccard)", p.together.map(([i, v]) => [link(i, named(i, p)), v])));
+    const attempt = make("section");
+    if (model.get("live")) {
+      const text = make("input", "grow", null, { type: "text", "aria-label": "a text to try this feature on", placeholder: "try it on a text of yours", spellcheck: "false" });
+      text.value = trial;
+      text.dataset.keep = "try";
+      ownKeys(text);
+      let wait = null;
+      const ask = () => { trial = text.value; if (trial.trim()) { dog.asked(); model.send({ op: "try", feature: p.feature, text: trial }); } else tried.replaceChildren(); };
+      text.oninput = () => { clearTimeout(wait); wait = setTimeout(ask, 150); };
+      const around = make("div", "bar");
+      around.append(text);
+      attempt.append(make("h3", "", "on your text"), around, tried);
+      if (tried.dataset.of !== `${model.get("site")}/${p.feature}`) { tried.replaceChildren(); if (trial.trim()) ask(); }
+    }
     const scroll = make("div", "scroll", null, { tabindex: "0", role: "region", "aria-label": "examples" });
     scroll.append(examples("strongest, one a dialogue", p.top, f.max));
     p.bands.forEach((b, i) => scroll.append(examples(`quarter ${i + 1} of its firing tokens: ${number(b.low)} to ${number(b.high)}`, b.examples, f.max)));
-    sheet.replaceChildren(title, facts, columns, scroll);
+    sheet.replaceChildren(title, facts, columns, attempt, scroll);
     if (inside) sheet.querySelector(`[data-keep="${inside}"]`)?.focus();
     root.dataset.page = `${model.get("site")}/${p.feature}`;
   }
@@ -254,8 +288,10 @@ function render({ model, el }) {
       draw();
     },
     "change:status": () => { dog.answered(); status.textContent = model.get("status"); },
+    "change:steers": page,
     "msg:custom": (message) => {
       dog.answered();
+      if (message.op === "tried") { drawTried(message); return; }
       if (message.op !== "rows" || message.version !== model.get("version")) return;
       rows.set(Math.floor(message.start / BLOCK), message.rows);
       draw();

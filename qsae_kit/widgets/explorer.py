@@ -4,7 +4,7 @@ import html
 import math
 import re
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -12,9 +12,11 @@ import numpy as np
 import pandas as pd
 import traitlets as T
 
+from qsae_kit.data.documents import tokenize_document
 from qsae_kit.features.index import Example, FeatureIndex, FeaturePage, SiteFeatures
 from qsae_kit.features.indexing import COLUMNS
 from qsae_kit.sae.suites import Feature
+from qsae_kit.widgets.chats import read_chat
 from qsae_kit.widgets.widget import View, source
 
 BLOCK = 100
@@ -93,6 +95,8 @@ class FeatureExplorer(View):
     """What the table is kept to by `show`, in words; "": all features."""
     selected = T.Int(-1).tag(sync=True)
     page = T.Dict(None, allow_none=True).tag(sync=True)
+    steers = T.Bool(False).tag(sync=True)
+    """Whether a feature can be made a slider of a lab (`steer_with`)."""
 
     def __init__(
         self,
@@ -105,6 +109,7 @@ class FeatureExplorer(View):
         self._guard = threading.RLock()
         own = index.site(hook_name, variant)
         self._shown: pd.DataFrame | None = None
+        self._steer: list[Callable[[Feature], None]] = []
         self._order, self._extra = np.zeros(0, np.int64), dict[str, np.ndarray]()
         places = index.places()
         super().__init__(
@@ -136,6 +141,24 @@ class FeatureExplorer(View):
             self.selection = f"{len(found):,} features of show()"
             self.query, self.sort_by = "", ""
             self._reorder()
+
+    def look(self, feature: Feature) -> None:
+        """Opens the page of a feature of any SAE of the index. Raises ValueError for one that is
+        not in it.
+        """
+        places = self.index.places()
+        if feature.place not in places:
+            raise ValueError(
+                f"The index does not hold {feature.place}; it holds {', '.join(map(str, places))}."
+            )
+        self.index.at(feature.place).check(feature.number)
+        self.site = places.index(feature.place)
+        self.selected = feature.number
+
+    def steer_with(self, add: Callable[[Feature], None]) -> None:
+        """Gives every page a button that hands its feature on, to be steered with."""
+        self._steer.append(add)
+        self.steers = True
 
     def show_all(self) -> None:
         """Shows all features again."""
@@ -287,8 +310,32 @@ class FeatureExplorer(View):
             self.send(reply)
         elif message.get("op") == "all":
             self.show_all()
+        elif message.get("op") == "steer":
+            feature = Feature(self.features.place, self.features.check(int(message["feature"])))
+            for add in self._steer:
+                add(feature)
+            self.status = f"Feature {feature.number} is a slider of the steering lab now."
+            self.send({"op": "answered"})
+        elif message.get("op") == "try":
+            self.send({"op": "tried"} | self.try_on(int(message["feature"]), str(message["text"])))
         elif message.get("op") == "label":
             self.label(int(message["feature"]), str(message["text"]))
+
+    def try_on(self, feature: int, text: str) -> dict[str, Any]:
+        """A feature of the SAE that is shown on a text or chat (`chats.read_chat`): feature, text,
+        tokens and acts. Needs the model and the suite. Raises ValueError for an empty text.
+        """
+        own = self.features
+        own.check(feature)
+        if not text.strip():
+            raise ValueError("There is no text to try the feature on; write one.")
+        lm = self.index.model
+        with lm.lock:
+            document = read_chat(text) if lm.tokenizer.chat_template else text
+            ids = tokenize_document(lm, document, lm.context_size)
+            (f,) = own.activations_of([ids])
+        acts = [float(f"{a:.4g}") for a in f[:, feature].tolist()]
+        return {"feature": feature, "text": text, "tokens": lm.to_str_tokens(ids), "acts": acts}
 
     def label(self, feature: int, text: str) -> None:
         """Labels a feature of the SAE that is shown; kept with the index."""

@@ -26,5 +26,21 @@
       else tell("msg:custom", { ...message, ...found }, []);
     },
   };
-  render({ model, el: document.querySelector("main") });
+  const main = document.querySelector("main");
+  // What would ask a kernel is switched off; what works says so: "yes", or the answer that it needs, as "selected:12".
+  const works = (e) => {
+    const [name, value] = (e.dataset.offline || "").split(":");
+    return name === "yes" || (value !== undefined && answers[name]?.[value] !== undefined);
+  };
+  const quiet = () => { for (const e of main.querySelectorAll("button, input, select, textarea")) if (!e.disabled && !works(e)) e.disabled = true; };
+  const go = () => {
+    const feature = +location.hash.slice(1);
+    if (location.hash && answers.selected?.[feature]) { model.set("selected", feature); model.save_changes(); }
+  };
+  Promise.resolve(render({ model, el: main })).then(() => {
+    quiet();
+    new MutationObserver(quiet).observe(main, { childList: true, subtree: true });
+    addEventListener("hashchange", go);
+    go();
+  });
 })();

@@ -1,9 +1,9 @@
 // Sliders for features at the left, the answers without and with them at the right.
-const UNIT = { add: "median norms", clamp: "median norms", scale: "times", ablate: "" };
+const UNIT = { add: "median norms", clamp: "median norms", scale: "times", ablate: "", edit: "times" };
 const SETTINGS = ["controls", "policy", "max_new_tokens", "sample", "seed", "thinking"];
 const FULL = 2; // nats of change that a token is shaded fully at
 const SEEN = 0.005; // nats below which nothing is said to change
-const RANGE = { add: [-3, 3, 0.05], clamp: [0, 3, 0.05], scale: [0, 10, 0.1], ablate: [0, 1, 1] };
+const RANGE = { add: [-3, 3, 0.05], clamp: [0, 3, 0.05], scale: [0, 10, 0.1], ablate: [0, 1, 1], edit: [-2, 2, 0.05] };
 
 function render({ model, el }) {
   const root = rootOf(el, "qsae-lab");
@@ -51,7 +51,7 @@ function render({ model, el }) {
   model.get("sites").forEach((name, i) => { const o = make("option", "", visible(name)); o.value = i; sites.append(o); });
   const words = make("input", "grow", null, { type: "search", "aria-label": "find features" });
   finder.append(sites, words);
-  const results = make("ul", "list found", null, { "aria-label": "features found" });
+  const results = make("ul", "list found", null, { "aria-label": "features found", tabindex: "0" });
   const presets = make("div", "bar"), name = make("input", "", null, { type: "text", placeholder: "name", "aria-label": "name of the preset" });
   const keep = make("button", "", "Keep as preset", { type: "button" });
   const [takeAround, take] = pick("preset", []);
@@ -66,6 +66,7 @@ function render({ model, el }) {
 
   // --- answers
   const [colorAround, color] = pick("shade answers by", ["change of log-probability", "feature activation", "nothing"]);
+  color.dataset.offline = "yes";
   const panes = make("div", "panes"), body = {};
   for (const [key, title] of [["base", "Without"], ["steered", "With the features"]]) {
     const pane = make("section", "pane", null, { "aria-label": title });
@@ -73,7 +74,7 @@ function render({ model, el }) {
     pane.append(make("h3", "", title), body[key]);
     panes.append(pane);
   }
-  const legend = make("p", "soft", "", { "aria-live": "polite" }), history = make("ol", "list history", null, { "aria-label": "tries" });
+  const legend = make("p", "soft", "", { "aria-live": "polite" }), history = make("ol", "list history", null, { "aria-label": "tries", tabindex: "0" });
   const status = make("div", "status", "", { role: "status" });
   const search = make("section", "side"), tries = make("section", "side"), both = make("div", "lab");
   search.append(make("h3", "", "Add a feature"), finder, results, presets);
@@ -115,19 +116,23 @@ function render({ model, el }) {
     parts = [];
     const at = sliders.contains(held) ? [held.closest(".slider")?.dataset.i, held.dataset.part] : null;
     sliders.replaceChildren(...controls.map((c, i) => {
-      const row = make("div", "slider"), what = `feature ${c.feature}`;
+      const whole = c.action === "edit", row = make("div", "slider"), what = whole ? "the edit" : `feature ${c.feature}`;
       row.dataset.i = i;
       const on = make("input", "", null, { type: "checkbox", "aria-label": `${what} on` });
       on.checked = c.on;
       on.dataset.part = "on";
       on.onchange = () => { changed(i, { on: on.checked }); go(); };
-      const title = make("span", "grow tok", `${c.feature}` + (c.name ? ` \u00b7 ${visible(c.name).slice(0, 60)}` : ""), { title: visible(model.get("sites")[c.site]) });
+      const told = whole ? visible(c.name) : `${c.feature}` + (c.name ? ` \u00b7 ${visible(c.name).slice(0, 60)}` : "");
+      const leads = model.get("linked") && !whole, site = visible(model.get("sites")[c.site]);
+      const title = make(leads ? "button" : "span", "grow tok", told, { title: leads ? `${site}: its page in the explorer` : whole ? told : site });
+      if (leads) { title.type = "button"; title.dataset.part = "title"; title.onclick = () => send({ op: "look", site: c.site, feature: c.feature }); }
       const action = make("select", "", null, { "aria-label": `what to do with ${what}` });
-      model.get("actions").forEach((a) => { const o = make("option", "", a); o.value = a; action.append(o); });
+      (whole ? ["edit"] : model.get("actions")).forEach((a) => { const o = make("option", "", a); o.value = a; action.append(o); });
+      action.disabled = whole;
       action.value = c.action;
       action.dataset.part = "action";
       action.onchange = () => { changed(i, { action: action.value, strength: action.value === "scale" ? 1 : 0 }); go(); };
-      const [least, most, step] = RANGE[c.action] || RANGE.add;
+      const [lowest, most, step] = RANGE[c.action] || RANGE.add, least = c.least ?? lowest;
       const slide = make("input", "", null, { type: "range", min: least, max: most, step, "aria-label": `strength of ${what}` });
       slide.value = c.strength;
       slide.disabled = c.action === "ablate";

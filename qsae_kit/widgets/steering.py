@@ -23,10 +23,13 @@ from qsae_kit.lm.hooked import Generation, HookedLM, Step
 from qsae_kit.sae.suites import ByVariant, Feature, Place
 from qsae_kit.steer.changes import Action, Change, Steering, check_features, read_steering
 from qsae_kit.steer.pairs import Pair, answer_pair, token_table
-from qsae_kit.widgets.tokens import read_chat
+from qsae_kit.widgets.chats import read_chat
+from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.widget import View, source
 
 ACTIONS: tuple[str, ...] = tuple(action for action in get_args(Action) if action != "project_out")
+EDIT = "edit"
+"""The action of the slider that an edit given as a whole has; its strength is a factor."""
 FOUND = 12
 """Features that a search lists."""
 INTERVAL = 0.04
@@ -59,7 +62,10 @@ class SteeringLab(View):
     labels; without one the search takes a feature's number, and lists those that fire on the
     prompt.
     prompt: one question, or lines that begin with `user:` and `assistant:`. Both answers draw the
-    same random numbers, so that they differ by the setting alone.
+    same random numbers, so that they differ by the setting alone. steering: a setting to begin
+    with, of what sliders can show. edit: any steering, such as a study's frozen one, as one slider
+    that multiplies it. explorer: shows the page of a feature whose name is clicked, and gets a
+    button that makes its feature a slider here.
 
     Traits to observe: `prompt`, `controls`, `policy`, and `sent`, the JSON of the setting when
     "send to study" was pressed. `steering` is the setting as a value; `to_frame()` the history of
@@ -74,7 +80,11 @@ class SteeringLab(View):
     """For every SAE whether words find features of it."""
     prompt = T.Unicode("").tag(sync=True)
     controls = T.List(T.Dict()).tag(sync=True)
-    """A dict a slider: site, feature, name, action, strength, on."""
+    """A dict a slider: site, feature, name, action, strength, on; the whole edit's has feature -1
+    and the action "edit".
+    """
+    linked = T.Bool(False).tag(sync=True)
+    """Whether a feature's name leads to its page in an explorer."""
     actions = T.List(T.Unicode(), list(ACTIONS)).tag(sync=True)
     policies = T.List(T.Unicode(), [str(policy) for policy in POLICIES]).tag(sync=True)
     policy = T.Unicode("header").tag(sync=True)
@@ -103,8 +113,11 @@ class SteeringLab(View):
         index: FeatureIndex | None = None,
         hook_name: str | None = None,
         steering: Steering | None = None,
+        edit: Steering | None = None,
+        explorer: FeatureExplorer | None = None,
     ) -> None:
         self.lm, self.index, self.suite = lm, index, attached(lm, suite)
+        self.edit, self.explorer = edit, explorer
         self.choices = self.suite.places()
         first = 0 if hook_name is None else self._number_of(hook_name)
         self._guard, self._number = threading.RLock(), 0
@@ -118,9 +131,15 @@ class SteeringLab(View):
             prompt=prompt,
             can_think=lm.has_thinking,
             indexed=[index is not None and place in index.places() for place in self.choices],
+            linked=explorer is not None,
         )
         if steering is not None:
             self.load(steering)
+        if edit is not None:
+            edit.edits(self.suite)
+            self.controls = [self._edit_control(edit), *self.controls]
+        if explorer is not None:
+            explorer.steer_with(self.add_feature)
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
         self.find("")
 
@@ -142,9 +161,11 @@ class SteeringLab(View):
     def _steering(self, settings: Mapping[str, Any]) -> Steering:
         policy: Any = settings["policy"]
         check_positions(policy)
-        changes = []
+        changes: list[Change] = []
         for control in settings["controls"]:
-            if control["on"]:
+            if control["on"] and control["action"] == EDIT:
+                changes += self._whole_edit(float(control["strength"]))
+            elif control["on"]:
                 variant, hook_name = place = self.choices[control["site"]]
                 check_features(self.suite.sae(place), [control["feature"]])
                 strength = float(control["strength"])
@@ -163,6 +184,37 @@ class SteeringLab(View):
                 )
         return Steering(tuple(changes))
 
+    def _whole_edit(self, factor: float) -> tuple[Change, ...]:
+        """The changes of the edit, multiplied; none at 0."""
+        return self.edit.times(factor).changes if self.edit is not None and factor else ()
+
+    def _edit_control(self, edit: Steering) -> dict[str, Any]:
+        """The slider of the edit as a whole."""
+        places = [Place(change.variant, change.hook_name) for change in edit.changes]
+        site = self.choices.index(places[0]) if places and places[0] in self.choices else 0
+        signed = all(change.action == "add" for change in edit.changes)
+        return {
+            "site": site,
+            "feature": -1,
+            "name": f"the edit: {describe(edit)}",
+            "action": EDIT,
+            "strength": 1.0,
+            "least": -2.0 if signed else 0.0,
+            "on": True,
+        }
+
+    def add_feature(self, feature: Feature) -> None:
+        """Adds a slider for a feature of any of the suite's SAEs. Raises ValueError for one that is
+        not in the suite.
+        """
+        if feature.place not in self.choices:
+            raise ValueError(
+                f"The lab's suite has no {feature.place}; it has"
+                f" {', '.join(map(str, self.choices))}."
+            )
+        number = self.choices.index(feature.place)
+        self.controls = [*self.controls, self._control(number, feature.number, "add", 0.0)]
+
     def load(self, steering: Steering) -> None:
         """Takes a setting over. Raises ValueError for one that sliders cannot show."""
         policies = {change.positions for change in steering.changes}
@@ -173,7 +225,8 @@ class SteeringLab(View):
         ):
             raise ValueError(
                 "Sliders show changes of one feature each at its own site and along its own"
-                " direction, all with one policy and none with a condition."
+                " direction, all with one policy and none with a condition; give any other steering"
+                " as edit= to a new SteeringLab."
             )
         steering.edits(self.suite)
         self.controls = [
@@ -398,8 +451,9 @@ class SteeringLab(View):
     def _finish(self, asked: _Try, pair: Pair) -> None:
         watch = None
         if asked.steering.changes:
-            first = asked.steering.changes[0]
-            watch = (self.suite[first.variant][first.hook_name], first.features[0])
+            first = next((c for c in asked.steering.changes if c.features), None)
+            if first is not None:
+                watch = (self.suite[first.variant][first.hook_name], first.features[0])
         shown: dict[str, Any] = {"number": asked.number, "stopped": asked.stop.is_set()}
         shown["of"] = dict(asked.settings)
         for name, out, edits in (
@@ -454,6 +508,10 @@ class SteeringLab(View):
             check_features(self.suite.sae(self.choices[control["site"]]), [control["feature"]])
             # the page adds it to the sliders as they are there
             self.send({"op": "added", "control": control})
+        elif op == "look" and self.explorer is not None:
+            place = self.choices[int(message["site"])]
+            self.explorer.look(Feature(place, int(message["feature"])))
+            self.send({"op": "answered"})
         elif op == "keep":
             self.keep(str(message["name"]), message.get("setting"))
         elif op == "take":
@@ -525,12 +583,18 @@ def describe(steering: Steering) -> str:
     for (action, hook_name), changes in groupby(
         steering.changes, lambda c: (c.action, c.hook_name)
     ):
-        features = ", ".join(
-            f"{c.features[0]}" + ("" if action == "ablate" else f" {c.strength:+.2f}")
-            for c in changes
-        )
+        features = ", ".join(_features_of(c) for c in changes)
         parts.append(f"{action} at {hook_name}: {features}")
     return "; ".join(parts) or "nothing"
+
+
+def _features_of(change: Change) -> str:
+    """The features of a change and its strength, such as "110 and 790 -0.40"."""
+    who = " and ".join(map(str, change.features)) or "a direction"
+    strength = (
+        f"{change.strength:.2f}" if change.action == "project_out" else f"{change.strength:+.2f}"
+    )
+    return who if change.action == "ablate" else f"{who} {strength}"
 
 
 def _short(value: float) -> float | None:

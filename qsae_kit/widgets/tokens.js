@@ -42,7 +42,13 @@ function render({ model, el }) {
     for (const [id, value] of r.top[i]) {
       const item = make("li"), b = make("button", "", named(id, r), { type: "button" });
       b.onclick = () => ask({ feature: id });
-      item.append(b, make("span", "num", number(value)));
+      item.append(b);
+      if (model.get("linked")) {
+        const page = make("button", "", "its page", { type: "button", "aria-label": `page of feature ${id} in the explorer` });
+        page.onclick = () => { dog.asked(); model.send({ op: "page", site: model.get("site"), feature: id }); };
+        item.append(page);
+      }
+      item.append(make("span", "num", number(value)));
       list.append(item);
     }
     if (!r.top[i].length) list.append(make("li", "soft", "nothing fires here, or the token does not count"));

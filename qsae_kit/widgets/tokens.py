@@ -1,7 +1,6 @@
 """TokenActivations: type a chat and see which features fire on which token."""
 
 import html
-import re
 import sys
 import threading
 from collections.abc import Mapping
@@ -13,37 +12,25 @@ import torch
 import traitlets as T
 
 from qsae_kit.attach import attached, token_features
-from qsae_kit.data.documents import ROLES, Document, tokenize_document
+from qsae_kit.data.documents import tokenize_document
 from qsae_kit.features.index import FeatureIndex
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae.suites import ByVariant, Feature
 from qsae_kit.steer.changes import check_features
+from qsae_kit.widgets.chats import read_chat
+from qsae_kit.widgets.explorer import FeatureExplorer
 from qsae_kit.widgets.widget import View, source
 
 TOP, HEAT = 8, 16
 """Features that are shown of each token, and in the heat map."""
-TURN = re.compile(rf"^({'|'.join(ROLES)}):[ \t]*", re.MULTILINE | re.IGNORECASE)
-
-
-def read_chat(text: str) -> Document:
-    """A chat written as lines that begin with `user:` or `assistant:`; a text without such lines is
-    one user turn.
-    """
-    turns = list(TURN.finditer(text))
-    if not turns or text[: turns[0].start()].strip():
-        return [{"role": "user", "content": text}]
-    ends = [*(turn.start() for turn in turns[1:]), len(text)]
-    return [
-        {"role": turn[1].lower(), "content": text[turn.end() : end].strip()}
-        for turn, end in zip(turns, ends, strict=True)
-    ]
 
 
 class TokenActivations(View):
     """The features of a chat's tokens, at any SAE of a suite, computed as one types.
 
     suite: the SAEs, moved to the model's device. index: shows its labels and strongest tokens
-        beside the features' numbers.
+        beside the features' numbers. explorer: shows the page of a feature that fires on the
+        pinned token when it is asked for.
     Traits to observe: `text`, `site` (number of the SAE in `choices`) and `feature`, the one that
     tokens are shaded by (-1: the one with the largest activation).
     """
@@ -55,6 +42,8 @@ class TokenActivations(View):
     feature = T.Int(-1).tag(sync=True)
     result = T.Dict().tag(sync=True)
     """What is shown, with the number of the request that it answers."""
+    linked = T.Bool(False).tag(sync=True)
+    """Whether features lead to their pages in an explorer."""
 
     def __init__(
         self,
@@ -64,8 +53,10 @@ class TokenActivations(View):
         index: FeatureIndex | None = None,
         hook_name: str | None = None,
         variant: str | None = None,
+        explorer: FeatureExplorer | None = None,
     ) -> None:
         self.lm, self.suite, self.index = lm, attached(lm, suite), index
+        self.explorer = explorer
         self.choices = self.suite.places()
         fitting = [
             number
@@ -79,7 +70,12 @@ class TokenActivations(View):
             )
         self._guard, self._asked = threading.RLock(), 0
         self._frame, self._n_tokens = pd.DataFrame(), 0
-        super().__init__(sites=[str(p) for p in self.choices], site=fitting[0], text=text)
+        super().__init__(
+            sites=[str(p) for p in self.choices],
+            site=fitting[0],
+            text=text,
+            linked=explorer is not None,
+        )
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
         self._compute(0)
 
@@ -97,6 +93,10 @@ class TokenActivations(View):
             )
 
     def handle(self, message: Mapping[str, Any]) -> None:
+        if message.get("op") == "page" and self.explorer is not None:
+            place = self.choices[int(message["site"])]
+            self.explorer.look(Feature(place, int(message["feature"])))
+            self.send({"op": "answered"})
         if message.get("op") != "look":
             return
         number = int(message["seq"])

@@ -70,9 +70,11 @@ class Arm:
 
     def n_answers(self, sizes: Mapping[str, int]) -> int:
         """Answers that it generates; sizes: kind -> prompts."""
-        if self.dose or self.measured_as:
-            return 0
-        return sum(min(sizes[kind], self.n or sizes[kind]) for kind in self.kinds)
+        return sum(self.n_of(kind, sizes[kind]) for kind in self.kinds)
+
+    def n_of(self, kind: str, size: int) -> int:
+        """Answers that it generates to a kind of prompts, of which there are `size`."""
+        return 0 if self.dose or self.measured_as else min(size, self.n or size)
 
 
 def arms(setting: Setting, plan: Plan, chosen: Chosen) -> list[Arm]:

@@ -68,6 +68,26 @@ NAMES = [
     if not line.startswith(" ")
     for name in line.split("  ")[0].split(", ")
 ]
+
+
+def meanings() -> dict[str, str]:
+    """Each column's line of `COLUMNS`; those that share one have it each."""
+    told: list[tuple[list[str], list[str]]] = []
+    for line in COLUMNS.strip().splitlines():
+        names, _, text = line.partition("  ")
+        if names:
+            told.append((names.split(", "), [text]))
+        else:
+            told[-1][1].append(text)
+    out: dict[str, str] = {}
+    before = ""
+    for columns, lines in told:
+        text = " ".join(" ".join(lines).split()) or before
+        out |= dict.fromkeys(columns, text)
+        before = text
+    return out
+
+
 _NOT_FLOAT: dict[str, Any] = {
     "goal": object,
     "intervention": object,

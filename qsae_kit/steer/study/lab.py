@@ -97,22 +97,30 @@ class Plan(NamedTuple):
 
 
 class Progress:
-    """The steps of a study: each is computed once, kept in the journal, and moves the bar."""
+    """The steps of a study: each is computed once, kept in the journal, and moves the bar by the
+    work that it is.
+    """
 
-    def __init__(self, journal: Journal, bar: "tqdm[Any] | None" = None) -> None:
-        self.journal, self.bar = journal, bar
+    def __init__(
+        self, journal: Journal, bar: "tqdm[Any] | None" = None, a_pass: float = 1.0
+    ) -> None:
+        """a_pass: answers that a short pass of a search is worth, by their time."""
+        self.journal, self.bar, self.a_pass = journal, bar, a_pass
 
-    def step(self, key: str, compute: Callable[[], Any]) -> Any:
-        """What the journal has under a key, or what `compute` gives now."""
+    def step(self, key: str, compute: Callable[[], Any], answers: float = 1.0) -> Any:
+        """What the journal has under a key, or what `compute` gives now. answers: the work."""
+        known = key in self.journal
         value = self.journal.get(key, compute)
         if self.bar is not None:
-            self.bar.update()
+            if known and not self.bar.disable:  # took no time, so that the pace must not count it
+                self.bar.initial += answers
+            self.bar.update(answers)
         return value
 
-    def still(self, n: int) -> None:
-        """Says how many steps are left, where that is known better than before."""
+    def still(self, answers: float) -> None:
+        """Says how much work is left, where that is known better than before."""
         if self.bar is not None:
-            self.bar.total = self.bar.n + n
+            self.bar.total = self.bar.n + answers
             self.bar.refresh()
 
 

@@ -16,11 +16,17 @@ from qsae_kit.steer.changes import Change, Steering
 from qsae_kit.steer.choose.detector import detector_scores
 from qsae_kit.steer.study.arms import Arm, draw_generator
 from qsae_kit.steer.study.chosen import Chosen
+from qsae_kit.steer.study.config import StudyConfig
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
-from qsae_kit.steer.study.search import searched_alike, searched_at_random, told_apart
+from qsae_kit.steer.study.search import (
+    passes_of_search,
+    searched_alike,
+    searched_at_random,
+    told_apart,
+)
 
-N_PRICED = 2
-"""Steps of `price_elsewhere`."""
+DOSE_SHARE = 0.2
+"""Time of a prompt's first token, as a share of an answer's."""
 
 
 def measure(
@@ -40,7 +46,8 @@ def measure(
         change = arm.change
         if arm.sought and change is not None:
             seek = partial(sought_set, selection, plan, chosen, arm, change)
-            features, weights = progress.step(arm.search_key, seek)
+            work = passes_of_arm(arm, selection.config, chosen.passes) * progress.a_pass
+            features, weights = progress.step(arm.search_key, seek, work)
             change = replace(change, features=tuple(features), weights=tuple(weights))
         edits = [] if change is None else Steering((change,)).edits(suite)
         steered = arm.name != "none"
@@ -57,8 +64,19 @@ def measure(
             compute = partial(evaluation.measured, kind, edits, arm.n, arm.system)
             if arm.dose:
                 compute = partial(evaluation.dose, kind, edits)
-            rows.append(labels | progress.step(arm.key(kind), compute))
+            work = work_of(arm, kind, len(evaluation.prompts[kind]), evaluation.config)
+            rows.append(labels | progress.step(arm.key(kind), compute, work))
     return rows
+
+
+def work_of(arm: Arm, kind: str, size: int, config: StudyConfig) -> float:
+    """Answers that a step is worth: those that it generates, or a share of those of a dose."""
+    return arm.n_of(kind, size) or DOSE_SHARE * min(size, config.dose_prompts)
+
+
+def passes_of_arm(arm: Arm, config: StudyConfig, passes: int) -> int:
+    """Short passes of an arm's own search; passes: those of the features' search at the site."""
+    return passes_of_search(config) if arm.sought == "alike" else passes if arm.sought else 0
 
 
 def sought_set(
@@ -97,7 +115,9 @@ def price_elsewhere(progress: Progress, setting: Setting, steering: Steering) ->
     ).edits(setting.suite)
     edits = steering.edits(setting.suite)
     kl = progress.step("plain", lambda: plain_kl(lm, companion_of(lm).passages(), everywhere))
-    right = progress.step("facts", lambda: [_facts(setting, []), _facts(setting, edits)])
+    right = progress.step(
+        "facts", lambda: [_facts(setting, []), _facts(setting, edits)], 2 * setting.config.n_facts
+    )
     return Price(kl, *right)
 
 

@@ -139,6 +139,7 @@ def search_sites(progress: Progress, lab: Lab, plan: Plan) -> Searched:
         name: progress.step(
             f"search/{name}",
             partial(search_site, lab, plan, setting.variant, name, found.when(name)),
+            passes_of_search(setting.config) * progress.a_pass,
         )
         for name in setting.hook_names
     }

@@ -49,9 +49,22 @@ from qsae_kit.steer.study.findings import (
     verdict,
 )
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting, Unsteered
-from qsae_kit.steer.study.measure import N_PRICED, Price, detection, measure, price_elsewhere
+from qsae_kit.steer.study.measure import (
+    Price,
+    detection,
+    measure,
+    passes_of_arm,
+    price_elsewhere,
+    work_of,
+)
 from qsae_kit.steer.study.search import aim_of, openings_of, passes_of_search, search_sites
-from qsae_kit.steer.study.trials import candidate_table, freeze, trials_of, try_sets
+from qsae_kit.steer.study.trials import (
+    answers_of_trial,
+    candidate_table,
+    freeze,
+    trials_of,
+    try_sets,
+)
 from qsae_kit.steer.study.words import in_words
 
 FORMAT = 8
@@ -68,6 +81,7 @@ STUDY_FILES = (
     *DETECTOR_FILES,
 )
 """What `steer.report.write_study` writes."""
+BAR = "{l_bar}{bar}| {n:.0f}/{total:.0f} answers [{elapsed}<{remaining}]"
 LAST_SHARE = 0.8
 """Sites in the last fifth of the layers are left out (Arditi et al. 2024, arXiv 2406.11717, section
 2.3).
@@ -164,8 +178,9 @@ def steering_study(
         # 4
         plan = plan_of(lab)
         # 5
-        with announced(lab, plan, bar) as shown:
-            progress = Progress(journal, shown)
+        work = expected_work(lab, plan)
+        with announced(lab, plan, work, bar) as shown:
+            progress = Progress(journal, shown, work.a_pass)
             # 6
             searched = search_sites(progress, lab, plan)
             # 7
@@ -309,49 +324,77 @@ def plan_of(lab: Lab) -> Plan:
     )
 
 
-def announced(lab: Lab, plan: Plan, show: bool) -> "tqdm[Any]":
-    """The bar of the whole study, after a line that says how many answers there will be and how
-    long they take, by the pace of the unsteered ones.
+class Expected(NamedTuple):
+    """The work of a study before it is done, by a likely choice."""
+
+    answers: int
+    passes: int
+    """Short passes of its searches."""
+    a_pass: float
+    """Answers that a pass is worth, by the time of both."""
+
+    @property
+    def work(self) -> float:
+        """All of it, in answers."""
+        return self.answers + self.passes * self.a_pass
+
+
+def expected_work(lab: Lab, plan: Plan) -> Expected:
+    """What the study will do, with the pace of a pass taken now and that of an answer from the
+    unsteered ones.
     """
     setting, c = lab.setting, lab.config
     likely = likely_choice(setting, plan)
     listed = arms(setting, plan, likely)
+    sizes = {kind: len(texts) for kind, texts in setting.prompts["evaluation"].items()}
     trials = trials_of(c, plan) * (c.n_trials + 1)
-    steps = len(setting.hook_names) + trials + 1 + _steps_of(listed)
+    measured = sum(arm.n_answers(sizes) for arm in listed)
+    answers = trials * answers_of_trial(lab) + measured + 2 * c.n_facts
+    passes = len(setting.hook_names) * passes_of_search(c)
+    passes += sum(passes_of_arm(arm, c, likely.passes) for arm in listed)
+    started = time.monotonic()
+    aim_of(lab, plan).merit(())
+    a_pass = time.monotonic() - started
+    unsteered = setting.unsteered
+    an_answer = unsteered.seconds / unsteered.n if unsteered.n else 0.0
+    return Expected(answers, passes, a_pass / an_answer if an_answer else 1.0)
+
+
+def announced(lab: Lab, plan: Plan, work: Expected, show: bool) -> "tqdm[Any]":
+    """The bar of the whole study, after a line that says how many answers there will be and how
+    long they take, by the pace of the unsteered ones.
+    """
+    setting, c = lab.setting, lab.config
+    unsteered = setting.unsteered
     if show:
-        sizes = {kind: len(texts) for kind, texts in setting.prompts["evaluation"].items()}
-        asked, unsteered = sum(map(len, lab.prompts.values())), setting.unsteered
-        measured = sum(arm.n_answers(sizes) for arm in listed)
-        answers = trials * asked + measured + 2 * c.n_facts
-        searches = len(setting.hook_names) + sum(arm.sought == "alike" for arm in listed)
-        drawn = likely.passes * sum(arm.sought == "at random" for arm in listed)
-        passes = searches * passes_of_search(c) + drawn
-        started = time.monotonic()
-        aim_of(lab, plan).merit(())
-        a_pass = time.monotonic() - started
-        minutes = (unsteered.seconds / max(1, unsteered.n) * answers + passes * a_pass) / 60
+        pace = unsteered.seconds / unsteered.n * work.work / 60 if unsteered.n else None
+        told = "" if pace is None else f", about {max(1, round(pace))} min"
         tqdm.write(
-            f"{c.goal} {setting.behaviour.name}, aimed at {plan.target} prompts: about {answers:,}"
-            f" answers and {passes:,} short passes"
-            + (
-                f", {minutes:.0f} minutes at the pace of the first {unsteered.n} answers (less"
-                " where steps are in the journal)."
-                if unsteered.n
-                else "."
-            )
+            f"{c.goal} {setting.behaviour.name} on {plan.target} prompts: {work.answers:,} answers"
+            f"{told}"
         )
-    return tqdm(total=steps, desc="study", unit="step", disable=not show)
+    return tqdm(
+        total=work.work,
+        desc="study",
+        bar_format=BAR,
+        disable=not show,
+    )
 
 
-def _steps_of(listed: Sequence[Arm]) -> int:
-    """Steps from the first arm to the end."""
-    return sum(len(arm.keys) for arm in listed) + N_PRICED
+def _work_of(listed: Sequence[Arm], setting: Setting, chosen: Chosen, a_pass: float) -> float:
+    """Of the arms, and of the price after them, in answers."""
+    c, prompts = setting.config, setting.prompts["evaluation"]
+    measured = sum(
+        work_of(arm, kind, len(prompts[kind]), c) for arm in listed for kind in arm.kinds
+    )
+    passes = sum(passes_of_arm(arm, c, chosen.passes) for arm in listed)
+    return measured + passes * a_pass + 1 + 2 * c.n_facts
 
 
 def list_arms(progress: Progress, setting: Setting, plan: Plan, chosen: Chosen) -> list[Arm]:
     """What is measured of the choice; the bar's length is exact from here."""
     listed = arms(setting, plan, chosen)
-    progress.still(_steps_of(listed))
+    progress.still(_work_of(listed, setting, chosen, progress.a_pass))
     return listed
 
 

@@ -171,6 +171,14 @@ def best_means(
     return MeansChoice(refined[best["site"]], float(best["strength"]), bool(best["within_limits"]))
 
 
+def answers_of_trial(lab: Lab) -> int:
+    """Answers that a trial generates."""
+    most = lab.config.trial_prompts
+    return sum(
+        len(texts) if most is None else min(most, len(texts)) for texts in lab.prompts.values()
+    )
+
+
 def try_strengths(
     progress: Progress, lab: Lab, plan: Plan, tried: Tried, lead: float = -math.inf
 ) -> list[dict[str, Any]]:
@@ -192,7 +200,7 @@ def try_strengths(
             tried.make(strengths[i]),
             [each(strengths[i]) for each in tried.random],
         )
-        told = progress.step(f"trial/{tried.key}/{strengths[i]:g}", compute)
+        told = progress.step(f"trial/{tried.key}/{strengths[i]:g}", compute, answers_of_trial(lab))
         return {"strength": strengths[i], "merit": tried.merits[i], **told}
 
     if plan.contrast == "prompts":

@@ -79,12 +79,9 @@ def _means(h: Mapping[str, Any]) -> str:
     mine, other = price["features"], price["difference_of_means_best"]
     if mine > 0 and other > 0:
         times = other / mine
-        if times >= DEARER:
-            text += f", at {times:.2g} times the price on {h['priced_on']} prompts"
-        elif times <= 1 / DEARER:
-            text += f", at {times:.2g} of the price on {h['priced_on']} prompts"
-        else:
-            text += ", at about the same price"
+        alike = 1 / DEARER < times < DEARER
+        text += ", at about the same price" if alike else f", at {times:.2g} times the price"
+        text += f" on {h['priced_on']} prompts"
     return text
 
 
