@@ -262,6 +262,8 @@ def test_index(lm, tmp_path):
     assert len(index.site().examples(int(index.site().figures["max"].idxmax()))[0]) == 3
 
 
+SCREEN_AND_A_HALF = 36
+"""Lines of a terminal."""
 STUDY_FILES = set(
     (
         "study.csv study.json steering.json means.json candidates.csv selection.csv examples.csv "
@@ -353,9 +355,12 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "out"
     assert {p.name for p in out.iterdir()} == set(
-        ("suite evaluation.csv steering.csv suppress induce report.html demo.run.json").split()
+        (
+            "suite features evaluation.csv steering.csv suppress induce report.html demo.run.json"
+        ).split()
     )
-    assert {p.name for p in (out / "suppress").iterdir()} == {*STUDY_FILES, "journal.jsonl"}
+    made = {*STUDY_FILES, "features.html", "journal.jsonl"}
+    assert {p.name for p in (out / "suppress").iterdir()} == made
     suite = load_suite(out / "suite")
     assert {v: list(s) for v, s in suite.items()} == {
         v: ["blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
@@ -395,4 +400,11 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path):
     page = (out / "report.html").read_text()
     assert "<script src=" not in page  # nothing is fetched
     assert "Plotly.newPlot" in page
-    assert "jupyter lab notebooks/01_quickstart.ipynb" in done.stdout
+    lines = done.stdout.splitlines()
+    assert len(lines) <= SCREEN_AND_A_HALF - 8  # bars on stderr leave a line each
+    assert max(map(len, lines)) <= 80
+    assert f"qsae open {out}" in done.stdout
+    told = json.loads((out / "induce" / "study.json").read_text())["in_words"]
+    assert " ".join(done.stdout.split()).endswith(" ".join(told.split()))
+    opened = qsae("open", out, "--no-lab")
+    assert opened.stdout.split() == ["Notebook:", str(out / "explore.ipynb")]

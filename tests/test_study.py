@@ -569,7 +569,7 @@ def test_the_work_that_is_left_is_the_work_that_comes(lm, run):
     evaluated = Lab(setting, journal, "evaluation", plan.openings)
     measure(progress, lab, evaluated, plan, study.chosen, listed)
     price_elsewhere(progress, setting, study.steering)
-    assert bar.n == pytest.approx(bar.total)
+    assert bar.total - 1 < bar.n <= bar.total
     assert bar.initial == pytest.approx(bar.n)
 
 

@@ -103,7 +103,9 @@ def page(table: "pd.DataFrame", digits: int = 4) -> str:
 
 def wrapped(text: str) -> str:
     """A text in lines that fit, broken between words."""
-    return textwrap.fill(text, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+    kept = text.replace(" %", "\u00a0%")
+    filled = textwrap.fill(kept, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
+    return filled.replace("\u00a0", " ")
 
 
 def study_page(study: "StudyResult") -> str:

@@ -67,7 +67,8 @@ def write_pages(study: StudyResult, index: FeatureIndex, folder: Path) -> Path:
     own = index.at(place)
     explorer = FeatureExplorer(index, place.hook_name, place.variant, chosen[0])
     others = [int(i) for i in own.by_interest if i not in chosen]
-    explorer.show(pd.DataFrame(index=[*chosen, *others[: OFFLINE_PAGES - len(chosen)]]))
+    kept = [*chosen, *others[: OFFLINE_PAGES - len(chosen)]]
+    explorer.show(pd.DataFrame(index=kept), "of this page: the chosen ones and the strongest")
     explorer.to_html(folder / PAGES)
     explorer.close()
     return folder / PAGES

@@ -130,15 +130,16 @@ class FeatureExplorer(View):
         """The features that the table shows, in its order."""
         return self.features.table.iloc[self._order]
 
-    def show(self, found: pd.DataFrame) -> None:
+    def show(self, found: pd.DataFrame, told: str = "of show()") -> None:
         """Shows only these features, in their order, with the first two of their columns: what a
-        search returned. What is typed is searched for among them; `show_all` ends it.
+        search returned. What is typed is searched for among them; `show_all` ends it. told: what
+        they are, for the table's chip.
         """
         for feature in found.index:
             self.features.check(feature)
         with self._held():
             self._shown = found
-            self.selection = f"{len(found):,} features of show()"
+            self.selection = f"{len(found):,} features {told}"
             self.query, self.sort_by = "", ""
             self._reorder()
 

@@ -120,7 +120,7 @@ class Progress:
     def still(self, answers: float) -> None:
         """Says how much work is left, where that is known better than before."""
         if self.bar is not None:
-            self.bar.total = self.bar.n + answers
+            self.bar.total = math.ceil(self.bar.n + answers)  # sums of shares are not exact
             self.bar.refresh()
 
 
