@@ -5,6 +5,7 @@ Screenshots are kept in the folder that QSAE_SCREENSHOTS names.
 """
 
 import os
+import random
 import re
 import shutil
 from pathlib import Path
@@ -568,6 +569,73 @@ def test_cells_run_again_leave_nothing_behind(notebook):
     assert abs(counts()[1] - elements) < 50
     assert page.evaluate(models) == comms
     clean(notebook)
+
+
+KEYS = ("a", "b", "d", "j", "k", "x", "1", " ", "Enter", "Escape", "Tab", "ArrowUp", "ArrowDown")
+WIDTHS = (800, 1000, 1280)
+
+
+def act(page, root, rng):
+    """One thing that somebody does to a widget, at random; says what."""
+    kind = rng.choice(("key", "key", "click", "click", "choose", "slide", "resize"))
+    if kind == "resize":
+        page.set_viewport_size({"width": rng.choice(WIDTHS), "height": 4200})
+        return kind
+    if kind == "click":
+        box = root.bounding_box()
+        place = {"x": rng.uniform(1, box["width"] - 2), "y": rng.uniform(1, box["height"] - 2)}
+        root.click(position=place, force=True)
+        return f"click {place}"
+    wanted = {"key": FOCUSABLE, "choose": "select", "slide": "input[type=range]"}[kind]
+    parts = [p for p in root.locator(wanted).all() if p.is_visible() and p.is_enabled()]
+    if not parts:
+        return "nothing"
+    part = rng.choice(parts)
+    if kind == "key":
+        part.focus()
+        page.keyboard.press(key := rng.choice(KEYS))
+        return f"key {key}"
+    if kind == "choose":
+        part.select_option(index=rng.randrange(part.locator("option").count()))
+        return kind
+    part.evaluate(
+        "(e, share) => { e.value = +e.min + share * (e.max - e.min);"
+        " e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change')) }",
+        rng.random(),
+    )
+    return kind
+
+
+ROOTS = (
+    ".qsae-explorer",
+    ".qsae-tokens",
+    ".qsae-plots >> nth=0",
+    ".qsae-plots >> nth=1",
+    ".qsae-lab",
+)
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_a_hundred_random_actions_break_nothing(notebook, name):
+    page, rng = notebook.page, random.Random(name)
+    state = (
+        "() => window.jupyterapp.shell.currentWidget.content.widgets"
+        ".map((cell) => [cell.model.id, cell.model.sharedModel.getSource()])"
+    )
+    before, root = page.evaluate(state), page.locator(name)
+    try:
+        for number in range(100):
+            done = act(page, root, rng)
+            assert page.evaluate(state) == before, (number, done)
+        page.wait_for_timeout(500)
+        for part in page.locator(".qsae, .qsae-plot").all():
+            box = part.bounding_box()
+            assert box["width"] > 100, part.evaluate("(e) => e.outerHTML")[:200]
+            assert box["height"] > 40, part.evaluate("(e) => e.outerHTML")[:200]
+        assert "does not answer" not in page.locator(".jp-Notebook").inner_text()
+        clean(notebook)
+    finally:
+        page.set_viewport_size({"width": 1200, "height": 4200})
 
 
 def test_without_a_kernel_the_page_stays_readable(notebook):
