@@ -1,12 +1,14 @@
 """The command's vocabulary: numbers, sites, and fields of dataclasses as options."""
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from qsae_kit.cli import options
@@ -152,3 +154,28 @@ def test_the_names_are_listed_with_what_the_dataclass_says():
     assert "tokens (" not in done.stdout  # has a flag
     for command in ("demo", "run", "index", "steer"):
         assert CliRunner().invoke(app, [command, "--set", "help"]).exit_code == 0
+
+
+def commands(group, name=""):
+    """Every command of a group and its groups, with its name."""
+    for word, command in group.commands.items():
+        told = f"{name} {word}".strip()
+        if hasattr(command, "commands"):
+            yield from commands(command, told)
+        else:
+            yield told, command
+
+
+def test_every_commands_help_is_grouped_and_ends_in_an_example():
+    found = dict(commands(typer.main.get_command(app)))
+    assert len(found) >= 17
+    for name, command in found.items():
+        assert (command.epilog or "").startswith(f"Example: qsae {name} "), name
+        given = [word for word in command.epilog.split() if word.startswith("--")]
+        known = [option for one in command.params for option in one.opts]
+        assert set(given) <= set(known), name  # the example's options are the command's
+        for one in command.params:
+            told = getattr(one, "help", None) or ""
+            assert not re.search(r"\[[a-z_, ]+\]", told), (name, told)  # would be read as markup
+            if one.opts[0] in ("--dtype", "--device"):
+                assert one.rich_help_panel == "Machine", name

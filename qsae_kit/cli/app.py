@@ -24,15 +24,31 @@ def _qsae(context: typer.Context) -> None:
     outputs.running.set(context)
 
 
-app.command()(making.demo)
-app.command("open")(open_)
-app.command()(making.run)
-app.command()(making.train)
-app.command()(making.baselines)
-app.command("eval")(judging.evaluate)
-app.command()(judging.index)
-app.command()(judging.steer)
-app.command()(judging.compare)
+EXAMPLES = {
+    "demo": "qsae demo qwen2.5-coder-0.5b --out runs/coder",
+    "open": "qsae open runs/demo",
+    "run": "qsae run Qwen/Qwen3-0.6B --budget 12h --plan",
+    "train": "qsae train tiny --at resid@2-4 --tokens 200k --out runs/train",
+    "baselines": "qsae baselines runs/train/suite",
+    "eval": "qsae eval runs/train/suite --tokens 20k",
+    "index": "qsae index runs/train/suite --out runs/features",
+    "steer": "qsae steer runs/train/suite --goal suppress --out runs/steer",
+    "compare": "qsae compare runs/suite/suite Qwen/Qwen3-0.6B-Base Qwen/Qwen3-0.6B",
+}
+"""What each command's help ends in."""
+COMMANDS = {
+    "demo": making.demo,
+    "open": open_,
+    "run": making.run,
+    "train": making.train,
+    "baselines": making.baselines,
+    "eval": judging.evaluate,
+    "index": judging.index,
+    "steer": judging.steer,
+    "compare": judging.compare,
+}
+for name, command in COMMANDS.items():
+    app.command(name, epilog=f"Example: {EXAMPLES[name]}")(command)
 app.add_typer(suite, name="suite")
 app.add_typer(data, name="data")
 app.add_typer(rows, name="rows")

@@ -10,7 +10,7 @@ from qsae_kit.cli import options, outputs
 data = typer.Typer(help="Chats, documents and activations to train on.", no_args_is_help=True)
 
 
-@data.command()
+@data.command(epilog="Example: qsae data write smollm2 --out chats.jsonl")
 def write(
     model: options.Model,
     prompts: Annotated[
@@ -37,7 +37,9 @@ def write(
     typer.echo(f"{write_dialogues(lm, texts, out, max_new_tokens):,} chats in {out}")
 
 
-@data.command()
+@data.command(
+    epilog="Example: qsae data rows tiny --at resid@4 --tokens 100k --out acts.safetensors"
+)
 def rows(
     model: options.Model,
     at: Annotated[str, typer.Option(help="One site, such as resid@15.")],
@@ -50,7 +52,9 @@ def rows(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
 ) -> None:
-    """Store activations of one site as acts [row, d_model] in half precision."""
+    """Store activations of one site: acts, a row of d_model numbers a token, in half
+    precision.
+    """
     from qsae_kit.data.stored import harvest_rows
 
     site, n = outputs.one_site(at), options.count("--tokens", tokens)
@@ -60,7 +64,7 @@ def rows(
     typer.echo(f"{stored:,} rows of {site} in {out}")
 
 
-@data.command()
+@data.command(epilog="Example: qsae data mix Qwen/Qwen3-0.6B --tokens 5M --out runs/data")
 def mix(
     model: options.Model,
     data: options.Recipe = None,

@@ -26,10 +26,7 @@ def open_(
         bool, typer.Option(help="Start JupyterLab; without it only the notebook is written.")
     ] = True,
 ) -> None:
-    """Open a finished run in JupyterLab: its features to look at, its edit to move.
-
-    Example: qsae open runs/demo
-    """
+    """Open a finished run in JupyterLab: its features to look at, its edit to move."""
     from qsae_kit.pipelines.opened import write_notebook
 
     notebook = write_notebook(run, model or "")
@@ -40,7 +37,7 @@ def open_(
         )
 
 
-@suite.command()
+@suite.command(epilog="Example: qsae suite show runs/demo/suite")
 def show(source: AnySource, json_: options.Json = False) -> None:
     """Say what SAEs a folder or a repository holds, from configurations and headers: no weights are
     read.
@@ -63,7 +60,7 @@ def show(source: AnySource, json_: options.Json = False) -> None:
         )
 
 
-@suite.command()
+@suite.command(epilog="Example: qsae suite convert downloaded-release --out suite")
 def convert(
     source: AnySource,
     out: Annotated[Path, typer.Option(help="Folder of the suite to write; it must be empty.")],
@@ -85,7 +82,7 @@ def convert(
     typer.echo(f"{len(written)} SAEs in {out}, the first in {written[0]}")
 
 
-@suite.command()
+@suite.command(epilog="Example: qsae suite push runs/suite me/my-saes")
 def push(
     source: Annotated[Path, typer.Argument(help="Folder of a finished suite: see qsae run.")],
     repository: Annotated[str, typer.Argument(help="On the hub; made private where it is new.")],

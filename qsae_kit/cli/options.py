@@ -18,6 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import typer
 
 SCALES = {"k": 1e3, "M": 1e6, "B": 1e9}
+ON, FOLDER, MACHINE = "Data", "Output and settings", "Machine"
+"""Groups of options in a command's help; the others come first."""
 HELP = "help"
 """`--set help` lists the names."""
 
@@ -44,16 +46,21 @@ Dtype = Annotated[
         help=(
             "Of the model's weights: float32, bfloat16, float16, or auto: on a CPU what it is"
             " faster in, on a GPU the checkpoint's own."
-        )
+        ),
+        rich_help_panel=MACHINE,
     ),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:1; a GPU where there is one by default.")
+    str | None,
+    typer.Option(
+        help="cpu, cuda or cuda:1; a GPU where there is one by default.", rich_help_panel=MACHINE
+    ),
 ]
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Chats or texts: a .jsonl or .txt file, or a data set's id; tiny has its world."
+        help="Chats or texts: a .jsonl or .txt file, or a data set's id; tiny has its world.",
+        rich_help_panel=ON,
     ),
 ]
 Recipe = Annotated[
@@ -64,6 +71,7 @@ Recipe = Annotated[
             "Data recipe: qwen3-chat-v1, tiny-chat-v1, own-chat-v1 or a .json file; the model's own"
             " by default."
         ),
+        rich_help_panel=ON,
     ),
 ]
 Slots = Annotated[
@@ -71,11 +79,15 @@ Slots = Annotated[
     typer.Option(
         "--slot",
         help="NAME=FILE: a file of your own in the place of a recipe's slot; may be given again.",
+        rich_help_panel=ON,
     ),
 ]
 DataFolder = Annotated[
     Path | None,
-    typer.Option(help="Where downloaded data sets lie, each under its id, instead of the hub."),
+    typer.Option(
+        help="Where downloaded data sets lie, each under its id, instead of the hub.",
+        rich_help_panel=ON,
+    ),
 ]
 At = Annotated[
     str | None, typer.Option(help="Sites, as kinds@layers: resid,mlp@2-5, attn or @0,2.")
@@ -102,16 +114,29 @@ L0 = Annotated[
 Expansion = Annotated[
     str | None, typer.Option(help="Width as a multiple of d_model (8 by default).")
 ]
-Tokens = Annotated[str | None, typer.Option(help="Such as 20000, 200k or 2M.")]
+Tokens = Annotated[str | None, typer.Option(help="Such as 20000, 200k or 2M.", rich_help_panel=ON)]
 Seed = Annotated[int | None, typer.Option(help="Of everything drawn at random (0 by default).")]
-Watch = Annotated[str | None, typer.Option(help="Log to tensorboard or wandb as well.")]
-Out = Annotated[Path, typer.Option(help="The folder to write to.")]
-OutFile = Annotated[Path, typer.Option("--out", help="The file to write.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
-Fresh = Annotated[bool, typer.Option("--fresh", help="Start anew: a run that --out holds goes.")]
+Watch = Annotated[
+    str | None, typer.Option(help="Log to tensorboard or wandb as well.", rich_help_panel=FOLDER)
+]
+Out = Annotated[Path, typer.Option(help="The folder to write to.", rich_help_panel=FOLDER)]
+OutFile = Annotated[Path, typer.Option("--out", help="The file to write.", rich_help_panel=FOLDER)]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else.", rich_help_panel=FOLDER)
+]
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh", help="Start anew: a run that --out holds goes.", rich_help_panel=FOLDER
+    ),
+]
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="A .json or .toml file with fields as --set takes them."),
+    typer.Option(
+        "--config",
+        help="A .json or .toml file with fields as --set takes them.",
+        rich_help_panel=FOLDER,
+    ),
 ]
 
 
@@ -204,6 +229,7 @@ class Settings:
             help=f"A field of {classes}; --set help lists them; may be given again.",
             callback=self._listed,
             is_eager=True,
+            rich_help_panel=FOLDER,
         )
 
     def _listed(self, value: list[str] | None) -> list[str] | None:

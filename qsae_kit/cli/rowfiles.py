@@ -12,10 +12,12 @@ from qsae_kit.cli.making import RECIPE_FLAGS, finish, recipe_changes, say_assume
 rows = typer.Typer(help="SAEs of stored activations, without a model.", no_args_is_help=True)
 ROWS = options.Settings(("qsae_kit.train.recipe:TrainConfig",), RECIPE_FLAGS)
 RowsSet = Annotated[list[str] | None, ROWS.option()]
-File = Annotated[Path, typer.Argument(help="A .safetensors file with acts [row, d_model].")]
+File = Annotated[
+    Path, typer.Argument(help="A .safetensors file with acts, a row of d_model numbers a token.")
+]
 
 
-@rows.command()
+@rows.command(epilog="Example: qsae rows train acts.safetensors --out runs/one")
 def train(
     file: File,
     at: Annotated[
@@ -62,7 +64,10 @@ def train(
     finish(result, out, json_)
 
 
-@rows.command("eval")
+@rows.command(
+    "eval",
+    epilog="Example: qsae rows eval acts.safetensors runs/one/suite/v/site",
+)
 def evaluate(
     file: File,
     sae: Annotated[Path, typer.Argument(help="The SAE's folder.")],
