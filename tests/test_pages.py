@@ -325,6 +325,33 @@ def test_a_finished_run_is_opened_and_steered(finished, playwright, dark):
     assert path.read_bytes() == before
 
 
+def test_a_saved_notebook_shows_what_was_there(finished, tmp_path, playwright):
+    """Opened again without the kernel that made it, a widget's cell still shows a table."""
+    run, *_ = finished
+    cell = f"""
+import qsae_kit
+index = qsae_kit.load_index({str(run / "features")!r})
+qsae_kit.FeatureExplorer(index)"""
+    lab.write_notebook(tmp_path / "kept.ipynb", [cell])
+    with lab.jupyter_lab(tmp_path) as at, lab.browser(playwright) as seen:
+        page = seen.page
+        lab.open_notebook(page, at("kept.ipynb"))
+        lab.run_all(page)
+        page.wait_for_selector(".qsae-explorer[data-page]")
+        kept = page.locator(".qsae-fallback")
+        assert kept.count() == 1
+        assert not kept.is_visible()
+        page.evaluate(
+            "async () => { const { context } = window.jupyterapp.shell.currentWidget;"
+            " await context.save(); await context.sessionContext.shutdown() }"
+        )
+        page.goto(at("kept.ipynb"), wait_until="domcontentloaded")
+        page.wait_for_selector(".qsae-fallback", timeout=60_000)
+        assert kept.is_visible()
+        assert kept.locator("tr").count() == 11
+        assert page.locator(".qsae-explorer").count() == 0
+
+
 def test_the_notebook_of_a_run(finished, tmp_path):
     """It is valid, stays as it was changed, and no text of a run becomes its code."""
     run, *_ = finished

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from qsae_kit import (
     FeatureExplorer,
     LayerLoss,
+    SteeringLab,
     TokenActivations,
     TrainingMonitor,
     build_index,
@@ -23,6 +25,8 @@ from qsae_kit.data.rows import StoredRows, kept_rows
 from qsae_kit.features.indexing import IndexConfig
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
+from qsae_kit.sae.suites import Feature, Place
+from qsae_kit.steer.changes import Change, Steering
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import train_saes
 from qsae_kit.widgets import widget as base
@@ -82,7 +86,13 @@ def message(widget, **content):
 
 def test_the_explorer_shows_its_table_and_a_page(index):
     explorer = FeatureExplorer(index)
-    assert explorer.n_rows == explorer.n_features == 250
+    dead = int((explorer.features.figures["fired"] == 0).sum())
+    assert dead
+    assert (explorer.n_rows, explorer.n_hidden) == (250 - dead, dead)
+    assert explorer.n_features == 250
+    explorer.query = "fired=0"
+    assert (explorer.n_rows, explorer.n_hidden) == (dead, 0)
+    explorer.query = ""
     assert [c["name"] for c in explorer.columns][:4] == ["feature", "label", "hint", "density"]
     figures = explorer.features.figures
     poor = figures["warnings"].str.contains("dead|dense|position|sink")
@@ -101,7 +111,8 @@ def test_the_explorer_shows_its_table_and_a_page(index):
     assert explorer.page["feature"] == 7
     assert (
         repr(explorer)
-        == "FeatureExplorer(topk/blocks.1.hook_resid_post, 250 of 250 features, selected 999)"
+        == f"FeatureExplorer(topk/blocks.1.hook_resid_post, {250 - dead} of 250 features,"
+        " selected 999)"
     )
 
 
@@ -138,7 +149,7 @@ def test_what_is_shown_is_searched_in_until_all_is_shown(index, sent):
     explorer.show(explorer.features.table.iloc[[1]])
     explorer.site = 1
     assert explorer.selection == ""
-    assert explorer.n_rows == 250
+    assert explorer.n_rows == 250 - explorer.n_hidden
 
 
 def test_sorting_and_conditions(index, sent):
@@ -218,7 +229,7 @@ def test_labels_by_message(index, sent):
 
 
 @pytest.mark.parametrize("kind", ["explorer", "tokens", "layers"])
-def test_pages_of_their_own(lm, index, suite, tmp_path, kind, evaluation):
+def test_pages_of_their_own(lm, index, suite, tmp_path, kind, evaluation, monkeypatch):
     widget = {
         "explorer": lambda: FeatureExplorer(index),
         "tokens": lambda: TokenActivations(lm, suite, "</script><script>x</script>"),
@@ -233,7 +244,12 @@ def test_pages_of_their_own(lm, index, suite, tmp_path, kind, evaluation):
     assert not re.search(
         r"https?://(?!www\.w3\.org)", re.sub(r"<script>.*?</script>", "", page, flags=re.DOTALL)
     )
-    assert "text/html" in widget._repr_mimebundle_()[0]
+    shown = []
+    monkeypatch.setattr(base, "display", lambda data, **_: shown.append(data))
+    widget._ipython_display_()
+    live, kept = shown
+    assert "application/vnd.jupyter.widget-view+json" in live
+    assert kept["text/html"].startswith('<div class="qsae-fallback">')
 
 
 @pytest.fixture(scope="module")
@@ -298,11 +314,24 @@ def test_activations_of_a_text(lm, suite, index):
     sae = suite["topk"][SITES[1]]
     f = sae.encode(x) * sae.provenance.filter.keeps(x)[:, None]
     f[0] = 0
-    assert view.result["feature"] == int(f.amax(0).argmax())
+    figures = index.site(SITES[1]).figures
+    surprise = -np.log(figures["density"].clip(lower=1e-6).to_numpy())
+    weights = f / torch.tensor(figures["max"].to_numpy()) * torch.tensor(surprise)
+    poor = figures["warnings"].str.contains("dead|dense|position|sink").tolist()
+    weights = torch.where(torch.tensor(poor), 1e-3 * weights, weights).nan_to_num()
+    assert view.result["feature"] == int(weights.amax(0).argmax())
+    plain = TokenActivations(
+        lm, suite, text, hook_name=SITES[1]
+    )  # nothing is known but activations
+    assert plain.result["feature"] == int(f.amax(0).argmax())
     assert view.result["acts"] == pytest.approx(
         f[:, view.result["feature"]].tolist(), rel=1e-3, abs=1e-6
     )
-    for own, row in zip(view.result["top"], f, strict=True):
+    for own, row, weight in zip(view.result["top"], f, weights, strict=True):
+        assert [v for _, v in own] == pytest.approx(row[[i for i, _ in own]].tolist(), rel=1e-3)
+        ranked = weight[[i for i, _ in own]]
+        assert ranked.tolist() == sorted(ranked.tolist(), reverse=True)
+    for own, row in zip(plain.result["top"], f, strict=True):
         assert [v for _, v in own] == pytest.approx(
             row.sort(descending=True).values[: len(own)].tolist(), rel=1e-3
         )
@@ -435,3 +464,60 @@ def test_small_things():
     )
     assert split_query("<b>x max>3 a<b", ["max"]) == ("<b>x  a<b", [("max", ">", 3.0)])
     assert base.as_json({"a": "</script>\u2028&"}) == '{"a": "\\u003c/script\\u003e\\u2028\\u0026"}'
+
+
+def test_a_whole_edit_is_one_slider_that_multiplies_it(lm, suite, sent):
+    """What sliders cannot show, such as a direction projected out of everything, moves as one."""
+    taken = Change("project_out", SITES[0], "topk", (3, 5), (1.0, -0.5), (), 0.5, 0.0, "every")
+    taken = replace(taken, everywhere=True)
+    view = SteeringLab(lm, suite, "How do I thank the nurse?", edit=Steering((taken,)))
+    (control,) = view.controls
+    assert (control["action"], control["strength"], control["least"]) == ("edit", 1.0, 0.0)
+    assert "3 and 5 0.50" in control["name"]
+    assert view.steering == Steering((taken,))
+    view.controls = [{**control, "strength": 2.0}]
+    assert view.steering.changes[0].strength == 1.0
+    for off in ({"strength": 0.0}, {"on": False}):
+        view.controls = [{**control, **off}]
+        assert view.steering == Steering(())
+    view.controls = [control]
+    view.add(7, strength=0.5)
+    assert len(view.steering.changes) == 2
+    view.run(wait=True)
+    assert view.answers["number"] == 1
+    assert view.to_frame()["setting"].item().startswith("project_out at")
+
+
+def test_pages_and_sliders_lead_to_each_other(lm, suite, index, sent):
+    explorer = FeatureExplorer(index)
+    view = SteeringLab(lm, suite, "Hello", index, explorer=explorer)
+    assert (explorer.steers, view.linked) == (True, True)
+    message(explorer, op="steer", feature=7)
+    assert [(c["feature"], c["action"], c["strength"]) for c in view.controls] == [(7, "add", 0.0)]
+    assert "slider" in explorer.status
+    message(explorer, op="steer", feature=9999)
+    assert "features 0 to 249" in explorer.status
+    assert len(view.controls) == 1
+    other = view.choices.index(Place("topk", SITES[1]))
+    message(view, op="look", site=other, feature=11)
+    assert (explorer.features.place.hook_name, explorer.selected) == (SITES[1], 11)
+    tokens = TokenActivations(lm, suite, "Hello", index, hook_name=SITES[0], explorer=explorer)
+    message(tokens, op="page", site=tokens.site, feature=5)
+    assert (explorer.features.place.hook_name, explorer.selected) == (SITES[0], 5)
+    stranger = Feature(Place("topk", "blocks.9.hook_mlp_out"), 1)
+    with pytest.raises(ValueError, match=r"The index does not hold topk/blocks\.9"):
+        explorer.look(stranger)
+    with pytest.raises(ValueError, match=r"suite has no topk/blocks\.9"):
+        view.add_feature(stranger)
+
+
+def test_a_text_is_tried_on_a_features_page(lm, suite, index, sent):
+    explorer = FeatureExplorer(index, SITES[0])
+    text = "user: How do I thank the nurse?\nassistant: Say it."
+    told = explorer.try_on(7, text)
+    tokens = TokenActivations(lm, suite, text, index, hook_name=SITES[0])
+    tokens.feature = 7
+    assert told["tokens"] == tokens.result["tokens"]
+    assert told["acts"] == pytest.approx(tokens.result["acts"], rel=1e-3)
+    message(explorer, op="try", feature=7, text=" ")
+    assert "There is no text" in explorer.status

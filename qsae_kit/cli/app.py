@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections.abc import Callable
 
 import typer
 
@@ -36,7 +37,7 @@ EXAMPLES = {
     "compare": "qsae compare runs/suite/suite Qwen/Qwen3-0.6B-Base Qwen/Qwen3-0.6B",
 }
 """What each command's help ends in."""
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "demo": making.demo,
     "open": open_,
     "run": making.run,

@@ -67,7 +67,8 @@ function render({ model, el }) {
     pad.style.height = `${n * ROW}px`;
     empty.hidden = n > 0;
     empty.textContent = nothing();
-    info.textContent = `${n.toLocaleString("en")} of ${model.get("n_features").toLocaleString("en")} features`;
+    info.textContent = `${n.toLocaleString("en")} of ${model.get("n_features").toLocaleString("en")} features`
+      + (model.get("n_hidden") ? ` (${model.get("n_hidden").toLocaleString("en")} dead: fired=0)` : "");
     chip.hidden = !model.get("selection");
     chip.textContent = `${visible(model.get("selection"))} \u00d7`;
     grid.setAttribute("aria-rowcount", n);
@@ -110,10 +111,15 @@ function render({ model, el }) {
     cursor = Math.max(0, Math.min(n - 1, r));
     if (cursor * ROW < view.scrollTop) view.scrollTop = cursor * ROW;
     if ((cursor + 1) * ROW > view.scrollTop + view.clientHeight) view.scrollTop = (cursor + 1) * ROW - view.clientHeight;
-    const row = rows.get(Math.floor(cursor / BLOCK))?.[cursor % BLOCK];
+    const row = rowAt(cursor);
     if (row) select(row[0]);
     draw();
   }
+  const rowAt = (r) => (r < 0 ? null : rows.get(Math.floor(r / BLOCK))?.[r % BLOCK]);
+  const placeOf = (feature) => {
+    for (const [block, some] of rows) { const i = some.findIndex((row) => row[0] === feature); if (i >= 0) return block * BLOCK + i; }
+    return -1;
+  };
   function select(feature, remember = true) {
     if (feature === model.get("selected")) return;
     if (remember) { past.push([model.get("site"), model.get("selected")]); ahead.length = 0; }
@@ -183,6 +189,14 @@ function render({ model, el }) {
     const back = make("button", "", "\u2190 back", { type: "button" }), on = make("button", "", "forward \u2192", { type: "button" });
     back.dataset.keep = "back"; on.dataset.keep = "on";
     back.dataset.offline = on.dataset.offline = "yes";
+    const steps = [["\u2191", "previous", -1], ["\u2193", "next", 1]].map(([sign, word, step]) => {
+      const b = make("button", "", sign, { type: "button", "aria-label": `${word} feature of the table`, title: `${word} in the table` });
+      const at = placeOf(p.feature), row = at < 0 ? null : rowAt(at + step);
+      b.disabled = !row;
+      b.dataset.keep = word;
+      if (row) { b.dataset.offline = `selected:${row[0]}`; b.onclick = () => place(at + step); }
+      return b;
+    });
     back.disabled = !past.length; on.disabled = !ahead.length;
     back.onclick = () => travel(past, ahead);
     on.onclick = () => travel(ahead, past);
@@ -202,7 +216,7 @@ function render({ model, el }) {
     label.addEventListener("keydown", (e) => { if (e.key === "Enter") keep(); });
     // not before a click is over that took the focus away: what it is on is drawn again
     label.addEventListener("blur", () => setTimeout(() => { if (label.value !== sent) keep(); }, CLICK));
-    title.append(back, on, name, label);
+    title.append(back, on, ...steps, name, label);
     if (model.get("steers")) {
       const steer = make("button", "", "Steer with it", { type: "button", "aria-label": `make feature ${p.feature} a slider of the steering lab` });
       steer.dataset.keep = "steer";

@@ -64,7 +64,8 @@ def split_query(query: str, columns: Sequence[str]) -> tuple[str, list[tuple[str
 
 
 class FeatureExplorer(View):
-    """All features of an index's SAEs: sort, filter, search, and look at one.
+    """All features of an index's SAEs that fire: sort, filter, search (`fired=0` for dead ones),
+    and look at one.
 
     index: `features.index.load_index`'s; opened with its model and suite, it also finds what fires
         on a text and what is near a
@@ -80,6 +81,8 @@ class FeatureExplorer(View):
     columns: T.List[dict[str, str]] = T.List().tag(sync=True)
     n_rows = T.Int(0).tag(sync=True)
     n_features = T.Int(0).tag(sync=True)
+    n_hidden = T.Int(0).tag(sync=True)
+    """Dead features that are left out while nothing is searched for."""
     first: T.List[list[Any]] = T.List().tag(sync=True)
     """The first rows, sent with each new order."""
     version = T.Int(0).tag(sync=True)
@@ -221,6 +224,8 @@ class FeatureExplorer(View):
                     self.features.d_sae,
                     self.rows(0, BLOCK),
                 )
+                searched = self.query.strip() or self._shown is not None
+                self.n_hidden = 0 if searched else self.features.d_sae - len(order)
                 self.version += 1
                 self.status = ""
 
@@ -229,6 +234,8 @@ class FeatureExplorer(View):
         own = self.features
         words, conditions = split_query(self.query, list(own.figures.columns))
         order, found = own.by_interest, None
+        if not self.query.strip() and self._shown is None:
+            order = order[own.figures["fired"].to_numpy()[order] > 0]
         if words and self.mode == "text":
             text = own.search(words).index.to_numpy()
             exact = [int(words)] if words.isdigit() and int(words) < own.d_sae else []

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import traitlets as T
 from plotly.subplots import make_subplots
 
-from qsae_kit.figures.basic import plot_text, reconstruction_figure, style
+from qsae_kit.figures.basic import INK, plot_text, reconstruction_figure, style
 from qsae_kit.sae.suites import Place
 from qsae_kit.sites import look_of
 from qsae_kit.widgets.explorer import FeatureExplorer
@@ -60,6 +60,27 @@ def site_frontier(
     )
 
 
+def marked(figure: go.Figure, table: pd.DataFrame, place: Place) -> go.Figure:
+    """A `reconstruction_figure` with a ring around the marks of one SAE."""
+    chosen = table[(table["variant"] == place.variant) & (table["site"] == place.hook_name)]
+    group = f"{place.variant}/{chosen['kind'].iloc[0]}"
+    for column, metric in ((1, "fvu"), (2, "delta_ce")):
+        figure.add_trace(
+            go.Scatter(
+                x=chosen["layer"].tolist(),
+                y=chosen[metric].tolist(),
+                mode="markers",
+                legendgroup=group,
+                showlegend=False,
+                marker={"symbol": "circle-open", "size": 18, "color": INK, "line": {"width": 2}},
+                hoverinfo="skip",
+            ),
+            row=1,
+            col=column,
+        )
+    return figure
+
+
 class LayerLoss(PlotView):
     """Reconstruction per layer and site over an evaluation, with the chosen site's sparsity and
     fidelity below.
@@ -103,8 +124,9 @@ class LayerLoss(PlotView):
             self.status = f"There is no site {self.selected!r} in this evaluation."
             return
         place = Place.parse(self.selected)
+        whole = reconstruction_figure(self.table, self.model_name, self.category)
         self.show(
-            reconstruction_figure(self.table, self.model_name, self.category),
+            marked(whole, self.table, place),
             site_frontier(self.table, place.hook_name, place.variant, self.category),
         )
         if self.explorer is not None and self.selected in self.explorer.sites:

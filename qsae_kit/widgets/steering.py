@@ -13,7 +13,6 @@ from itertools import groupby
 from typing import Any, get_args
 
 import pandas as pd
-import torch
 import traitlets as T
 
 from qsae_kit.attach import attached, token_features
@@ -25,6 +24,7 @@ from qsae_kit.steer.changes import Action, Change, Steering, check_features, rea
 from qsae_kit.steer.pairs import Pair, answer_pair, token_table
 from qsae_kit.widgets.chats import read_chat
 from qsae_kit.widgets.explorer import FeatureExplorer
+from qsae_kit.widgets.ranking import interest
 from qsae_kit.widgets.widget import View, source
 
 ACTIONS: tuple[str, ...] = tuple(action for action in get_args(Action) if action != "project_out")
@@ -316,21 +316,11 @@ class SteeringLab(View):
         }
 
     def _firing(self) -> list[int]:
-        """Features that fire on the prompt, by activation; where the index knows how rarely they
-        fire, rare ones first.
-        """
+        """Features that fire on the prompt, the most interesting first (`ranking.interest`)."""
         place = self.choices[self.site]
         row = self.lm.chat_tokens(read_chat(self.prompt), self._thinking)
         (f,) = token_features(self.lm, self.suite.sae(place), [row])
-        weight = f.amax(0).cpu()
-        if self.index is not None and place in self.index.places():
-            figures = self.index.at(place).figures
-            seen = torch.tensor(figures[["density", "max"]].to_numpy())
-            weight = torch.where(
-                weight > 0,
-                weight / seen[:, 1].clamp(min=1e-9) * -seen[:, 0].clamp(min=1e-6).log(),
-                0.0,
-            )
+        weight = interest(f, self.index, place).amax(0)
         return weight.topk(min(FOUND, int((weight > 0).sum()))).indices.tolist()
 
     @property

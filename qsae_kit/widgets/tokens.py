@@ -19,6 +19,7 @@ from qsae_kit.sae.suites import ByVariant, Feature
 from qsae_kit.steer.changes import check_features
 from qsae_kit.widgets.chats import read_chat
 from qsae_kit.widgets.explorer import FeatureExplorer
+from qsae_kit.widgets.ranking import interest
 from qsae_kit.widgets.widget import View, source
 
 TOP, HEAT = 8, 16
@@ -31,8 +32,10 @@ class TokenActivations(View):
     suite: the SAEs, moved to the model's device. index: shows its labels and strongest tokens
         beside the features' numbers. explorer: shows the page of a feature that fires on the
         pinned token when it is asked for.
+    Features are ranked by `ranking.interest`: with an index, rare ones that fire strongly for
+    themselves come before those of template tokens.
     Traits to observe: `text`, `site` (number of the SAE in `choices`) and `feature`, the one that
-    tokens are shaded by (-1: the one with the largest activation).
+    tokens are shaded by (-1: the first of that rank).
     """
 
     _esm = source("common.js", "tokens.js")
@@ -131,13 +134,14 @@ class TokenActivations(View):
             self._frame = pd.DataFrame()
             return
         tokens, f = self.activations()
-        largest = f.amax(0)
+        weights = interest(f, self.index, self.choices[self.site])
+        largest = weights.amax(0)
         ids = largest.topk(min(HEAT, int((largest > 0).sum()))).indices
         feature = self.feature if 0 <= self.feature < f.shape[1] else int(largest.argmax())
-        best = f.topk(min(TOP, f.shape[1]), dim=1)
+        best = weights.topk(min(TOP, f.shape[1]), dim=1)
         top = [
-            [[int(i), _short(v)] for i, v in zip(own, values, strict=True) if v > 0]
-            for own, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            [[i, _short(float(f[pos, i]))] for i in own if f[pos, i] > 0]
+            for pos, own in enumerate(best.indices.tolist())
         ]
         shown = {feature, *ids.tolist(), *(i for own in top for i, _ in own)}
         self._frame = pd.DataFrame(

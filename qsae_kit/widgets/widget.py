@@ -13,6 +13,7 @@ from typing import Any
 import anywidget
 import traitlets as T
 from IPython.core.getipython import get_ipython
+from IPython.display import display
 
 from qsae_kit.io.files import write_text
 
@@ -129,12 +130,21 @@ class View(anywidget.AnyWidget):
         """Plain HTML, all of it escaped, for where widgets do not run."""
         return ""
 
-    def _repr_mimebundle_(self, **kwargs: Any) -> Any:
-        bundle = super()._repr_mimebundle_(**kwargs)
+    def _ipython_display_(self) -> None:
+        """The widget, and an output of its own for where a saved notebook is opened without it:
+        hidden as long as there is the widget, which brings the style for it.
+        """
+        bundle = super()._repr_mimebundle_()
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
-        if data and (html := self.fallback()):
-            data = {**data, "text/html": html}
-        return data, metadata
+        display(data, metadata=metadata, raw=True)
+        if text := self.fallback():
+            display(
+                {
+                    "text/html": f'<div class="qsae-fallback">{text}</div>',
+                    "text/plain": repr(self),
+                },
+                raw=True,
+            )
 
     def complain(self, error: ValueError) -> None:
         """Says what is wrong below the widget; and answers, for the same words twice are no change
