@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.io.journal import Journal
+from qsae_kit.io.progress import tqdm
 from qsae_kit.lm.answering import (
     Asked,
     Cost,
@@ -99,7 +99,7 @@ class Plan(NamedTuple):
 class Progress:
     """The steps of a study: each is computed once, kept in the journal, and moves the bar."""
 
-    def __init__(self, journal: Journal, bar: "tqdm[Any] | None" = None) -> None:
+    def __init__(self, journal: Journal, bar: tqdm | None = None) -> None:
         self.journal, self.bar = journal, bar
 
     def step(self, key: str, compute: Callable[[], Any]) -> Any:

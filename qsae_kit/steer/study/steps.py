@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from qsae_kit.attach import check_fit
 from qsae_kit.io.journal import Journal
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import plain
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
@@ -309,7 +309,7 @@ def plan_of(lab: Lab) -> Plan:
     )
 
 
-def announced(lab: Lab, plan: Plan, show: bool) -> "tqdm[Any]":
+def announced(lab: Lab, plan: Plan, show: bool) -> tqdm:
     """The bar of the whole study, after a line that says how many answers there will be and how
     long they take, by the pace of the unsteered ones.
     """
