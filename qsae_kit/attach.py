@@ -5,7 +5,6 @@ measured here on the model that they are used on. `attached` does all that a sui
 is used.
 """
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, keep_mask, token_batches
 from qsae_kit.data.rows import kept_rows, site_activations
+from qsae_kit.io.progress import say
 from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
@@ -92,7 +92,7 @@ def measure(lm: HookedLM, suite: ByVariant, documents: Callable[[], Iterable[Doc
     """
     if tokens := calibrate(lm, suite, _first(lm, suite, documents)):
         said = f"The suite names no median norms; they are those of {tokens:,} tokens."
-        print(said, file=sys.stderr)
+        say(said)
 
 
 def attached(

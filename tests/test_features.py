@@ -388,6 +388,10 @@ def test_live_search(index, suite, lm):
         )
     assert told["gap"].is_monotonic_decreasing
     assert (told["auc"] > 0.5).all()
+    for table in (site.similar(5), found, told):  # each with its own features' figures
+        own = site.figures.loc[table.index]
+        assert table["density"].tolist() == own["density"].tolist()
+        assert table["top_token"].tolist() == own["top_token"].tolist()
     # without an answer: all of it
     text = site.separating(["How do I thank the nurse?"], ["Hello there"])
     assert text["mean_first"].iloc[0] == pytest.approx(

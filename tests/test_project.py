@@ -139,12 +139,16 @@ def test_nothing_interprets_text_as_markup():
 
 
 def test_notebooks_stay_strict():
+    """Figures of trained SAEs differ between processors, so the cells that show them are not
+    compared; assertions with bounds hold on all of them.
+    """
     for path in (ROOT / "notebooks").glob("*.ipynb"):
         cells = [c for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code"]
         tags = [tag for c in cells for tag in c["metadata"].get("tags", [])]
-        assert tags.count("nbval-ignore-output") + tags.count("nbval-skip") <= 4, (
-            path.name
-        )  # figures and tables of trained numbers
+        source = "\n".join("".join(c["source"]) for c in cells)
+        assert tags.count("nbval-ignore-output") <= 16, path.name
+        assert "nbval-skip" not in tags, path.name
+        assert len(re.findall(r"^\s*assert ", source, re.MULTILINE)) >= 5, path.name
         assert max(len(c["source"]) for c in cells) <= 15, path.name
         assert all(c["outputs"] is not None for c in cells)
 

@@ -393,7 +393,7 @@ def say_assumed(recipe: "TrainConfig", given: dict[str, Any]) -> None:
 
 def finish(result: "FitResult", out: Path, json_: bool) -> None:
     """Says what was trained, and ends with `INTERRUPTED` where that is not all."""
-    from qsae_kit.io.interrupts import say
+    from qsae_kit.io.progress import say
 
     if json_:
         typer.echo(json.dumps(result.figures | {"complete": result.complete}))

@@ -17,8 +17,6 @@ from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from tqdm.auto import tqdm
-
 from qsae_kit.data.benchmarks import read_bench
 from qsae_kit.data.companions import Companion, companion_of
 from qsae_kit.data.documents import Document, parse_record, read_documents, tokenize_document
@@ -26,6 +24,7 @@ from qsae_kit.data.prompts import read_prompts
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues
 from qsae_kit.io.files import atomic_file, check_file, checked_name, write_text
 from qsae_kit.io.jsonfiles import read_json
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import check_same, checksum, plain
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.world import world

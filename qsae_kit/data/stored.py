@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.data.documents import CONTEXT, TokenPolicy, token_batches
 from qsae_kit.data.rows import Origin, Rows, stream_rows
 from qsae_kit.data.streams import named, stream_of
 from qsae_kit.io.files import atomic_file
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.hooked import HookedLM

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from itertools import chain, zip_longest
 from pathlib import Path
 
-from tqdm.auto import tqdm, trange
-
 from qsae_kit.data.companions import Companion, companion_of
 from qsae_kit.data.documents import Document
 from qsae_kit.data.prompts import KINDS, STOCK_REFUSALS
 from qsae_kit.io.files import write_text
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.answering import answer_all
 from qsae_kit.lm.hooked import HookedLM
@@ -59,7 +58,7 @@ def own_dialogues(
     """
     refuses = companion_of(lm).refuses
     thinking = False if lm.has_thinking else None
-    for start in trange(0, len(prompts), batch, desc="writing dialogues"):
+    for start in tqdm(range(0, len(prompts), batch), desc="writing dialogues"):
         some = prompts[start : start + batch]
         for i, (prompt, own) in enumerate(
             zip(some, answer_all(lm, some, [], max_new_tokens, thinking).text, strict=True)

@@ -16,12 +16,11 @@ from typing import NamedTuple, TypeAlias
 import pandas as pd
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.attach import attached, check_tokens, constant, splice
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
-from qsae_kit.io.interrupts import say
+from qsae_kit.io.progress import say, tqdm
 from qsae_kit.lm.chat import CATEGORIES
 from qsae_kit.lm.edits import Edit, applied
 from qsae_kit.lm.hooked import HookedLM, by_token

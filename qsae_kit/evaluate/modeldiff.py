@@ -12,11 +12,11 @@ from typing import NamedTuple
 
 import pandas as pd
 import torch
-from tqdm.auto import tqdm
 
 from qsae_kit.attach import check_measured, check_tokens, is_of
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
+from qsae_kit.io.progress import tqdm
 from qsae_kit.lm.chat import CATEGORIES
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction

@@ -483,7 +483,7 @@ class SiteFeatures:
 
     def _ranked(self, ids: np.ndarray, columns: Mapping[str, np.ndarray]) -> pd.DataFrame:
         label = [self.index.labels_of(self).get(int(i), "") for i in ids]
-        about = self.figures.iloc[ids][["density", "top_token"]].reset_index(drop=True)
+        about = {name: self.figures[name].to_numpy()[ids] for name in ("density", "top_token")}
         return pd.DataFrame(
             {**columns, "label": label, **about}, index=pd.Index(ids, name="feature")
         )

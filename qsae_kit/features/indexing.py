@@ -36,7 +36,6 @@ import torch
 from jaxtyping import Float, Int
 from scipy.sparse import csr_matrix
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.attach import attached, policy_of
 from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, token_batches
@@ -46,6 +45,7 @@ from qsae_kit.io.files import OWN, atomic_file, checked_name, inside, write_text
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.memory import free_memory
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import check_same
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.chat import CATEGORIES, Phase, phases

@@ -1,19 +1,13 @@
 """Interrupts that wait for a good moment: the end of a step, with a checkpoint."""
 
 import signal
-import sys
 import threading
 from typing import Any
 
-from tqdm.auto import tqdm
+from qsae_kit.io.progress import say
 
 TERMINATED = 128 + signal.SIGTERM
 """The exit code of a process that SIGTERM ended, as a shell tells it."""
-
-
-def say(text: str) -> None:
-    """A line on stderr, above a progress bar."""
-    tqdm.write(text, file=sys.stderr)
 
 
 class Interrupts:

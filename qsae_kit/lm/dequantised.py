@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.tensorfiles import Spec, stream_tensors
 from qsae_kit.lm.modelfiles import WEIGHTS
 

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qsae_kit.io.processor import fastest_dtype
+from qsae_kit.io.progress import say
 from qsae_kit.lm.modelfiles import (
     check_claim,
     check_config,
@@ -161,10 +161,9 @@ def default_dtype(parameters: int, name: str, device: torch.device) -> torch.dty
         return torch.float32
     chosen = fastest_dtype(device)
     used, other = ("bfloat16", "float32") if chosen == torch.bfloat16 else ("float32", "bfloat16")
-    print(
+    say(
         f"{name} is loaded in {used}, in which this processor multiplies fastest; "
-        f'dtype="{other}" (--dtype {other}) is the way to the other.',
-        file=sys.stderr,
+        f'dtype="{other}" (--dtype {other}) is the way to the other.'
     )
     return chosen
 

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from tqdm.auto import tqdm
 
 from qsae_kit.io.files import atomic_folder, discard_folder
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.dequantised import convert
 

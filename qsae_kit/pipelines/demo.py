@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import (
@@ -27,6 +26,7 @@ from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.features.index import FeatureIndex, load_index
 from qsae_kit.features.indexing import IndexConfig, build_index
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.progress import say
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
@@ -313,13 +313,13 @@ def _run_demo(
     identity = {**read_by(lm, data), "policy": policy, "demo": asdict(config)}
     run = Run(out, identity, files, name=DEMO, what="demo", fresh=fresh)
     run.begin()
-    say = tqdm.write if bar else _quiet
+    tell = say if bar else _quiet
     n = len(config.variants) * len(names)
-    say(f"1 of 4: training {n} SAEs at {len(names)} sites of {lm.model_name}")
+    tell(f"1 of 4: training {n} SAEs at {len(names)} sites of {lm.model_name}")
     same = "train" in run.stages and run.as_it_was("train")
     suite = _trained(lm, out, config, source, run, bar)
     run.again("tables")
-    say("2 of 4: evaluating them on held-out tokens")
+    tell("2 of 4: evaluating them on held-out tokens")
     batches = held_out_batches(lm, held_out, config.evaluation_tokens)
     kept = [int(batch.keep.sum()) for batch in batches]
     n_spliced = next(
@@ -329,7 +329,7 @@ def _run_demo(
     write_table(evaluation, out / "evaluation.csv")
     lead = suite.only([config.variants[0].variant])
     unsteered = Unsteered()
-    say(f"3 of 4: steering refusal, {len(config.goals)} studies with controls")
+    tell(f"3 of 4: steering refusal, {len(config.goals)} studies with controls")
     studies = [
         steering_study(
             lm,
@@ -346,7 +346,7 @@ def _run_demo(
     ]
     result = DemoResult(suite, evaluation, studies)
     write_table(result.table, out / "steering.csv")
-    say("4 of 4: indexing what the steered features do, and the report")
+    tell("4 of 4: indexing what the steered features do, and the report")
     index = _indexed(lm, lead, studies, training, out, config, fresh or not same, bar)
     for study in studies:
         folder = out / study.config.goal

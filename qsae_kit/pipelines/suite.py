@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from qsae_kit.data import mixes
 from qsae_kit.data.companions import companion_of
@@ -38,9 +37,9 @@ from qsae_kit.evaluate.score import score_suite
 from qsae_kit.features.indexing import WORK, IndexConfig, build_index
 from qsae_kit.io.checkpoints import delete_checkpoints
 from qsae_kit.io.files import OWN, inside, sweep_folder, write_text
-from qsae_kit.io.interrupts import say
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.memory import free_memory
+from qsae_kit.io.progress import say, tqdm
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.answering import answer_all

@@ -13,9 +13,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from qsae_kit.io.files import write_text
+from qsae_kit.io.progress import tqdm
 from qsae_kit.lm.hooked import HookedLM, load_model
 from qsae_kit.tiny import behaviour, build, concepts
 from qsae_kit.world import world

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from qsae_kit.figures.frontiers import concept_figure
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.progress import tqdm
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.tiny import concepts as planted

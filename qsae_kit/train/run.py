@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.data.rows import Block, LiveRows, Origin, Place, RowSource, shuffled
 from qsae_kit.io.checkpoints import LOG, Checkpoints, delete_checkpoints, found
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.memory import Peak, free_memory, kept_memory, return_freed_memory
+from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.sae import SAE, Provenance

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from qsae_kit.io.journal import Journal
+from qsae_kit.io.progress import tqdm
 from qsae_kit.lm.answering import (
     Asked,
     Cost,
@@ -101,9 +101,7 @@ class Progress:
     work that it is.
     """
 
-    def __init__(
-        self, journal: Journal, bar: "tqdm[Any] | None" = None, a_pass: float = 1.0
-    ) -> None:
+    def __init__(self, journal: Journal, bar: tqdm | None = None, a_pass: float = 1.0) -> None:
         """a_pass: answers that a short pass of a search is worth, by their time."""
         self.journal, self.bar, self.a_pass = journal, bar, a_pass
 

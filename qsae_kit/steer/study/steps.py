@@ -27,10 +27,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
-from tqdm.auto import tqdm
 
 from qsae_kit.attach import check_fit
 from qsae_kit.io.journal import Journal
+from qsae_kit.io.progress import say, tqdm
 from qsae_kit.io.runs import plain
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
@@ -360,7 +360,7 @@ def expected_work(lab: Lab, plan: Plan) -> Expected:
     return Expected(answers, passes, a_pass / an_answer if an_answer else 1.0)
 
 
-def announced(lab: Lab, plan: Plan, work: Expected, show: bool) -> "tqdm[Any]":
+def announced(lab: Lab, plan: Plan, work: Expected, show: bool) -> tqdm:
     """The bar of the whole study, after a line that says how many answers there will be and how
     long they take, by the pace of the unsteered ones.
     """
@@ -369,7 +369,7 @@ def announced(lab: Lab, plan: Plan, work: Expected, show: bool) -> "tqdm[Any]":
     if show:
         pace = unsteered.seconds / unsteered.n * work.work / 60 if unsteered.n else None
         told = "" if pace is None else f", about {max(1, round(pace))} min"
-        tqdm.write(
+        say(
             f"{c.goal} {setting.behaviour.name} on {plan.target} prompts: {work.answers:,} answers"
             f"{told}"
         )
