@@ -48,6 +48,7 @@ from qsae_kit.steer.study.chosen import likely_choice
 from qsae_kit.steer.study.findings import COLUMNS, study_table, verdict
 from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
 from qsae_kit.steer.study.measure import measure, price_elsewhere
+from qsae_kit.steer.study.search import aim_of
 from qsae_kit.steer.study.steps import (
     DETECTOR_FILES,
     announced,
@@ -495,6 +496,34 @@ def test_a_deflected_answer_is_not_what_suppression_wants(lm):
         unsteered[kind] | {"outcomes": "DA", "correct": "--"} for kind, _, _ in groups
     ]
     assert trial(lab, plan, [], [])["wanted"] == 0.5
+
+
+def test_a_limit_on_one_kind_leaves_the_others_free(lm, run):
+    """The field's unit is the KL on harmless prompts: requests that look harmful may change."""
+    suite, made, _, _ = run
+    prompts = {"selection": made.selection, "evaluation": made.evaluation}
+    spared = {}
+    for limit in (None, 0.03):
+        config = replace(SMALL, max_kl_first=limit)
+        setting = Setting(lm, suite, prompts, made.behaviour, config, "v", [SITE])
+        lab = Lab(setting, Journal(None, {}), "selection")
+        plan = plan_of(lab)
+        assert plan.others == ("harmless", "borderline")
+        spared[limit] = plan.spared
+        allowed = [ids for kind in plan.spared for ids in lab.opening[kind]]
+        others = aim_of(lab, plan).others
+        assert len(others) == SMALL.search_prompts
+        assert all(ids in allowed for ids in others)
+        asked = []
+
+        def answered(groups, asked=asked, lab=lab):
+            asked += [kind for kind, _, _ in groups]
+            return [lab.clean[kind] for kind, _, _ in groups]
+
+        lab.groups_answered = answered
+        assert trial(lab, plan, [], [])["changed_elsewhere"] == 0
+        assert asked == ["harmful", *plan.spared]
+    assert spared == {None: ("harmless", "borderline"), 0.03: ("harmless",)}
 
 
 def test_deflected_answers_have_a_rate_of_their_own():

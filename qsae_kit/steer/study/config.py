@@ -110,7 +110,9 @@ class StudyConfig:
     max_kl_first: float | None = None
     """Nats that a trial may cost at the first answer token, the field's unit of price: of the first
     of the other kinds (for refusal, harmless prompts), or of the target where the study is not
-    selective. None: no limit.
+    selective; what changes on kinds beside it (borderline requests, many of which a real model
+    refuses, too) is measured and costs nothing then. None: no limit, and every other kind should
+    stay as it is.
     """
     thinking: bool = False
     """Whether the model thinks before it answers, where it can."""

@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     target: str
     """The kind of prompts that is aimed at."""
     others: tuple[str, ...]
-    """The kinds on which nothing should change."""
+    """The kinds beside it that are measured."""
     contrast: ContrastBy
     interventions: tuple[str, ...]
     """What may be done along a direction."""
@@ -89,6 +89,15 @@ class Plan(NamedTuple):
     selective: bool
     """Whether other prompts should stay as they are; else the price is what changes on the target.
     """
+    limited: bool = False
+    """Whether the price is limited on `priced` alone."""
+
+    @property
+    def spared(self) -> tuple[str, ...]:
+        """The kinds on which nothing should change: all others; where the price is limited on one
+        of them, that one. Requests that look harmful and are refused, too, may then be answered.
+        """
+        return (self.priced,) if self.limited and self.selective else self.others
 
     @property
     def priced(self) -> str:

@@ -406,7 +406,7 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
     Where enough of the target prompts have a known wanted answer, the search is led by those.
     """
     setting, n = lab.setting, lab.config.search_prompts
-    per_kind = max(1, n // len(plan.others))
+    per_kind = max(1, n // len(plan.spared))
     target = lab.opening[plan.target][:n]
     wanted: list[list[int]] = []
     asked = []
@@ -420,7 +420,7 @@ def aim_of(lab: Lab, plan: Plan) -> Aim:
     return Aim(
         lab.lm,
         asked,
-        [ids for kind in plan.others for ids in lab.opening[kind][:per_kind]],
+        [ids for kind in plan.spared for ids in lab.opening[kind][:per_kind]],
         plan.openings,
         lab.config.sign,
         wanted or None,

@@ -67,7 +67,7 @@ from qsae_kit.steer.study.trials import (
 )
 from qsae_kit.steer.study.words import in_words
 
-FORMAT = 8
+FORMAT = 9
 """Of the journal: a study that another version began is refused."""
 JOURNAL = "journal.jsonl"
 """The record of a study in its folder, with every step."""
@@ -321,6 +321,7 @@ def plan_of(lab: Lab) -> Plan:
         c.interventions or tuple(fitting),
         openings_of(lab),
         c.selective and contrast == "prompts",
+        c.max_kl_first is not None,
     )
 
 

@@ -257,7 +257,7 @@ def trial(
     also less the mean share of other prompts whose outcome changes, or whose answer turns right or
     wrong.
     """
-    c, kinds = lab.config, [plan.target, *plan.others]
+    c, kinds = lab.config, [plan.target, *plan.spared]
     groups: list[tuple[str, Sequence[Edit], int | None]] = [
         (kind, edits, c.trial_prompts) for kind in kinds
     ]
@@ -266,9 +266,9 @@ def trial(
     on_target, elsewhere, draws = said[0], said[1 : len(kinds)], said[len(kinds) :]
     changed = [
         _share_changed(after, lab.clean[kind])
-        for kind, after in zip(plan.others, elsewhere, strict=True)
+        for kind, after in zip(plan.spared, elsewhere, strict=True)
     ]
-    price = max(lab.cost(kind, edits).kl_answer for kind in plan.others)
+    price = max(lab.cost(kind, edits).kl_answer for kind in plan.spared)
     first = lab.first_kl(plan.priced, edits, c.dose_prompts)
     away = sum(changed) / len(changed)
     wanted, broken = _share_wanted(on_target, c), rate(on_target["outcomes"], "B")
