@@ -269,6 +269,8 @@ def test_a_finished_run_is_opened_and_steered(finished, playwright, dark):
     """`qsae open`: explorer and lab lead to each other, a text is tried, the edit is one slider."""
     run, study, *_ = finished
     (run / NOTEBOOK).unlink(missing_ok=True)
+    if not (run / "induce").exists():  # a second lab is made while the first one answers
+        os.symlink(run / "suppress", run / "induce")
     path = write_notebook(run)
     before = path.read_bytes()
     first = study.headline["features"][0]
@@ -276,7 +278,9 @@ def test_a_finished_run_is_opened_and_steered(finished, playwright, dark):
         page = seen.page
         lab.open_notebook(page, at(NOTEBOOK))
         lab.run_all(page)
-        explorer, steering = page.locator(".qsae-explorer"), page.locator(".qsae-lab")
+        assert page.locator(".jp-RenderedText[data-mime-type*=stderr]").count() == 0
+        assert page.locator(".qsae-lab").count() == 2
+        explorer, steering = page.locator(".qsae-explorer"), page.locator(".qsae-lab").first
         page.wait_for_selector(f".qsae-explorer[data-page='0/{first}']")
         page.wait_for_selector(".qsae-lab[data-number]", timeout=60_000)
         shot(seen, f"opened-{'dark' if dark else 'light'}")
@@ -362,9 +366,19 @@ def test_the_notebook_of_a_run(finished, tmp_path):
     path = write_notebook(copy)
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
+    first = path.read_bytes()
+    assert write_notebook(copy).read_bytes() == first
+    assert "load_model('smollm2')" in write_notebook(copy, "smollm2").read_text()  # still ours
+    assert write_notebook(copy).read_bytes() == first
     path.write_text("mine")
     assert write_notebook(copy).read_text() == "mine"
+    with pytest.raises(ValueError, match=r"was changed, so it stays .* --model smollm2"):
+        write_notebook(copy, "smollm2")
     path.unlink()
+    os.symlink(run / "suppress", copy / "induce")  # two studies, and a lab for each
+    both = nbformat.read(write_notebook(copy), as_version=4).cells
+    assert sum("SteeringLab(" in cell.source for cell in both) == 2
+    (copy / "induce").unlink()
     (copy / "suppress").unlink()
     (copy / "suppress").mkdir()
     evil = "'''\nimport os\n</script>"
@@ -374,11 +388,13 @@ def test_the_notebook_of_a_run(finished, tmp_path):
     about = json.loads((run / "suppress" / "study.json").read_text())
     about["in_words"] = "<b>bold</b> *and* [link](javascript:1)"
     (copy / "suppress" / "study.json").write_text(json.dumps(about))
-    (copy / "suppress" / "steering.json").write_text("{}")
+    other = {"saes": {"v/blocks.1.hook_resid_post": "digest"}}  # of an SAE beside the index's
+    (copy / "suppress" / "steering.json").write_text(json.dumps(other))
     cells = nbformat.read(write_notebook(copy), as_version=4).cells
     code = "\n".join(cell.source for cell in cells if cell.cell_type == "code")
     assert repr(evil) in code
     assert "\nimport os" not in code
+    assert "'blocks.3.hook_resid_post', 'blocks.1.hook_resid_post'" in code
     text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     assert "<b>" not in text
     assert "[link](" not in text

@@ -2,7 +2,9 @@
 cause.
 """
 
+import io
 import json
+import time
 from dataclasses import replace
 
 import pandas as pd
@@ -15,6 +17,7 @@ import qsae_kit.steer.steer_suite as steer_suite_module
 from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.data.companions import GENERAL, WORLD
 from qsae_kit.io.journal import Journal
+from qsae_kit.io.progress import tqdm
 from qsae_kit.metrics.detection import auc, detector_curve
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
@@ -50,6 +53,7 @@ from qsae_kit.steer.study.lab import Lab, Plan, Progress, Setting
 from qsae_kit.steer.study.measure import measure, price_elsewhere
 from qsae_kit.steer.study.search import aim_of
 from qsae_kit.steer.study.steps import (
+    BAR,
     DETECTOR_FILES,
     announced,
     check_prompts,
@@ -568,19 +572,6 @@ def test_the_list_of_arms_is_what_runs(lm, run):
         assert bar.total == work.work > sum(n_answers.values())
 
 
-class Bar:
-    """A bar that counts."""
-
-    def __init__(self, total):
-        self.n, self.total, self.initial, self.disable = 0.0, total, 0.0, False
-
-    def update(self, n):
-        self.n += n
-
-    def refresh(self):
-        pass
-
-
 def test_the_work_that_is_left_is_the_work_that_comes(lm, run):
     """From the choice on the bar's length is exact, and what a journal has counts for no time."""
     suite, made, study, folder = run
@@ -592,14 +583,19 @@ def test_the_work_that_is_left_is_the_work_that_comes(lm, run):
     journal.done = {entry["key"]: entry["value"] for entry in map(json.loads, written)}
     lab = Lab(setting, journal, "selection")
     plan = plan_of(lab)
-    bar = Bar(1.0)
+    bar = tqdm(total=1.0, file=io.StringIO(), bar_format=BAR)
     progress = Progress(journal, bar, 0.25)
     listed = list_arms(progress, setting, plan, study.chosen)
     evaluated = Lab(setting, journal, "evaluation", plan.openings)
     measure(progress, lab, evaluated, plan, study.chosen, listed)
     price_elsewhere(progress, setting, study.steering)
     assert bar.total - 1 < bar.n <= bar.total
+    # what the journal had took no time: the pace is that of what was done now
     assert bar.initial == pytest.approx(bar.n)
+    progress.step("new", lambda: time.sleep(0.1), 2.0)
+    assert bar.n <= bar.total
+    assert bar.format_dict["rate"] is None or bar.format_dict["rate"] <= 2.0 / 0.1
+    bar.close()
 
 
 def test_what_is_projected_out_of_everything(lm, run):

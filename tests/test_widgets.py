@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -33,6 +34,7 @@ from qsae_kit.widgets import widget as base
 from qsae_kit.widgets.chats import read_chat
 from qsae_kit.widgets.explorer import sorted_places, split_query
 from qsae_kit.widgets.plots import library
+from qsae_kit.widgets.ranking import interest
 from qsae_kit.world import world
 
 SITES = ("blocks.1.hook_resid_post", "blocks.4.hook_mlp_out")
@@ -316,9 +318,10 @@ def test_activations_of_a_text(lm, suite, index):
     f[0] = 0
     figures = index.site(SITES[1]).figures
     surprise = -np.log(figures["density"].clip(lower=1e-6).to_numpy())
-    weights = f / torch.tensor(figures["max"].to_numpy()) * torch.tensor(surprise)
+    largest = torch.tensor(figures["max"].clip(lower=1e-9).to_numpy())
+    weights = (f / largest).clamp(max=1) * torch.tensor(surprise)
     poor = figures["warnings"].str.contains("dead|dense|position|sink").tolist()
-    weights = torch.where(torch.tensor(poor), 1e-3 * weights, weights).nan_to_num()
+    weights = torch.where(torch.tensor(poor), 1e-3 * weights, weights)
     assert view.result["feature"] == int(weights.amax(0).argmax())
     plain = TokenActivations(
         lm, suite, text, hook_name=SITES[1]
@@ -521,3 +524,38 @@ def test_a_text_is_tried_on_a_features_page(lm, suite, index, sent):
     assert told["acts"] == pytest.approx(tokens.result["acts"], rel=1e-3)
     message(explorer, op="try", feature=7, text=" ")
     assert "There is no text" in explorer.status
+
+
+def test_dead_features_are_ranked_last(index):
+    """One that never fired in the index's dialogues may fire on a text."""
+    own = index.site(SITES[1])
+    dead = int((own.figures["fired"] == 0).to_numpy().nonzero()[0][0])
+    alive = int(own.by_interest[0])
+    f = torch.zeros(1, own.d_sae)
+    f[0, dead], f[0, alive] = 1e6, float(0.05 * own.figures["max"][alive])
+    weights = interest(f, index, own.place)[0]
+    assert weights[alive] > weights[dead] > 0
+
+
+def test_a_closed_lab_gets_no_more_features(lm, suite, index, sent):
+    explorer = FeatureExplorer(index, SITES[1])
+    former = SteeringLab(
+        lm, {"topk": {SITES[0]: suite["topk"][SITES[0]]}}, "Hello", explorer=explorer
+    )
+    later = SteeringLab(lm, suite, "Hello", explorer=explorer)
+    message(explorer, op="steer", feature=7)
+    assert "has no topk/" in explorer.status  # the former one lacks the SAE, the later one does not
+    assert [c["feature"] for c in later.controls] == [7]
+    former.close()
+    message(explorer, op="steer", feature=8)
+    assert "slider" in explorer.status
+    later.close()
+    assert not explorer.steers
+
+
+def test_a_lab_is_made_while_another_one_answers(lm, suite):
+    with ThreadPoolExecutor(1) as pool:
+        with lm.lock:
+            made = pool.submit(SteeringLab, lm, suite, "Hello").result()
+            assert "busy" in made.status
+        assert pool.submit(SteeringLab, lm, suite, "Hello").result().status == ""

@@ -2,6 +2,7 @@
 `qsae suite push`.
 """
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,9 +33,13 @@ def open_(
     notebook = write_notebook(run, model or "")
     typer.echo(f"Notebook: {notebook}")
     if lab:
-        raise typer.Exit(
-            subprocess.run([sys.executable, "-m", "jupyterlab", str(notebook)]).returncode
-        )
+        with subprocess.Popen([sys.executable, "-m", "jupyterlab", str(notebook)]) as server:
+            before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # JupyterLab asks by itself
+            try:
+                code = server.wait()
+            finally:
+                signal.signal(signal.SIGINT, before)
+        raise typer.Exit(code)
 
 
 @suite.command(epilog="Example: qsae suite show runs/demo/suite")

@@ -36,6 +36,11 @@ ARM_STYLE = {
 }
 
 
+def capital(text: str) -> str:
+    """The text with its first letter as a capital, the others as they are."""
+    return f"{text[:1].upper()}{text[1:]}"
+
+
 def plot_text(text: str) -> str:
     """Text from a model, a file or a user, made safe to show in a plotly label: it reads as it was
     written.
@@ -348,7 +353,7 @@ def outcome_figure(rows: pd.DataFrame, target: str, shown: str = "refused") -> g
         range=[0, 1.12],
         tickformat=".0%",
     )
-    style(figure, f"{plot_text(target).capitalize()} prompts {plot_text(shown)}", height=240)
+    style(figure, capital(f"{plot_text(target)} prompts {plot_text(shown)}"), height=240)
     figure.update_layout(margin={"t": 50, "b": 50}, bargap=0.35, showlegend=False)
     return figure
 

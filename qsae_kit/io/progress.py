@@ -29,13 +29,27 @@ class tqdm(auto):
             return
         if beside_a_cell():
             kwargs["disable"] = True
-        super().__init__(*args, **kwargs, display=False)
+        super().__init__(*args, **{"smoothing": STEADY} | kwargs, display=False)
         if not self.disable:
             from IPython.display import display
 
             # without a text, which a saved notebook would show as a bar at 0 %
             view = {VIEW: self.container._repr_mimebundle_()[VIEW]}
             self.shown = display(view, raw=True, display_id=True)
+
+    def stretch(self, total: float) -> None:
+        """Says how long the bar is, where that is known better than before."""
+        self.total = total
+        if IN_NOTEBOOK and not self.disable:
+            self.container.children[1].max = total
+        self.refresh()
+
+    def skip(self, n: float) -> None:
+        """Moves the bar by what took no time, so that the pace does not count it."""
+        self.n += n
+        self.initial += n
+        self.last_print_n += n
+        self.refresh()
 
     def close(self) -> None:
         begun = not self.disable

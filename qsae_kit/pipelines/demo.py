@@ -24,10 +24,10 @@ from qsae_kit.data.streams import documents_of, read_by
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues, self_asked
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.features.index import FeatureIndex, load_index
-from qsae_kit.features.indexing import IndexConfig, build_index
+from qsae_kit.features.indexing import MANIFEST, IndexConfig, build_index
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.progress import say
-from qsae_kit.io.runs import Run
+from qsae_kit.io.runs import Run, check_free
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.pipelines.cards import PAGES, feature_cards, place_of, write_pages
@@ -236,7 +236,8 @@ def run_demo(
 ) -> DemoResult:
     """Trains, evaluates, steers and indexes the SAEs that are steered; writes `suite/`,
     `features/`, evaluation.csv, steering.csv, a folder of each study (`steer.report.write_study`,
-    and features.html) and report.html to `out`, which `pipelines.opened.open_run` opens.
+    and features.html) and report.html to `out`, which `pipelines.opened.write_notebook` makes a
+    notebook of.
 
     data: a file or data set of chats to train on instead of the default. A demo that was cut off
     there goes on after the last stage that was done; fresh: it starts anew. Raises ValueError for
@@ -265,6 +266,7 @@ def _trained(
         kept = {name: {site: there[name][site] for site in source.sites} for name in variants}
         return Suite(kept)
     run.again("train")
+    run.again("index")
     rows = held_rows(source, config.held_rows) if config.held_rows else source
     suite = train_saes(rows, list(config.variants), bar=bar)
     save_suite(suite, out / "suite")
@@ -312,11 +314,12 @@ def _run_demo(
     policy = source.origin.policy._asdict()
     identity = {**read_by(lm, data), "policy": policy, "demo": asdict(config)}
     run = Run(out, identity, files, name=DEMO, what="demo", fresh=fresh)
+    if not run.path.exists():
+        check_free(out, [f"{FEATURES}/{MANIFEST}"], "demo")
     run.begin()
     tell = say if bar else _quiet
     n = len(config.variants) * len(names)
     tell(f"1 of 4: training {n} SAEs at {len(names)} sites of {lm.model_name}")
-    same = "train" in run.stages and run.as_it_was("train")
     suite = _trained(lm, out, config, source, run, bar)
     run.again("tables")
     tell("2 of 4: evaluating them on held-out tokens")
@@ -347,7 +350,8 @@ def _run_demo(
     result = DemoResult(suite, evaluation, studies)
     write_table(result.table, out / "steering.csv")
     tell("4 of 4: indexing what the steered features do, and the report")
-    index = _indexed(lm, lead, studies, training, out, config, fresh or not same, bar)
+    index = _indexed(lm, lead, studies, training, out, config, "index" not in run.stages, bar)
+    run.done("index", [])
     for study in studies:
         folder = out / study.config.goal
         write_study(study, lead, lm, folder, partial(feature_cards, index=index))

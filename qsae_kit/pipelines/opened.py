@@ -1,5 +1,6 @@
 """`qsae open`: a notebook on what a run left, with its features to look at and its edit to move."""
 
+import hashlib
 import html
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +13,11 @@ from qsae_kit.io.files import write_text
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.pipelines.card import plain
 from qsae_kit.sae.releases import inspect_suite
+from qsae_kit.sae.suites import Place
 
 NOTEBOOK = "explore.ipynb"
+OURS = "qsae_kit"
+"""In its metadata: the digest of its cells as they were written."""
 SUITE, FEATURES, EDIT, STUDY, EXAMPLES = (
     "suite",
     "features",
@@ -51,18 +55,25 @@ class Edit(NamedTuple):
     in_words: str
     prompt: str
     """One that the edit turned."""
+    places: list[Place]
+    """Of the SAEs that it needs."""
 
 
 def write_notebook(run: Path, model: str = "") -> Path:
-    """Writes `explore.ipynb` into the folder of a run, and returns its path; one that is there
-    stays as it is.
+    """Writes `explore.ipynb` into the folder of a run, and returns its path; one whose cells
+    somebody has changed stays as it is.
 
     run: a folder that `qsae demo` or `qsae run` left, or one of SAEs. model: instead of the one
-    that the SAEs record. Raises ValueError for a folder without SAEs, and for SAEs of several
-    models.
+    that the SAEs record. Raises ValueError for a folder without SAEs, for SAEs of several models,
+    and where a model is given but the notebook stays.
     """
     path = run / NOTEBOOK
-    if path.exists():
+    if path.exists() and not _is_ours(path):
+        if model:
+            raise ValueError(
+                f"{str(path)!r} was changed, so it stays as it is, without --model {model}; move it"
+                " elsewhere, or change its first cell."
+            )
         return path
     if not run.is_dir():
         raise ValueError(
@@ -70,23 +81,28 @@ def write_notebook(run: Path, model: str = "") -> Path:
         )
     suite = SUITE if (run / SUITE).is_dir() else "."
     named = model or _model_of(run / suite)
+    if Path(named).exists():  # the notebook runs in the run's folder
+        named = str(Path(named).resolve())
     edits = [edit for name in ("suppress", "induce", "study", ".") if (edit := _edit(run, name))]
     cells = [_text(BEGIN.format(run=run.resolve().name))]
     indexed = (run / FEATURES / MANIFEST).is_file()
-    cells.append(_code(_opening(run, suite, named, indexed)))
+    held = _places(run) if indexed else []
+    needed = [place for edit in edits for place in edit.places]
+    cells.append(_code(_opening(suite, named, held, needed)))
     explorer = ""
     if indexed:
-        cells += [_text(LOOK), _code(_explorer(edits))]
+        cells += [_text(LOOK), _code(_explorer(edits, held))]
         explorer = ", index=index, explorer=explorer"
     for number, edit in enumerate(edits):
         again = "" if number == 0 else f"_{number + 1}"
-        about = f"{plain(html.escape(edit.in_words))}\n\n"
+        about = f"{html.escape(plain(edit.in_words))}\n\n"
         cells += [_text(STEER.format(about=about)), _code(_lab(edit, again, explorer))]
     if not edits:
         cells.append(_code(f"lab = qsae_kit.SteeringLab(lm, suite{explorer})\nlab"))
     if not indexed:
         cells.append(_text(NO_INDEX))
     notebook = nbformat.v4.new_notebook(cells=cells)  # type: ignore[no-untyped-call]
+    notebook.metadata[OURS] = _digest(cells)
     notebook.metadata["kernelspec"] = {
         "name": "python3",
         "display_name": "Python 3",
@@ -127,15 +143,24 @@ def _edit(run: Path, name: str) -> Edit | None:
     ]
     rows = turned if len(turned) else examples
     prompt = str(rows["prompt"].iloc[0]) if len(rows) else ""
-    return Edit(name, about["headline"], about.get("in_words", about["verdict"]), prompt)
+    needed = [Place.parse(name) for name in read_json(folder / EDIT, "a steering").get("saes", {})]
+    said = about.get("in_words", about["verdict"])
+    return Edit(name, about["headline"], said, prompt, needed)
 
 
-def _opening(run: Path, suite: str, model: str, indexed: bool) -> str:
-    lines = ["import qsae_kit", "", f"lm = qsae_kit.load_model({model!r})"]
-    if not indexed:
-        return "\n".join([*lines, f"suite = qsae_kit.load_suite({suite!r}, lm.device)"])
+def _places(run: Path) -> list[Place]:
+    """The SAEs of a run's index."""
     held = read_manifest(run / FEATURES)["suite"]
-    variants, names = (list(dict.fromkeys(one[key] for one in held)) for key in _PLACE)
+    return [Place(one["variant"], one["hook_name"]) for one in held]
+
+
+def _opening(suite: str, model: str, held: list[Place], needed: list[Place]) -> str:
+    lines = ["import qsae_kit", "", f"lm = qsae_kit.load_model({model!r})"]
+    if not held:
+        return "\n".join([*lines, f"suite = qsae_kit.load_suite({suite!r}, lm.device)"])
+    places = [*held, *needed]
+    variants = list(dict.fromkeys(place.variant for place in places))
+    names = list(dict.fromkeys(place.hook_name for place in places))
     return "\n".join(
         [
             *lines,
@@ -146,15 +171,14 @@ def _opening(run: Path, suite: str, model: str, indexed: bool) -> str:
     )
 
 
-_PLACE = ("variant", "hook_name")
-
-
-def _explorer(edits: list[Edit]) -> str:
-    at = ""
-    if edits:
-        h = edits[0].headline
-        at = f", {h['site']!r}, {h['variant']!r}, feature={h['features'][0]}"
-    return f"explorer = qsae_kit.FeatureExplorer(index{at})\nexplorer"
+def _explorer(edits: list[Edit], held: list[Place]) -> str:
+    """On the first feature of the first edit whose SAE the index holds."""
+    for edit in edits:
+        h = edit.headline
+        if Place(h["variant"], h["site"]) in held:
+            at = f"{h['site']!r}, {h['variant']!r}, feature={h['features'][0]}"
+            return f"explorer = qsae_kit.FeatureExplorer(index, {at})\nexplorer"
+    return "explorer = qsae_kit.FeatureExplorer(index)\nexplorer"
 
 
 def _lab(edit: Edit, again: str, explorer: str) -> str:
@@ -170,3 +194,17 @@ def _lab(edit: Edit, again: str, explorer: str) -> str:
             f"lab{again}",
         ]
     )
+
+
+def _digest(cells: list[Any]) -> str:
+    """Of the cells' sources."""
+    return hashlib.sha256("\0".join(cell.source for cell in cells).encode()).hexdigest()
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a notebook's cells are as they were written here."""
+    try:
+        notebook = nbformat.read(path, as_version=4)  # type: ignore[no-untyped-call]
+        return bool(notebook.metadata.get(OURS) == _digest(notebook.cells))
+    except (ValueError, AttributeError, nbformat.ValidationError):
+        return False

@@ -20,6 +20,7 @@ from qsae_kit.data.companions import companion_of
 from qsae_kit.figures.basic import (
     ARM_NAMES,
     KIND_COLORS,
+    capital,
     controls_figure,
     detector_figure,
     dose_figure,
@@ -149,7 +150,9 @@ def render_report(
     page.globals["share"] = percent
     figure, rows = "", []
     if evaluation is not None:
-        figure = _drawn(reconstruction_figure(evaluation, lm.model_name), "reconstruction", False)
+        figure = _drawn(
+            reconstruction_figure(evaluation, lm.model_name), "reconstruction", not studies
+        )
         rows = headline(evaluation, ["all"]).to_dict("records")
     parts = [_part(study, lm.model_name, cards(study), i == 0) for i, study in enumerate(studies)]
     return page.render(
@@ -189,7 +192,7 @@ def _about(
         prompts = studies[0].prompts["evaluation"]
         counts = ", ".join(f"{len(texts)} {kind}" for kind, texts in prompts.items())
         told.append(
-            f"{studies[0].behaviour.capitalize()} was {done} by features chosen on some prompts and"
+            f"{capital(studies[0].behaviour)} was {done} by features chosen on some prompts and"
             f" measured on others ({counts}), in answers of at most"
             f" {studies[0].config.max_new_tokens} tokens."
         )
@@ -261,10 +264,12 @@ def _part(
 
 def gains(study: StudyResult) -> pd.DataFrame:
     """For a terminal, at most 76 columns: the rate of the unsteered model, of the features and of
-    their controls on every kind of prompts, broken answers, and the price in nats.
+    their controls on the target and the kinds beside it, broken answers, and the price in nats.
     """
     told = _gains(study, "")
-    columns = {short: cells for _, _, short, cells in told["lines"]}
+    columns: dict[str, list[str]] = {}
+    for long, _, short, cells in told["lines"]:
+        columns[long if short in columns else short] = cells
     return pd.DataFrame({"": told["arms"], **columns})
 
 

@@ -34,6 +34,7 @@ function render({ model, el }) {
 
   let rows = new Map(), asked = new Set(), cursor = 0, timer = null;
   const past = [], ahead = [];
+  let walk = () => {}; // switches the buttons that walk the table on and off
   const save = (changes) => {
     const others = Object.entries(changes).filter(([name, value]) => model.get(name) !== value);
     if (!others.length) return; // nothing would be answered
@@ -98,6 +99,7 @@ function render({ model, el }) {
     const keep = view.scrollTop;
     view.replaceChildren(pad, empty, ...lines);
     view.scrollTop = keep;
+    walk();
     if (!missing) root.dataset.drawn = model.get("version");
   }
   function nothing() {
@@ -106,12 +108,14 @@ function render({ model, el }) {
       + "find \u201cfires on\u201d takes a whole text", "fires on": "no feature fires on this text", near: "there is nothing near" };
     return `Nothing is found for \u201c${asked}\u201d${within}: ${ways[model.get("mode")]}.`;
   }
+  let wanted = -1; // a place whose row is on its way
   function place(r) {
     const n = model.get("n_rows");
     cursor = Math.max(0, Math.min(n - 1, r));
     if (cursor * ROW < view.scrollTop) view.scrollTop = cursor * ROW;
     if ((cursor + 1) * ROW > view.scrollTop + view.clientHeight) view.scrollTop = (cursor + 1) * ROW - view.clientHeight;
     const row = rowAt(cursor);
+    wanted = row ? -1 : cursor;
     if (row) select(row[0]);
     draw();
   }
@@ -191,12 +195,16 @@ function render({ model, el }) {
     back.dataset.offline = on.dataset.offline = "yes";
     const steps = [["\u2191", "previous", -1], ["\u2193", "next", 1]].map(([sign, word, step]) => {
       const b = make("button", "", sign, { type: "button", "aria-label": `${word} feature of the table`, title: `${word} in the table` });
-      const at = placeOf(p.feature), row = at < 0 ? null : rowAt(at + step);
-      b.disabled = !row;
       b.dataset.keep = word;
-      if (row) { b.dataset.offline = `selected:${row[0]}`; b.onclick = () => place(at + step); }
-      return b;
+      b.onclick = () => { const at = placeOf(p.feature); if (at >= 0) place(at + step); };
+      return [b, step];
     });
+    walk = () => steps.forEach(([b, step]) => {
+      const at = placeOf(p.feature), row = rowAt(at + step);
+      b.disabled = at < 0 || at + step < 0 || at + step >= model.get("n_rows");
+      if (row) b.dataset.offline = `selected:${row[0]}`; else delete b.dataset.offline;
+    });
+    walk();
     back.disabled = !past.length; on.disabled = !ahead.length;
     back.onclick = () => travel(past, ahead);
     on.onclick = () => travel(ahead, past);
@@ -216,7 +224,7 @@ function render({ model, el }) {
     label.addEventListener("keydown", (e) => { if (e.key === "Enter") keep(); });
     // not before a click is over that took the focus away: what it is on is drawn again
     label.addEventListener("blur", () => setTimeout(() => { if (label.value !== sent) keep(); }, CLICK));
-    title.append(back, on, ...steps, name, label);
+    title.append(back, on, ...steps.map(([b]) => b), name, label);
     if (model.get("steers")) {
       const steer = make("button", "", "Steer with it", { type: "button", "aria-label": `make feature ${p.feature} a slider of the steering lab` });
       steer.dataset.keep = "steer";
@@ -308,7 +316,7 @@ function render({ model, el }) {
       if (message.op === "tried") { drawTried(message); return; }
       if (message.op !== "rows" || message.version !== model.get("version")) return;
       rows.set(Math.floor(message.start / BLOCK), message.rows);
-      draw();
+      if (wanted >= 0 && rowAt(wanted)) place(wanted); else draw();
     },
   });
   box.placeholder = hints.text;

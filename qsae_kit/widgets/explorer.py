@@ -164,6 +164,21 @@ class FeatureExplorer(View):
         self._steer.append(add)
         self.steers = True
 
+    def steer_no_more(self, add: Callable[[Feature], None]) -> None:
+        """Takes back what `steer_with` was given."""
+        self._steer = [other for other in self._steer if other != add]
+        self.steers = bool(self._steer)
+
+    def _handed_on(self, feature: Feature) -> str:
+        """Gives every lab a feature; what was wrong with the last that could not take it."""
+        wrong = ""
+        for add in self._steer:
+            try:
+                add(feature)
+            except ValueError as error:
+                wrong = str(error)
+        return wrong
+
     def show_all(self) -> None:
         """Shows all features again."""
         with self._held():
@@ -320,9 +335,9 @@ class FeatureExplorer(View):
             self.show_all()
         elif message.get("op") == "steer":
             feature = Feature(self.features.place, self.features.check(int(message["feature"])))
-            for add in self._steer:
-                add(feature)
-            self.status = f"Feature {feature.number} is a slider of the steering lab now."
+            wrong = self._handed_on(feature)
+            done = f"Feature {feature.number} is a slider of the steering lab now."
+            self.status = wrong or done
             self.send({"op": "answered"})
         elif message.get("op") == "try":
             self.send({"op": "tried"} | self.try_on(int(message["feature"]), str(message["text"])))
@@ -331,14 +346,17 @@ class FeatureExplorer(View):
 
     def try_on(self, feature: int, text: str) -> dict[str, Any]:
         """A feature of the SAE that is shown on a text or chat (`chats.read_chat`): feature, text,
-        tokens and acts. Needs the model and the suite. Raises ValueError for an empty text.
+        tokens and acts. Needs the model and the suite. Raises ValueError for an empty text, and
+        while the model is busy.
         """
         own = self.features
         own.check(feature)
         if not text.strip():
             raise ValueError("There is no text to try the feature on; write one.")
         lm = self.index.model
-        with lm.lock:
+        with lm.lock.attempt() as entered:  # waiting here would keep Stop from being heard
+            if not entered:
+                raise ValueError("The model is busy; try the text when the answer is there.")
             document = read_chat(text) if lm.tokenizer.chat_template else text
             ids = tokenize_document(lm, document, lm.context_size)
             (f,) = own.activations_of([ids])

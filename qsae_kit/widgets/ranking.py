@@ -26,6 +26,7 @@ def interest(
         return f
     own = index.at(place)
     seen = torch.tensor(own.figures[["density", "max"]].to_numpy(), dtype=f.dtype)
-    weight = f / seen[:, 1].clamp(min=LEAST_MAX) * -seen[:, 0].clamp(min=LEAST_DENSITY).log()
+    share = (f / seen[:, 1].clamp(min=LEAST_MAX)).clamp(max=1)
+    weight = share * -seen[:, 0].clamp(min=LEAST_DENSITY).log()
     weight[:, torch.tensor(own.poor)] *= POOR
     return torch.where(f > 0, weight.clamp(min=torch.finfo(f.dtype).tiny), 0.0)

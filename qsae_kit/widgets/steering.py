@@ -141,7 +141,10 @@ class SteeringLab(View):
         if explorer is not None:
             explorer.steer_with(self.add_feature)
         self.on_msg(lambda _widget, message, _buffers: self.answer(message))
-        self.find("")
+        try:
+            self.find("")
+        except ValueError as error:  # another lab may be answering with the model
+            self.status = str(error)
 
     # --- the setting
 
@@ -552,6 +555,8 @@ class SteeringLab(View):
 
     def close(self) -> None:
         self.halt()
+        if self.explorer is not None:
+            self.explorer.steer_no_more(self.add_feature)
         super().close()
 
     def fallback(self) -> str:

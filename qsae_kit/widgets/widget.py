@@ -138,13 +138,7 @@ class View(anywidget.AnyWidget):
         data, metadata = bundle if isinstance(bundle, tuple) else (bundle, {})
         display(data, metadata=metadata, raw=True)
         if text := self.fallback():
-            display(
-                {
-                    "text/html": f'<div class="qsae-fallback">{text}</div>',
-                    "text/plain": repr(self),
-                },
-                raw=True,
-            )
+            display({"text/html": f'<div class="qsae-fallback">{text}</div>'}, raw=True)
 
     def complain(self, error: ValueError) -> None:
         """Says what is wrong below the widget; and answers, for the same words twice are no change

@@ -169,6 +169,7 @@ def measured_figures(
         "after": _at(frozen, target, "refusal_rate"),
         "deflected_before": _at(base, target, "deflected_rate"),
         "deflected": _at(frozen, target, "deflected_rate"),
+        "broken_before": _at(base, target, "broken_rate"),
         "broken": _at(frozen, target, "broken_rate"),
         "correct": rate(ours["correct"], "1") if known else None,
         "correct_of_shown": (

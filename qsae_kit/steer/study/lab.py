@@ -118,17 +118,19 @@ class Progress:
         """What the journal has under a key, or what `compute` gives now. answers: the work."""
         known = key in self.journal
         value = self.journal.get(key, compute)
-        if self.bar is not None:
-            if known and not self.bar.disable:  # took no time, so that the pace must not count it
-                self.bar.initial += answers
-            self.bar.update(answers)
+        if self.bar is not None and not self.bar.disable:
+            if self.bar.n + answers > self.bar.total:  # more trials than were expected
+                self.bar.stretch(math.ceil(self.bar.n + answers))
+            if known:
+                self.bar.skip(answers)
+            else:
+                self.bar.update(answers)
         return value
 
     def still(self, answers: float) -> None:
         """Says how much work is left, where that is known better than before."""
-        if self.bar is not None:
-            self.bar.total = math.ceil(self.bar.n + answers)  # sums of shares are not exact
-            self.bar.refresh()
+        if self.bar is not None and not self.bar.disable:
+            self.bar.stretch(math.ceil(self.bar.n + answers))  # sums of shares are not exact
 
 
 class Lab:

@@ -348,7 +348,8 @@ def expected_work(lab: Lab, plan: Plan) -> Expected:
     likely = likely_choice(setting, plan)
     listed = arms(setting, plan, likely)
     sizes = {kind: len(texts) for kind, texts in setting.prompts["evaluation"].items()}
-    trials = trials_of(c, plan) * (c.n_trials + 1)
+    of_means = min(c.n_trials, len(setting.hook_names))
+    trials = trials_of(c, plan) * (c.n_trials + of_means)
     measured = sum(arm.n_answers(sizes) for arm in listed)
     answers = trials * answers_of_trial(lab) + measured + 2 * c.n_facts
     passes = len(setting.hook_names) * passes_of_search(c)

@@ -11,6 +11,10 @@ CERTAIN = 1.96
 """Standard errors of a 95 % interval."""
 DEARER = 1.5
 """Times a price from which on it is called another one."""
+WHOLE = 10
+"""Times a price from which on it is told without decimals."""
+ONE_IN = 0.3
+"""Share above which "one in so many" would be too coarse."""
 LEAST_SHIFT = 0.02
 """Change of a rate elsewhere, or share of facts, that is told."""
 
@@ -21,7 +25,7 @@ def in_words(headline: Mapping[str, Any]) -> str:
 
     headline: `StudyResult.headline`.
     """
-    return f"{_changed(headline)}; {_means(headline)}. {_else(headline)}"
+    return f"{_changed(headline)}; {_means(headline)}. {_else(headline)}".removesuffix(" .")
 
 
 def percent(share: float) -> str:
@@ -55,11 +59,10 @@ def _changed(h: Mapping[str, Any]) -> str:
         f" {percent(h['after'])} of {h['n']}"
     )
     if apart is not None:
-        told = "as far as" if apart[1] <= 0 else "less far than"
-        text += (
-            f" (the strongest of {h['n_random']} searches among random features goes"
-            f" {told} that, to {percent(h['worst_random'])})"
-        )
+        told = "farther than" if apart[2] < 0 else "as far as" if apart[1] <= 0 else "less far than"
+        n = h["n_random"]
+        who = "a search" if n == 1 else f"the strongest of {n} searches"
+        text += f" ({who} among random features goes {told} that, to {percent(h['worst_random'])})"
     return text
 
 
@@ -74,32 +77,43 @@ def _means(h: Mapping[str, Any]) -> str:
     ours, theirs = reached["features"], reached["difference_of_means_best"]
     chance = _noise(ours, theirs, h["n"])
     told = "as well" if abs(ours - theirs) <= chance else "more" if theirs > ours else "less"
-    text = f"a plain difference of means does {told} ({percent(rate)})"
+    broken = h["difference_of_means_best"]["broken_rate"]
+    figures = percent(rate) + (f", {percent(broken)} broken" if broken >= LEAST_SHIFT else "")
+    text = f"a plain difference of means does {told} ({figures})"
     price = h["kl_first_priced"]
     mine, other = price["features"], price["difference_of_means_best"]
     if mine > 0 and other > 0:
         times = other / mine
         alike = 1 / DEARER < times < DEARER
-        text += ", at about the same price" if alike else f", at {times:.2g} times the price"
+        figure = f"{times:.0f}" if times >= WHOLE else f"{times:.2g}"
+        text += ", at about the same price" if alike else f", at {figure} times the price"
         text += f" on {h['priced_on']} prompts"
     return text
 
 
 def _else(h: Mapping[str, Any]) -> str:
     """What the features changed beside what they are for."""
-    lost = h["facts_lost"]
-    parts = [
-        f"one fact in {max(1, round(1 / lost))} is lost"
-        if lost >= LEAST_SHIFT
-        else "no facts are lost"
-    ]
-    if h["broken"] >= LEAST_SHIFT:
-        parts.append(f"{percent(h['broken'])} of those answers are broken")
+    parts = _lost(h["facts_lost"])
+    if h["broken"] - h["broken_before"] >= LEAST_SHIFT:
+        parts.append(f"broken answers {percent(h['broken_before'])} -> {percent(h['broken'])}")
+    stay = True
     for kind in h["others"]:
         before, after = h["elsewhere_before"][kind], h["elsewhere"][kind]
         if abs(after - before) >= LEAST_SHIFT:
             parts.append(f"{_shown(h)} of {kind} prompts {percent(before)} -> {percent(after)}")
-    if h["others"] and len(parts) == 1 + (h["broken"] >= LEAST_SHIFT):
+            stay = False
+    if h["others"] and stay:
         parts.append(f"{_shown(h)} of {' and '.join(h['others'])} prompts stay as they were")
     told = ", ".join(parts)
-    return f"{told[0].upper()}{told[1:]}."
+    return f"{told[:1].upper()}{told[1:]}."
+
+
+def _lost(share: float) -> list[str]:
+    """Of questions of fact; nothing where none were asked."""
+    if math.isnan(share):
+        return []
+    if share < LEAST_SHIFT:
+        return ["no facts are lost"]
+    if share > ONE_IN:
+        return [f"{percent(share)} of facts are lost"]
+    return [f"one fact in {round(1 / share)} is lost"]
