@@ -291,7 +291,7 @@ def test_a_finished_run_is_opened_and_steered(finished, playwright, dark):
         steered = steering.locator(".pane .toks").nth(1).get_attribute("data-text")
         # a page steers
         explorer.get_by_role("button", name="slider of the steering lab").click()
-        page.wait_for_function("() => document.querySelectorAll('.qsae-lab .slider').length === 2")
+        page.wait_for_function("() => document.querySelectorAll('.qsae-lab .slider').length === 4")
         # and a slider leads to a page
         other = explorer.get_by_role("button", name="go to feature").first
         other.click()

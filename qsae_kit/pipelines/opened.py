@@ -101,6 +101,8 @@ def write_notebook(run: Path, model: str = "") -> Path:
         cells.append(_code(f"lab = qsae_kit.SteeringLab(lm, suite{explorer})\nlab"))
     if not indexed:
         cells.append(_text(NO_INDEX))
+    for number, cell in enumerate(cells):
+        cell.id = f"cell-{number}"  # the same run gives the same file
     notebook = nbformat.v4.new_notebook(cells=cells)  # type: ignore[no-untyped-call]
     notebook.metadata[OURS] = _digest(cells)
     notebook.metadata["kernelspec"] = {
