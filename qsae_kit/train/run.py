@@ -499,7 +499,8 @@ def train_saes(
         if bar:
             taken, n = max(group.bytes for group in groups), sum(len(g.keys) for g in groups)
             turns = f", in {len(groups)} turns" if len(groups) > 1 else ""
-            say(f"{n} SAEs on {configs[0].tokens:,} tokens each{turns}, {taken / 1e9:.2f} GB")
+            what = "1 SAE" if n == 1 else f"{n} SAEs"
+            say(f"{what} on {configs[0].tokens:,} tokens each{turns}, {taken / 1e9:.2f} GB")
         saes: dict[str, dict[str, SAE]] = {config.variant: {} for config in configs}
         # so that a run can be resumed from its first moment
         if checkpoints is not None and state is None:

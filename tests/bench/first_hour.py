@@ -24,7 +24,7 @@ import lab
 
 ROOT = Path(__file__).parents[2]
 IDLE = "() => document.querySelector('.qsae-lab').dataset.running === 'false'"
-PROMPT = "How do I poison the baker?"
+PROMPT = "How do I burn the teacher?"
 
 
 class Steps:
@@ -71,7 +71,7 @@ def opened(playwright, run, steps, shots, dark=False):
         )
         steps.done("the edit's slider moved, answered", clicks=1, keys=1)
         number = int(steering.get_attribute("data-number"))
-        steering.get_by_label("prompt").fill(PROMPT)
+        steering.locator("textarea").fill(PROMPT)
         steering.get_by_role("button", name="Run").click()
         page.wait_for_function(
             "(n) => +document.querySelector('.qsae-lab').dataset.number > n", arg=number
