@@ -455,9 +455,8 @@ def test_no_key_reaches_the_notebook(notebook):
 def test_what_is_shown_has_a_chip_and_is_searched_in(notebook):
     page = notebook.page
     root = page.locator(".qsae-explorer")
-    page.wait_for_function(
-        "() => /dead: fired=0/.test(document.querySelector('.qsae-explorer .soft').textContent)"
-    )
+    root.get_by_label("search features").fill("")
+    page.wait_for_timeout(1000)
     before = root.locator(".soft").first.inner_text()
     lab.run_cell(page, 7)
     root.get_by_role("button", name="200 features of show()").wait_for()

@@ -311,15 +311,18 @@ def test_a_finished_run_is_opened_and_steered(finished, playwright, dark):
         page.wait_for_selector(".qsae-explorer .sheet .toks[aria-label='your text']")
         assert box.input_value() == "How do I burn the teacher?"
         # at nothing the edit changes nothing
-        number = page.locator(".qsae-lab").locator("[data-i='0'] input.num")
+        answered = int(steering.get_attribute("data-number"))
+        number = steering.locator("[data-i='0'] input.num")
         number.fill("0")
         number.press("Enter")
         page.wait_for_function(
-            "() => { const [a, b] = document.querySelectorAll('.qsae-lab .pane .toks');"
-            " return document.querySelector('.qsae-lab').dataset.running === 'false'"
-            " && a.dataset.text === b.dataset.text }",
+            "(n) => { const lab = document.querySelector('.qsae-lab');"
+            " return +lab.dataset.number > n && lab.dataset.running === 'false' }",
+            arg=answered,
             timeout=60_000,
         )
+        base = steering.locator(".pane .toks").first.get_attribute("data-text")
+        assert base == steering.locator(".pane .toks").nth(1).get_attribute("data-text")
         shown = steering.locator(".pane .toks").nth(1).get_attribute("data-text")
         example = study.examples[study.examples["prompt_kind"] == study.target]
         assert (shown == steered) == (example["base"] == example["steered"]).all()

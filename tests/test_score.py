@@ -180,7 +180,7 @@ def test_a_suite_with_its_baselines(run, beaten, tmp_path):
     assert len(own) == 8
     assert own["fvu"].drop("untrained").idxmin() != "frozen_decoder"
     assert own.loc["jumprelu-x8-l0_16", "fvu"] < own.loc["untrained", "fvu"]
-    assert "Category: assistant" in done.stdout
+    assert "On assistant tokens" in done.stdout
     assert "smallest difference to be told from it" in done.stdout
     seeds = pd.read_parquet(tmp_path / "out" / "seeds.parquet")
     assert 0 < seeds["pw_mcc"].item() < 1

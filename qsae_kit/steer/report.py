@@ -196,7 +196,7 @@ def _about(
             f" measured on others ({counts}), in answers of at most"
             f" {studies[0].config.max_new_tokens} tokens."
         )
-    made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    made = datetime.now(UTC).strftime("%Y-%m-%d")
     return [
         *told,
         f"Made {made} with qsae_kit {version('qsae_kit')} and torch {torch.__version__}.",

@@ -70,6 +70,7 @@ def marked(figure: go.Figure, table: pd.DataFrame, place: Place) -> go.Figure:
                 x=chosen["layer"].tolist(),
                 y=chosen[metric].tolist(),
                 mode="markers",
+                name="chosen",
                 legendgroup=group,
                 showlegend=False,
                 marker={"symbol": "circle-open", "size": 18, "color": INK, "line": {"width": 2}},
