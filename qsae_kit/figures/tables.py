@@ -24,6 +24,7 @@ SHORT = {
     "delta_ce": "rise of CE",
 }
 """Columns for a terminal, with their headings: a table of at most 76 columns."""
+SHOWN_AS = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead": "{:.1%}", "delta_ce": "{:.3f}"}
 
 
 def in_short(evaluation: pd.DataFrame, category: str = "all") -> pd.DataFrame:
@@ -31,12 +32,7 @@ def in_short(evaluation: pd.DataFrame, category: str = "all") -> pd.DataFrame:
     rows = evaluation[evaluation["category"] == category]
     sites = [f"{kind} {layer}" for kind, layer in zip(rows["kind"], rows["layer"], strict=True)]
     out = pd.DataFrame({"SAE": rows["variant"].tolist(), "site": sites})
-    for name, told in SHORT.items():
-        out[told] = [SHOWN_AS[name].format(value) for value in rows[name]]
-    return out
-
-
-SHOWN_AS = {"fvu": "{:.3f}", "l0": "{:.1f}", "dead": "{:.1%}", "delta_ce": "{:.3f}"}
+    return _shortly(out, rows)
 
 
 def by_kind(evaluation: pd.DataFrame, category: str = "all") -> pd.DataFrame:
@@ -47,6 +43,14 @@ def by_kind(evaluation: pd.DataFrame, category: str = "all") -> pd.DataFrame:
     layers = [f"{n} layer{'' if n == 1 else 's'}" for n in counts]
     sites = [f"{kind}, {told}" for kind, told in zip(medians["kind"], layers, strict=True)]
     out = pd.DataFrame({"SAEs": medians["variant"].tolist(), "sites": sites})
-    for name, told in SHORT.items():
-        out[told] = [SHOWN_AS[name].format(value) for value in medians[name]]
-    return out
+    return _shortly(out, medians)
+
+
+def _shortly(named: pd.DataFrame, figures: pd.DataFrame) -> pd.DataFrame:
+    """Rows with their names and, as text, the figures of `SHORT`."""
+    return named.assign(
+        **{
+            told: [SHOWN_AS[name].format(value) for value in figures[name]]
+            for name, told in SHORT.items()
+        }
+    )

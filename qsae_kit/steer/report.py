@@ -186,9 +186,7 @@ def _about(
             f" {int(evaluation['tokens'].max()):,} held-out tokens."
         )
     if studies:
-        done = " and ".join(
-            f"{'suppressed' if s.config.goal == 'suppress' else 'induced'}" for s in studies
-        )
+        done = " and ".join(DONE[study.config.goal] for study in studies)
         prompts = studies[0].prompts["evaluation"]
         counts = ", ".join(f"{len(texts)} {kind}" for kind, texts in prompts.items())
         told.append(
