@@ -582,6 +582,27 @@ KEYS = ("a", "b", "d", "j", "k", "x", "1", " ", "Enter", "Escape", "Tab", "Arrow
 WIDTHS = (800, 1000, 1280)
 
 
+# A part is found and used in one step of the page: the kernel may redraw between two.
+PICKED = """(root, [wanted, which, share]) => {
+  const usable = (e) => e.checkVisibility() && !e.disabled;
+  const parts = [...root.querySelectorAll(wanted)].filter(usable);
+  const e = parts[Math.floor(which * parts.length)];
+  if (e === undefined) return false;
+  %s
+  return true;
+}"""
+ACT = {
+    "key": PICKED % "e.focus();",
+    "choose": PICKED
+    % """e.selectedIndex = Math.floor(share * e.options.length);
+  e.dispatchEvent(new Event("change", {bubbles: true}));""",
+    "slide": PICKED
+    % """e.value = +e.min + share * (e.max - e.min);
+  e.dispatchEvent(new Event("input", {bubbles: true}));
+  e.dispatchEvent(new Event("change", {bubbles: true}));""",
+}
+
+
 def act(page, root, rng):
     """One thing that somebody does to a widget, at random; says what."""
     kind = rng.choice(("key", "key", "click", "click", "choose", "slide", "resize"))
@@ -594,22 +615,11 @@ def act(page, root, rng):
         root.click(position=place, force=True)
         return f"click {place}"
     wanted = {"key": FOCUSABLE, "choose": "select", "slide": "input[type=range]"}[kind]
-    parts = [p for p in root.locator(wanted).all() if p.is_visible() and p.is_enabled()]
-    if not parts:
+    if not root.evaluate(ACT[kind], [wanted, rng.random(), rng.random()]):
         return "nothing"
-    part = rng.choice(parts)
     if kind == "key":
-        part.focus()
         page.keyboard.press(key := rng.choice(KEYS))
         return f"key {key}"
-    if kind == "choose":
-        part.select_option(index=rng.randrange(part.locator("option").count()))
-        return kind
-    part.evaluate(
-        "(e, share) => { e.value = +e.min + share * (e.max - e.min);"
-        " e.dispatchEvent(new Event('input')); e.dispatchEvent(new Event('change')) }",
-        rng.random(),
-    )
     return kind
 
 
