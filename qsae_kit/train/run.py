@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsae_kit.data.documents import Window
 from qsae_kit.data.rows import Block, LiveRows, Origin, Place, RowSource, shuffled
 from qsae_kit.io.checkpoints import LOG, Checkpoints, delete_checkpoints, found
 from qsae_kit.io.interrupts import Interrupts, say
@@ -300,13 +301,14 @@ class _GroupRun:
             "groups": [group.sites for group in self.groups],
             "group": self.number,
             "rows": self.rows,
-            "place": list(self.place),
+            "place": [self.place.batch, self.place.row, *self.place.window],
             "given": self.given,
             "seconds": self.seconds,
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self.place, self.given = Place(*state["place"]), state["given"]
+        batch, row, *window = state["place"]
+        self.place, self.given = Place(batch, row, Window(*window)), state["given"]
         self.rows, self.seconds = state["rows"], state["seconds"]
 
     def trainers(self, block: Block) -> dict[Key, SiteTrainer]:
@@ -604,6 +606,10 @@ def _found_state(checkpoints: Checkpoints, record: Run, fresh: bool) -> dict[str
     return state
 
 
+PLACE_NUMBERS = 4
+"""Batch, row, and the two numbers of a window."""
+
+
 def _is_state(state: Mapping[str, Any]) -> bool:
     """Whether a state has what `_GroupRun.state` writes."""
     numbers = [state.get(name) for name in ("group", "rows", "given", "seconds")]
@@ -616,7 +622,8 @@ def _is_state(state: Mapping[str, Any]) -> bool:
             for sites in groups
         )
         and isinstance(place, list)
-        and len(place) == len(Place())
+        and len(place) == PLACE_NUMBERS
+        and all(isinstance(number, int) and number >= 0 for number in place)
     )
 
 
