@@ -23,7 +23,7 @@ from qsae_kit.io.writers import only_writer
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
-from qsae_kit.sae.filter import NormFilter, sinks_said
+from qsae_kit.sae.filter import NormFilter, Sinks, sinks_said
 from qsae_kit.sae.store import CONFIG, WEIGHTS, load_sae, save_sae, suite_folder
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
@@ -419,15 +419,16 @@ class _GroupRun:
 
 
 def say_sinks(source: RowSource, block: Block, trainers: Mapping[Key, SiteTrainer]) -> None:
-    """A line for every site at which rows of a block are left out, with their tokens where the
-    source has a model at hand.
+    """Says at how many sites rows of a block are left out, with tokens where the source has a model
+    at hand.
     """
     filters = {site: trainer.normaliser.filter for (_, site), trainer in trainers.items()}
     dropped = {site: int(own.drops(block.rows[site]).sum()) for site, own in filters.items()}
     beyond = {site: filters[site].drops for site, n in dropped.items() if n}
     texts = source.texts_where(beyond) if isinstance(source, LiveRows) else {}
-    for site in beyond:
-        say(sinks_said(site, filters[site], dropped[site], len(block), texts.get(site, ())))
+    if beyond:
+        found = [Sinks(site, dropped[site], texts.get(site, ())) for site in beyond]
+        say(sinks_said(found, len(block)))
 
 
 def start_trainers(
