@@ -350,10 +350,11 @@ def compare(
     dtype: options.Dtype = "auto",
     device: options.Device = None,
 ) -> None:
-    """Apply one suite to two models: the gap in reconstruction at each site, and which features
-    fire more or less.
+    """Apply one suite to two models: the gap in reconstruction at each site, which features fire
+    more or less, and whether the second one's weights were edited, and along what.
     """
     from qsae_kit.attach import measure, policy_of
+    from qsae_kit.audit.edited import was_edited
     from qsae_kit.data.documents import held_out_batches
     from qsae_kit.data.streams import documents_of
     from qsae_kit.evaluate.modeldiff import compare_models, most_changed
@@ -374,4 +375,7 @@ def compare(
     typer.echo(
         "\nFeatures whose density changed most:\n" + outputs.page(most_changed(found.features))
     )
-    typer.echo(f"\nTables: {out / 'sites.csv'}, {out / 'features.parquet'}")
+    weights = was_edited(*pair, trained)
+    write_table(weights.tensors, out / "weights.csv")
+    typer.echo("\n" + outputs.wrapped(weights.in_words))
+    typer.echo(f"\nTables: {out / 'sites.csv'}, {out / 'features.parquet'}, weights.csv")
