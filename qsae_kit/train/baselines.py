@@ -147,6 +147,7 @@ def _provenance(origin: Origin, site: str, norms: NormFilter, tokens: int, seed:
         seed,
         model_digest=origin.model_digest,
         drop_prefix=policy.drop_prefix,
+        begins_with_bos=origin.begins_with_bos,
     )
 
 

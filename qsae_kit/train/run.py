@@ -203,6 +203,7 @@ class SiteTrainer:
             asdict(self.config),
             origin.model_digest,
             origin.policy.drop_prefix,
+            origin.begins_with_bos,
         )
         return self.sae.exported().eval().requires_grad_(False)
 
