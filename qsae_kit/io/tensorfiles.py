@@ -236,9 +236,13 @@ OPENERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
 """By the end of the name; others are PyTorch's."""
 
 
+REASON = 200
+"""Characters that are told of an error; some quote the whole header."""
+
+
 def _reason(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return text.splitlines()[0][:REASON].rstrip(".") if text else type(error).__name__
 
 
 def write_tensors(

@@ -423,7 +423,7 @@ def _fold(sae: SAE, found: Found) -> None:
     if found.threshold is not None and not found.layout.rescaled:
         sae.get_parameter("threshold").fill_(found.threshold)
     if found.layout.rescaled or found.architecture != "topk":
-        _fold_norms(sae, 0.0 if found.layout.rescaled else UNIT)
+        fold_norms(sae, 0.0 if found.layout.rescaled else UNIT)
     if found.threshold is not None and found.layout.rescaled:
         sae.get_parameter("threshold").fill_(found.threshold)
     if found.architecture == "jumprelu":
@@ -451,8 +451,10 @@ def _fold_scales(sae: SAE, before: float, after: float) -> None:
     sae.b_dec.div_(after)
 
 
-def _fold_norms(sae: SAE, tolerance: float) -> None:
-    """Decoder rows to unit norm, unless all are within a tolerance; reconstructions stay."""
+def fold_norms(sae: SAE, tolerance: float) -> None:
+    """Decoder rows to unit norm, unless all are within a tolerance; reconstructions stay, except
+    that a TopK SAE then ranks features by their lengths.
+    """
     norms = sae.W_dec.norm(dim=-1)
     norms = torch.where(norms > 0, norms, 1.0)  # a feature that adds nothing stays one
     if (norms - 1).abs().max() <= tolerance:
