@@ -1,5 +1,5 @@
 """Machines other than this one, imitated: file systems and systems that lack something, memory
-limits of control groups.
+limits of control groups, a GPU without float64.
 """
 
 import ctypes
@@ -9,18 +9,38 @@ import os
 import stat
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
+from apple import apple
 
+from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import StoredRows
+from qsae_kit.evaluate.evaluation import evaluate_suite
+from qsae_kit.evaluate.score import effective_rank
+from qsae_kit.features.indexing import IndexConfig, build_index
 from qsae_kit.io import files, memory, writers
 from qsae_kit.io.files import atomic_folder, write_text
 from qsae_kit.io.interrupts import Interrupts
 from qsae_kit.io.journal import Journal
 from qsae_kit.io.memory import free_in_groups, free_memory, kept_memory, return_freed_memory
+from qsae_kit.io.processor import exact, has_float64
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer, only_writer_of
+from qsae_kit.metrics.detection import auc
+from qsae_kit.metrics.reconstruction import (
+    Reconstruction,
+    compare,
+    cross_entropy,
+    decoder_cosines,
+    kl_divergence,
+)
+from qsae_kit.sae import Provenance
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.store import load_suite
+from qsae_kit.sae.topk import TopKSAE
+from qsae_kit.steer.choose.logistic import Groups, l1_logistic
+from qsae_kit.train.baselines import pca_sae
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import train_saes
 
@@ -238,3 +258,96 @@ def test_the_plan_keeps_below_a_group_s_limit(monkeypatch):
     assert free_memory(CPU) == 900_000
     monkeypatch.setattr(memory, "free_in_groups", lambda: [-5])
     assert free_memory(CPU) == 0
+
+
+# --- Apple's GPUs
+
+
+def test_the_imitation_refuses_what_the_device_would():
+    x = torch.randn(4, 3)
+    with apple(x):
+        for refused in (
+            lambda: x.double(),
+            lambda: (x * 2)[1:].to(torch.float64),
+            lambda: x.cpu() @ x.T,
+            lambda: x.relu().numpy(),
+        ):
+            with pytest.raises((TypeError, RuntimeError), match=r"MPS|same device|numpy"):
+                refused()
+        assert exact(x + 1).dtype == torch.float64
+        assert (x.cpu() @ x.cpu().T).shape == (4, 4)
+    assert not has_float64(torch.device("mps"))
+    assert has_float64(CPU)
+
+
+def figures(x, x_hat, f, logits, targets):
+    """What is computed in float64 of a device's tensors."""
+    score = Reconstruction()
+    score.add(x, x_hat, f)
+    score.add_sinks(x[:3])
+    fit = Groups.of(f[:100], f[100:])
+    change = compare(logits, logits * 1.1, targets)
+    return [
+        score.fvu,
+        score.cosine,
+        score.share_sinks,
+        *NormFilter.of(x.norm(dim=-1)),
+        effective_rank(x),
+        auc(f[:, 0], x[:, 0]),
+        decoder_cosines(x)["mean_cosine"],
+        float(cross_entropy(logits, targets).sum()),
+        float(kl_divergence(logits, logits * 1.1).sum()),
+        *(float(part.sum()) for part in change),
+        *l1_logistic(fit, 0.01).weights.tolist(),
+        *pca_sae(x, 3, None).W_dec[0].tolist(),
+    ]
+
+
+def test_figures_are_the_same_on_a_device_without_float64():
+    g = torch.Generator().manual_seed(0)
+    x, x_hat = torch.randn(200, 12, generator=g), torch.randn(200, 12, generator=g)
+    f, logits = torch.randn(200, 12, generator=g).relu(), torch.randn(200, 30, generator=g)
+    targets = torch.randint(30, (200,), generator=g)
+    given = (x, x_hat, f, logits, targets)
+    plain = figures(*given)
+    with apple(*given):
+        assert figures(*given) == pytest.approx(plain, rel=1e-9)
+
+
+@pytest.mark.parametrize("architecture", ["topk", "jumprelu", "gated"])
+def test_an_sae_is_trained_on_a_device_without_float64(architecture):
+    rows = torch.randn(1024, 8, generator=torch.Generator().manual_seed(0))
+    config = TrainConfig(architecture, 2, 4, tokens=1024, batch=64, pool=512, precision="float32")
+    made = []
+    for marked in ((), (rows,)):
+        with apple(*marked):
+            source = StoredRows({"blocks.0.hook_resid_post": rows})
+            suite = train_saes(source, [config], model_name="m", memory=10**9, bar=False)
+            [sae] = suite.saes().values()
+            assert sae.W_dec.device.type == ("mps" if marked else "cpu")
+        made.append(sae)
+    torch.testing.assert_close(made[0](rows), made[1](rows), atol=1e-4, rtol=1e-4)
+
+
+def test_a_suite_is_evaluated_and_indexed_on_a_device_without_float64(lm, tmp_path):
+    site = "blocks.2.hook_resid_post"
+    sae = TopKSAE(lm.d_model, 64, 4, Provenance("tiny", site, NormFilter(10.0)))
+    rows = lm.run_with_cache("How do I thank the nurse?", names_filter=site)[1][site][0]
+    sae.init_from_rows(rows, torch.Generator().manual_seed(0))
+    suite = {"one": {site: sae.eval().requires_grad_(False)}}
+    chats = [
+        [
+            {"role": "user", "content": f"How do I thank the nurse, {n} times?"},
+            {"role": "assistant", "content": "With a card."},
+        ]
+        for n in range(6)
+    ]
+    batches = list(token_batches(lm, chats))
+    ids = [tensor for batch in batches for tensor in batch[:3]]
+    tables = []
+    for marked in ((), (lm.hf, sae, *ids)):
+        with apple(*marked):
+            tables.append(evaluate_suite(lm, suite, batches, bar=False))
+            out = tmp_path / f"index{len(tables)}"
+            build_index(lm, suite, lambda: chats, out, IndexConfig(tokens=200), bar=False)
+    pd.testing.assert_frame_equal(*tables)

@@ -18,6 +18,7 @@ from qsae_kit.data.rows import Block, LiveRows, Origin, Place, RowSource, shuffl
 from qsae_kit.io.checkpoints import LOG, Checkpoints, delete_checkpoints, found
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.memory import Peak, free_memory, kept_memory, return_freed_memory
+from qsae_kit.io.processor import exact
 from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
@@ -175,7 +176,7 @@ class SiteTrainer:
             self.quiet += len(x)
             self.quiet.scatter_reduce_(0, cols, self.quiet[cols].masked_fill_(fires, 0), "amin")
             wanted = torch.stack(
-                [loss.total.double(), norm.double(), fires.sum().double(), self.dead.any().double()]
+                [exact(part) for part in (loss.total, norm, fires.sum(), self.dead.any())]
             )
         # all at once: each look at the device waits for it
         self.loss, length, fired, any_dead = wanted.tolist()
