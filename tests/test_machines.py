@@ -155,6 +155,19 @@ def test_files_are_written_where_folders_cannot_be_opened(windows, tmp_path):
     write_all(tmp_path)
 
 
+def test_files_are_written_where_a_file_system_opens_no_folders(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuses(path, flags, *rest, **named):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, flags, *rest, **named)
+
+    monkeypatch.setattr(os, "open", refuses)
+    monkeypatch.setattr("shutil._use_fd_functions", False)
+    write_all(tmp_path)
+
+
 def test_an_sae_is_trained_and_loaded_where_a_system_has_only_what_windows_has(windows, tmp_path):
     rows = torch.randn(512, 8, generator=torch.Generator().manual_seed(0))
     source = StoredRows({"blocks.0.hook_resid_post": rows})

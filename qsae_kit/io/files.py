@@ -170,16 +170,17 @@ def _parts_of(path: Path) -> list[Path]:
 @contextmanager
 def _held(part: Path) -> Iterator[None]:
     """Marks a part as being written: the mark goes with this process, however it ends."""
-    if fcntl is None:  # nothing is swept there, and what is open could not be renamed
-        yield
-        return
-    descriptor = os.open(part, os.O_RDONLY)
-    try:
-        with suppress(OSError):  # a file system without locks, where nothing is swept either
+    descriptor = None
+    if fcntl is not None:  # elsewhere nothing is swept, and what is open could not be renamed
+        # file systems without locks, or that open no folders: nothing is swept there either
+        with suppress(OSError):
+            descriptor = os.open(part, os.O_RDONLY)
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _remove(path: Path) -> None:
