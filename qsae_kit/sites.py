@@ -46,7 +46,7 @@ KINDS = {
         "MLP output",
         "#D55E00",
         "square",
-        modules=("mlp", "feed_forward"),
+        modules=("mlp", "feed_forward", "post_feedforward_layernorm.output"),
         submodules=("mlp_out",),
     ),
     "attn": Kind(

@@ -1,14 +1,16 @@
 """Releases with something wrong in them, loaded in a process of its own that may hardly allocate.
 
-    python mutations.py FORMAT COUNT FOLDER
+    python mutations.py FORMAT,FORMAT,... COUNT FOLDER
 
 Every mutation has to end in a ValueError or an OSError of one sentence, or in an SAE that is finite
-and of the sizes that the file has; files appear below FOLDER only, and the marker that the
-malicious pickles would write does not. Prints JSON: how many were refused and how many loaded, by
-kind of mutation, and by how much the peak of the memory grew (bytes).
+and of the sizes that the file has; the command says either with an exit code of 0 or 1 and nothing
+else; files appear below FOLDER only, and the marker that the malicious pickles would write does
+not. Prints JSON, by format: how many were refused and how many loaded, by kind of mutation, and by
+how much the peak of the memory grew (bytes).
 """
 
 import contextlib
+import io
 import json
 import os
 import pickle
@@ -22,12 +24,16 @@ import zipfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import releases
 import torch
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 import qsae_kit
+from qsae_kit.cli.app import app
 from qsae_kit.sae.releases import inspect_suite
+from qsae_kit.train.baselines import recipe_of
 
 HEADROOM = 512 * 2**20
 """Bytes of address space beyond those of a process that has loaded one SAE."""
@@ -120,6 +126,65 @@ def change_tensors(rng, tensors):
     elif kind == "renamed":
         out[f"../{name}"] = out.pop(name)
     return f"tensors: {kind}", out
+
+
+def damage_numpy(rng, path, marker):
+    with np.load(path) as stored:
+        arrays = dict(stored)
+    draw = rng.random()
+    if draw < 0.4:
+        kind, changed = change_tensors(rng, {n: torch.from_numpy(a) for n, a in arrays.items()})
+        np.savez(path, **{name: tensor.numpy() for name, tensor in changed.items()})
+        return kind
+    kind = rng.choice(
+        "objects hidden claims claims descr bomb overlap nested duplicate text order".split()
+    )
+    name = rng.choice(sorted(arrays))
+    if kind in ("objects", "hidden"):  # a pickle where numpy keeps objects
+        thing = np.empty(1, object)
+        thing[0] = Runs(marker)
+        arrays = {name: thing} if kind == "objects" else arrays | {name: thing}
+        np.savez(path, **arrays)
+    elif kind in ("claims", "descr", "nested"):
+        headers = {
+            "claims": [(2**20, 2**20), (2**62, 4), (-1, 4), (2**70,), (True,), (3, -3)],
+            "descr": ["'<f8'", "'O'", "'V1000000000'", "'<U99999999'", "[('a', '<f4')]", "'>f4'"],
+            "nested": ["(" * 5000, "[" * 3000, "9" * 9000, "__import__('os').getpid()"],
+        }[kind]
+        claimed = rng.choice(headers)
+        shape = claimed if kind == "claims" else arrays[name].shape
+        descr = "'<f4'" if kind == "claims" else claimed
+        header = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+        entry = np.lib.format.magic(1, 0) + struct.pack("<H", len(header)) + header
+        write_zip(path, arrays, {name: entry + arrays[name].tobytes()})
+    elif kind == "bomb":
+        np.savez_compressed(path, **{n: np.zeros((2**12, 2**12), "f4") for n in arrays})
+    elif kind == "overlap":  # every entry is the first one
+        with zipfile.ZipFile(path, "w") as archive:
+            for number, other in enumerate(sorted(arrays)):
+                archive.writestr(f"{other}.npy", npy(arrays[other]))
+                archive.infolist()[number].header_offset = 0
+    elif kind == "duplicate":
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "a") as archive:
+            warnings.simplefilter("ignore")
+            archive.writestr(f"{name}.npy", npy(arrays[name]))
+    elif kind == "text":
+        write_zip(path, arrays, {name: b"not an array"})
+    else:  # columns first, which is another order of the same numbers
+        np.savez(path, **{n: np.asfortranarray(a) for n, a in arrays.items()})
+    return f"numpy: {kind}"
+
+
+def npy(array):
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+def write_zip(path, arrays, changed):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            archive.writestr(f"{name}.npy", changed.get(name, npy(array)))
 
 
 def damage_bytes(rng, path):
@@ -261,13 +326,16 @@ def damage_config(rng, path):
     return f"config: {kind}"
 
 
-def mutate(rng, which, laid, marker):
-    weights, config = laid.folder / releases.WEIGHTS[which], laid.folder / releases.CONFIGS[which]
+def mutate(rng, which, laid, marker, configurations=0.3):
+    """configurations: the share of mutations that are of them, where there are any."""
+    weights = laid.folder / releases.WEIGHTS[which]
     draw = rng.random()
-    if draw < 0.3:
-        return damage_config(rng, config)
-    if draw < 0.5:
+    if draw < configurations and which in releases.CONFIGS:
+        return damage_config(rng, laid.folder / releases.CONFIGS[which])
+    if draw < configurations + 0.2:
         return damage_bytes(rng, weights)
+    if weights.suffix == ".npz":
+        return damage_numpy(rng, weights, marker)
     if weights.suffix == ".pt":
         return damage_pytorch(rng, weights, marker)
     return damage_safetensors(rng, weights)
@@ -282,20 +350,36 @@ def check(suite, laid):
             assert sae(torch.randn(4, sae.d_in)).shape == (4, sae.d_in)
 
 
-def main(which, count, folder):
-    warnings.filterwarnings("ignore")
-    marker, outside = folder / "marker", folder / "outside"
-    outside.mkdir(parents=True)
-    make = releases.FORMATS[which]
-    laid = make(outside / "first")
-    check(qsae_kit.load_suite(laid.root), laid)  # imports what is imported late
+def said_by_the_command(source, number, kind):
+    """Has the command look at a release, which is a table or one sentence, and no traceback."""
+    done = CliRunner().invoke(app, ["suite", "show", str(source)])
+    expected = (type(None), SystemExit, ValueError, OSError)
+    assert isinstance(done.exception, expected), (number, kind, done.exception)
+    assert "Traceback" not in done.output, (number, kind)
+
+
+def load_and_limit(kinds, folder):
+    """Loads one SAE of each kind, which imports what is imported late, and bounds the memory."""
+    for which in kinds:
+        laid = MAKERS[which](folder / which)
+        check(qsae_kit.load_suite(laid.root), laid)
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + HEADROOM,) * 2)
+
+
+MAKERS = releases.FORMATS | {"qsae_kit": releases.own}
+
+
+def mutated(which, count, folder):
+    """What became of the mutations of one format."""
+    marker, outside = folder / "marker", folder / "outside"
+    outside.mkdir(parents=True)
+    make = MAKERS[which]
     refused, loaded, grown = Counter(), Counter(), 0
     for number in range(count):
         rng = random.Random(number)
         laid = make(outside / str(number))
-        kind = mutate(rng, which, laid, marker)
+        kind = mutate(rng, which, laid, marker, 0.8 if which == "qsae_kit" else 0.3)
         before = resident("VmRSS")
         # the peak begins anew, without what the mutation took
         Path("/proc/self/clear_refs").write_text("5")
@@ -310,6 +394,12 @@ def main(which, count, folder):
         else:
             check(suite, laid)
             loaded[kind] += 1
+            for sae in suite.saes().values():
+                origin = sae.origin
+                assert all(isinstance(v, (int, float)) for v in origin.figures.values())
+                assert isinstance(origin.drop_template, bool)
+                with contextlib.suppress(ValueError):
+                    recipe_of(suite[next(iter(suite))])
             out = outside / f"out{number}"
             assert all(
                 written.is_relative_to(out) for written in qsae_kit.convert_suite(laid.root, out)
@@ -317,11 +407,21 @@ def main(which, count, folder):
             shutil.rmtree(out)
         grown = max(grown, resident("VmHWM") - before)
         assert not message or 10 < len(message) < 1500, (number, kind, message)
+        if number % 10 == 0:
+            said_by_the_command(laid.root, number, kind)
         assert not marker.exists(), (number, kind)
         shutil.rmtree(outside / str(number))
-        assert {p.name for p in outside.iterdir()} == {"first"}, (number, kind)
+        assert not list(outside.iterdir()), (number, kind)
     assert [p.name for p in folder.iterdir()] == ["outside"]
-    json.dump({"refused": refused, "loaded": loaded, "grown": grown}, sys.stdout)
+    return {"refused": refused, "loaded": loaded, "grown": grown}
+
+
+def main(kinds, count, folder):
+    warnings.filterwarnings("ignore")
+    load_and_limit(kinds, folder / "first")
+    json.dump(
+        {which: mutated(which, count, folder / "each" / which) for which in kinds}, sys.stdout
+    )
 
 
 def resident(name):
@@ -333,4 +433,4 @@ def resident(name):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]))
+    main(sys.argv[1].split(","), int(sys.argv[2]), Path(sys.argv[3]))

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 MODEL = "Qwen/Qwen3-8B"
@@ -283,21 +284,185 @@ def sparsify(
     return Laid(root, folder, tensors, forward, hook_name, torch.ones(d_sae))
 
 
+def jump(pre, threshold):
+    """What Gemma Scope's report calls JumpReLU."""
+    return pre.relu() * (pre > threshold)
+
+
+def gemma_tensors(layer, d_in, d_sae):
+    enc, dec, b_enc, b_dec = random_tensors(d_in, d_sae, layer, unit=False)
+    g = torch.Generator().manual_seed(9)
+    threshold = 0.4 * torch.rand(d_sae, generator=g)
+
+    def forward(x):
+        f = jump(x @ enc.T + b_enc, threshold)
+        return f, f @ dec + b_dec
+
+    own = {"W_enc": enc.T.contiguous(), "W_dec": dec, "b_enc": b_enc, "b_dec": b_dec}
+    return own | {"threshold": threshold}, forward
+
+
+def gemma_scope(root, layer=3, d_in=16, d_sae=64, repository="gemma-scope-2b-pt-res", l0=7):
+    """`<repository>/layer_<n>/width_<w>/average_l0_<l>/params.npz`, without a configuration."""
+    tensors, forward = gemma_tensors(layer, d_in, d_sae)
+    folder = root / repository / f"layer_{layer}" / "width_16k" / f"average_l0_{l0}"
+    folder.mkdir(parents=True)
+    np.savez(folder / "params.npz", **{name: tensor.numpy() for name, tensor in tensors.items()})
+    scale = tensors["W_dec"].norm(dim=-1)
+    return Laid(root, folder, tensors, forward, f"blocks.{layer}.hook_resid_post", scale)
+
+
+def gemma_scope_2(
+    root,
+    layer=3,
+    d_in=16,
+    d_sae=64,
+    repository="gemma-scope-2-4b-it",
+    kind="resid_post",
+    place="output",
+    config=True,
+):
+    """`<repository>/<kind>/layer_<n>_width_<w>_l0_<size>/{config.json, params.safetensors}`."""
+    tensors, forward = gemma_tensors(layer, d_in, d_sae)
+    folder = root / repository / kind / f"layer_{layer}_width_16k_l0_big"
+    folder.mkdir(parents=True)
+    stored = {
+        name.replace("W_", "w_"): tensor.contiguous().clone() for name, tensor in tensors.items()
+    }
+    save_file(stored, folder / "params.safetensors")
+    if config:
+        about = {
+            "width": d_sae,
+            "model_name": f"google/{repository.replace('gemma-scope-2', 'gemma-3')}",
+            "architecture": "jump_relu",
+            "l0": 15,
+            "affine_connection": False,
+            "hf_hook_point_in": f"model.layers.{layer}.{place}",
+            "hf_hook_point_out": f"model.layers.{layer}.{place}",
+            "type": "sae",
+        }
+        (folder / "config.json").write_text(json.dumps(about))
+    scale = tensors["W_dec"].norm(dim=-1)
+    return Laid(root, folder, stored, forward, f"blocks.{layer}.hook_resid_post", scale)
+
+
+def llama_scope(
+    root,
+    layer=3,
+    d_in=16,
+    d_sae=64,
+    norms=(6.3125, 6.3125),
+    repository="Llama3_1-8B-Base-LXR-8x",
+    **changes,
+):
+    """`<repository>/Llama3_1-8B-Base-L<n>R-8x/{hyperparams.json, checkpoints/final.safetensors}`.
+
+    norms: the average norms of what goes in and of what comes out; changes: of the hyperparameters.
+    """
+    enc, dec, b_enc, b_dec = random_tensors(d_in, d_sae, layer, unit=False)
+    folder = root / repository / f"Llama3_1-8B-Base-L{layer}R-8x"
+    (folder / "checkpoints").mkdir(parents=True)
+    tensors = {
+        "encoder.weight": enc,
+        "encoder.bias": b_enc,
+        "decoder.weight": dec.T.contiguous(),
+        "decoder.bias": b_dec,
+    }
+    save_file(tensors, folder / "checkpoints" / "final.safetensors")
+    about = {
+        "hook_point_in": f"blocks.{layer}.hook_resid_post",
+        "hook_point_out": f"blocks.{layer}.hook_resid_post",
+        "use_decoder_bias": True,
+        "apply_decoder_bias_to_pre_encoder": False,
+        "expansion_factor": 8,
+        "d_model": d_in,
+        "d_sae": d_sae,
+        "act_fn": "jumprelu",
+        "jump_relu_threshold": 0.2021484375,
+        "norm_activation": "dataset-wise",
+        "dataset_average_activation_norm": dict(zip(("in", "out"), norms, strict=True)),
+        "sparsity_include_decoder_norm": True,
+        "use_glu_encoder": False,
+        "top_k": 50,
+    } | changes
+    (folder / "hyperparams.json").write_text(json.dumps(about))
+
+    def forward(x):
+        """On activations of the norm that training saw, where the threshold, which is of those as
+        they are and of a decoder of unit norm, is as many times larger.
+        """
+        before, after = (d_in**0.5 / norm for norm in norms)
+        dataset_wise = about["norm_activation"] == "dataset-wise"
+        before, after = (before, after) if dataset_wise else (1.0, 1.0)
+        centre = b_dec * before / after if about["apply_decoder_bias_to_pre_encoder"] else 0.0
+        ranked = dec.norm(dim=-1) if about["sparsity_include_decoder_norm"] else torch.ones(d_sae)
+        ranked = ranked * before / after
+        pre = (before * x - centre) @ enc.T + b_enc
+        if about["act_fn"] == "jumprelu":
+            f = pre.relu() * (pre * ranked > about["jump_relu_threshold"] * before)
+        else:
+            f = torch.where(top_k(pre * ranked, about["top_k"]) > 0, pre, 0.0)
+        return f, (f @ dec + b_dec) / after
+
+    scale = dec.norm(dim=-1) * norms[1] / d_in**0.5
+    return Laid(root, folder, tensors, forward, f"blocks.{layer}.hook_resid_post", scale)
+
+
+def own(root, layer=3):
+    """A suite of ours."""
+    laid = saelens(root, "jumprelu", layer)
+    file = laid.folder / "cfg.json"
+    config = json.loads(file.read_text())
+    tensors = load_file(laid.folder / "sae_weights.safetensors")
+    norms = tensors["W_dec"].norm(dim=-1)
+    tensors["W_dec"] /= norms[:, None]
+    tensors["W_enc"] *= norms
+    tensors["b_enc"] *= norms
+    tensors["threshold"] *= norms
+    save_file(tensors, laid.folder / "sae_weights.safetensors")
+    config["apply_b_dec_to_input"] = False
+    config["metadata"]["qsae_kit"] = {
+        "sparsity": 5,
+        "median_norm": 12.5,
+        "norm_factor": 3.0,
+        "drop_template": False,
+        "drop_prefix": True,
+        "begins_with_bos": None,
+        "tokens": 2_000_000,
+        "seed": 3,
+        "figures": {"loss": 0.3, "l0": 5.1, "dead": 0.0},
+        "recipe": {"architecture": "jumprelu", "sparsity": 5, "tokens": 2_000_000},
+        "model_digest": "0" * 64,
+    }
+    file.write_text(json.dumps(config))
+    return laid._replace(tensors=tensors)
+
+
 FORMATS = {
     "dictionary_learning": dictionary_learning,
+    "Gemma Scope": gemma_scope,
+    "Gemma Scope 2": gemma_scope_2,
+    "Llama Scope": llama_scope,
     "Qwen-Scope": qwen_scope,
     "SAELens": saelens,
     "sparsify": sparsify,
 }
 WEIGHTS = {
     "dictionary_learning": "ae.pt",
+    "Gemma Scope": "params.npz",
+    "Gemma Scope 2": "params.safetensors",
+    "Llama Scope": "checkpoints/final.safetensors",
     "Qwen-Scope": "layer3.sae.pt",
     "SAELens": "sae_weights.safetensors",
     "sparsify": "sae.safetensors",
+    "qsae_kit": "sae_weights.safetensors",
 }
 CONFIGS = {
     "dictionary_learning": "config.json",
+    "Gemma Scope 2": "config.json",
+    "Llama Scope": "hyperparams.json",
     "Qwen-Scope": "config.json",
     "SAELens": "cfg.json",
     "sparsify": "cfg.json",
+    "qsae_kit": "cfg.json",
 }

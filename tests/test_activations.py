@@ -124,11 +124,11 @@ def test_live_rows_know_their_model_and_tokens(lm):
     assert (
         source.origin
         == source.only(SITES[:1]).origin
-        == Origin("tiny", policy, lm.weights_digest())
+        == Origin("tiny", policy, lm.weights_digest(), begins_with_bos=False)
     )
     source = LiveRows(lm, SITES, lambda: token_batches(lm, documents))
     assert source.origin == Origin(
-        "tiny", TokenPolicy(context_size=min(512, lm.context_size)), lm.weights_digest()
+        "tiny", TokenPolicy(context_size=min(512, lm.context_size)), lm.weights_digest(), False
     )
 
 

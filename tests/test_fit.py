@@ -5,6 +5,7 @@ that are right.
 import json
 
 import pytest
+import releases
 import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
@@ -99,6 +100,33 @@ def test_a_live_model(tmp_path):
     [saes] = load_suite(tmp_path / "out" / "suite").values()
     assert list(saes) == ["blocks.2.hook_attn_out", "blocks.2.hook_resid_post"]
     assert not list((tmp_path / "out").glob("*checkpoint-*-4096*/*.safetensors"))
+
+
+def test_a_live_model_begins_from_a_release(tmp_path):
+    """Its recipe is that of the SAEs; what does not fit is one sentence."""
+    flags = ["tiny", "--at", "resid@3", "--set", "batch=256", "--tokens", "1024", "--out"]
+    release = releases.dictionary_learning(tmp_path / "release", d_in=160, d_sae=320)
+    releases.dictionary_learning(tmp_path / "release", d_in=160, d_sae=320, trainer=1)
+    done = qsae("train", *flags, tmp_path / "out", "--init", release.folder)
+    assert done.exit_code == 0, done.exception
+    [sae] = load_suite(tmp_path / "out" / "suite").saes().values()
+    assert (sae.architecture, sae.d_sae, sae.sparsity) == ("jumprelu", 320, 5)
+    assert sae.origin.recipe["began_from"]["model"] == releases.MODEL
+    for given, message in (
+        (["--init", release.root], "several variants of SAEs to begin from, trainer_0, trainer_1"),
+        (["--init", release.root, "--init-variant", "trainer_7"], "no variant 'trainer_7'"),
+        (["--init", release.folder, "--arch", "topk"], "the recipe makes topk of 160 to 320"),
+        (["--init", release.folder, "--expansion", "4"], "the recipe makes jumprelu of 160 to 640"),
+        (["--init", release.folder, "--l0", "4,8"], "--init is for one recipe"),
+        (["--init", release.folder, "--frozen", "decoder"], "--init is for one recipe"),
+        (["--init-variant", "x"], "--init-variant is for --init"),
+        (["--init", tmp_path / "nowhere"], "There is no folder"),
+        (["--init", release.folder, "--at", "resid@4"], "no site 'blocks.4.hook_resid_post'"),
+    ):
+        refused = qsae("train", *flags, tmp_path / "refused", *given)
+        assert refused.exit_code == 1
+        assert isinstance(refused.exception, ValueError)
+        assert message in str(refused.exception)
 
 
 def test_bad_rows_are_counted_not_learnt(tmp_path):

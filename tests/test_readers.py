@@ -5,9 +5,11 @@ trusted.
 import json
 import os
 import pickle
+import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -28,7 +30,8 @@ from qsae_kit.features.indexing import build_index
 from qsae_kit.io.tensorfiles import TensorFile
 from qsae_kit.lm.edits import applied
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sae.releases import READERS, Reader, find_saes, inspect_suite, open_release, select
+from qsae_kit.sae.layouts import READERS, Reader
+from qsae_kit.sae.releases import find_saes, inspect_suite, open_release, select
 from qsae_kit.sae.store import convert_suite, load_sae, load_suite, save_sae, save_suite
 from qsae_kit.sites import find_site
 from qsae_kit.steer.changes import FeatureSet, add_features
@@ -79,6 +82,21 @@ LAID = (
         (
             "dictionary_learning float16",
             lambda root: releases.dictionary_learning(root, dtype=torch.float16),
+        )
+    ]
+    + [("Gemma Scope", releases.gemma_scope), ("Gemma Scope 2", releases.gemma_scope_2)]
+    + [
+        (
+            f"Llama Scope {changes}",
+            lambda root, changes=changes: releases.llama_scope(root, **changes),
+        )
+        for changes in (
+            {},
+            {"norms": (6.3125, 3.390625)},
+            {"sparsity_include_decoder_norm": False},
+            {"apply_decoder_bias_to_pre_encoder": True},
+            {"norm_activation": "inference", "norms": (4.0, 4.0)},
+            {"act_fn": "topk", "jump_relu_threshold": 0.0, "top_k": 5},
         )
     ]
 )
@@ -144,6 +162,9 @@ def test_what_a_release_says_is_kept(tmp_path):
         assert sae.provenance.filter == NormFilter(float("inf"), 10.0)
     assert found == {
         "dictionary_learning": ("Qwen/Qwen3-8B", 5, 2048, 244140 * 2048),
+        "Gemma Scope": ("google/gemma-2-2b", 7, 1024, 0),
+        "Gemma Scope 2": ("google/gemma-3-4b-it", 15, 1024, 0),
+        "Llama Scope": ("meta-llama/Llama-3.1-8B", 50, 1024, 0),
         "Qwen-Scope": ("Qwen/Qwen3-8B-Base", 5, 1024, 0),
         "SAELens": ("Qwen/Qwen3-8B", 5, 1024, 0),
         "sparsify": ("Qwen/Qwen3-8B", 5, 2048, 0),
@@ -294,6 +315,245 @@ def test_what_cannot_be_used_is_said(which, change, message, tmp_path):
     _edit(laid.folder / releases.CONFIGS[which], change)
     with pytest.raises(ValueError, match=message):
         load_suite(tmp_path)
+
+
+# --- what lies beside SAEs
+
+
+def _edited(laid, which, change):
+    _edit(laid.folder / releases.CONFIGS[which], change)
+
+
+def _saelens_transcoder(root):
+    _edited(
+        releases.saelens(root, layer=4), "SAELens", lambda c: c.update(architecture="transcoder")
+    )
+
+
+def _saelens_embedding(root):
+    laid = releases.saelens(root, layer=4)
+    _edited(laid, "SAELens", lambda c: c["metadata"].update(hook_name="hook_embed"))
+
+
+def _old_saelens(root):
+    _edited(releases.saelens(root, layer=4), "SAELens", lambda c: c.pop("metadata"))
+
+
+def _crosscoder(root):
+    laid = releases.dictionary_learning(root, layer=4)
+    _edited(laid, "dictionary_learning", lambda c: c["trainer"].update(dict_class="CrossCoder"))
+
+
+def _of_inputs(root):
+    laid = releases.dictionary_learning(root, layer=4)
+    _edited(laid, "dictionary_learning", lambda c: c["buffer"].update(io="in_and_out"))
+
+
+def _sparsify_transcoder(root):
+    laid = releases.sparsify(root, "layers.4.mlp")
+    _edited(laid, "sparsify", lambda c: c.update(transcode=True, skip_connection=True))
+
+
+def _gemma_embedding(root):
+    folder = releases.gemma_scope(root).folder.parent.parent
+    folder.rename(folder.with_name("embedding"))
+
+
+def _gemma_crosscoder(root):
+    folder = root / "gemma-scope-2-4b-it" / "crosscoder" / "layer_9_17_22_29_width_65k"
+    folder.mkdir(parents=True)
+    for n in range(2):
+        (folder / f"params_layer_{n}.safetensors").write_bytes(b"")
+
+
+def _llama_transcoder(root):
+    releases.llama_scope(
+        root,
+        4,
+        repository="Llama3_1-8B-Base-LXTC-8x",
+        hook_point_in="blocks.4.ln2.hook_normalized",
+        hook_point_out="blocks.4.hook_mlp_out",
+    )
+
+
+def _newer_llama(root):
+    folder = root / "800M-Slimpajama" / "L4R"
+    folder.mkdir(parents=True)
+    (folder / "sae_weights.safetensors").write_bytes(b"")
+    (folder / "config.json").write_text('{"sae_type": "sae", "hook_point_in": "x"}')
+
+
+BESIDE = [
+    (_saelens_transcoder, "is of a 'transcoder' SAE", ""),
+    (_saelens_embedding, "'hook_embed' is not a site", ""),
+    (_old_saelens, "no SAE configuration of SAELens 6", ""),
+    (_crosscoder, "dict_class 'CrossCoder'", "trainer_0"),
+    (_of_inputs, "io='in_and_out'", "trainer_0"),
+    (_sparsify_transcoder, "transcode='True'", ""),
+    (
+        lambda root: releases.sparsify(root, "embed_tokens"),
+        "'embed_tokens' is not a site",
+        "embed_tokens",
+    ),
+    (
+        lambda root: releases.gemma_scope(root, repository="gemma-scope-2b-pt-transcoders"),
+        "a coder of 'transcoders'",
+        "average_l0_7",
+    ),
+    (
+        _gemma_embedding,
+        "a coder of no layer, such as of the embedding",
+        "average_l0_7",
+    ),
+    (
+        lambda root: releases.gemma_scope(root, repository="params"),
+        "of which model and site",
+        "average_l0_7",
+    ),
+    (
+        lambda root: releases.gemma_scope_2(
+            root, kind="transcoder", place="pre_feedforward_layernorm.output"
+        ),
+        "'model.layers.3.pre_feedforward_layernorm.output' is not a site",
+        "transcoder-layer_3",
+    ),
+    (_gemma_crosscoder, "a coder of several layers", "crosscoder"),
+    (_llama_transcoder, "is of a transcoder, from blocks.4.ln2.hook_normalized", "LXTC"),
+    (_newer_llama, "Language-Model-SAEs in the format after", "L4R"),
+]
+
+
+@pytest.mark.parametrize(("make", "reason", "variant"), BESIDE)
+def test_what_cannot_be_used_is_listed_beside_saes(make, reason, variant, tmp_path):
+    laid = releases.saelens(tmp_path / "saes")
+    make(tmp_path)
+    table = inspect_suite(tmp_path)
+    usable, left = table[table["unusable"].isna()], table[table["unusable"].notna()]
+    assert usable["site"].tolist() == [laid.hook_name]
+    assert left["unusable"].str.contains(reason, regex=False).all()
+    assert f"Cannot be used: {left['weights'].iloc[0]} (" in run("suite", "show", tmp_path)
+    with pytest.warns(UserWarning, match=re.escape(reason)):
+        assert only(load_suite(tmp_path)).provenance.hook_name == laid.hook_name
+    asked = [name for name in left["variant"] if variant in name]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        only(load_suite(tmp_path, hook_names=[laid.hook_name]))
+        if variant:
+            with pytest.raises(ValueError, match=re.escape(reason)):
+                load_suite(tmp_path, variants=[asked[0]])
+        with pytest.raises(
+            ValueError, match=re.escape(f"What is left out: {left['unusable'].iloc[0]}")
+        ):
+            load_suite(tmp_path, hook_names=["blocks.4.hook_mlp_out"])
+
+
+def test_where_nothing_can_be_used_the_reason_is_the_error_and_the_list(tmp_path):
+    _saelens_transcoder(tmp_path)
+    for read in (load_suite, load_sae):
+        with pytest.raises(ValueError, match="is of a 'transcoder' SAE"):
+            read(tmp_path)
+    assert inspect_suite(tmp_path)["unusable"].notna().all()
+    assert "Cannot be used" in run("suite", "show", tmp_path)
+
+
+def test_a_damaged_configuration_is_an_error_though_others_are_whole(tmp_path):
+    (two(tmp_path) / "cfg.json").write_text("{")
+    for read in (inspect_suite, load_suite):
+        with pytest.raises(ValueError, match="is not JSON"):
+            read(tmp_path)
+
+
+def test_a_file_that_only_is_called_like_weights_is_none(tmp_path):
+    releases.saelens(tmp_path / "saes")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "final.safetensors").write_bytes(b"a model")
+    assert len(inspect_suite(tmp_path)) == 1
+
+
+def test_seeds_as_folders_are_variants(tmp_path):
+    for layer in (3, 4):
+        for seed in (22, 23):
+            laid = releases.sparsify(tmp_path / "run", f"layers.{layer}/seed{seed}")
+            (laid.folder.parent.parent / "config.json").rename(tmp_path / "config.json")
+    (tmp_path / "config.json").rename(tmp_path / "run" / "config.json")
+    suite = load_suite(tmp_path)
+    sites = ["blocks.3.hook_resid_post", "blocks.4.hook_resid_post"]
+    assert {variant: list(saes) for variant, saes in suite.items()} == {
+        "seed22": sites,
+        "seed23": sites,
+    }
+    assert {sae.origin.model_name for sae in suite.saes().values()} == {releases.MODEL}
+    alone = load_sae(tmp_path / "run" / "layers.4" / "seed22")
+    assert alone.origin.hook_name == sites[1]
+    before = releases.sparsify(tmp_path / "other", "seed1/layers.7.mlp").root
+    assert [str(place) for place in load_suite(before).places()] == ["seed1/blocks.7.hook_mlp_out"]
+
+
+def test_gemma_scope_s_variants_and_places(tmp_path):
+    for layer, l0 in ((3, 7), (3, 9), (5, 7)):
+        releases.gemma_scope(tmp_path / "1", layer, repository="gemma-scope-9b-it-att", l0=l0)
+    assert [str(place) for place in load_suite(tmp_path / "1").places()] == [
+        "average_l0_7/blocks.3.attn.hook_z",
+        "average_l0_7/blocks.5.attn.hook_z",
+        "average_l0_9/blocks.3.attn.hook_z",
+    ]
+    for kind, place in (
+        ("resid_post", "output"),
+        ("mlp_out", "post_feedforward_layernorm.output"),
+        ("attn_out", "self_attn.o_proj.input"),
+    ):
+        for config in (True, False):
+            root = tmp_path / f"2-{config}"
+            for layer in (3, 5):
+                releases.gemma_scope_2(root, layer, kind=kind, place=place, config=config)
+    for config in (True, False):
+        suite = load_suite(tmp_path / f"2-{config}")
+        assert {str(place) for place in suite.places()} == {
+            f"{kind}-width_16k_l0_big/blocks.{layer}.{hook}"
+            for kind, hook in (
+                ("resid_post", "hook_resid_post"),
+                ("mlp_out", "hook_mlp_out"),
+                ("attn_out", "attn.hook_z"),
+            )
+            for layer in (3, 5)
+        }
+        assert {s.origin.model_name for s in suite.saes().values()} == {"google/gemma-3-4b-it"}
+
+
+def test_llama_scope_s_layers_are_one_variant(tmp_path):
+    for layer in (3, 5):
+        releases.llama_scope(tmp_path, layer)
+    assert [str(place) for place in load_suite(tmp_path).places()] == [
+        "Llama3_1-8B-Base-LXR-8x/blocks.3.hook_resid_post",
+        "Llama3_1-8B-Base-LXR-8x/blocks.5.hook_resid_post",
+    ]
+
+
+def test_the_token_policy_is_written_as_it_is(tmp_path):
+    """What a release says of its tokens goes through a conversion, and SAELens's entries say it."""
+    for number, (bos, special) in enumerate(
+        [(True, False), (False, True), (None, [1, 2]), (True, None)]
+    ):
+        root, out = tmp_path / f"{number}", tmp_path / f"{number}-ours"
+        laid = releases.saelens(root)
+        _edit(
+            laid.folder / "cfg.json",
+            lambda c, bos=bos, special=special: c["metadata"].update(
+                prepend_bos=bos, exclude_special_tokens=special
+            ),
+        )
+        [folder] = convert_suite(root, out)
+        told = json.loads((folder / "cfg.json").read_text())["metadata"]
+        assert told["prepend_bos"] is bos
+        assert told["exclude_special_tokens"] is bool(special)
+        origin = load_sae(folder).origin
+        assert (origin.begins_with_bos, origin.drop_template) == (bos, bool(special))
+    [folder] = convert_suite(releases.gemma_scope(tmp_path / "gemma").root, tmp_path / "of-gemma")
+    assert json.loads((folder / "cfg.json").read_text())["metadata"]["prepend_bos"] is True
+    # what was written before it was known said False of everything
+    laid = releases.own(tmp_path / "old")
+    _edit(laid.folder / "cfg.json", lambda c: c["metadata"]["qsae_kit"].pop("begins_with_bos"))
+    assert load_sae(laid.folder).origin.begins_with_bos is None
 
 
 def test_a_folder_that_does_not_say_k(tmp_path):
@@ -611,23 +871,32 @@ def test_without_a_network_there_is_one_sentence_or_the_cache(monkeypatch, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("which", releases.FORMATS)
-def test_damaged_and_malicious_files(which, tmp_path):
-    """200 seeded mutations, in a process that may allocate half a gigabyte: refused, or loaded as
-    what they are.
+@pytest.mark.parametrize(
+    ("kinds", "count"),
+    [
+        ("dictionary_learning,SAELens", 200),
+        ("Qwen-Scope,sparsify", 200),
+        ("Gemma Scope,Gemma Scope 2,Llama Scope", 200),
+        ("qsae_kit", 130),
+    ],
+)
+def test_damaged_and_malicious_files(kinds, count, tmp_path):
+    """Seeded mutations (200 a format of others; of our own eight in ten are of the configuration),
+    in a process that may allocate half a gigabyte: refused, or loaded as what they are.
     """
     done = subprocess.run(
-        [sys.executable, mutations.__file__, which, "200", str(tmp_path / "work")],
+        [sys.executable, mutations.__file__, kinds, str(count), str(tmp_path / "work")],
         capture_output=True,
         text=True,
         cwd=TESTS,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    result = json.loads(done.stdout)
-    refused, loaded = (sum(result[name].values()) for name in ("refused", "loaded"))
-    assert refused + loaded == 200
-    assert refused > 150
-    assert result["grown"] < 16 * 2**20
+    results = json.loads(done.stdout)
+    for result in results.values():
+        refused, loaded = (sum(result[name].values()) for name in ("refused", "loaded"))
+        assert refused + loaded == count
+        assert refused > 0.6 * count
+        assert result["grown"] < 16 * 2**20
     # A number of the pickle that changes a stride within its storage is no larger claim.
     dangerous = (
         "pickle: ",
@@ -637,9 +906,18 @@ def test_damaged_and_malicious_files(which, tmp_path):
         "header: offsets",
         "config: deep",
         "bytes: truncated",
+        "numpy: objects",
+        "numpy: hidden",
+        "numpy: claims",
+        "numpy: bomb",
+        "numpy: overlap",
+        "numpy: duplicate",
     )
     assert not [
-        kind for kind in result["loaded"] if kind.startswith(dangerous) and kind != "pickle: claims"
+        kind
+        for result in results.values()
+        for kind in result["loaded"]
+        if kind.startswith(dangerous) and kind != "pickle: claims"
     ]
 
 
@@ -708,13 +986,20 @@ print(mutations.resident("VmHWM") - before)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "which", ["dictionary_learning", "dictionary_learning bfloat16", "SAELens", "sparsify"]
+    "which",
+    [
+        "dictionary_learning",
+        "dictionary_learning bfloat16",
+        "SAELens",
+        "sparsify",
+        "Gemma Scope",
+        "Llama Scope",
+    ],
 )
 def test_loading_takes_less_than_twice_the_size(which, tmp_path):
-    kind, _, dtype = which.partition(" ")
-    releases.FORMATS[kind](
-        tmp_path / "release", d_in=1024, d_sae=16384, dtype=getattr(torch, dtype or "float32")
-    )
+    kind = which.removesuffix(" bfloat16")
+    dtype = {} if kind == which else {"dtype": torch.bfloat16}
+    releases.FORMATS[kind](tmp_path / "release", d_in=1024, d_sae=16384, **dtype)
     done = subprocess.run(
         [sys.executable, "-c", PEAK, str(tmp_path / "release"), str(tmp_path / "small")],
         capture_output=True,

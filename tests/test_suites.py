@@ -14,7 +14,7 @@ from qsae_kit.data.documents import TokenPolicy, chat_prefix, token_batches
 from qsae_kit.io.files import checked_name
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
-from qsae_kit.sae.releases import UNMEASURED
+from qsae_kit.sae.layouts import UNMEASURED
 from qsae_kit.sae.store import CONFIG, load_sae, save_sae
 from qsae_kit.sae.suites import Feature, Place, Suite
 from qsae_kit.sites import KINDS, Site

@@ -10,15 +10,17 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
+import releases
 import torch
 
 from qsae_kit.data.documents import TokenPolicy
 from qsae_kit.data.rows import Origin, Place, StoredRows
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae.store import load_suite
+from qsae_kit.sae.topk import TopKSAE
 from qsae_kit.train.groups import plan_groups
-from qsae_kit.train.recipe import TrainConfig, default_recipe
-from qsae_kit.train.run import train_saes
+from qsae_kit.train.recipe import TrainConfig, default_recipe, recipe_from
+from qsae_kit.train.run import SiteTrainer, fit_normaliser, train_saes
 
 D, N_FEATURES = 24, 48
 SMALL = {"expansion": 4, "tokens": 40_000, "batch": 256, "pool": 4096, "lr": 3e-3}
@@ -511,3 +513,89 @@ def test_twenty_kills_change_nothing(tmp_path):
         timeout=600,
     )
     assert run.stdout.startswith("same 20"), run.stderr[-3000:]
+
+
+# --- from another SAE
+
+BEGUN = {"sparsity": 4, "expansion": 4, "tokens": 2560, "batch": 256, "pool": 2560, "seed": 5}
+
+
+@pytest.mark.parametrize("architecture", ["jumprelu", "topk", "standard", "gated"])
+def test_a_training_begins_where_another_ended(architecture):
+    """Before its first step it computes what it began from, whatever mean and scale its rows have;
+    after it, it has hardly moved where the rate is low.
+    """
+    site = "blocks.0.hook_resid_post"
+    longer = TrainConfig(architecture, **{**SMALL, "sparsity": 4, "tokens": 10_240})
+    init = train_saes(source(), [longer], model_name="base", bar=False)[longer.variant][site]
+    rows = make_rows(4096, seed=3)[site] * 1.7 + 2
+    x = make_rows(500, seed=9)[site]
+    trainer = SiteTrainer(
+        TrainConfig(architecture, **BEGUN), fit_normaliser(rows), D, torch.device("cpu")
+    )
+    trainer.start(rows, init)
+    begun = trainer.finish(Origin("instruct"), site, init)
+    torch.testing.assert_close(begun(x), init(x), atol=2e-4, rtol=1e-4)
+    assert begun.origin.recipe["began_from"] == {"model": "base", "checksum": init.checksum()}
+    assert begun.origin.model_name == "instruct"
+    config = TrainConfig(architecture, **BEGUN, lr=1e-5)
+    near = train_saes(
+        StoredRows({site: make_rows(seed=1)[site]}),
+        [config],
+        model_name="instruct",
+        init={site: init},
+        bar=False,
+    )[config.variant][site]
+    cosines = torch.nn.functional.cosine_similarity(near.W_dec, init.W_dec)
+    assert cosines.min() > 0.99
+    assert recipe_from(near.origin.recipe) == config
+
+
+def test_an_sae_of_a_release_is_begun_from(tmp_path):
+    """Decoders of other lengths, and a feature without a decoder row, which begins anew."""
+    site = "blocks.3.hook_resid_post"
+    init = load_suite(releases.sparsify(tmp_path, d_in=D, d_sae=96, k=4).root)["topk-k4"][site]
+    init.W_dec[7] = 0
+    source = StoredRows({site: make_rows()["blocks.0.hook_resid_post"]})
+    config = TrainConfig("topk", **BEGUN)
+    made = train_saes(source, [config], model_name="m", init={site: init}, bar=False)
+    [sae] = made.saes().values()
+    torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(96))
+    assert all(tensor.isfinite().all() for tensor in sae.tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"architecture": "jumprelu"},
+            "is topk of 24 to 96, the recipe makes jumprelu of 24 to 96",
+        ),
+        ({"expansion": 2}, "is topk of 24 to 96, the recipe makes topk of 24 to 48"),
+        ({"frozen": "decoder"}, "is a control that begins at random"),
+        ({"site": "blocks.0.hook_mlp_out"}, "no SAE of blocks.0.hook_resid_post to begin from"),
+    ],
+)
+def test_what_cannot_be_begun_from_is_refused(changes, message):
+    init = TopKSAE(D, 96, 4)
+    site = changes.pop("site", "blocks.0.hook_resid_post")
+    config = TrainConfig(**({"architecture": "topk"} | BEGUN | changes))
+    with pytest.raises(ValueError, match=message):
+        train_saes(source(), [config], model_name="m", init={site: init}, bar=False)
+
+
+def test_a_run_that_began_from_another_sae_is_another_run(tmp_path):
+    site = "blocks.0.hook_resid_post"
+    rows = StoredRows({site: make_rows()[site]})
+    config = TrainConfig("topk", **BEGUN)
+    inits = []
+    for seed in (0, 1):
+        init = TopKSAE(D, 96, 4)
+        init.init_from_rows(make_rows()[site], torch.Generator().manual_seed(seed))
+        inits.append(init)
+    common = {"model_name": "m", "folder": tmp_path, "bar": False}
+    train_saes(rows, [config], init={site: inits[0]}, **common)
+    for other in ({"init": {site: inits[1]}}, {}):
+        with pytest.raises(ValueError, match="began from"):
+            train_saes(rows, [config], **common, **other)
+    train_saes(rows, [config], init={site: inits[0]}, **common)

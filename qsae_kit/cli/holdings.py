@@ -53,13 +53,17 @@ def show(source: AnySource, json_: options.Json = False) -> None:
     if json_:
         typer.echo(table.to_json(orient="records"))
         return
-    shown = table.drop(columns=["tokens", "context_size", "weights"])
-    typer.echo(
-        shown.dropna(axis="columns", how="all").to_string(
-            index=False, na_rep="", float_format="%.4g"
+    usable, left = table[table["unusable"].isna()], table[table["unusable"].notna()]
+    shown = usable.drop(columns=["tokens", "context_size", "weights", "unusable"])
+    if len(usable):
+        typer.echo(
+            shown.dropna(axis="columns", how="all").to_string(
+                index=False, na_rep="", float_format="%.4g"
+            )
         )
-    )
-    if table["median_norm"].isna().any():
+    for weights, reason in zip(left["weights"], left["unusable"], strict=True):
+        typer.echo(f"Cannot be used: {weights} ({reason})")
+    if usable["median_norm"].isna().any():
         typer.echo(
             "SAEs without median_norm: it is measured when they are used (qsae_kit.calibrate)."
         )

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from qsae_kit.lm.hooked import HookedLM
+    from qsae_kit.sae import SAE
     from qsae_kit.train.fit import FitResult
     from qsae_kit.train.recipe import TrainConfig
     from qsae_kit.train.watch import Watcher
@@ -177,6 +178,18 @@ def train(
             )
         ),
     ] = None,
+    init: Annotated[
+        str | None,
+        typer.Option(
+            help=(
+                "A suite or a public release whose SAEs of the same sites are begun from, such as"
+                " the base model's; architecture, width and L0 are theirs unless given."
+            )
+        ),
+    ] = None,
+    init_variant: Annotated[
+        str, typer.Option(help="Of several variants there, the one to begin from.")
+    ] = "",
     held_out: Annotated[
         str | None, typer.Option(help="Held-out tokens behind a grid's frontier (20k by default).")
     ] = None,
@@ -206,6 +219,13 @@ def train(
         " --expansion and --tokens.",
     )
     options.refuse(
+        init is not None and bool(grid or frozen),
+        "--init is for one recipe that is not frozen; leave lists and --frozen out.",
+    )
+    options.refuse(
+        bool(init_variant) and init is None, "--init-variant is for --init; give both or none."
+    )
+    options.refuse(
         held_out is not None and not grid,
         "--held-out is for a grid; give several values of --l0, --expansion or --tokens.",
     )
@@ -217,6 +237,9 @@ def train(
     outputs.write_to(out)
     lm = outputs.loaded(model, dtype, device)
     names = list(dict.fromkeys(name for place in places for name in fit.sites_of(lm, *place)))
+    begun = {} if init is None else fit.starts_of(init, names, init_variant)
+    if begun:
+        changes = recipe_like(next(iter(begun.values()))) | changes
     recipe = default_recipe(max(map(lm.width, names)), len(names), **changes)
     if grid:
         _train_grid(lm, data, names, recipe, (l0s, widths, lengths), n_held_out, out, fresh, json_)
@@ -224,7 +247,9 @@ def train(
     if not json_:
         say_assumed(recipe, changes)
     recipes = [recipe, *(replace(recipe, frozen=part) for part in controls)]
-    result = fit.fit_live(lm, data, names, recipes, out, fresh=fresh, watch=watchers, bar=not json_)
+    result = fit.fit_live(
+        lm, data, names, recipes, out, fresh=fresh, init=begun, watch=watchers, bar=not json_
+    )
     finish(result, out, json_)
 
 
@@ -359,6 +384,12 @@ def recipe_changes(
     )
     default_recipe(LIKELY_WIDTH, **changes)
     return changes
+
+
+def recipe_like(sae: "SAE") -> dict[str, Any]:
+    """The fields of a recipe that makes SAEs such as this one."""
+    sparsity = {} if sae.sparsity == sae.d_sae else {"sparsity": sae.sparsity}  # it is not known
+    return {"architecture": sae.architecture, "expansion": sae.d_sae / sae.d_in} | sparsity
 
 
 def watchers_of(watch: str | None, out: Path) -> "list[Watcher]":

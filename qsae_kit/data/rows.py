@@ -66,6 +66,10 @@ class Origin(NamedTuple):
     """By default what holds for rows of which nothing is known."""
     model_digest: str = ""
     """Of the model's weights (`HookedLM.weights_digest`)."""
+    begins_with_bos: bool | None = None
+    """Whether its sequences begin with the tokenizer's beginning-of-sequence token; None where that
+    is not known.
+    """
 
 
 @dataclass(frozen=True)
@@ -148,7 +152,12 @@ class LiveRows:
     @property
     def origin(self) -> Origin:
         policy = self.head[0].policy if self.head else TokenPolicy()
-        return Origin(self.lm.model_name, policy.on(self.lm), self.lm.weights_digest())
+        return Origin(
+            self.lm.model_name,
+            policy.on(self.lm),
+            self.lm.weights_digest(),
+            begin_with_bos(self.lm, self.head),
+        )
 
     def fingerprint(self) -> str:
         """Of the first four token batches and of a few of the model's weights."""
@@ -224,6 +233,14 @@ class LiveRows:
             site: torch.empty(n_rows, width, device=self.device)
             for site, width in self.widths.items()
         }
+
+
+def begin_with_bos(lm: HookedLM, batches: Sequence[TokenBatch]) -> bool:
+    """Whether every sequence of some batches begins with the tokenizer's beginning-of-sequence
+    token.
+    """
+    bos = lm.tokenizer.bos_token_id
+    return bos is not None and all(bool((batch.ids[:, 0] == bos).all()) for batch in batches)
 
 
 class StoredRows:

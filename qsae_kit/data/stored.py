@@ -1,6 +1,6 @@
 """Stores activations of one site for training and evaluating elsewhere, and reads them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qsae_kit.data.documents import CONTEXT, TokenPolicy, token_batches
-from qsae_kit.data.rows import Origin, Rows, stream_rows
+from qsae_kit.data.documents import CONTEXT, TokenBatch, TokenPolicy, token_batches
+from qsae_kit.data.rows import Origin, Rows, begin_with_bos, stream_rows
 from qsae_kit.data.streams import named, stream_of
 from qsae_kit.io.files import atomic_file
 from qsae_kit.io.progress import tqdm
@@ -60,8 +60,16 @@ def read_rows(path: Path) -> StoredFile:
         acts,
         header.get("hook_name", ""),
         float(header.get("scale", "1")),
-        Origin(header.get("model", "stored"), _policy(header, path)),
+        Origin(
+            header.get("model", "stored"),
+            _policy(header, path),
+            begins_with_bos=KNOWN.get(header.get("begins_with_bos", "")),
+        ),
     )
+
+
+KNOWN = {"True": True, "False": False}
+"""How a header writes what is so or not."""
 
 
 def _policy(header: Mapping[str, str], path: Path) -> TokenPolicy:
@@ -100,8 +108,10 @@ def _harvest(
     documents = stream_of(lm, data, "rows")()
     policy = TokenPolicy(drop_template).on(lm)
     parts, size = [], 0
+    begun: list[bool] = []
     with tqdm(total=tokens, unit="tok", desc="harvesting") as bar:
-        for rows in stream_rows(lm, [hook_name], token_batches(lm, documents, policy=policy)):
+        batches = _noted(lm, token_batches(lm, documents, policy=policy), begun)
+        for rows in stream_rows(lm, [hook_name], batches):
             part = (
                 rows[hook_name][: tokens - size].half()
                 if _fits_half(rows[hook_name])
@@ -119,10 +129,18 @@ def _harvest(
         "drop_template": str(policy.drop_template),
         "context_size": str(policy.context_size),
         "drop_prefix": str(policy.drop_prefix),
+        "begins_with_bos": str(all(begun)),
         "data": named(data),
     }
     save_rows({hook_name: torch.cat([part.float() for part in parts])}, hook_name, out, about)
     return size
+
+
+def _noted(lm: HookedLM, batches: Iterable[TokenBatch], begun: list[bool]) -> Iterator[TokenBatch]:
+    """The batches, while it is noted of each whether it begins with the tokenizer's first token."""
+    for batch in batches:
+        begun.append(begin_with_bos(lm, [batch]))
+        yield batch
 
 
 def _fits_half(x: torch.Tensor) -> bool:

@@ -207,7 +207,7 @@ def _splice_all(
                 logits = lm(batch.ids, batch.mask)[:, :-1][predicts]  # noqa: B023
             ce, kl, agree = compare(clean, logits, targets)  # noqa: B023
             for category, mask in inside.items():  # noqa: B023
-                own = mask & ordinary
+                own = (mask & ordinary).to(ce.device)
                 before = ce_clean[own]  # noqa: B023
                 sums[cell, category].add(int(own.sum()), before, ce[own], kl[own], agree[own])
             meter.update()

@@ -22,6 +22,7 @@ from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.figures.basic import reconstruction_figure
 from qsae_kit.figures.frontiers import baseline_figure
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.processor import exact
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
@@ -323,7 +324,7 @@ def effective_ranks(
 
 def effective_rank(x: Float[Tensor, "row d_model"]) -> float:
     """exp(entropy) of the normalised eigenvalues of the rows' covariance."""
-    centred = (x - x.mean(0)).double()
+    centred = exact(x - x.mean(0))
     values = torch.linalg.eigvalsh(centred.T @ centred).clamp(min=0)
     share = values / values.sum()
     return float(torch.exp(-(share * share.clamp(min=1e-300).log()).sum()))

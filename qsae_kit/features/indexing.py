@@ -46,6 +46,7 @@ from qsae_kit.io.files import OWN, atomic_file, checked_name, inside, write_text
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.memory import free_memory
+from qsae_kit.io.processor import exact
 from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import check_same
 from qsae_kit.io.writers import only_writer
@@ -228,7 +229,7 @@ class Tally:
         """Firing tokens among those that do not count: position 0, what all chats begin with, and
         sinks.
         """
-        self.total = torch.zeros(d_sae, dtype=torch.float64, device=device)
+        self.total = exact(torch.zeros(d_sae, device=device))
         """Sum of activations."""
         self.histogram = torch.zeros(d_sae, BINS, dtype=torch.long, device=device)
         self.top = Kept(d_sae, config.top, config.window, device)
@@ -288,9 +289,11 @@ class Tally:
             cols * len(Phase) + phase.view(-1)[cell], minlength=self.fired.numel()
         ).view_as(self.fired)
         self.early += torch.bincount(cols[early.reshape(-1)[cell]], minlength=d_sae)
-        self.total.index_add_(0, cols, values.double())
-        octave = (values.double() / self.sae.origin.filter.median).log2()
+        wide = exact(values)
+        self.total.index_add_(0, cols.to(wide.device), wide)
+        octave = (wide / self.sae.origin.filter.median).log2()
         bins = ((octave - SMALLEST) * BINS_PER_OCTAVE).floor().long().clamp(0, BINS - 1)
+        bins = bins.to(cols.device)
         self.histogram += torch.bincount(
             cols * BINS + bins, minlength=self.histogram.numel()
         ).view_as(self.histogram)
@@ -343,7 +346,7 @@ class Tally:
         row = cell.div(n_pos, rounding_mode="floor")
         place = (cell - row * n_pos) * 2**20 + seen.batch.ids.view(-1)[cell]
         parts = (lots[chosen], seen.first_document + row, place, cols[chosen], values[chosen])
-        self.sample.append(torch.stack([part.double().cpu() for part in parts], 1))
+        self.sample.append(torch.stack([part.cpu().double() for part in parts], 1))
         while sum(map(len, self.sample)) > ENTRIES:
             self.share /= 2
             self.sample = [part[part[:, 0] > 1 - self.share] for part in self.sample]

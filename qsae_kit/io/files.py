@@ -35,6 +35,18 @@ LONGEST_NAME = 255
 """Bytes of a file's name on common file systems."""
 SHORT_ENOUGH = 200
 """Bytes of a name that may stand in a temporary one; of longer ones a checksum stands there."""
+WINDOWS = sys.platform == "win32"
+
+
+def _codes(names: str) -> frozenset[int]:
+    """Error numbers by name, of those that this system has."""
+    return frozenset(getattr(errno, name) for name in names.split() if hasattr(errno, name))
+
+
+UNSYNCED = _codes("EINVAL ENOTSUP EOPNOTSUPP ENOSYS")
+"""What file systems say that sync nothing."""
+BROKEN = _codes("EIO ENOSPC EDQUOT")
+"""What is wrong with a disk, of whatever it is said."""
 
 
 # --- names
@@ -115,19 +127,22 @@ def check_folder(path: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    """Has a file, or the names in a folder, reach the disk.
+
+    A folder is synced where that can be done: network and Windows file systems sync or even open
+    none, and what is in it is written all the same.
+    """
+    folder = path.is_dir()
     try:
-        os.fsync(descriptor)
-    except OSError as error:  # some file systems sync no folders
-        if not path.is_dir() or error.errno not in (
-            errno.EINVAL,
-            errno.EACCES,
-            errno.EPERM,
-            errno.ENOTSUP,
-        ):
+        # Windows syncs only what is open for writing
+        descriptor = os.open(path, os.O_RDWR if WINDOWS and not folder else os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno in BROKEN or not (folder or error.errno in UNSYNCED):
             raise
-    finally:
-        os.close(descriptor)
 
 
 def tag(path: Path) -> str:
@@ -155,14 +170,17 @@ def _parts_of(path: Path) -> list[Path]:
 @contextmanager
 def _held(part: Path) -> Iterator[None]:
     """Marks a part as being written: the mark goes with this process, however it ends."""
-    descriptor = os.open(part, os.O_RDONLY)
+    descriptor = None
+    if fcntl is not None:  # elsewhere nothing is swept, and what is open could not be renamed
+        # file systems without locks, or that open no folders: nothing is swept there either
+        with suppress(OSError):
+            descriptor = os.open(part, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     try:
-        if fcntl is not None:
-            with suppress(OSError):  # a file system without locks, where nothing is swept either
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _remove(path: Path) -> None:

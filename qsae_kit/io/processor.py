@@ -1,4 +1,4 @@
-"""Which of the short and the long format a processor multiplies faster.
+"""Which formats a device has, and which of the short and the long one it multiplies faster.
 
 Of a CPU flags alone do not say it: one with AVX512-BF16 but without AMX may reach 80 GFLOP/s in
 bfloat16 and 150 in float32 (measured, one core), so there both are timed.
@@ -23,6 +23,16 @@ ROUNDS = 5
 """Of both products in turn; the best of each counts."""
 BFLOAT16_FROM = (8, 0)
 """The compute capability from which on CUDA devices multiply bfloat16 in hardware."""
+
+
+def has_float64(device: torch.device) -> bool:
+    """Whether a device computes in float64, which Apple's GPUs do not."""
+    return device.type != "mps"
+
+
+def exact(x: torch.Tensor) -> torch.Tensor:
+    """A tensor in float64, on the CPU where its own device has no such format."""
+    return x.double() if has_float64(x.device) else x.cpu().double()
 
 
 def fastest_dtype(device: torch.device) -> torch.dtype:

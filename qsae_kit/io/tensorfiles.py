@@ -1,7 +1,7 @@
 """Files of tensors from elsewhere, opened without trusting them: nothing in them runs, and what a
 tensor claims to be is checked against the bytes that are there before anything is allocated.
 
-Both formats are mapped, so that shapes cost no memory and data only while they are read. A PyTorch
+All formats are mapped, so that shapes cost no memory and data only while they are read. A PyTorch
 file is a zip of a pickle and of raw storages. The pickle may hold what `torch.save` writes for a
 dict of tensors and nothing else: it is looked through before `torch.load(weights_only=True)` sees
 it, since that guards against code but not against claims.
@@ -12,11 +12,13 @@ import math
 import os
 import pickletools
 import stat
+import struct
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -57,18 +59,16 @@ class Spec(NamedTuple):
 
 
 class TensorFile:
-    """The tensors of a `.safetensors` or a PyTorch file (`.pt`); `read` maps one anew, so that its
-    pages can go again.
+    """The tensors of a `.safetensors`, a NumPy (`.npz`) or a PyTorch file (`.pt`); `read` maps one
+    anew, so that its pages can go again.
 
-    Raises ValueError for a file that is neither, that claims more than it holds, or whose pickle
-    does anything but build a dict of tensors.
+    Raises ValueError for a file that is none of them, that claims more than it holds, or whose
+    pickle does anything but build a dict of tensors.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._open: Callable[[Path], dict[str, Tensor]] = (
-            _safetensors if path.suffix == ".safetensors" else _pytorch
-        )
+        self._open: Callable[[Path], dict[str, Tensor]] = OPENERS.get(path.suffix, _pytorch)
         self.specs = {
             name: Spec(tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._open(path).items()
@@ -110,6 +110,68 @@ def _safetensors(path: Path) -> dict[str, Tensor]:
         raise ValueError(
             f"{str(path)!r} cannot be read ({_reason(error)}); get the file again."
         ) from error
+
+
+def _numpy(path: Path) -> dict[str, Tensor]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+        if len({entry.filename for entry in entries}) != len(entries):
+            raise ValueError("two of its arrays have one name")
+        if _swells(path, entries):
+            raise ValueError("it is compressed, or claims more bytes than it has")
+        return {entry.filename.removesuffix(".npy"): _array(path, entry) for entry in entries}
+    except Exception as error:  # what a broken header raises is not to be foreseen
+        raise ValueError(
+            f"{str(path)!r} was not read ({_reason(error)}); give arrays of numbers as numpy.savez"
+            " writes them."
+        ) from error
+
+
+def _array(path: Path, entry: zipfile.ZipInfo) -> Tensor:
+    """An array of an archive, mapped; ValueError where it holds no numbers or other sizes than its
+    header says.
+    """
+    with path.open("rb") as file:
+        file.seek(entry.header_offset)
+        local = file.read(ZIP_HEADER)
+        if len(local) != ZIP_HEADER or not local.startswith(b"PK\3\4"):
+            raise ValueError("an entry is not where the archive says")
+        begin = entry.header_offset + ZIP_HEADER + sum(struct.unpack("<HH", local[-4:]))
+        file.seek(begin)
+        version = np.lib.format.read_magic(file)
+        if version not in NPY_HEADERS:
+            raise ValueError(f"{entry.filename} is no array of numbers")
+        shape, by_column, dtype = NPY_HEADERS[version](file, max_header_size=NPY_LIMIT)
+        data = file.tell()
+    if dtype.kind not in "fiub":
+        raise ValueError(f"{entry.filename} holds {dtype}, not numbers")
+    if min(shape, default=0) < 0 or (
+        data - begin + math.prod(shape) * dtype.itemsize != entry.file_size
+    ):
+        raise ValueError(f"{entry.filename} claims another size than it has")
+    if not math.prod(shape):
+        return torch.from_numpy(np.empty(shape, dtype))
+    flat = np.memmap(path, dtype, "c", data, (math.prod(shape),))
+    return torch.from_numpy(flat.reshape(shape, order="F" if by_column else "C"))
+
+
+ZIP_HEADER = 30
+"""Bytes before the name of an entry; the last four are the lengths of name and extras."""
+NPY_LIMIT = 10_000
+"""Bytes of an array's header."""
+NPY_HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0,
+    (2, 0): np.lib.format.read_array_header_2_0,
+}
+
+
+def _swells(path: Path, entries: Sequence[zipfile.ZipInfo]) -> bool:
+    """Whether an archive's entries would take more bytes than it has."""
+    compressed = any(
+        e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size for e in entries
+    )
+    return compressed or sum(e.file_size for e in entries) > path.stat().st_size
 
 
 def _pytorch(path: Path) -> dict[str, Tensor]:
@@ -154,11 +216,7 @@ def _check_archive(path: Path) -> list[int]:
             pickles = [entry for entry in entries if entry.filename.endswith("/data.pkl")]
             if len(pickles) != 1 or pickles[0].file_size > PICKLE_LIMIT:
                 raise ValueError("it is no archive of one small dict")
-            compressed = any(
-                e.compress_type != zipfile.ZIP_STORED or e.compress_size != e.file_size
-                for e in entries
-            )
-            if compressed or sum(entry.file_size for entry in entries) > path.stat().st_size:
+            if _swells(path, entries):
                 raise ValueError("it claims more bytes than it has")
             program = archive.read(pickles[0])
         for opcode, argument, _ in pickletools.genops(program):
@@ -178,9 +236,20 @@ def _check_archive(path: Path) -> list[int]:
     )
 
 
+OPENERS: Mapping[str, Callable[[Path], dict[str, Tensor]]] = {
+    ".safetensors": _safetensors,
+    ".npz": _numpy,
+}
+"""By the end of the name; others are PyTorch's."""
+
+
+REASON = 200
+"""Characters that are told of an error; some quote the whole header."""
+
+
 def _reason(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
+    return text.splitlines()[0][:REASON].rstrip(".") if text else type(error).__name__
 
 
 def write_tensors(

@@ -5,6 +5,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsae_kit.io.processor import exact
 from qsae_kit.metrics.reconstruction import wilson
 
 
@@ -16,7 +17,7 @@ def auc(first: Float[Tensor, " a"], second: Float[Tensor, " b"]) -> float:
     """
     _check(first, second)
     larger, equal = first[:, None] > second, first[:, None] == second
-    return float((larger.double() + 0.5 * equal.double()).mean())
+    return float((exact(larger) + 0.5 * exact(equal)).mean())
 
 
 def detector_curve(

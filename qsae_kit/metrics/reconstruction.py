@@ -13,6 +13,8 @@ from jaxtyping import Float, Int
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
+from qsae_kit.io.processor import exact
+
 
 @dataclass
 class Reconstruction:
@@ -56,7 +58,7 @@ class Reconstruction:
     def add_sinks(self, x: Float[Tensor, "row d_model"]) -> None:
         """Takes in rows that were left out."""
         if len(x):
-            x64 = x.double()
+            x64 = exact(x)
             self.n_sinks += len(x)
             self.sinks_square = self.sinks_square + x64.pow(2).sum().cpu()
             self.sinks_total = _plus(self.sinks_total, x64.sum(0).cpu())
@@ -70,7 +72,7 @@ class Reconstruction:
         """Takes in rows, their reconstructions and features."""
         if not len(x):
             return
-        x64, y64, on = x.double(), x_hat.double(), f != 0
+        x64, y64, on = exact(x), exact(x_hat), f != 0
         column_sums = x64.sum(0).cpu()
         lengths = x64.norm(dim=-1), y64.norm(dim=-1)
         dots = (x64 * y64).sum(-1)
@@ -225,7 +227,7 @@ def decoder_cosines(W_dec: Float[Tensor, "d_sae d_model"], chunk: int = 1024) ->
     """How alike decoder rows are: mean |cosine| of pairs, and the median and 99th percentile of
     each row's largest one.
     """
-    rows = torch.nn.functional.normalize(W_dec.double(), dim=1)
+    rows = torch.nn.functional.normalize(exact(W_dec), dim=1)
     total, largest = 0.0, []
     for begin in range(0, len(rows), chunk):
         cosines = (rows[begin : begin + chunk] @ rows.T).abs()
@@ -249,7 +251,7 @@ def match(
     latents, |cosines|.
     """
     normalize = torch.nn.functional.normalize
-    cosines = (normalize(true.double(), dim=1) @ normalize(found.double(), dim=1).T).abs()
+    cosines = (normalize(exact(true), dim=1) @ normalize(exact(found), dim=1).T).abs()
     features, latents = linear_sum_assignment(-cosines.numpy())
     pairs = torch.from_numpy(features), torch.from_numpy(latents)
     return *pairs, cosines[pairs]
@@ -263,9 +265,13 @@ def cross_entropy(
 ) -> Float[Tensor, " row"]:
     """Cross-entropy in nats of each row's target, float64."""
     pairs = zip(logits.split(CHUNK), targets.split(CHUNK), strict=True)
-    return torch.cat(
-        [-log_softmax(part).gather(-1, target[:, None])[:, 0] for part, target in pairs]
-    )
+    return torch.cat([-_of_targets(log_softmax(part), target) for part, target in pairs])
+
+
+def _of_targets(
+    log_probabilities: Float[Tensor, "row vocab"], targets: Int[Tensor, " row"]
+) -> Float[Tensor, " row"]:
+    return log_probabilities.gather(-1, targets.to(log_probabilities.device)[:, None])[:, 0]
 
 
 def kl_divergence(
@@ -280,8 +286,10 @@ def kl_divergence(
 
 
 def log_softmax(logits: Float[Tensor, "row vocab"]) -> Float[Tensor, "row vocab"]:
-    """Log-probabilities in float64 (float32 loses the small differences that KL is made of)."""
-    return torch.log_softmax(logits.double(), dim=-1)
+    """Log-probabilities in float64 (float32 loses the small differences that KL is made of), on the
+    CPU where the device has none (`exact`).
+    """
+    return torch.log_softmax(exact(logits), dim=-1)
 
 
 def recovered(spliced: float, clean: float, ablated: float) -> float:
@@ -295,7 +303,7 @@ def top_1_agreement(
     clean: Float[Tensor, "row vocab"], changed: Float[Tensor, "row vocab"]
 ) -> Float[Tensor, " row"]:
     """1 where both predict the same next token."""
-    return (clean.argmax(-1) == changed.argmax(-1)).double()
+    return exact(clean.argmax(-1) == changed.argmax(-1))
 
 
 class Change(NamedTuple):
@@ -320,7 +328,7 @@ def compare(
         clean.split(CHUNK), changed.split(CHUNK), targets.split(CHUNK), strict=True
     ):
         p, q = log_softmax(before), log_softmax(after)
-        ce.append(-q.gather(-1, target[:, None])[:, 0])
+        ce.append(-_of_targets(q, target))
         gap = q.neg_().add_(p)
         kl.append(p.exp_().mul_(gap).sum(-1))
     return Change(torch.cat(ce), torch.cat(kl), top_1_agreement(clean, changed))

@@ -123,7 +123,7 @@ def _code(source: str) -> Any:
 
 
 def _model_of(suite: Path) -> str:
-    names = sorted(set(inspect_suite(suite)["model"]) - {"", None})
+    names = sorted(set(inspect_suite(suite)["model"].dropna()) - {""})
     if len(names) != 1:
         raise ValueError(
             f"The SAEs of {str(suite)!r} record {', '.join(names) or 'no model'}; say which model"

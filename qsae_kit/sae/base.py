@@ -48,6 +48,10 @@ class Provenance:
     """Of the model's weights (`HookedLM.weights_digest`); "" where it is not known."""
     drop_prefix: bool = False
     """Whether what all chats begin with was left out of training."""
+    begins_with_bos: bool | None = None
+    """Whether its sequences began with the tokenizer's beginning-of-sequence token; None where that
+    is not known.
+    """
 
 
 class Loss(NamedTuple):

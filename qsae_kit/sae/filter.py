@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qsae_kit.io.processor import exact
 from qsae_kit.sites import parse_hook_name
 
 WIDEST = 10.0
@@ -78,7 +79,7 @@ class NormFilter(NamedTuple):
         (`STRAGGLERS`), and beyond it sinks (`LEAST`, `FEWEST`, `MOST`). It is `WIDEST` where there
         is no such gap or too few rows to tell (`ENOUGH`), and never more.
         """
-        ordered = norms[norms.isfinite()].double().sort().values
+        ordered = exact(norms[norms.isfinite()]).sort().values
         if not len(ordered):
             raise ValueError("No norm is finite; check the model and its dtype.")
         median = float(ordered[(len(ordered) - 1) // 2])

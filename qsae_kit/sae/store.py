@@ -7,6 +7,7 @@ SAELens keeps what it does not know.
 """
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,11 +18,13 @@ from qsae_kit.io.files import atomic_folder, checked_name
 from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
 from qsae_kit.sae import SAE
-from qsae_kit.sae.releases import find_saes, open_release, read_sae, select
+from qsae_kit.sae.releases import find_saes, holdings_of, open_release, read_sae, select
 from qsae_kit.sae.suites import ByVariant, Suite
 from qsae_kit.sites import KINDS, parse_hook_name
 
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+SAELENS_VERSION = "6.54.12"
+"""Of SAELens, whose layout this is: its readers go by it, whoever wrote the file."""
 
 
 def save_sae(sae: SAE, folder: Path) -> None:
@@ -45,19 +48,20 @@ def save_sae(sae: SAE, folder: Path) -> None:
         "normalize_activations": "none",
         "reshape_activations": KINDS[parse_hook_name(origin.hook_name).kind].reshape,
         "metadata": {
-            "sae_lens_version": "6.54.12",
+            "sae_lens_version": SAELENS_VERSION,
             "model_name": origin.model_name,
             "hook_name": origin.hook_name,
             "hook_head_index": None,
             "context_size": origin.context_size,
-            "prepend_bos": False,
-            "exclude_special_tokens": False,
+            "prepend_bos": origin.begins_with_bos,
+            "exclude_special_tokens": origin.drop_template,
             "qsae_kit": {
                 "sparsity": sae.sparsity,
                 "median_norm": origin.filter.median if origin.filter.measured else None,
                 "norm_factor": origin.filter.factor,
                 "drop_template": origin.drop_template,
                 "drop_prefix": origin.drop_prefix,
+                "begins_with_bos": origin.begins_with_bos,
                 "tokens": origin.tokens,
                 "seed": origin.seed,
                 "figures": origin.figures,
@@ -77,7 +81,7 @@ def save_sae(sae: SAE, folder: Path) -> None:
 
 def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     """The SAE of a folder: one written by `save_sae` to the same bits, or one of another library
-    (`readers`).
+    (`releases`).
 
     One of another library that names no site is given without provenance. Raises ValueError for a
     folder that holds none or several, and for files that cannot be used.
@@ -102,7 +106,13 @@ def iter_saes(
 ) -> Iterator[tuple[str, SAE]]:
     """Variant and SAE, one after another, as in `load_suite`, which holds all of them at once."""
     release = open_release(source)
-    found = select(find_saes(release), variants, hook_names)
+    found, left = holdings_of(release)
+    if not found:
+        raise ValueError(left[0].reason)
+    if left and not variants and not hook_names:
+        more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+        warnings.warn(f"{left[0].weights!r} is left out{more}: {left[0].reason}", stacklevel=3)
+    found = select(found, variants, hook_names, left)
     nameless = [one.weights for one in found if not one.hook_name]
     if nameless:
         raise ValueError(
@@ -130,7 +140,7 @@ def load_suite(
     """A suite of ours or a public release, `suite[variant][hook_name]`, sites in the model's order.
 
     source: a folder, or the id of a repository on the hub, of which the weights that are wanted are
-    fetched. The format is told from the files (`readers`). variants, hook_names: only those (none
+    fetched. The format is told from the files (`releases`). variants, hook_names: only those (none
     given: all). model_name: instead of what the files say. The SAEs of a public release have no
     median norm, which `attach.attached` measures. Raises ValueError where there is none, and
     for files that cannot be used.

@@ -58,7 +58,7 @@ def without(
     others = torch.nn.functional.normalize(torch.tensor(means, dtype=torch.float64), dim=1)
     span, sizes, _ = torch.linalg.svd(others.T, full_matrices=False)
     basis = span[:, sizes > LEAST_LEFT]  # means that say the same are one
-    wide = direction.detach().double().cpu()
+    wide = direction.detach().cpu().double()
     left = wide - basis @ (basis.T @ wide)
     if left.norm() <= LEAST_LEFT * wide.norm():
         raise ValueError(

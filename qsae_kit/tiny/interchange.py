@@ -17,6 +17,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from qsae_kit.io.processor import exact
 from qsae_kit.lm.edits import Edit, applied
 from qsae_kit.lm.hooked import HookedLM, by_token
 from qsae_kit.metrics.reconstruction import wilson
@@ -64,8 +65,10 @@ def _log_probability(lm: HookedLM, ids: list[int], start: int, edits: Sequence[E
     """Log-probability (nats) of ids[start:] given what comes before."""
     tokens = torch.tensor([ids], device=lm.device)
     with applied(lm, edits):
-        logits = lm(tokens, torch.ones_like(tokens))[0, start - 1 : -1].double()
-    return float(torch.log_softmax(logits, -1).gather(1, tokens[0, start:, None]).sum())
+        logits = exact(lm(tokens, torch.ones_like(tokens))[0, start - 1 : -1])
+    return float(
+        torch.log_softmax(logits, -1).gather(1, tokens[0, start:, None].to(logits.device)).sum()
+    )
 
 
 class _Swap(NamedTuple):

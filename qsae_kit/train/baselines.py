@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.data.rows import Origin, RowSource
+from qsae_kit.io.processor import exact
 from qsae_kit.sae import SAE, Provenance, ReLUSAE, TopKSAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.suites import Suite
@@ -33,8 +34,8 @@ def pca_sae(x: Float[Tensor, "row d_model"], k: int, provenance: Provenance) -> 
     is k.
     """
     mean = x.mean(0)
-    covariance = (x - mean).T.double() @ (x - mean).double()
-    components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k].T.float()
+    covariance = exact((x - mean).T) @ exact(x - mean)
+    components = torch.linalg.eigh(covariance).eigenvectors.flip(1)[:, :k].T.to(x)
     return _paired(
         ReLUSAE(x.shape[1], 2 * len(components), min(k, 2 * len(components)), provenance),
         components,
@@ -147,6 +148,7 @@ def _provenance(origin: Origin, site: str, norms: NormFilter, tokens: int, seed:
         seed,
         model_digest=origin.model_digest,
         drop_prefix=policy.drop_prefix,
+        begins_with_bos=origin.begins_with_bos,
     )
 
 

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ from qsae_kit.io.writers import only_writer_of
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import Reconstruction
 from qsae_kit.sae import SAE
-from qsae_kit.sae.store import save_suite
+from qsae_kit.sae.releases import find_saes, open_release, select
+from qsae_kit.sae.store import load_suite, save_suite
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import expand_sites, parse_hook_name, parse_kinds, parse_layers
 from qsae_kit.train.baselines import baseline_suite, recipe_of
@@ -51,6 +53,23 @@ def sites_of(lm: HookedLM, kinds: str, layers: str) -> list[str]:
         site.hook_name
         for site in expand_sites(parse_kinds(kinds), parse_layers(layers, lm.n_layers))
     ]
+
+
+def starts_of(source: str | Path, sites: Sequence[str], variant: str = "") -> dict[str, SAE]:
+    """The SAEs of a suite or a public release that others can begin from, by site.
+
+    variant: of several one. Raises ValueError as `load_suite`, and for several variants of which
+    none is named.
+    """
+    release = open_release(source)
+    found = select(find_saes(release), [variant] if variant else (), sites)
+    variants = list(dict.fromkeys(one.variant for one in found))
+    if len(variants) > 1:
+        raise ValueError(
+            f"{str(source)!r} holds several variants of SAEs to begin from, {', '.join(variants)};"
+            " say which (--init-variant)."
+        )
+    return dict(load_suite(source, variants=variants, hook_names=sites)[variants[0]])
 
 
 class Meter:
@@ -222,12 +241,13 @@ def fit_live(
     out: Path,
     *,
     fresh: bool = False,
+    init: Mapping[str, SAE] = MappingProxyType({}),
     memory: int | None = None,
     watch: Sequence[Watcher] = (),
     stop: threading.Event | None = None,
     bar: bool = True,
 ) -> FitResult:
-    """Trains at sites of a running model, all from one stream; memory and stop as for
+    """Trains at sites of a running model, all from one stream; init, memory and stop as for
     `train_saes`.
     """
     _, documents = documents_of(lm, data)
@@ -238,6 +258,7 @@ def fit_live(
         configs,
         folder=out,
         fresh=fresh,
+        init=init,
         memory=memory,
         watch=[meter, *watch],
         stop=stop,

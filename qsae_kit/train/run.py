@@ -1,11 +1,13 @@
 """Trains many SAEs from one source of rows; it never sees a language model."""
 
+import copy
 import math
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +19,7 @@ from qsae_kit.data.rows import Block, LiveRows, Origin, Place, RowSource, shuffl
 from qsae_kit.io.checkpoints import LOG, Checkpoints, delete_checkpoints, found
 from qsae_kit.io.interrupts import Interrupts, say
 from qsae_kit.io.memory import Peak, free_memory, kept_memory, return_freed_memory
+from qsae_kit.io.processor import exact
 from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import Run
 from qsae_kit.io.writers import only_writer
@@ -24,6 +27,7 @@ from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
 from qsae_kit.sae.filter import NormFilter, Sinks, sinks_said
+from qsae_kit.sae.releases import fold_norms
 from qsae_kit.sae.store import CONFIG, WEIGHTS, load_sae, save_sae, suite_folder
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
@@ -117,12 +121,31 @@ class SiteTrainer:
             progress,
         )
 
-    def start(self, first: Float[Tensor, "row d_model"]) -> None:
-        """Initial weights from raw rows."""
+    def start(self, first: Float[Tensor, "row d_model"], init: SAE | None = None) -> None:
+        """Initial weights from raw rows, or those of a finished SAE of the same shape; what that
+        one has no decoder row for begins as without it.
+        """
         generator = torch.Generator().manual_seed(self.config.seed)
         self.sae.init_from_rows(self.normaliser(first), generator, random=bool(self.config.frozen))
+        if init is not None:
+            self._begin_from(init)
         if self.anchor is not None:
             self.anchor.copy_(self.sae.W_dec)
+
+    @torch.no_grad()
+    def _begin_from(self, init: SAE) -> None:
+        """Takes over the weights of an SAE of raw rows, as one of normalised rows."""
+        given = copy.deepcopy(init).to(self.sae.b_dec.device)
+        fold_norms(given, 0.0)
+        n = self.normaliser
+        given.fold(-n.mean * n.scale, 1 / n.scale)  # x is (x - mean) * scale seen from there
+        there = given.W_dec.norm(dim=-1) > 0
+        for name, own in self.sae.named_parameters():
+            theirs = given.get_parameter(name)
+            if name == "b_dec":
+                own.copy_(theirs)
+            else:
+                own[there] = theirs[there]
 
     @torch.no_grad()
     def miss_rate(self, x: Float[Tensor, "row d_model"]) -> float:
@@ -154,7 +177,7 @@ class SiteTrainer:
             self.quiet += len(x)
             self.quiet.scatter_reduce_(0, cols, self.quiet[cols].masked_fill_(fires, 0), "amin")
             wanted = torch.stack(
-                [loss.total.double(), norm.double(), fires.sum().double(), self.dead.any().double()]
+                [exact(part) for part in (loss.total, norm, fires.sum(), self.dead.any())]
             )
         # all at once: each look at the device waits for it
         self.loss, length, fired, any_dead = wanted.tolist()
@@ -182,8 +205,8 @@ class SiteTrainer:
         n = self.normaliser
         return self.sae((x - n.mean) * n.scale) / n.scale + n.mean
 
-    def finish(self, origin: Origin, hook_name: str) -> SAE:
-        """The SAE in raw units with its provenance."""
+    def finish(self, origin: Origin, hook_name: str, init: SAE | None = None) -> SAE:
+        """The SAE in raw units with its provenance. init: what it began from."""
         n = self.normaliser
         figures = {
             "loss": self.loss,
@@ -201,9 +224,10 @@ class SiteTrainer:
             self.rows,
             self.config.seed,
             figures,
-            asdict(self.config),
+            asdict(self.config) | ({} if init is None else {"began_from": told_of(init)}),
             origin.model_digest,
             origin.policy.drop_prefix,
+            origin.begins_with_bos,
         )
         return self.sae.exported().eval().requires_grad_(False)
 
@@ -287,6 +311,8 @@ class _GroupRun:
     """Batches of the block at `place` that are done."""
     rows: int = 0
     seconds: float = 0.0
+    init: Mapping[str, SAE] = field(default_factory=dict)
+    """What the SAEs begin from, by site."""
 
     @property
     def lead(self) -> TrainConfig:
@@ -324,7 +350,7 @@ class _GroupRun:
                 )
                 for key in self.group.keys
             }
-        return start_trainers(self.group.keys, by_variant, block)
+        return start_trainers(self.group.keys, by_variant, block, self.init)
 
     def train(
         self,
@@ -432,9 +458,15 @@ def say_sinks(source: RowSource, block: Block, trainers: Mapping[Key, SiteTraine
 
 
 def start_trainers(
-    keys: Sequence[Key], by_variant: Mapping[str, TrainConfig], block: Block
+    keys: Sequence[Key],
+    by_variant: Mapping[str, TrainConfig],
+    block: Block,
+    init: Mapping[str, SAE] = MappingProxyType({}),
 ) -> dict[Key, SiteTrainer]:
-    """Trainers with initial weights; normalisers are fitted to the first half of the block."""
+    """Trainers with initial weights; normalisers are fitted to the first half of the block.
+
+    init: SAEs to begin from, by site.
+    """
     trainers = {}
     normalisers: dict[str, Normaliser] = {}
     for variant, site in keys:
@@ -442,7 +474,7 @@ def start_trainers(
         if site not in normalisers:
             normalisers[site] = fit_normaliser(first)
         trainer = SiteTrainer(by_variant[variant], normalisers[site], first.shape[1], first.device)
-        trainer.start(first)
+        trainer.start(first, init.get(site))
         trainers[variant, site] = trainer
     return trainers
 
@@ -454,6 +486,7 @@ def train_saes(
     model_name: str = "",
     folder: Path | None = None,
     fresh: bool = False,
+    init: Mapping[str, SAE] = MappingProxyType({}),
     checkpoint_seconds: float = 120.0,
     memory: int | None = None,
     watch: Sequence[Callable[[Progress], None]] = (),
@@ -472,6 +505,8 @@ def train_saes(
     writing it takes more than a twentieth of the time). A run that was cut off there is gone on
     with, on a CPU to the same bits as without a break.
     fresh: a run that is in the folder goes, with its SAEs, and this one starts anew.
+    init: SAEs to begin from instead of random rows, by site, such as those of the base model for
+    its instruct sibling; of the recipe's architecture and width, whatever model they are of.
     memory: bytes that may be used beside the model, by default most of what is free; sites that do
     not fit together are trained one group after another, each with a pass over the data, and are
     returned on the CPU.
@@ -480,20 +515,23 @@ def train_saes(
     An interrupt waits for the end of the step, leaves a checkpoint, and returns the SAEs as they
     are; so does SIGTERM, which then ends the process.
 
-    Returns `suite[variant][hook_name]`. Raises ValueError for configs that do not fit together, a
-    source's name that is no site, too little data, a folder with another run (unless `fresh` is
-    given) or with files of the same names that are of none, or one that another process writes, and
-    for rows of an unknown model, or of another than `model_name`.
+    Returns `suite[variant][hook_name]`. Raises ValueError for configs that do not fit together, for
+    `init` of other sites, architectures or widths, a source's name that is no site, too little
+    data, a folder with another run (unless `fresh` is given) or with files of the same names that
+    are of none, or one that another process writes, and for rows of an unknown model, or of another
+    than `model_name`.
     """
     _check_configs(configs, source.widths)
     for site in source.sites:
         parse_hook_name(site)
+    if init:
+        _check_init(configs, source.widths, init)
     return_freed_memory()
     origin = _origin(source, model_name)
     with only_writer(folder), Interrupts(stop) as interrupts:
         checkpoints, state, record = None, None, None
         if folder is not None:
-            identity = _identity(source, configs, origin)
+            identity = _identity(source, configs, origin, init)
             checkpoints = Checkpoints(folder, identity)
             files = [LOG, *(name for key in _keys(source, configs) for name in sae_files(*key))]
             record = Run(folder, identity, files, name=TRAINING, what="training", fresh=fresh)
@@ -513,7 +551,7 @@ def train_saes(
                 for variant, site in group.keys:
                     saes[variant][site] = load_sae(suite_folder(folder / "suite", variant, site))
                 continue
-            run = _GroupRun(configs, number, group, groups, checkpoints, interrupts)
+            run = _GroupRun(configs, number, group, groups, checkpoints, interrupts, init=init)
             if state is not None and number == state["group"]:
                 run.resume(state)
             peak = Peak(source.device)
@@ -526,7 +564,7 @@ def train_saes(
                 )
             while trainers:
                 (variant, site), trainer = trainers.popitem()
-                sae = trainer.finish(origin, site)
+                sae = trainer.finish(origin, site, init.get(site))
                 saes[variant][site] = sae if len(groups) == 1 else sae.to("cpu")
                 if folder is not None and record is not None:
                     record.again(f"{variant}/{site}")
@@ -562,9 +600,15 @@ def _origin(source: RowSource, model_name: str) -> Origin:
     return source.origin._replace(model_name=known or model_name)
 
 
-def _identity(source: RowSource, configs: Sequence[TrainConfig], origin: Origin) -> dict[str, Any]:
+def _identity(
+    source: RowSource,
+    configs: Sequence[TrainConfig],
+    origin: Origin,
+    init: Mapping[str, SAE],
+) -> dict[str, Any]:
     """What a run has to have in common with the one that it goes on with."""
-    return {
+    began = {site: sae.checksum() for site, sae in init.items() if site in source.widths}
+    return ({"began from": began} if began else {}) | {
         "recipe": [asdict(config) for config in configs],
         "choice of sites": list(source.sites),
         "model": origin.model_digest or origin.model_name,
@@ -649,6 +693,38 @@ def _groups(
         group_of(configs, {site: widths[site] for site in sites}, source.forward_rows)
         for sites in state["groups"]
     ]
+
+
+def told_of(init: SAE) -> dict[str, str]:
+    """What an SAE was that another one began from: its model and its weights."""
+    name = init.provenance.model_name if init.provenance else ""
+    return {"model": name, "checksum": init.checksum()}
+
+
+def _check_init(
+    configs: Sequence[TrainConfig], widths: Mapping[str, int], init: Mapping[str, SAE]
+) -> None:
+    """ValueError where SAEs cannot be begun from."""
+    for site, width in widths.items():
+        if site not in init:
+            raise ValueError(
+                f"There is no SAE of {site} to begin from, only of {', '.join(init)}; train at"
+                " those sites."
+            )
+        given = init[site]
+        for config in configs:
+            own = (config.architecture, width, config.d_sae(width))
+            if own != (given.architecture, given.d_in, given.d_sae):
+                raise ValueError(
+                    f"The SAE of {site} to begin from is {given.architecture} of {given.d_in} to"
+                    f" {given.d_sae}, the recipe makes {own[0]} of {own[1]} to {own[2]}; give its"
+                    " architecture and expansion, or another SAE."
+                )
+            if config.frozen:
+                raise ValueError(
+                    f"A recipe with frozen={config.frozen!r} is a control that begins at random;"
+                    " train it without an SAE to begin from."
+                )
 
 
 def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> None:

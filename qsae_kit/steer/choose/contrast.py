@@ -136,8 +136,8 @@ def fit_features(
     top = found.feature_gap.abs().topk(min(n_candidates, len(found.feature_gap)))
     ids = top.indices[top.values > 0]
     signs = found.feature_gap[ids].sign()
-    rows = (signs[:, None] * sae.W_dec[ids]).detach().double().cpu().numpy()
-    target = found.mean_gap.double().cpu().numpy()
+    rows = (signs[:, None] * sae.W_dec[ids]).detach().cpu().double().numpy()
+    target = found.mean_gap.cpu().double().numpy()
     taken: list[int] = []
     weights, rest = np.zeros(0), target
     for _ in range(min(n_features, len(ids))):

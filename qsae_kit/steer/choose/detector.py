@@ -329,7 +329,7 @@ def sparse_sets(
         if len(support) > max(sizes):
             break
         ids = tuple(int(i) for i in alive[support])
-        weights = fit.weights[support].float() / spread[alive][support]
+        weights = fit.weights[support].to(spread) / spread[alive][support]
         if len(ids) > 1:
             size = min(size for size in sizes if size >= len(ids))
             found[size] = FeatureSet(ids, tuple((weights / weights.abs().max()).tolist()))

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from qsae_kit.io.processor import exact
+
 MOST_STEPS = 1000
 """Of one fit."""
 TOLERANCE = 1e-5
@@ -43,9 +45,10 @@ class Groups(NamedTuple):
     def of(
         cls, first: Float[Tensor, "row_a feature"], second: Float[Tensor, "row_b feature"]
     ) -> "Groups":
+        first, second = exact(first), exact(second)
         is_first = torch.arange(len(first) + len(second), device=first.device) < len(first)
         counts = torch.where(is_first, 0.5 / len(first), 0.5 / len(second)).double()
-        rows = torch.cat([first, second]).double()
+        rows = torch.cat([first, second])
         with_bias = torch.nn.functional.pad(rows, (0, 1), value=1.0)
         bend = SLOPE * float(torch.linalg.matrix_norm(counts.sqrt()[:, None] * with_bias, 2)) ** 2
         return cls(rows, is_first, counts, 1 / bend)
