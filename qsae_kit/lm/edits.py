@@ -163,6 +163,8 @@ def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Rows]])
 
 def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook]:
     """The hooks of `applied`; raises its ValueErrors."""
+    if isinstance(edits, Edit):
+        raise ValueError("Edits are given as a list, and a single one was; give [edit].")
     lm.check_hook_names(
         hook_name for edit in edits for hook_name in (*_points(lm, edit), *_detectors(edit))
     )
