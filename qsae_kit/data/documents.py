@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from qsae_kit.data.given import documents_given, rows_of
 from qsae_kit.io.jsonfiles import parse_json
 from qsae_kit.lm.chat import CATEGORIES, Phase, phases
 from qsae_kit.lm.hooked import HookedLM, Message
@@ -78,7 +79,7 @@ def read_documents(source: str | Path | Iterable[Any]) -> Iterator[Document]:
         else:
             records = _read_dataset(str(source))
     else:
-        records = ((f"item {i}", item) for i, item in enumerate(source))
+        records = ((f"item {i}", item) for i, item in enumerate(rows_of(source)))
     empty = True
     for where, record in records:
         empty = False
@@ -160,7 +161,7 @@ def tokenize_document(lm: HookedLM, document: Document, max_length: int) -> list
     A chat that ends with the user's message is followed by the header that asks for an answer.
     """
     if isinstance(document, str):
-        return lm.tokenizer(document).input_ids[:max_length]
+        return lm.text_tokens(document)[:max_length]
     asks = bool(document) and document[-1].get("role") == "user"
     return lm.chat_tokens(document, add_generation_prompt=asks)[:max_length]
 
@@ -236,7 +237,8 @@ def token_batches(
     """
     rng = random.Random(seed)
     policy = policy.on(lm)
-    stream = (tokenize_document(lm, document, policy.context_size) for document in documents)
+    given = documents_given(documents)
+    stream = (tokenize_document(lm, document, policy.context_size) for document in given)
     stream = (row for row in stream if len(row) > 1)
     while window := list(_take_tokens(stream, 16 * batch_tokens)):
         groups = _group(sorted(window, key=len) if seed is not None else window, batch_tokens)

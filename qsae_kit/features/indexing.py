@@ -39,6 +39,7 @@ from torch import Tensor
 
 from qsae_kit.attach import attached, policy_of
 from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, token_batches
+from qsae_kit.data.given import check_anew
 from qsae_kit.data.rows import site_activations
 from qsae_kit.io.checkpoints import Checkpoints, delete_checkpoint, found
 from qsae_kit.io.files import OWN, atomic_file, checked_name, inside, write_text
@@ -860,6 +861,7 @@ def build_index(
     `fresh` is not given, for a folder in which other files have an index's names, and while another
     process writes there.
     """
+    check_anew(documents, "The documents")
     out, config = Path(out), config or IndexConfig()
     saes = attached(lm, suite).saes()
     if not saes:
