@@ -24,13 +24,13 @@ from qsae_kit.sites import KINDS, parse_hook_name
 CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
 
 
-def save_sae(sae: SAE, folder: Path) -> None:
+def save_sae(sae: SAE, folder: str | Path) -> None:
     """Writes one SAE folder, whole or not at all; other files that are in it stay.
 
     Raises ValueError for an SAE without provenance or with values that are not finite, and while
     another process writes it.
     """
-    origin = sae.origin
+    origin, folder = sae.origin, Path(folder)
     sae = sae.exported()
     wrong = [name for name, tensor in sae.tensors().items() if not tensor.isfinite().all()]
     if wrong:
@@ -173,10 +173,10 @@ def model_name_of(suite: ByVariant) -> str:
     return names.pop()
 
 
-def save_suite(suite: ByVariant, folder: Path) -> None:
+def save_suite(suite: ByVariant, folder: str | Path) -> None:
     """Writes `<folder>/<variant>/<hook name>/` for every SAE."""
     for place, sae in Suite(suite).saes().items():
-        save_sae(sae, suite_folder(folder, *place))
+        save_sae(sae, suite_folder(Path(folder), *place))
 
 
 def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
@@ -186,7 +186,7 @@ def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
 
 def convert_suite(
     source: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     variants: Sequence[str] = (),
     hook_names: Sequence[str] = (),
@@ -198,6 +198,7 @@ def convert_suite(
     Arguments as in `load_suite`. Raises ValueError for a folder that is not empty, and as
     `load_suite` does.
     """
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{str(out)!r} is not an empty folder; give another one, or remove it first."

@@ -449,7 +449,7 @@ def train_saes(
     configs: Sequence[TrainConfig],
     *,
     model_name: str = "",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     fresh: bool = False,
     checkpoint_seconds: float = 120.0,
     memory: int | None = None,
@@ -482,6 +482,7 @@ def train_saes(
     given) or with files of the same names that are of none, or one that another process writes, and
     for rows of an unknown model, or of another than `model_name`.
     """
+    folder = None if folder is None else Path(folder)
     _check_configs(configs, source.widths)
     for site in source.sites:
         parse_hook_name(site)
@@ -644,8 +645,8 @@ def _groups(
 
 
 def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> None:
-    if not configs:
-        raise ValueError("No recipe was given; give at least one TrainConfig.")
+    if isinstance(configs, TrainConfig) or not configs:
+        raise ValueError("Recipes are given as a list with at least one; give [TrainConfig(...)].")
     lead = configs[0]
     for config in configs:
         if (config.tokens, config.batch, config.pool) != (lead.tokens, lead.batch, lead.pool):
