@@ -20,7 +20,7 @@ from small import PROMPTS, SITES, small_suite
 from tokenizers.processors import TemplateProcessing
 
 import qsae_kit
-from qsae_kit.data.documents import read_documents
+from qsae_kit.data.documents import TokenPolicy, categories_of, read_documents
 from qsae_kit.data.rows import StoredRows
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.features.indexing import IndexConfig
@@ -87,6 +87,8 @@ def test_names_that_can_be_gone_through_once_are_cached(lm):
     cache, without a word.
     """
     names = [f"blocks.{i}.hook_resid_post" for i in (0, 2)]
+    with pytest.raises(ValueError, match=r"no hook point 'blocks\.99\.hook_resid_post'"):
+        lm.run_with_hooks("Hello", fwd_hooks=[("blocks.99.hook_resid_post", lambda x, hook: x)])
     for given in (
         names,
         tuple(names),
@@ -179,6 +181,27 @@ def test_hooks_may_write_into_what_they_are_given(lm):
             assert (written - clean).abs().max() > 0.1, point
 
 
+def test_an_edit_of_all_tokens_acts_on_a_text_that_is_no_chat(lm, sae):
+    """Phylliida/MambaLens#4: an intervention is taken, and not made. Without a chat's header every
+    token counted as the template's, which edits of "all", categories and `drop_template` leave out.
+    """
+    texts = ["Hello you man", PROMPTS[1]]
+    batch = lm.to_batch(texts, "left")
+    edit = qsae_kit.clamp_features(sae, [3], 50.0, positions="all")
+    with torch.no_grad():
+        _, clean = lm.run_with_cache(*batch, names_filter=SITE)
+        with qsae_kit.applied(lm, [edit]):
+            _, changed = lm.run_with_cache(*batch, names_filter=SITE)
+    counted = (batch.mask.cumsum(1) * batch.mask) > 1
+    assert torch.equal((clean[SITE] != changed[SITE]).any(-1), counted)
+    policy = TokenPolicy(drop_template=True)
+    (made,) = qsae_kit.token_batches(lm, texts, policy=policy, seed=None)
+    assert torch.equal(made.keep.sum(1), counted.sum(1))
+    masks = categories_of(lm, made)
+    assert torch.equal(masks["user"], made.mask.bool())
+    assert not masks["template"].any()
+
+
 def test_no_tensor_is_kept_from_pass_to_pass(lm, suite, sae, batches):
     """ndif-team/nnsight#396: memory grows with every traced pass of a loop."""
 
@@ -190,7 +213,8 @@ def test_no_tensor_is_kept_from_pass_to_pass(lm, suite, sae, batches):
         list(lm.stream("Hi", 2))
         evaluate_suite(lm, suite, batches[:1], bar=False)
         gc.collect()
-        return sum(isinstance(found, torch.Tensor) for found in gc.get_objects())
+        # asked by their types, since an object's own answer may be a warning
+        return sum(issubclass(type(found), torch.Tensor) for found in gc.get_objects())
 
     once()
     assert once() == once()
@@ -595,6 +619,7 @@ def test_one_where_a_list_is_asked_for(lm, sae):
     """ndif-team/nnsight#614: one of a kind where several are taken fails inside, far from the
     call.
     """
+    assert lm.to_batch("Hello you").ids.tolist() == lm.to_tokens("Hello you").tolist()
     edit = qsae_kit.ablate_features(sae, [3])
     assert isinstance(edit, Edit)
     with pytest.raises(ValueError, match=r"give \[edit\]"):
@@ -603,6 +628,37 @@ def test_one_where_a_list_is_asked_for(lm, sae):
         qsae_kit.train_saes(StoredRows(rows()), qsae_kit.TrainConfig("topk"), model_name="t")
     with pytest.raises(ValueError, match=r"a list of whole numbers, such as \[3, 5\]"):
         qsae_kit.ablate_features(sae, 3)
+
+
+def test_a_device_that_is_not_there_is_one_sentence(suite, tmp_path):
+    """OpenMOSS/Llamascopium#65: "device cuda is invalid", from deep inside, for SAEs as for
+    models.
+    """
+    qsae_kit.save_suite(suite, tmp_path)
+    for device in ("gpu", "cuda:99"):
+        for load in (
+            lambda d: qsae_kit.load_model("tiny", device=d),
+            lambda d: qsae_kit.load_suite(tmp_path, d),
+            lambda d: qsae_kit.load_sae(tmp_path / "v" / SITE, d),
+        ):
+            with pytest.raises(ValueError, match=f"device '{device}' cannot be used .*'cpu'"):
+                load(device)
+
+
+def test_sizes_that_give_nothing_are_refused(lm):
+    """jbloomAus/SAEDashboard#33: sizes that do not fit together are an error from a tensor's
+    dimension, or nothing at all.
+    """
+    for size in (0, -5):
+        with pytest.raises(ValueError, match=f"Batches of {size} tokens were asked for"):
+            next(qsae_kit.token_batches(lm, TEXTS, batch_tokens=size))
+        with pytest.raises(ValueError, match=f"of documents of {size}"):
+            next(qsae_kit.token_batches(lm, TEXTS, policy=TokenPolicy(context_size=size)))
+    for name in ("tokens", "top", "sampled", "sampled_tokens", "batch_tokens"):
+        with pytest.raises(ValueError, match=f"{name}=0 was given; it must be 1 or more"):
+            IndexConfig(**{name: 0})
+    with pytest.raises(ValueError, match="before=-1 was given; it must be 0 or more"):
+        IndexConfig(before=-1)
 
 
 @pytest.mark.usefixtures("unchecked")

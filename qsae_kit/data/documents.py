@@ -29,6 +29,8 @@ ROLES = ("system", "user", "assistant", "tool")
 
 CONTEXT = 512
 """Tokens that documents are cut at where nothing else is said."""
+FEWEST = 2
+"""Tokens of a document that one can be kept of: the first never is."""
 
 
 class TokenPolicy(NamedTuple):
@@ -233,10 +235,16 @@ def token_batches(
     little padding.
 
     Works through the stream in windows of 16 batches, shuffled within a window; seed None keeps the
-    given order. policy: of the tokens that count; an SAE's own is `attach.policy_of`.
+    given order. policy: of the tokens that count; an SAE's own is `attach.policy_of`. Raises
+    ValueError for sizes that no batch can have, and for documents that are none.
     """
     rng = random.Random(seed)
     policy = policy.on(lm)
+    if batch_tokens < 1 or policy.context_size < FEWEST:
+        raise ValueError(
+            f"Batches of {batch_tokens} tokens were asked for, of documents of"
+            f" {policy.context_size}; give at least 1 and {FEWEST}."
+        )
     given = documents_given(documents)
     stream = (tokenize_document(lm, document, policy.context_size) for document in given)
     stream = (row for row in stream if len(row) > 1)

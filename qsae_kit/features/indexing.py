@@ -102,6 +102,13 @@ class IndexConfig:
     batch_tokens: int = 4096
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("tokens", "top", "sampled", "sampled_tokens", "batch_tokens"), 1)
+        for name, value in (least | {"before": 0, "after": 0}).items():
+            if getattr(self, name) < value:
+                given = getattr(self, name)
+                raise ValueError(f"{name}={given} was given; it must be {value} or more.")
+
     @property
     def window(self) -> int:
         return self.before + 1 + self.after

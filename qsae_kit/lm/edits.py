@@ -26,7 +26,8 @@ Positions: TypeAlias = Policy | tuple[int, ...] | Tensor
 but by `every`, except from the last assistant header on, because the first answer token is
 predicted from there.
 
-all: user, system, thinking and answer tokens, and everything from the last assistant header on;
+all: user, system, thinking and answer tokens, and everything from the last assistant header on; of
+a text that is no chat every token;
 prompt: what precedes the last assistant header; header: the template's tokens from that header on
 (role, think markers), where the model decides how to begin; thinking: inside the last think block;
 answer: from the last assistant header on, header and thinking included; every: every token,

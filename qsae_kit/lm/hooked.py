@@ -32,6 +32,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from qsae_kit.io.devices import check_device
 from qsae_kit.io.tensorfiles import all_finite
 from qsae_kit.lm.chat import Markers, answer_start, closed, find_markers, phases
 from qsae_kit.lm.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
@@ -406,7 +407,7 @@ class HookedLM(HookedRootModule):
                 torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
             )
         else:
-            ids, mask = self.to_batch([input] if isinstance(input, str) else list(input))
+            ids, mask = self.to_batch(input)
         self._check_length(ids.shape[1])
         if return_type == "loss" and int(mask.sum(1).max()) < 2:
             raise ValueError(
@@ -526,9 +527,13 @@ class HookedLM(HookedRootModule):
         take each other's away.
 
         reset_hooks_end: False leaves them on the model for good, as `add_hook` does.
-        Raises RuntimeError on entering where another task or a paused generator of this thread
-        holds the model, and on leaving where one is still inside.
+        Raises ValueError for a hook point that is not there; RuntimeError on entering where another
+        task or a paused generator of this thread holds the model, and on leaving where one is still
+        inside.
         """
+
+        named = [name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str)]
+        self.check_hook_names(named)
 
         def add(hold: Hold) -> "HookedLM":
             level = _Level(len(self._levels) + 1)
@@ -742,9 +747,10 @@ class HookedLM(HookedRootModule):
     # --- text and tokens
 
     def to_batch(
-        self, texts: Sequence[str], padding_side: Literal["left", "right"] = "right"
+        self, texts: str | Sequence[str], padding_side: Literal["left", "right"] = "right"
     ) -> Tokens:
-        """Tokenises (`text_tokens`) and pads texts."""
+        """Tokenises (`text_tokens`) and pads one text or several."""
+        texts = [texts] if isinstance(texts, str) else texts
         return self.pad([self.text_tokens(text) for text in texts], padding_side)
 
     def text_tokens(self, text: str) -> list[int]:
@@ -818,7 +824,7 @@ class HookedLM(HookedRootModule):
         self, text: str | Sequence[str], padding_side: Literal["left", "right"] = "right"
     ) -> Int[Tensor, "batch pos"]:
         """Token ids of one text or several; `to_batch` gives the mask as well."""
-        return self.to_batch([text] if isinstance(text, str) else text, padding_side).ids
+        return self.to_batch(text, padding_side).ids
 
     def to_string(self, ids: Tensor | Sequence[int]) -> str:
         """The text of one row of ids, special tokens included."""
@@ -1228,8 +1234,9 @@ def load_model(
     CPU bfloat16 where the processor is clearly faster in it (those with AMX), else float32, as a
     line on stderr says; models of fewer than 50 million parameters, such as the bundled one, are
     float32 there. device: None is a GPU if there is one. Raises ValueError where the source cannot
-    be found, read or hooked, and for an unknown dtype.
+    be found, read or hooked, for an unknown dtype, and for a device that is not there.
     """
+    check_device(device)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"The dtype {dtype!r} was given; choose from {', '.join(DTYPES)}.")

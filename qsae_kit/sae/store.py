@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from qsae_kit.io.devices import check_device
 from qsae_kit.io.files import atomic_folder, checked_name
 from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
@@ -80,8 +81,10 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     (`readers`).
 
     One of another library that names no site is given without provenance. Raises ValueError for a
-    folder that holds none or several, and for files that cannot be used.
+    folder that holds none or several, for files that cannot be used, and for a device that is not
+    there.
     """
+    check_device(device)
     release = open_release(Path(folder))
     found = find_saes(release)
     if len(found) > 1:
@@ -101,6 +104,7 @@ def iter_saes(
     model_name: str = "",
 ) -> Iterator[tuple[str, SAE]]:
     """Variant and SAE, one after another, as in `load_suite`, which holds all of them at once."""
+    check_device(device)
     release = open_release(source)
     found = select(find_saes(release), variants, hook_names)
     nameless = [one.weights for one in found if not one.hook_name]
@@ -132,8 +136,8 @@ def load_suite(
     source: a folder, or the id of a repository on the hub, of which the weights that are wanted are
     fetched. The format is told from the files (`readers`). variants, hook_names: only those (none
     given: all). model_name: instead of what the files say. The SAEs of a public release have no
-    median norm, which `attach.attached` measures. Raises ValueError where there is none, and
-    for files that cannot be used.
+    median norm, which `attach.attached` measures. Raises ValueError where there is none, for files
+    that cannot be used, and for a device that is not there.
     """
     saes: dict[str, dict[str, SAE]] = {}
     for variant, sae in iter_saes(
