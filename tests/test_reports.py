@@ -6,7 +6,9 @@ import copy
 import gc
 import json
 import pickle
+import re
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -35,6 +37,7 @@ TEXTS = [
     "Ada likes the blue house near the river very much.",
 ]
 SITE = SITES[1]
+HERE = Path(__file__).parent
 SMALL = {"expansion": 2, "tokens": 512, "batch": 128, "pool": 512}
 
 
@@ -144,8 +147,8 @@ def test_backward_hooks_end_with_their_with(lm):
 
 
 def test_what_is_cached_stays_as_it_was(lm):
-    """ndif-team/nnsight#630: a saved activation is overwritten by what later changes it in
-    place.
+    """ndif-team/nnsight#630 and ndif-team/nnsight#661: a saved activation is overwritten by what
+    later changes it in place.
     """
 
     def doubles(x, hook):
@@ -159,8 +162,8 @@ def test_what_is_cached_stays_as_it_was(lm):
 
 
 def test_hooks_may_write_into_what_they_are_given(lm):
-    """ndif-team/nnsight#661: what is written in place at some hook points is lost, at others
-    not.
+    """TransformerLensOrg/TransformerLens#1722: what a hook made of an activation is dropped in
+    silence; here it was, of two hook points, where it was written in place.
     """
     points = ["hook_embed", *(f"blocks.2.{hook}" for hook in BLOCK_HOOKS)]
 
@@ -221,8 +224,8 @@ def test_no_tensor_is_kept_from_pass_to_pass(lm, suite, sae, batches):
 
 
 def test_the_last_residual_is_before_the_final_norm(lm):
-    """huggingface/transformers#13461: the last of `hidden_states` is another layer's state than
-    it seems.
+    """huggingface/transformers#13461: the last of `hidden_states` and the last hidden state differ:
+    a norm lies between.
     """
     ids = lm.to_tokens("Hello you man")
     hf = copy.deepcopy(lm.hf)  # which keeps the hooks that it is given for this
@@ -235,9 +238,7 @@ def test_the_last_residual_is_before_the_final_norm(lm):
 
 
 def test_a_model_is_copied_with_its_hooks_of_its_own(lm):
-    """huggingface/transformers#17696: "can't pickle _thread.lock objects" where a model is
-    copied.
-    """
+    """huggingface/transformers#17696: "can't pickle _thread.lock objects"."""
     twin = copy.deepcopy(lm).to(torch.bfloat16)
     with twin.hooks(fwd_hooks=[(SITE, lambda x, hook: x * 0)]):
         assert torch.equal(lm("Hello you"), lm("Hello you"))
@@ -253,8 +254,8 @@ def test_a_model_is_copied_with_its_hooks_of_its_own(lm):
 
 @pytest.mark.usefixtures("unchecked")
 def test_ids_that_are_none_are_one_sentence(lm):
-    """ndif-team/nnsight#176: ids without a batch dimension, and other shapes, fail far inside the
-    model.
+    """ndif-team/nnsight#176 and ndif-team/nnsight#614: ids without a batch dimension, and batches
+    without a mask, fail far inside the model.
     """
     for wrong in (torch.tensor([1, 2]), torch.zeros(0, 5).long(), torch.zeros(1, 0).long()):
         with pytest.raises(ValueError, match=r"must have the shape \[batch, pos\]"):
@@ -263,6 +264,7 @@ def test_ids_that_are_none_are_one_sentence(lm):
         lm(torch.tensor([[1.0, 2.0]]))
     short = torch.tensor([[5, 6, 7]], dtype=torch.int32)
     assert lm(short, return_type="loss") == lm(short.long(), return_type="loss")
+    assert torch.equal(lm(short), lm(short, torch.ones_like(short)))
 
 
 def test_ids_beyond_the_vocabulary_are_one_sentence(lm):
@@ -298,8 +300,8 @@ def test_padding_is_a_token_that_the_model_knows(lm):
 
 
 def test_a_tokenizer_without_padding_and_end(lm):
-    """TransformerLensOrg/TransformerLens#483: `generate` fails where there is no padding token or
-    no end of the text.
+    """TransformerLensOrg/TransformerLens#483: `generate` fails where no tokenizer names a padding
+    token.
     """
     bare = with_tokenizer(lm, pad_token=None, eos_token=None)
     bare.hf = copy.deepcopy(lm.hf)
@@ -405,8 +407,8 @@ def test_a_row_holds_one_document(lm):
 
 
 def test_rows_of_any_format_are_read(sae):
-    """EleutherAI/sparsify#116: an SAE and the activations it is given have different formats: a
-    RuntimeError at first use.
+    """EleutherAI/sparsify#116: formats that differ, there of a file and an SAE, here of an SAE and
+    the rows of a bfloat16 model, are a RuntimeError at first use.
     """
     x = torch.randn(3, sae.d_in, generator=generator()) * 5
     for kind in (torch.bfloat16, torch.float16, torch.float64):
@@ -431,8 +433,8 @@ def test_batches_of_sequences_are_read_as_their_rows(name):
 
 
 def test_a_release_says_another_device_and_lacks_keys(tmp_path):
-    """decoderesearch/SAELens#220 and #193: the device in cfg.json wins over the one asked for; keys
-    that are missing or new are a TypeError.
+    """decoderesearch/SAELens#220 and decoderesearch/SAELens#193: the device in cfg.json wins over
+    the one asked for; keys that are missing or new are a TypeError.
     """
     laid = saelens(tmp_path, kind="jumprelu", dtype=torch.bfloat16)
     path = laid.folder / "cfg.json"
@@ -616,9 +618,10 @@ def test_what_can_be_gone_through_once_is_used_or_refused(lm, suite, batches, tm
 
 @pytest.mark.usefixtures("unchecked")
 def test_one_where_a_list_is_asked_for(lm, sae):
-    """ndif-team/nnsight#614: one of a kind where several are taken fails inside, far from the
-    call.
+    """TransformerLensOrg/TransformerLens#244: one where several are taken, such as a single token,
+    is an AssertionError about a shape.
     """
+    assert lm.to_str_tokens(torch.tensor([[2]])) == lm.to_str_tokens([2])
     assert lm.to_batch("Hello you").ids.tolist() == lm.to_tokens("Hello you").tolist()
     edit = qsae_kit.ablate_features(sae, [3])
     assert isinstance(edit, Edit)
@@ -803,7 +806,9 @@ def test_names_are_no_formulas_and_no_markup(lm, suite, batches):
 
 
 def test_a_bfloat16_model_reaches_tables_figures_and_pages(lm, suite, batches, tmp_path):
-    """jbloomAus/SAEDashboard#6: numpy has no bfloat16, and a dashboard of such a model fails."""
+    """jbloomAus/SAEDashboard#6: a helper does not take the format of a bfloat16 model, and its
+    dashboard fails.
+    """
     half = qsae_kit.load_model("tiny", dtype="bfloat16")
     own = copy.deepcopy(suite)
     table = evaluate_suite(half, own, batches[:1], bar=False)
@@ -818,3 +823,21 @@ def test_a_bfloat16_model_reaches_tables_figures_and_pages(lm, suite, batches, t
     edit = qsae_kit.add_direction(SITE, torch.ones(half.d_model), 0.1, 1.0)
     with qsae_kit.applied(half, [edit]):
         assert half("Hello you").dtype == torch.bfloat16
+
+
+# --- the table
+
+
+def test_the_table_names_tests_that_are_there_and_every_thread():
+    table = (HERE / "README.md").read_text(encoding="utf-8").split("## Public reports")[1]
+    named = re.findall(r"(?:`(test_\w+\.py)`: )?`(test_\w+)` \|\n", table)
+    assert len(named) == table.count("\n| ") - 1  # without its header
+    for file, name in named:
+        text = (HERE / (file or "test_reports.py")).read_text(encoding="utf-8")
+        assert f"\ndef {name}(" in text, name
+    own = Path(__file__).read_text(encoding="utf-8")
+    threads = set(re.findall(r"[\w.-]+/[\w.-]+#\d+", own))
+    assert threads <= set(re.findall(r"[\w.-]+/[\w.-]+#\d+", table))
+    assert {name for file, name in named if not file} == set(
+        re.findall(r"\ndef (test_\w+)\(", own)
+    ) - {"test_the_table_names_tests_that_are_there_and_every_thread"}
