@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_a_hook_of_the_user_s_survives_what_comes_and_goes(lm, sae):
     try:
         lm.run_with_cache("Hello", names_filter=SITE)
         lm.run_with_hooks("Hello", fwd_hooks=[(SITE, lambda x, hook: None)])
-        with qsae_kit.applied(lm, [qsae_kit.ablate_features(sae, [3])]):
+        with qsae_kit.applied(lm, [qsae_kit.ablate_features(sae, [3], "all")]):
             lm("Hello")
         lm("Hello")
         assert len(seen) == 4
@@ -197,6 +198,13 @@ def test_an_edit_of_all_tokens_acts_on_a_text_that_is_no_chat(lm, sae):
             _, changed = lm.run_with_cache(*batch, names_filter=SITE)
     counted = (batch.mask.cumsum(1) * batch.mask) > 1
     assert torch.equal((clean[SITE] != changed[SITE]).any(-1), counted)
+    for part in ("header", "thinking", "answer"):
+        of_answers = replace(edit, positions=part)
+        with (
+            pytest.raises(ValueError, match=f'positions="{part}" was used on texts that are no'),
+            qsae_kit.applied(lm, [of_answers]),
+        ):
+            lm.generate(texts, 2, chat=False)
     policy = TokenPolicy(drop_template=True)
     (made,) = qsae_kit.token_batches(lm, texts, policy=policy, seed=None)
     assert torch.equal(made.keep.sum(1), counted.sum(1))
@@ -820,7 +828,7 @@ def test_a_bfloat16_model_reaches_tables_figures_and_pages(lm, suite, batches, t
     for widget in (explorer, shown):
         assert "application/json" in widget.to_html()
         widget.close()
-    edit = qsae_kit.add_direction(SITE, torch.ones(half.d_model), 0.1, 1.0)
+    edit = qsae_kit.add_direction(SITE, torch.ones(half.d_model), 0.1, 1.0, "all")
     with qsae_kit.applied(half, [edit]):
         assert half("Hello you").dtype == torch.bfloat16
 

@@ -527,13 +527,10 @@ class HookedLM(HookedRootModule):
         take each other's away.
 
         reset_hooks_end: False leaves them on the model for good, as `add_hook` does.
-        Raises ValueError for a hook point that is not there; RuntimeError on entering where another
-        task or a paused generator of this thread holds the model, and on leaving where one is still
-        inside.
+        Raises, on entering, ValueError for a hook point that is not there, and RuntimeError where
+        another task or a paused generator of this thread holds the model; RuntimeError on leaving
+        where one is still inside.
         """
-
-        named = [name for name, _ in (*fwd_hooks, *bwd_hooks) if isinstance(name, str)]
-        self.check_hook_names(named)
 
         def add(hold: Hold) -> "HookedLM":
             level = _Level(len(self._levels) + 1)
@@ -542,6 +539,7 @@ class HookedLM(HookedRootModule):
             self.context_level = level
             for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
                 for name, hook in pairs:
+                    self.check_hook_names([name] if isinstance(name, str) else [])
                     self._enable_hook(name, hook, direction)
             return self
 
