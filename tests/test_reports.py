@@ -23,7 +23,8 @@ from small import PROMPTS, SITES, small_suite
 from tokenizers.processors import TemplateProcessing
 
 import qsae_kit
-from qsae_kit.data.documents import TokenPolicy, categories_of, read_documents
+from qsae_kit.data.documents import TokenPolicy, categories_of
+from qsae_kit.data.readers import read_documents
 from qsae_kit.data.rows import StoredRows
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.features.indexing import IndexConfig

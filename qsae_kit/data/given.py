@@ -33,13 +33,13 @@ def documents_given(given: Iterable[Any]) -> Iterator[Any]:
     if isinstance(given, (str, Path)):
         raise ValueError(
             "A single text or path was given as documents; give a list of texts, or what"
-            " qsae_kit.data.documents.read_documents makes of a file."
+            " qsae_kit.data.readers.read_documents makes of a file."
         )
     for document in rows_of(given):
         if not isinstance(document, (str, list)):
             raise ValueError(
                 f"A document of the type {type(document).__name__} was given; documents are texts"
-                " or lists of messages, which qsae_kit.data.documents.read_documents makes of"
+                " or lists of messages, which qsae_kit.data.readers.read_documents makes of"
                 " records."
             )
         yield document
