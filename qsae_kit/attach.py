@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.data.documents import TokenBatch, TokenPolicy, keep_mask, token_batches
+from qsae_kit.data.given import check_anew
 from qsae_kit.data.records import Document
 from qsae_kit.data.rows import kept_rows, site_activations
 from qsae_kit.io.progress import say
@@ -114,6 +115,7 @@ def attached(
         _check_place(lm, sae)
     own.to(lm.device)
     if documents is not None:
+        check_anew(documents, "The documents")
         measure(lm, own, documents)
     for sae in saes:
         check_measured(sae)

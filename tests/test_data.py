@@ -54,8 +54,8 @@ def test_a_long_document_is_cut_into_several_sequences(lm):
 
 def test_every_part_of_a_cut_text_begins_as_the_tokenizer_begins():
     begin, row = 7, list(range(20, 40))
-    tokenizer = Mock(return_value=Mock(input_ids=[begin, *row]), bos_token_id=begin)
-    lm = Mock(markers=None, tokenizer=tokenizer)
+    lm = Mock(markers=None, tokenizer=Mock(bos_token_id=begin))
+    lm.text_tokens.return_value = [begin, *row]
     parts = [one.ids for one in sequences(lm, "a text", 5)]
     assert all(part[0] == begin and len(part) <= 5 for part in parts)
     assert list(chain(*(part[1:] for part in parts))) == row

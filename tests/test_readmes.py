@@ -11,7 +11,7 @@ import typer
 from qsae_kit.cli.app import app
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted(ROOT.glob("qsae_kit/**/README.md"))]
+PAGES = [ROOT / "README.md", ROOT / "tests/README.md", *sorted(ROOT.glob("qsae_kit/**/README.md"))]
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 
 

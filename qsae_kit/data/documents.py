@@ -17,12 +17,15 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from qsae_kit.data.given import documents_given
 from qsae_kit.data.records import Document
 from qsae_kit.lm.chat import CATEGORIES, Markers, Phase, phases
 from qsae_kit.lm.hooked import HookedLM
 
 CONTEXT = 512
 """Tokens that documents are cut at where nothing else is said."""
+FEWEST = 2
+"""Tokens of a document that one can be kept of: the first never is."""
 PLAIN_ROLES = ("system", "user", "assistant")
 """What every template is expected to write."""
 
@@ -86,7 +89,7 @@ def tokenize_document(lm: HookedLM, document: Document, max_length: int) -> list
     A chat that ends with the user's message is followed by the header that asks for an answer.
     """
     if isinstance(document, str):
-        return lm.tokenizer(document).input_ids[:max_length]
+        return lm.text_tokens(document)[:max_length]
     asks = bool(document) and document[-1].get("role") == "user"
     return lm.chat_tokens(document, add_generation_prompt=asks)[:max_length]
 
@@ -204,9 +207,15 @@ def token_batches(
     Works through the stream in windows of 16 batches, shuffled within a window; seed None keeps the
     given order. policy: of the tokens that count; an SAE's own is `attach.policy_of`. start: the
     window to begin with; the documents before it are passed over, and not made into tokens.
+    Raises ValueError for sizes that no batch can have, and for documents that are none.
     """
     policy = policy.on(lm)
-    stream = islice(documents, start.documents, None)
+    if batch_tokens < 1 or policy.context_size < FEWEST:
+        raise ValueError(
+            f"Batches of {batch_tokens} tokens were asked for, of documents of"
+            f" {policy.context_size}; give at least 1 and {FEWEST}."
+        )
+    stream = islice(documents_given(documents), start.documents, None)
     done, made = start
     while True:
         n, window = _take_tokens(lm, stream, policy.context_size, WINDOW * batch_tokens)

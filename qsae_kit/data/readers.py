@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
+from qsae_kit.data.given import rows_of
 from qsae_kit.data.records import Document, parse_record
 from qsae_kit.io.jsonfiles import parse_json
 
@@ -126,7 +127,7 @@ def read_documents(
         records, column, max_bad = read_records(source), source.column, source.max_bad
         told = repr(source.name)
     else:
-        records = ((f"item {i}", item, None) for i, item in enumerate(source))
+        records = ((f"item {i}", item, None) for i, item in enumerate(rows_of(source)))
         told = "The list"
     tally = _Tally(told, source if isinstance(source, DataSource) else None, max_bad)
     empty = True

@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.data.documents import TokenBatch, TokenPolicy, TokenStream, Window
+from qsae_kit.data.given import check_anew, first_of
 from qsae_kit.lm.hooked import HookedLM, by_token
 
 Rows = dict[str, Float[Tensor, "row _width"]]
@@ -128,6 +129,7 @@ class LiveRows:
     def __init__(
         self, lm: HookedLM, sites: Sequence[str], batches: Callable[[], Iterable[TokenBatch]]
     ) -> None:
+        check_anew(batches, "The batches")
         lm.check_hook_names(list(sites))
         self.lm, self.batches, self.device = lm, batches, lm.device
         self._head: list[TokenBatch] = []
@@ -146,7 +148,7 @@ class LiveRows:
         """The first four token batches, made once: there may be many documents to be read and
         sorted before the first.
         """
-        self._head = self._head or list(islice(self.batches(), 4))
+        self._head = self._head or list(islice(first_of(self.batches, "the batches"), 4))
         return self._head
 
     @property

@@ -9,7 +9,7 @@ and predicted, and inflate whatever they are averaged into.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -72,7 +72,7 @@ class Losses:
 def evaluate_suite(
     lm: HookedLM,
     suite: ByVariant,
-    batches: Sequence[TokenBatch],
+    batches: Iterable[TokenBatch],
     spliced_batches: int | None = None,
     bar: bool = True,
 ) -> pd.DataFrame:
@@ -93,6 +93,7 @@ def evaluate_suite(
     """
     own = attached(lm, suite)
     saes, names = own.saes(), own.hook_names
+    batches = list(batches)
     check_tokens(lm, saes.values(), batches)
     n_spliced = min(len(batches), len(batches) if spliced_batches is None else spliced_batches)
     rebuilt: dict[tuple[Place, str], Reconstruction] = defaultdict(Reconstruction)

@@ -39,6 +39,7 @@ from torch import Tensor
 
 from qsae_kit.attach import attached, policy_of
 from qsae_kit.data.documents import TokenBatch, TokenPolicy, phases_of, token_batches
+from qsae_kit.data.given import check_anew
 from qsae_kit.data.records import Document
 from qsae_kit.data.rows import site_activations
 from qsae_kit.io.checkpoints import Checkpoints, delete_checkpoint, found
@@ -102,6 +103,13 @@ class IndexConfig:
     """
     batch_tokens: int = 4096
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = dict.fromkeys(("tokens", "top", "sampled", "sampled_tokens", "batch_tokens"), 1)
+        for name, value in (least | {"before": 0, "after": 0}).items():
+            if getattr(self, name) < value:
+                given = getattr(self, name)
+                raise ValueError(f"{name}={given} was given; it must be {value} or more.")
 
     @property
     def window(self) -> int:
@@ -864,6 +872,7 @@ def build_index(
     `fresh` is not given, for a folder in which other files have an index's names, and while another
     process writes there.
     """
+    check_anew(documents, "The documents")
     out, config = Path(out), config or IndexConfig()
     saes = attached(lm, suite).saes()
     if not saes:

@@ -17,7 +17,7 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 
 class Phase(IntEnum):
     """What a token is in its chat. `TEMPLATE` covers role headers, end markers, think markers and
-    line ends after them.
+    line ends after them; a text that is no chat, without any header, counts as the user's.
     """
 
     PADDING = 0
@@ -111,6 +111,7 @@ def phases(ids: Tensor, mask: Tensor, markers: Markers) -> Tensor:
             ids[:, 1:], torch.tensor(markers.line_ends, device=ids.device)
         )
         out[answer & (marker | after)] = int(Phase.TEMPLATE)
+    out[~is_start.any(1)] = int(Phase.USER)
     out[mask == 0] = int(Phase.PADDING)
     return out
 

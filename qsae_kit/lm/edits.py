@@ -21,12 +21,15 @@ from qsae_kit.lm.locks import Entry
 
 Policy: TypeAlias = Literal["all", "prompt", "header", "thinking", "answer", "every"]
 POLICIES: tuple[Policy, ...] = ("all", "prompt", "header", "thinking", "answer", "every")
+OF_ANSWERS: tuple[Policy, ...] = ("header", "thinking", "answer")
+"""Those that name something in chats alone."""
 Positions: TypeAlias = Policy | tuple[int, ...] | Tensor
 """Which tokens. Padding never is. Position 0 (an attention sink) and template tokens are left out
 but by `every`, except from the last assistant header on, because the first answer token is
 predicted from there.
 
-all: user, system, thinking and answer tokens, and everything from the last assistant header on;
+all: user, system, thinking and answer tokens, and everything from the last assistant header on; of
+a text that is no chat every token;
 prompt: what precedes the last assistant header; header: the template's tokens from that header on
 (role, think markers), where the model decides how to begin; thinking: inside the last think block;
 answer: from the last assistant header on, header and thinking included; every: every token,
@@ -70,7 +73,8 @@ class Edit:
 def selected(now: Now, positions: Positions) -> Bool[Tensor, "batch chunk"]:
     """The tokens of the running chunk that a policy names.
 
-    Raises ValueError for an unknown policy, or a mask of another shape than the batch.
+    Raises ValueError for an unknown policy, a mask of another shape than the batch, and parts of an
+    answer where no row is a chat.
     """
     if isinstance(positions, Tensor):
         mask = positions.bool().to(now.ids.device)
@@ -89,6 +93,11 @@ def selected(now: Now, positions: Positions) -> Bool[Tensor, "batch chunk"]:
     if now.markers is None and positions == "all":
         return counted
     answering, phase = now.answering, now.phase
+    if positions in OF_ANSWERS and not now.start and not (phase == Phase.TEMPLATE).any():
+        raise ValueError(
+            f'An edit or a condition at positions="{positions}" was used on texts that are no'
+            ' chats, which have none; give positions="all", or chats.'
+        )
     content = (
         (phase == Phase.SYSTEM)
         | (phase == Phase.USER)
@@ -163,6 +172,8 @@ def applied_by_rows(lm: HookedLM, groups: Sequence[tuple[Sequence[Edit], Rows]])
 
 def _as_hooks(lm: HookedLM, edits: Sequence[Edit], rows: Rows) -> list[NamedHook]:
     """The hooks of `applied`; raises its ValueErrors."""
+    if isinstance(edits, Edit):
+        raise ValueError("Edits are given as a list, and a single one was; give [edit].")
     lm.check_hook_names(
         hook_name for edit in edits for hook_name in (*_points(lm, edit), *_detectors(edit))
     )

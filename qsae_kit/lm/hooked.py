@@ -32,6 +32,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from qsae_kit.io.devices import check_device
 from qsae_kit.io.tensorfiles import all_finite
 from qsae_kit.lm.chat import Markers, answer_start, closed, find_markers, phases
 from qsae_kit.lm.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
@@ -391,26 +392,28 @@ class HookedLM(HookedRootModule):
             unembed; 0 is all.
         start_at_layer: the layers before it are left out, and `residual`, what the last of them
         made of the same tokens, is taken instead; hooks at its `hook_resid_post` are given it.
-        Raises ValueError for tokens beyond the context, an unknown return_type, a residual of
-        another shape, and hooks at the layers that are left out; RuntimeError inside another pass,
-        and where another task or a paused generator of this thread holds the model.
+        Raises ValueError for tokens beyond the context, ids that the model does not know, a loss of
+        single tokens, an unknown return_type, a residual of another shape, and hooks at the layers
+        that are left out; RuntimeError inside another pass, and where another task or a paused
+        generator of this thread holds the model.
         """
         if return_type not in ("logits", "loss", None):
             raise ValueError(
                 f'return_type {return_type!r} is not one of "logits", "loss" and None.'
             )
         if isinstance(input, Tensor):
-            ids = input.to(self.device)
+            ids = self._as_ids(input)
             mask = (
                 torch.ones_like(ids) if attention_mask is None else attention_mask.to(self.device)
             )
         else:
-            ids, mask = self.to_batch([input] if isinstance(input, str) else list(input))
-        if ids.ndim != 2:
-            raise ValueError(
-                f"Token ids must have the shape [batch, pos]; these have {list(ids.shape)}."
-            )
+            ids, mask = self.to_batch(input)
         self._check_length(ids.shape[1])
+        if return_type == "loss" and int(mask.sum(1).max()) < 2:
+            raise ValueError(
+                "A loss is of tokens that follow others, and every row has one token; give longer"
+                " texts."
+            )
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         skipped = self._left_out(start_at_layer, residual, ids)
         with self._connected(stop=return_type is None, skipped=skipped):
@@ -509,8 +512,8 @@ class HookedLM(HookedRootModule):
         """
         names = [names_filter] if isinstance(names_filter, str) else names_filter
         if isinstance(names, Iterable):
-            self.check_hook_names(names)
             names = list(names)
+            self.check_hook_names(names)
         return super().run_with_cache(*model_args, names_filter=names, **kwargs)
 
     def hooks(
@@ -524,8 +527,9 @@ class HookedLM(HookedRootModule):
         take each other's away.
 
         reset_hooks_end: False leaves them on the model for good, as `add_hook` does.
-        Raises RuntimeError on entering where another task or a paused generator of this thread
-        holds the model, and on leaving where one is still inside.
+        Raises, on entering, ValueError for a hook point that is not there, and RuntimeError where
+        another task or a paused generator of this thread holds the model; RuntimeError on leaving
+        where one is still inside.
         """
 
         def add(hold: Hold) -> "HookedLM":
@@ -535,6 +539,7 @@ class HookedLM(HookedRootModule):
             self.context_level = level
             for direction, pairs in (("fwd", fwd_hooks), ("bwd", bwd_hooks)):
                 for name, hook in pairs:
+                    self.check_hook_names([name] if isinstance(name, str) else [])
                     self._enable_hook(name, hook, direction)
             return self
 
@@ -622,7 +627,9 @@ class HookedLM(HookedRootModule):
         """What `_connected` registers on the HF modules."""
 
         def fire(name: str, x: Tensor) -> Tensor:
-            out = self.hook_dict[name](x)
+            # A copy: what is kept of it stays as it was, whatever is written into x later, and what
+            # a hook writes into it is seen to differ from x.
+            out = self.hook_dict[name](x.clone())
             if name == deepest:
                 raise _Stopped
             return out
@@ -644,7 +651,7 @@ class HookedLM(HookedRootModule):
                     x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
                 ).to(out.dtype)
                 edited = fire("ln_final.hook_normalized", normalized)
-                return out if edited is normalized else out + module.weight * (edited - normalized)
+                return out + module.weight * (edited - normalized)
 
             yield backbone.norm.register_forward_hook, on_norm, {}
 
@@ -675,9 +682,7 @@ class HookedLM(HookedRootModule):
                 # with the attention's output to reach the MLP and the residual alike; in delta
                 # form, so that a no-op changes no bit.
                 mid = resid_pre[0] + out
-                edited = fire(prefix + "hook_resid_mid", mid)
-                if edited is not mid:
-                    out = out + (edited - mid)
+                out = out + (fire(prefix + "hook_resid_mid", mid) - mid)
             return (out, *output[1:]) if isinstance(output, tuple) else out
 
         def on_mlp(_m: Any, _a: Any, output: Tensor) -> Tensor:
@@ -740,26 +745,70 @@ class HookedLM(HookedRootModule):
     # --- text and tokens
 
     def to_batch(
-        self, texts: Sequence[str], padding_side: Literal["left", "right"] = "right"
+        self, texts: str | Sequence[str], padding_side: Literal["left", "right"] = "right"
     ) -> Tokens:
-        """Tokenises and pads texts; special tokens written in a text are read as such."""
-        rows = [self.tokenizer(text).input_ids for text in texts]
-        return self.pad(rows, padding_side)
+        """Tokenises (`text_tokens`) and pads one text or several."""
+        texts = [texts] if isinstance(texts, str) else texts
+        return self.pad([self.text_tokens(text) for text in texts], padding_side)
+
+    def text_tokens(self, text: str) -> list[int]:
+        """Token ids of a text and what the tokenizer adds to it; special tokens written in it are
+        read as such.
+
+        A text that a chat template wrote begins with the token that begins all sequences, where the
+        model has one; the tokenizer's own is left out then. Raises ValueError for half a character.
+        """
+        if any("\ud800" <= sign <= "\udfff" for sign in text):
+            raise ValueError(
+                "A text with half a character (a lone surrogate) was given; write it as UTF-8 with"
+                " errors='replace' first."
+            )
+        ids, begin = self.tokenizer(text).input_ids, self.tokenizer.bos_token_id
+        twice = begin is not None and ids[:2] == [begin, begin]
+        return ids[1:] if twice else ids
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with: the tokenizer's padding, else its end of turn, else 0,
+        whichever the model knows first. It is masked, whatever it is.
+        """
+        told = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((i for i in told if i is not None and i < self.config.vocab_size), 0)
+
+    def _as_ids(self, ids: Tensor) -> Int[Tensor, "batch pos"]:
+        """Token ids as the model takes them, on its device; ValueError for what are none."""
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(
+                f"Token ids must have the shape [batch, pos], with a token at least; these have"
+                f" {list(ids.shape)}."
+            )
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise ValueError(f"Token ids are whole numbers; these are of {ids.dtype}.")
+        if ids.device.type != "meta":
+            self._check_known(int(ids.min()), int(ids.max()))
+        return ids.to(self.device, torch.long)
+
+    def _check_known(self, lowest: int, highest: int) -> None:
+        last = self.config.vocab_size - 1
+        if lowest < 0 or highest > last:
+            raise ValueError(
+                f"Token id {lowest if lowest < 0 else highest} was given, but {self.model_name!r}"
+                f" knows 0 to {last}; give the model's own tokenizer, or resize its embeddings."
+            )
 
     def pad(
         self, rows: Sequence[Sequence[int]], padding_side: Literal["left", "right"] = "right"
     ) -> Tokens:
         """Pads rows of token ids to one length, on the model's device. Raises ValueError for an
-        empty row.
+        empty row, and for ids that the model does not know.
         """
         if not rows or not all(rows):
             raise ValueError(
                 "A batch needs at least one token in every row; an empty text was given."
             )
-        pad_id = self.tokenizer.pad_token_id
-        pad_id = (self.tokenizer.eos_token_id or 0) if pad_id is None else pad_id
+        self._check_known(min(map(min, rows)), max(map(max, rows)))
         longest = max(map(len, rows))
-        ids = torch.full((len(rows), longest), pad_id)
+        ids = torch.full((len(rows), longest), self.pad_id)
         mask = torch.zeros((len(rows), longest), dtype=torch.long)
         for r, row in enumerate(rows):
             where = (
@@ -773,7 +822,7 @@ class HookedLM(HookedRootModule):
         self, text: str | Sequence[str], padding_side: Literal["left", "right"] = "right"
     ) -> Int[Tensor, "batch pos"]:
         """Token ids of one text or several; `to_batch` gives the mask as well."""
-        return self.to_batch([text] if isinstance(text, str) else text, padding_side).ids
+        return self.to_batch(text, padding_side).ids
 
     def to_string(self, ids: Tensor | Sequence[int]) -> str:
         """The text of one row of ids, special tokens included."""
@@ -782,7 +831,7 @@ class HookedLM(HookedRootModule):
 
     def to_str_tokens(self, input: str | Tensor | Sequence[int]) -> list[str]:
         """The text of each token of one text or row of ids."""
-        row = self.tokenizer(input).input_ids if isinstance(input, str) else input
+        row = self.text_tokens(input) if isinstance(input, str) else input
         return [
             self.tokenizer.decode([int(i)])
             for i in (row.flatten() if isinstance(row, Tensor) else row)
@@ -912,12 +961,8 @@ class HookedLM(HookedRootModule):
             repetition_penalty=1.0,
             num_beams=1,
             use_cache=use_cache,
-            eos_token_id=sorted(ends),
-            pad_token_id=(
-                int(ids[mask == 0][0])
-                if not mask.all()
-                else (self.tokenizer.pad_token_id or min(ends))
-            ),
+            eos_token_id=sorted(ends) or None,
+            pad_token_id=self.pad_id,
         )
         streamer = _Steps(on_step, chooser) if on_step else None
         criteria = [_Stop(stop)] if stop else None
@@ -997,7 +1042,7 @@ class HookedLM(HookedRootModule):
             return self.chat_tokens(prompt, enable_thinking)
         if not isinstance(prompt, str):
             raise ValueError("Messages need the chat template; pass a text, or chat=True.")
-        return self.tokenizer(prompt).input_ids
+        return self.text_tokens(prompt)
 
     def end_ids(self) -> set[int]:
         """Ids that end a turn."""
@@ -1085,7 +1130,7 @@ def _sampling(
         warpers.append(TopPLogitsWarper(top_p))
     first = secrets.randbelow(2**31) if seed is None else seed
     seeds = list(first) if isinstance(first, Sequence) else [first + r for r in range(n_rows)]
-    return warpers, [torch.Generator(device).manual_seed(s) for s in seeds]
+    return warpers, [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
 
 def by_token(x: Float[Tensor, "batch pos *parts"]) -> Float[Tensor, "batch pos width"]:
@@ -1187,8 +1232,9 @@ def load_model(
     CPU bfloat16 where the processor is clearly faster in it (those with AMX), else float32, as a
     line on stderr says; models of fewer than 50 million parameters, such as the bundled one, are
     float32 there. device: None is a GPU if there is one. Raises ValueError where the source cannot
-    be found, read or hooked, and for an unknown dtype.
+    be found, read or hooked, for an unknown dtype, and for a device that is not there.
     """
+    check_device(device)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"The dtype {dtype!r} was given; choose from {', '.join(DTYPES)}.")

@@ -201,6 +201,10 @@ class ContextLock:
         self._newest: ContextVar[Hold] = ContextVar("newest")
         self._local = threading.local()
 
+    def __reduce__(self) -> tuple[type["ContextLock"], tuple[()]]:
+        """A copy is another lock, which nobody holds: it goes with a copy of what it guards."""
+        return ContextLock, ()
+
     @property
     def here(self) -> Hold:
         """The innermost hold that this context is in; the lock's root where there is none."""

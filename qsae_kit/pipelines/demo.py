@@ -228,7 +228,7 @@ def demo_documents(
 
 def run_demo(
     lm: HookedLM,
-    out: Path,
+    out: str | Path,
     config: DemoConfig | None = None,
     data: str | None = None,
     bar: bool = True,
@@ -245,6 +245,7 @@ def run_demo(
     folder holds another demo and `fresh` is not given, or files with these names that are of none,
     and while another process writes there.
     """
+    out = Path(out)
     with only_writer(out):
         return _run_demo(lm, out, config or default_config(lm), data, bar, fresh)
 

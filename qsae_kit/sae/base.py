@@ -151,15 +151,15 @@ class SAE(nn.Module, ABC):
     # --- what all share
 
     def pre_activations(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_sae"]:
-        return nn.functional.linear(x, self.encoder, self.b_enc)
+        return nn.functional.linear(x.to(self.encoder.dtype), self.encoder, self.b_enc)
 
     def encode(self, x: Float[Tensor, "*row d_model"]) -> Float[Tensor, "*row d_sae"]:
-        """Feature activations of raw activations."""
+        """Feature activations of raw activations in any format, in the SAE's own."""
         return self.activate(self.pre_activations(x))
 
     def decode(self, f: Float[Tensor, "*row d_sae"]) -> Float[Tensor, "*row d_model"]:
         """Reconstruction from feature activations."""
-        return f @ self.W_dec + self.b_dec
+        return f.to(self.W_dec.dtype) @ self.W_dec + self.b_dec
 
     def encode_entries(
         self, x: Float[Tensor, "row d_model"], select: Select
@@ -254,8 +254,9 @@ class SAE(nn.Module, ABC):
         self.init_thresholds(x[:4096])
         x_hat = self(x[:1024])
         length = float((x[:1024] * x_hat).sum() / x_hat.pow(2).sum().clamp(min=1e-12))
-        self.encoder.mul_(length)
-        self.rescale_activations(length)
+        if length > 0:  # a latent that fires on none of them may yet learn to
+            self.encoder.mul_(length)
+            self.rescale_activations(length)
 
     def init_thresholds(self, x: Float[Tensor, "row d_model"]) -> None:
         """Sets thresholds, where an architecture has them, from the first rows."""

@@ -36,6 +36,9 @@ LIFT = 1e-2
 
 SAMPLED_ROWS = 512
 """About so many rows of a batch tell how many entries lie below their thresholds."""
+BELOW = 0.999
+"""Share of a latent's largest first value that its threshold is put at, where none would be above.
+"""
 
 
 class _Jump(torch.autograd.Function):
@@ -137,7 +140,10 @@ class JumpReLUSAE(SAE):
         for begin in range(0, self.d_sae, 1024):  # quantiles sort a copy
             some = slice(begin, begin + 1024)
             pre = x @ self.encoder[some].T + self.b_enc[some]
-            self.threshold[some] = pre.quantile(1 - share, dim=0).clamp(min=1e-3)
+            bound, most = pre.quantile(1 - share, dim=0), pre.amax(0)
+            # of rows that come again and again the largest is the quantile, and none is above it
+            bound = torch.where(bound < most, bound, BELOW * most)
+            self.threshold[some] = bound.clamp(min=1e-3)
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from qsae_kit.io.devices import check_device
 from qsae_kit.io.files import atomic_folder, checked_name
 from qsae_kit.io.tensorfiles import write_tensors
 from qsae_kit.io.writers import only_writer_of
@@ -27,13 +28,13 @@ SAELENS_VERSION = "6.54.12"
 """Of SAELens, whose layout this is: its readers go by it, whoever wrote the file."""
 
 
-def save_sae(sae: SAE, folder: Path) -> None:
+def save_sae(sae: SAE, folder: str | Path) -> None:
     """Writes one SAE folder, whole or not at all; other files that are in it stay.
 
     Raises ValueError for an SAE without provenance or with values that are not finite, and while
     another process writes it.
     """
-    origin = sae.origin
+    origin, folder = sae.origin, Path(folder)
     sae = sae.exported()
     wrong = [name for name, tensor in sae.tensors().items() if not tensor.isfinite().all()]
     if wrong:
@@ -84,8 +85,10 @@ def load_sae(folder: str | Path, device: str | torch.device = "cpu") -> SAE:
     (`releases`).
 
     One of another library that names no site is given without provenance. Raises ValueError for a
-    folder that holds none or several, and for files that cannot be used.
+    folder that holds none or several, for files that cannot be used, and for a device that is not
+    there.
     """
+    check_device(device)
     release = open_release(Path(folder))
     found = find_saes(release)
     if len(found) > 1:
@@ -105,6 +108,7 @@ def iter_saes(
     model_name: str = "",
 ) -> Iterator[tuple[str, SAE]]:
     """Variant and SAE, one after another, as in `load_suite`, which holds all of them at once."""
+    check_device(device)
     release = open_release(source)
     found, left = holdings_of(release)
     if not found:
@@ -142,8 +146,8 @@ def load_suite(
     source: a folder, or the id of a repository on the hub, of which the weights that are wanted are
     fetched. The format is told from the files (`releases`). variants, hook_names: only those (none
     given: all). model_name: instead of what the files say. The SAEs of a public release have no
-    median norm, which `attach.attached` measures. Raises ValueError where there is none, and
-    for files that cannot be used.
+    median norm, which `attach.attached` measures. Raises ValueError where there is none, for files
+    that cannot be used, and for a device that is not there.
     """
     saes: dict[str, dict[str, SAE]] = {}
     for variant, sae in iter_saes(
@@ -183,10 +187,10 @@ def model_name_of(suite: ByVariant) -> str:
     return names.pop()
 
 
-def save_suite(suite: ByVariant, folder: Path) -> None:
+def save_suite(suite: ByVariant, folder: str | Path) -> None:
     """Writes `<folder>/<variant>/<hook name>/` for every SAE."""
     for place, sae in Suite(suite).saes().items():
-        save_sae(sae, suite_folder(folder, *place))
+        save_sae(sae, suite_folder(Path(folder), *place))
 
 
 def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
@@ -196,7 +200,7 @@ def suite_folder(folder: Path, variant: str, hook_name: str) -> Path:
 
 def convert_suite(
     source: str | Path,
-    out: Path,
+    out: str | Path,
     *,
     variants: Sequence[str] = (),
     hook_names: Sequence[str] = (),
@@ -208,6 +212,7 @@ def convert_suite(
     Arguments as in `load_suite`. Raises ValueError for a folder that is not empty, and as
     `load_suite` does.
     """
+    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(
             f"{str(out)!r} is not an empty folder; give another one, or remove it first."

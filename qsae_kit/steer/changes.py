@@ -8,8 +8,9 @@ conditions are activations, as an index shows them.
 """
 
 import json
+import operator
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
@@ -146,8 +147,9 @@ def ablate_features(sae: SAE, features: Sequence[int], positions: Positions = "h
 
 
 def _set_features(sae: SAE, features: Sequence[int], change: Any, positions: Positions) -> Edit:
+    features = list(dict.fromkeys(_whole_numbers(features)))  # each is changed once
     check_features(sae, features)
-    ids = torch.tensor(list(features), device=sae.W_dec.device)
+    ids = torch.tensor(features, device=sae.W_dec.device)
 
     def delta(x: Tensor) -> Tensor:
         return change(sae.encode(x.float())[..., ids]) @ sae.W_dec[ids]
@@ -168,10 +170,11 @@ def detector(
 
     weights: one a feature; empty: of one feature, 1.
     """
+    features, weights = _whole_numbers(features), [float(weight) for weight in weights]
     check_features(sae, features)
     check_weights(features, weights)
-    ids = torch.tensor(list(features), device=sae.W_dec.device)
-    weighed = torch.tensor(list(weights) or [1.0], dtype=torch.float32, device=ids.device)
+    ids = torch.tensor(features, device=sae.W_dec.device)
+    weighed = torch.tensor(weights or [1.0], dtype=torch.float32, device=ids.device)
 
     def read(x: Tensor) -> Tensor:
         assert sae.provenance is not None
@@ -179,6 +182,19 @@ def detector(
         return torch.where(sae.provenance.filter.keeps(x), total, -torch.inf)
 
     return Detector(_site(sae), read, threshold, span, positions)
+
+
+def _whole_numbers(features: Iterable[Any]) -> list[int]:
+    """Features as Python numbers, from a list, a tensor or a table's column; ValueError for what
+    are none.
+    """
+    try:
+        return [operator.index(feature) for feature in features]
+    except TypeError as error:
+        raise ValueError(
+            f"The features {_shown(features)} were given; they are a list of whole numbers, such as"
+            " [3, 5]."
+        ) from error
 
 
 def check_weights(features: Sequence[int], weights: Sequence[float]) -> None:
@@ -243,6 +259,7 @@ class Condition:
     positions: Policy | tuple[int, ...] = "all"
 
     def __post_init__(self) -> None:
+        _keep_plain(self)
         if not self.features:
             raise ValueError("A condition was given without features; give at least one.")
         check_weights(self.features, self.weights)
@@ -297,6 +314,7 @@ class Change:
     """
 
     def __post_init__(self) -> None:
+        _keep_plain(self)
         if self.action not in ACTIONS:
             raise ValueError(
                 f"There is no action {self.action!r}; choose from {', '.join(ACTIONS)}."
@@ -389,6 +407,19 @@ class Change:
         if self.action == "clamp":
             return clamp_features(sae, self.features, self.strength * _median(sae))
         return scale_features(sae, self.features, self.strength if self.action == "scale" else 0.0)
+
+
+def _keep_plain(values: "Change | Condition") -> None:
+    """Puts Python's numbers and tuples in the place of arrays, tensors, lists and their numbers,
+    which neither JSON nor a comparison takes.
+    """
+    for field in fields(values):
+        object.__setattr__(values, field.name, _plain(getattr(values, field.name)))
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if hasattr(value, "tolist") else value
+    return tuple(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _check_places(positions: Positions) -> None:

@@ -37,7 +37,7 @@ class SteeredSuite(NamedTuple):
 def steer_suite(
     lm: HookedLM,
     suite: ByVariant,
-    out: Path,
+    out: str | Path,
     config: StudyConfig = StudyConfig(),
     *,
     behaviour: str | StudyPrompts = "refusal",
@@ -64,6 +64,7 @@ def steer_suite(
     is written. Raises ValueError for another behaviour's name, for benches of a behaviour other
     than refusal, and as `steering_study`.
     """
+    out = Path(out)
     given = (
         study_prompts(lm, behaviour, seed=config.seed) if isinstance(behaviour, str) else behaviour
     )

@@ -484,7 +484,7 @@ def train_saes(
     configs: Sequence[TrainConfig],
     *,
     model_name: str = "",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     fresh: bool = False,
     init: Mapping[str, SAE] = MappingProxyType({}),
     checkpoint_seconds: float = 120.0,
@@ -521,6 +521,7 @@ def train_saes(
     are of none, or one that another process writes, and for rows of an unknown model, or of another
     than `model_name`.
     """
+    folder = None if folder is None else Path(folder)
     _check_configs(configs, source.widths)
     for site in source.sites:
         parse_hook_name(site)
@@ -728,8 +729,8 @@ def _check_init(
 
 
 def _check_configs(configs: Sequence[TrainConfig], widths: Mapping[str, int]) -> None:
-    if not configs:
-        raise ValueError("No recipe was given; give at least one TrainConfig.")
+    if isinstance(configs, TrainConfig) or not configs:
+        raise ValueError("Recipes are given as a list with at least one; give [TrainConfig(...)].")
     lead = configs[0]
     for config in configs:
         if (config.tokens, config.batch, config.pool) != (lead.tokens, lead.batch, lead.pool):

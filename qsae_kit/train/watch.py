@@ -35,13 +35,13 @@ def _rows(group: int, rows: int, figures: Figures) -> list[dict[str, Any]]:
     return out
 
 
-def read_log(folder: Path) -> pd.DataFrame:
+def read_log(folder: str | Path) -> pd.DataFrame:
     """The log of a run as a table: group, rows, variant, hook_name, loss, l0, dead; a line that is
     still written is left out.
 
     Raises ValueError where there is none, or a line is none of a log.
     """
-    path = folder / LOG
+    path = Path(folder) / LOG
     *whole, _ = read_bytes(path, "a training's log", LOG_LIMIT).split(b"\n")
     lines = [
         parse_json(line.decode("utf-8", errors="replace"), f"{str(path)!r}, line {n},")
@@ -113,7 +113,7 @@ class TensorBoard:
     tensorboard.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         if importlib.util.find_spec("tensorboard") is None:
             raise ValueError(
                 "Watching with TensorBoard was asked for, and it is not installed; pip install"
@@ -140,7 +140,7 @@ class WandB:
     needs the package wandb.
     """
 
-    def __init__(self, folder: Path, project: str = "qsae_kit") -> None:
+    def __init__(self, folder: str | Path, project: str = "qsae_kit") -> None:
         if importlib.util.find_spec("wandb") is None:
             raise ValueError(
                 "Watching with Weights & Biases was asked for, and it is not installed; pip install"
@@ -148,7 +148,7 @@ class WandB:
             )
         import wandb
 
-        folder.mkdir(parents=True, exist_ok=True)
+        Path(folder).mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(project=project, dir=str(folder))
         self._steps = 0
 

@@ -49,7 +49,6 @@ def _close_former(widget: "View") -> None:
     former, widgets = _made.get(cell, (run, []))
     if former != run:
         for old in widgets:
-            old.layout.close()
             old.close()
         widgets = []
     _made[cell] = (run, [*widgets, widget])
@@ -71,6 +70,12 @@ class View(anywidget.AnyWidget):
         # runs, whatever the page asked for
         if hasattr(self.comm, "_reply_subshell_for"):
             self.comm._reply_subshell_for = self._arrived
+
+    def close(self) -> None:
+        """Ends the widget, and the layout that it alone has, which ipywidgets would keep."""
+        layout = self.layout
+        super().close()
+        layout.close()
 
     def _arrived(self, data: Any, wanted: str | None) -> str | None:
         """Called as soon as a message of the page arrives, by the thread that receives it; gives
@@ -140,11 +145,12 @@ class View(anywidget.AnyWidget):
         if text := self.fallback():
             display({"text/html": f'<div class="qsae-fallback">{text}</div>'}, raw=True)
 
-    def complain(self, error: ValueError) -> None:
+    def complain(self, error: Exception) -> None:
         """Says what is wrong below the widget; and answers, for the same words twice are no change
         that the page is told of.
         """
-        self.status = str(error)
+        expected = isinstance(error, ValueError)
+        self.status = str(error) if expected else f"{type(error).__name__}: {error}"
         self.send({"op": "answered"})
 
     def answer(self, message: Mapping[str, Any]) -> None:
@@ -159,6 +165,9 @@ class View(anywidget.AnyWidget):
                 self.handle(message)
         except ValueError as error:
             self.complain(error)
+        except Exception as error:  # which JupyterLab shows in its log alone
+            self.complain(error)
+            raise
 
     def handle(self, message: Mapping[str, Any]) -> None:
         """Answers one message of the page."""

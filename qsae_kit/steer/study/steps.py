@@ -140,7 +140,7 @@ def steering_study(
     *,
     hook_names: Sequence[str] = (),
     variant: str = "",
-    folder: Path | None = None,
+    folder: str | Path | None = None,
     fresh: bool = False,
     bar: bool = True,
     unsteered: Unsteered | None = None,
@@ -158,6 +158,7 @@ def steering_study(
     holds another study (unless `fresh` is given) or files with a study's names that are of none,
     and while another process writes to the folder.
     """
+    folder = None if folder is None else Path(folder)
     # 1
     setting = checked_setting(
         lm,
