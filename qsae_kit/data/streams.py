@@ -28,12 +28,12 @@ def named(data: str | None) -> str:
 
 
 def read_by(lm: HookedLM, data: str | None) -> dict[str, Any]:
-    """Which model reads which documents; a file is told by its contents, wherever it lies."""
+    """Which model reads which documents; both are told by their contents, wherever they lie and
+    whatever they are called.
+    """
     is_file = data is not None and Path(data).is_file()
     return {
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
+        **lm.identity(),
         "data": f"{named(data)} {checksum(Path(data))}" if is_file and data else named(data),
     }
 
