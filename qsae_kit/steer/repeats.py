@@ -78,7 +78,7 @@ def answered_again(
             [Asked(texts, edits[arm])],
             max_new_tokens,
             thinking,
-            sampling=SAMPLING[bool(thinking)],
+            sampling=SAMPLING[bool(thinking) or lm.always_thinks],
             seed=seed,
         )
         return {
