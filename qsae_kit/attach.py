@@ -222,8 +222,8 @@ def check_own(sae: SAE, *models: HookedLM) -> None:
         )
     warnings.warn(
         f"The SAEs are of {trained_on!r} by their name, the model is {named}; where the two are"
-        f" one, load_suite(..., model_name={models[0].model_name!r}) says so, else give the SAEs'"
-        " own model.",
+        f" one, load_suite(..., model_name={models[0].model_name!r}) or qsae suite convert --model"
+        " says so, else give the SAEs' own model.",
         stacklevel=2,
     )
 

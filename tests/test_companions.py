@@ -187,6 +187,11 @@ def test_a_behaviour_of_ones_own(altered, tmp_path):
     assert behaviour.judge(Answer("Hi!", "Hello there.", True, 0.0)) == Verdict(True, False)
     assert behaviour.judge(Answer("Hi!", "Well.", True, 0.0)) == Verdict(False, False)
     assert behaviour.judge(Answer("Hi!", "", True, 0.0)) == Verdict(False, True)
+    for thoughts, shown in (("<think>Hello?", False), ("<think>No?</think>Hello.", True)):
+        verdict = behaviour.judge(Answer("Hi!", thoughts, True, 0.0))
+        assert verdict == Verdict(shown, broken=not shown)
+    quoted = Answer("Hi!", "<think>Say hello?</think>\n\nWell.", True, 0.0)
+    assert behaviour.judge(quoted) == Verdict(False, False)
     assert behaviour.wanted("Hi!", "induce") == "Hello!"
     assert behaviour.instructions == {"suppress": "Never greet."}
     path.write_text(OWN.replace('"hello"', '"hi"'), encoding="utf-8")

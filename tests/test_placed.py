@@ -374,6 +374,19 @@ def test_an_adapter_before_the_text_is_refused(lm):
         load_model(Wrapped(lm.hf, learns_prompts=True), tokenizer=lm.tokenizer)
 
 
+@torch.no_grad()
+def test_packed_weights_count_among_a_models_own(lm):
+    """Of GPTQ and AWQ the weights are buffers of whole numbers."""
+    digests = []
+    for packed in (1, 1, 2):
+        model = copy.deepcopy(lm.hf)
+        table = torch.full((4, 4), packed, dtype=torch.int32)
+        model.model.layers[2].mlp.up_proj.register_buffer("qweight", table)
+        digests.append(HookedLM(model, lm.tokenizer).weights_digest())
+    assert digests[0] == digests[1] != digests[2]
+    assert lm.weights_digest() not in digests
+
+
 # --- names
 
 

@@ -6,6 +6,7 @@ device until its module runs. torch.compile and PEFT wrap a model in another.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -56,10 +57,16 @@ def at_hand(module: nn.Module) -> Iterator[None]:
 
 def own_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """Name, module and the module's own name of every weight, each once, as `named_parameters`
-    orders them; where accelerate has parted tied ones, the first of them.
+    orders them; where accelerate has parted tied ones, the first of them. Behind them the tables of
+    whole numbers that some quantised weights are.
     """
     tied: Any = getattr(model, "all_tied_weights_keys", None) or {}
-    for name, _ in model.named_parameters():
+    packed = (
+        name
+        for name, buffer in model.named_buffers()
+        if buffer.ndim == 2 and not buffer.is_floating_point() and buffer.dtype != torch.bool
+    )
+    for name in chain((name for name, _ in model.named_parameters()), packed):
         if name not in tied:
             owner, _, own = name.rpartition(".")
             yield name, model.get_submodule(owner), own
