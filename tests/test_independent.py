@@ -236,6 +236,23 @@ def test_an_evaluation_does_not_depend_on_how_its_rows_are_batched(lm):
         assert together[column].tolist() == pytest.approx(alone[column].tolist(), abs=1e-4)
 
 
+@torch.no_grad()
+def test_padding_without_its_mask_is_refused(lm, plain, chats):
+    for rows in chats[:3]:
+        ids, mask = lm.pad(rows, "left")
+        for return_type in ("logits", "loss", None):
+            with pytest.raises(ValueError, match="give the batch with its mask"):
+                lm(ids, return_type=return_type)
+        ids, mask = lm.pad(rows, "right")
+        with pytest.raises(ValueError, match="give the batch with its mask"):
+            lm(ids, return_type="loss")
+        for row, logits, real in zip(rows, lm(ids), mask.bool(), strict=True):
+            assert torch.allclose(logits[real], logits_of(plain, row), atol=2e-4)
+    ids = torch.tensor([[lm._pad_id, 300, lm._pad_id], [lm._pad_id, 310, lm._pad_id]])
+    nats = torch.cat([nats_of(plain, row) for row in ids.tolist()])
+    assert float(lm(ids, return_type="loss")) == pytest.approx(float(nats.mean()), abs=1e-5)
+
+
 # --- prompts as ids, and masks of a prompt
 
 

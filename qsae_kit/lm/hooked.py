@@ -443,14 +443,15 @@ class HookedLM(HookedRootModule):
         real token but each row's first, predicted from the real one before it; None computes
         nothing after the deepest hook point that has a hook, and
         returns None.
+        attention_mask: 1 at tokens, 0 at padding; may be left out where there is none.
         logits_to_keep: as in transformers, the number of last positions (or their indices) to
             unembed; 0 is all.
         start_at_layer: the layers before it are left out, and `residual`, what the last of them
         made of the same tokens, is taken instead; hooks at its `hook_resid_post` are given it.
         Raises ValueError for tokens beyond the context, an unknown return_type, a mask or residual
-        of another shape, a loss of rows of one token, hooks at the layers that are left out, and
-        for a model that passes a hooked module by; RuntimeError inside another pass,
-        and where another task or a paused generator of this thread holds the model.
+        of another shape, padding without a mask, a loss of rows of one token, hooks at the layers
+        that are left out, and a model that passes a hooked module by; RuntimeError inside another
+        pass, and where another task or a paused generator of this thread holds the model.
         """
         if return_type not in ("logits", "loss", None):
             raise ValueError(
@@ -467,6 +468,8 @@ class HookedLM(HookedRootModule):
             raise ValueError(
                 f"Token ids must have the shape [batch, pos]; these have {list(ids.shape)}."
             )
+        if isinstance(input, Tensor) and attention_mask is None:
+            self._check_unpadded(ids if return_type == "loss" else ids[:, :1])
         if mask.shape != ids.shape:
             raise ValueError(
                 f"The attention mask has the shape {list(mask.shape)}, the ids {list(ids.shape)};"
@@ -1168,14 +1171,22 @@ class HookedLM(HookedRootModule):
                 f"Ids of the shape {list(ids.shape)} ({ids.dtype}) were given; a row of whole"
                 " numbers is allowed, or [batch, pos]."
             )
-        rows: list[list[int]] = ids.tolist() if ids.ndim == 2 else [ids.tolist()]
-        pad_id = self._pad_id
-        if len(rows) > 1 and any(pad_id in (row[0], row[-1]) for row in rows if row):
+        rows = ids if ids.ndim == 2 else ids[None]
+        self._check_unpadded(rows)
+        return rows.tolist()
+
+    def _check_unpadded(self, ids: Tensor) -> None:
+        """ValueError for rows without a mask of which some, but not all, begin or end with padding:
+        the longest row of a padded batch has none.
+        """
+        if len(ids) < 2 or not ids.shape[1] or ids.is_meta:
+            return
+        at_ends = ids[:, [0, -1]] == self._pad_id
+        if (at_ends.any(0) & ~at_ends.all(0)).any():
             raise ValueError(
-                f"Rows of ids begin or end with {pad_id}, which is padding here; give the batch"
-                " with its mask (lm.to_batch(texts), lm.pad(rows)), or lists of ids without it."
+                f"Some rows of ids begin or end with {self._pad_id}, which is padding here; give"
+                " the batch with its mask (lm.to_batch(texts), lm.pad(rows)), or rows without it."
             )
-        return rows
 
     def _prompt_ids(self, prompt: Any, chat: bool, enable_thinking: bool | None) -> list[int]:
         if isinstance(prompt, Tensor):

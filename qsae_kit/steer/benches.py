@@ -33,7 +33,7 @@ Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
 """
 
 
-FORMAT = 2
+FORMAT = 3
 """Of the journal."""
 SHOWN_TEXTS = 3
 """Answers of each part and arm that the journal keeps as texts."""

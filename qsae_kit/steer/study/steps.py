@@ -67,7 +67,7 @@ from qsae_kit.steer.study.trials import (
 )
 from qsae_kit.steer.study.words import in_words
 
-FORMAT = 9
+FORMAT = 10
 """Of the journal: a study that another version began is refused."""
 JOURNAL = "journal.jsonl"
 """The record of a study in its folder, with every step."""
