@@ -14,7 +14,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, keep_mask, token_batches
+from qsae_kit.data.documents import TokenBatch, TokenPolicy, keep_mask, token_batches
+from qsae_kit.data.records import Document
 from qsae_kit.data.rows import kept_rows, site_activations
 from qsae_kit.io.progress import say
 from qsae_kit.lm.edits import Edit

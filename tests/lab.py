@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import nbformat
+from axe_playwright_python.sync_playwright import Axe
 
 CHROMIUM = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -44,6 +45,24 @@ class Seen:
         page.on(
             "request", lambda r: self.outside.append(r.url) if not r.url.startswith(LOCAL) else None
         )
+
+
+def shot(seen, name):
+    """A picture of the page, where QSAE_SCREENSHOTS names a folder for them."""
+    if folder := os.environ.get("QSAE_SCREENSHOTS"):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        seen.page.screenshot(path=str(Path(folder) / f"{name}.png"))
+
+
+def serious(page, within=None):
+    """Violations that keep people out, as axe-core tells them."""
+    found = Axe().run(page, context=within).response["violations"]
+    return [
+        f"{one['id']}: {node['html'][:160]}"
+        for one in found
+        if one["impact"] in ("serious", "critical")
+        for node in one["nodes"]
+    ]
 
 
 @contextmanager

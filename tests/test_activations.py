@@ -5,7 +5,7 @@ from itertools import islice
 import pytest
 import torch
 
-from qsae_kit.data.documents import TokenPolicy, token_batches
+from qsae_kit.data.documents import TokenPolicy, TokenStream, token_batches
 from qsae_kit.data.rows import (
     Block,
     LiveRows,
@@ -88,12 +88,14 @@ def test_a_block_is_given_once_shuffled_and_sites_stay_aligned():
     )
 
 
-@pytest.mark.parametrize("kind", ["live", "stored"])
+@pytest.mark.parametrize("kind", ["live", "stream", "stored"])
 def test_blocks_can_be_gone_back_to(lm, kind):
     """From any block's place on the same rows come again; every kept token comes once."""
-    if kind == "live":
+    if kind != "stored":
         documents = [d.messages for d in world.dialogues(60, seed=1)]
-        source = LiveRows(lm, SITES, lambda: token_batches(lm, documents, batch_tokens=512))
+        stream = TokenStream(lm, lambda: documents, batch_tokens=100)
+        batches = stream if kind == "stream" else (lambda: stream())
+        source = LiveRows(lm, SITES, batches)
         blocks = list(source.blocks(300))
         total = sum(int(batch.keep.sum()) for batch in source.batches())
         assert sum(map(len, blocks)) == total

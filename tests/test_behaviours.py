@@ -104,15 +104,15 @@ def test_prompts_from_files(tmp_path):
         "three",
     ]
     for name, text, message in (
-        ("b.txt", "\n", "holds no prompts"),
+        ("b.txt", "\n", "holds no dialogues or texts"),
         ("b.json", "{", "b.json is not JSON"),
-        ("b.json", '{"prompt": "x"}', "holds dict"),
+        ("b.json", '"x"', "holds str"),
         (
             "b.jsonl",
-            '{"text": "x"}',
-            "b.jsonl, entry 1: a text, or an object with prompt or instruction",
+            '{"foo": "x"}',
+            "b.jsonl, line 1: expected messages",
         ),
-        ("b.csv", "id\n1\n", "entry 1"),
+        ("b.csv", "id\n1\n", "row 1"),
     ):
         with pytest.raises(ValueError, match=message):
             read_prompts(written(name, text))
@@ -128,8 +128,7 @@ def test_prompts_from_files(tmp_path):
     for name, text, message in (
         ("d.json", "[" * 100_000, "d.json is not JSON .it is nested deeper"),
         ("d.jsonl", '"one"\n' + "9" * 5000, "d.jsonl, line 2 is not JSON"),
-        ("d.csv", 'prompt\n"one', "d.csv is no CSV"),
-        ("d.csv", "prompt\n" + "x" * 200_000, "d.csv is no CSV .field larger"),
+        ("d.csv", 'prompt\n"one', "d.csv is no table .EOF inside string"),
         ("d.txt", None, "not UTF-8"),
         ("e.txt", None, "no regular file"),
     ):

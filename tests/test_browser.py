@@ -4,7 +4,6 @@ Chromium.
 Screenshots are kept in the folder that QSAE_SCREENSHOTS names.
 """
 
-import os
 import random
 import re
 import shutil
@@ -50,12 +49,6 @@ SITES = ("blocks.1.hook_resid_post", "blocks.4.hook_mlp_out")
 
 def dialogues():
     return (dialogue.messages for dialogue in world.dialogues(80, seed=1_000_014))
-
-
-def shot(seen, name):
-    if folder := os.environ.get("QSAE_SCREENSHOTS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        seen.page.screenshot(path=str(Path(folder) / f"{name}.png"))
 
 
 def clean(seen):
@@ -184,7 +177,7 @@ def printed(seen):
 def test_the_explorer_in_jupyterlab(notebook, folder):
     page = notebook.page
     root = page.locator(".qsae-explorer")
-    shot(notebook, "lab")
+    lab.shot(notebook, "lab")
     dead = int((load_index(folder / "index").site().figures["fired"] == 0).sum())
     whole = f"{400 - dead} of 400 features"
     assert whole in root.inner_text()
@@ -271,7 +264,7 @@ def test_the_explorer_in_jupyterlab(notebook, folder):
     page.wait_for_function(
         f"() => document.querySelector('.qsae-explorer').textContent.includes('{whole}')"
     )
-    shot(notebook, "explorer")
+    lab.shot(notebook, "explorer")
     clean(notebook)
 
 
@@ -308,7 +301,7 @@ def test_token_activations_in_jupyterlab(notebook):
         "() => document.querySelector('.qsae-tokens .toks')?.textContent.includes('teacher?')"
     )
     assert int(root.get_attribute("data-seq")) > before
-    shot(notebook, "tokens")
+    lab.shot(notebook, "tokens")
     clean(notebook)
 
 
@@ -342,7 +335,7 @@ def test_layers_and_training_in_jupyterlab(notebook):
     page.wait_for_function(
         "() => document.querySelectorAll('.qsae-plots')[1].textContent.includes('Stopped')"
     )
-    shot(notebook, "layers")
+    lab.shot(notebook, "layers")
     clean(notebook)
 
 
@@ -418,7 +411,7 @@ def test_the_steering_lab(notebook):
         "() => document.querySelector('.qsae-lab').dataset.running === 'false'", timeout=20_000
     )
     printed(notebook)
-    shot(notebook, "lab")
+    lab.shot(notebook, "lab")
     clean(notebook)
 
 
@@ -535,7 +528,7 @@ def test_plots_keep_their_height_and_follow_the_theme(notebook):
                 sum(map(int, re.findall(r"\d+", c)[:3])) > 382 for c in (page.evaluate(title),)
             ]
             assert bright == [theme.endswith("Dark")]
-            shot(notebook, theme.rsplit(maxsplit=1)[-1].lower())
+            lab.shot(notebook, theme.rsplit(maxsplit=1)[-1].lower())
     finally:
         assert page.evaluate(title) == light
 
@@ -576,6 +569,37 @@ def test_cells_run_again_leave_nothing_behind(notebook):
     assert abs(counts()[1] - elements) < 50
     assert page.evaluate(models) == comms
     clean(notebook)
+
+
+ROOTS = (
+    ".qsae-explorer",
+    ".qsae-tokens",
+    ".qsae-plots >> nth=0",
+    ".qsae-plots >> nth=1",
+    ".qsae-lab",
+)
+
+
+@pytest.mark.parametrize("name", ROOTS)
+def test_each_widget_saves_its_page(notebook, name, tmp_path):
+    root = notebook.page.locator(name)
+    with notebook.page.expect_download() as told:
+        root.get_by_role("button", name="Save page").click()
+    path = tmp_path / told.value.suggested_filename
+    told.value.save_as(path)
+    page = notebook.page.context.new_page()
+    try:
+        page.goto(path.as_uri())
+        page.wait_for_selector("main .qsae")
+        page.wait_for_function("() => document.querySelector('main .qsae').innerText.length > 5")
+        assert not page.get_by_role("button", name="Save page").is_visible()
+    finally:
+        page.close()
+
+
+@pytest.mark.parametrize("name", [".qsae-tokens", ".qsae-plots", ".qsae-lab"])
+def test_widgets_in_jupyterlab_keep_nobody_out(notebook, name):
+    assert lab.serious(notebook.page, name) == []
 
 
 KEYS = ("a", "b", "d", "j", "k", "x", "1", " ", "Enter", "Escape", "Tab", "ArrowUp", "ArrowDown")
@@ -623,15 +647,6 @@ def act(page, root, rng):
     return kind
 
 
-ROOTS = (
-    ".qsae-explorer",
-    ".qsae-tokens",
-    ".qsae-plots >> nth=0",
-    ".qsae-plots >> nth=1",
-    ".qsae-lab",
-)
-
-
 @pytest.mark.parametrize("name", ROOTS)
 def test_a_hundred_random_actions_break_nothing(notebook, name):
     page, rng = notebook.page, random.Random(name)
@@ -667,7 +682,7 @@ def test_without_a_kernel_the_page_stays_readable(notebook):
     assert "kernel does not answer" in root.inner_text()
     assert root.locator(".row").count() > 5
     assert root.locator(".toks").count() > 3
-    shot(notebook, "gone")
+    lab.shot(notebook, "gone")
 
 
 WATCHED = """
@@ -784,7 +799,7 @@ def test_attacks_in_the_explorer(hostile, tmp_path, dark, playwright):
         page = hostile.site().page(explorer.selected)
         for token in page.top[0].tokens:
             assert legible(token) in sheet or len(token) > 200
-        shot(seen, "hostile-dark" if dark else "hostile")
+        lab.shot(seen, "hostile-dark" if dark else "hostile")
         clean(seen)
         explorer.show(found)
         seen.page.goto("about:blank")
@@ -838,7 +853,7 @@ def test_attacks_in_the_other_widgets(lm, suite, evaluation, tmp_path, monkeypat
         for attack in ATTACKS[:-1]:
             assert shown.count(legible(attack)[:40]) >= 4, attack  # slider, search, answers, tries
             assert legible(attack)[:40] in options, attack
-        shot(seen, "hostile-lab")
+        lab.shot(seen, "hostile-lab")
         clean(seen)
         table = evaluation.assign(
             variant=[ATTACKS[i % 60].replace("/", "|") for i in range(len(evaluation))]

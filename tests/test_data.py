@@ -1,111 +1,26 @@
 """Reading documents, batching them, and the keep-mask."""
 
-import json
-import os
+from itertools import chain
+from unittest.mock import Mock
 
-import pytest
 import torch
 
-from qsae_kit.data.benchmarks import read_bench
 from qsae_kit.data.documents import (
     TokenPolicy,
+    TokenStream,
     chat_prefix,
     keep_mask,
-    read_documents,
+    phases_of,
     repeat,
+    sequences,
     split_documents,
     token_batches,
     tokenize_document,
 )
+from qsae_kit.lm.chat import phases
 from qsae_kit.world import world
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
-
-
-def test_every_form_of_a_record_is_read(tmp_path):
-    path = tmp_path / "data.jsonl"
-    records = [
-        {"messages": CHAT},
-        {"question": "Hi", "answer": "Hello!"},
-        {"prompt": "Hi", "answer": "Hello!"},
-        {"text": "plain"},
-    ]
-    path.write_text("\n\n".join(json.dumps(r) for r in records))
-    assert list(read_documents(path)) == [CHAT, CHAT, CHAT, "plain"]
-    (tmp_path / "a.txt").write_text("one\ntwo\n")
-    assert list(read_documents(str(tmp_path / "a.txt"))) == ["one", "two"]
-    assert list(read_documents([CHAT, "text"])) == [CHAT, "text"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "holds no dialogues"),
-        ('{"text": "ok"}\n{"text": ', r"data.jsonl, line 2 is not JSON"),
-        ('{"text": "ok"}\n\n{"content": "x"}', r"line 3: expected messages.*found content"),
-        ('{"messages": []}', "line 1: expected messages"),
-        ('{"messages": [{"role": "robot", "content": "x"}]}', "message 0 needs a role"),
-        ('{"messages": [{"role": "user", "content": 5}]}', "content that is text"),
-        ('{"text": "  "}', "the text is empty"),
-        ("[1, 2]", "message 0"),
-        ("7", "found int"),
-    ],
-)
-def test_malformed_lines_are_named(tmp_path, text, message):
-    path = tmp_path / "data.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        list(read_documents(path))
-
-
-def test_lines_end_with_line_ends_alone(tmp_path):
-    odd = "a\u2028b\u2029c\x0bd\x0ce\x85f\rg"
-    lines = ["\ufeff" + json.dumps({"text": odd}, ensure_ascii=False), json.dumps(odd)]
-    (tmp_path / "a.jsonl").write_bytes("\r\n".join(lines).encode())
-    (tmp_path / "a.txt").write_bytes(f"{odd}\r\n\n{odd}".encode())
-    for name in ("a.jsonl", "a.txt"):
-        assert list(read_documents(tmp_path / name)) == [odd, odd]
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        (b'{"text": ' + b"[" * 100_000, "line 2 is not JSON .it is nested deeper"),
-        (b'{"text": ' + b"9" * 5000 + b"}", "line 2 is not JSON .Exceeds the limit"),
-        (b'{"text": "\xff"}', "line 2 is not UTF-8"),
-    ],
-)
-def test_lines_that_cannot_be_read_are_one_sentence(tmp_path, line, message):
-    (tmp_path / "data.jsonl").write_bytes(b'"one"\n' + line)
-    with pytest.raises(ValueError, match=message) as caught:
-        list(read_documents(tmp_path / "data.jsonl"))
-    assert type(caught.value) is ValueError
-
-
-def test_a_pipe_is_no_file_of_dialogues(tmp_path):
-    os.mkfifo(tmp_path / "data.jsonl")
-    with pytest.raises(ValueError, match="no regular file"):
-        next(read_documents(tmp_path / "data.jsonl"))
-
-
-def test_no_code_of_a_data_set_is_run(monkeypatch):
-    import datasets
-
-    asked = []
-
-    def load_dataset(*args, **kwargs):
-        asked.append(kwargs["trust_remote_code"])
-        return [{"text": "one", "Goal": "one"}]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert list(read_documents("someone/texts")) == ["one"]
-    read_bench("jailbreakbench")
-    assert asked == [False] * 3
-
-
-def test_a_missing_file_is_not_taken_for_a_data_set():
-    with pytest.raises(ValueError, match="There is no file"):
-        next(read_documents("nowhere.jsonl"))
 
 
 def test_batches_hold_every_token_once(lm):
@@ -118,6 +33,52 @@ def test_batches_hold_every_token_once(lm):
     assert all(b.ids.numel() <= 600 for b in batches)
     padding = 1 - sum(int(b.mask.sum()) for b in batches) / sum(b.mask.numel() for b in batches)
     assert padding < 0.2  # like lengths went together
+
+
+def test_a_long_document_is_cut_into_several_sequences(lm):
+    chat = [*CHAT, {"role": "user", "content": "Go on."}]
+    chat.append({"role": "assistant", "content": "It goes on and on. " * 30})
+    whole = tokenize_document(lm, chat, 10_000)
+    [one] = token_batches(lm, [chat], policy=TokenPolicy(context_size=lm.context_size), seed=None)
+    policy = TokenPolicy(True, context_size=40)
+    batches = list(token_batches(lm, [chat, CHAT], batch_tokens=200, policy=policy, seed=None))
+    rows = [b.ids[r][b.mask[r].bool()].tolist() for b in batches for r in range(len(b.ids))]
+    assert list(chain(*rows[:-1])) == whole == one.ids[0].tolist()
+    assert max(map(len, rows)) == 40
+    told = torch.cat([phases_of(lm.markers, b)[b.mask.bool()] for b in batches])
+    assert torch.equal(told[: len(whole)], phases(one.ids, one.mask, lm.markers)[0])
+    kept = list(chain(*(b.ids[b.keep].tolist() for b in batches)))
+    assert lm.to_string(kept).count("on and on") > 25  # the tail counts, template tokens do not
+    assert lm.markers.end not in kept
+
+
+def test_every_part_of_a_cut_text_begins_as_the_tokenizer_begins():
+    begin, row = 7, list(range(20, 40))
+    tokenizer = Mock(return_value=Mock(input_ids=[begin, *row]), bos_token_id=begin)
+    lm = Mock(markers=None, tokenizer=tokenizer)
+    parts = [one.ids for one in sequences(lm, "a text", 5)]
+    assert all(part[0] == begin and len(part) <= 5 for part in parts)
+    assert list(chain(*(part[1:] for part in parts))) == row
+
+
+def test_a_stream_goes_on_from_a_window_without_making_tokens_of_what_is_before(lm, monkeypatch):
+    documents = [d.messages for d in world.dialogues(300, seed=3)]
+    stream = TokenStream(lm, lambda: iter(documents), batch_tokens=60)
+    batches = list(stream())
+    made = []
+
+    def tokenize(lm, document, max_length):
+        made.append(document)
+        return tokenize_document(lm, document, max_length)
+
+    monkeypatch.setattr("qsae_kit.data.documents.tokenize_document", tokenize)
+    starts = sorted({batch.window for batch in batches})
+    assert len(starts) > 3
+    rest = list(stream(starts[-2]))
+    for one, other in zip(rest, batches[starts[-2].batches :], strict=True):
+        assert torch.equal(one.ids, other.ids)
+        assert one.window == other.window
+    assert len(made) == len(documents) - starts[-2].documents
 
 
 def test_keep_mask(lm):

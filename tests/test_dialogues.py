@@ -9,7 +9,7 @@ import pytest
 
 from qsae_kit.data import prompts as prompt_sets
 from qsae_kit.data.companions import GENERAL, WORLD
-from qsae_kit.data.documents import read_documents
+from qsae_kit.data.readers import read_documents
 from qsae_kit.data.written import (
     REFUSED_EVERY,
     SHOWN_ANSWER,

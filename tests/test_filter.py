@@ -12,7 +12,7 @@ from qsae_kit.attach import calibrate, splice
 from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import LiveRows, StoredRows
 from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.sae.filter import ENOUGH, FEWEST, WIDEST, NormFilter
+from qsae_kit.sae.filter import ENOUGH, FEWEST, WIDEST, NormFilter, Sinks, sinks_said
 from qsae_kit.sae.store import load_sae, save_sae
 from qsae_kit.train.recipe import TrainConfig
 from qsae_kit.train.run import Normaliser, SiteTrainer, fit_normaliser, say_sinks
@@ -170,12 +170,26 @@ def test_training_says_which_tokens_are_left_out(lm, capsys):
     )
     say_sinks(source, block, {("v", SITE): trainer})
     n = int(filters.drops(block.rows[SITE]).sum())
-    said = capsys.readouterr().err
-    assert f"Layer 1 resid: {n:,} of {len(block):,} tokens (" in said
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"left out at layer 1 resid: {n:,} of {len(block):,} tokens (" in said
     assert "'<|im_start|>'" in said
     say_sinks(StoredRows(block.rows), block, {("v", SITE): trainer})
-    assert capsys.readouterr().err.strip().endswith("medians and left out")
+    assert capsys.readouterr().err.strip().endswith("%)")
     none = trainer.normaliser._replace(filter=NormFilter(1e9))
     trainer.normaliser = none
     say_sinks(source, block, {("v", SITE): trainer})
     assert not capsys.readouterr().err
+
+
+def test_the_sinks_of_many_sites_are_one_sentence():
+    found = [
+        Sinks("blocks.1.hook_mlp_out", 658, ["assistant", "</think>", " am", " Soy"]),
+        Sinks("blocks.3.hook_mlp_out", 21, [" es"]),
+    ]
+    assert sinks_said(found, 16_384) == (
+        "Sinks are left out at 2 sites, most at layer 1 mlp: 658 of 16,384 tokens (4.0%), such as"
+        " 'assistant', '</think>', ' am', ..."
+    )
+    assert sinks_said(found[1:], 16_384) == (
+        "Sinks are left out at layer 3 mlp: 21 of 16,384 tokens (0.1%), such as ' es'"
+    )

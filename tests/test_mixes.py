@@ -244,7 +244,7 @@ def test_data_sets_of_the_hub_are_read_by_column(tmp_path, lm):
     assert [m["role"] for m in lines(tmp_path / "own")[0]["messages"]] == ["user", "assistant"]
     assert lines(tmp_path / "own")[0]["messages"][1]["content"] != "Old."
     with pytest.raises(
-        ValueError, match=r"no column 'messages' \(it has conversation\).*--slot chats=FILE"
+        ValueError, match=r"no field 'messages'; it has conversation.*--slot chats=FILE"
     ):
         write_mix(
             lm,
@@ -262,7 +262,7 @@ def test_data_sets_of_the_hub_are_read_by_column(tmp_path, lm):
         (
             Slot("a", "chats", "no/such", 1.0, column="messages", gated=True),
             {},
-            r"'no/such'.*could not be had.*hf auth login.*--slot a=FILE",
+            r"slot 'a' could not be read: There is no file .*no/such.*hf auth login.*--slot a=FILE",
         ),
         (
             Slot("a", "chats", "no/such", 1.0, column="messages"),

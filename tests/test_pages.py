@@ -7,13 +7,11 @@ Screenshots are kept in the folder that QSAE_SCREENSHOTS names.
 import json
 import os
 from functools import partial
-from pathlib import Path
 
 import lab
 import nbformat
 import pandas as pd
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 from small import small_suite
 
@@ -95,23 +93,6 @@ def finished(lm, tmp_path_factory):
     return run, study, steered, index, evaluation
 
 
-def shot(seen, name):
-    if folder := os.environ.get("QSAE_SCREENSHOTS"):
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        seen.page.screenshot(path=str(Path(folder) / f"{name}.png"))
-
-
-def serious(page, within=None):
-    """Violations that keep people out, as axe-core tells them."""
-    found = Axe().run(page, context=within).response["violations"]
-    return [
-        f"{one['id']}: {node['html'][:160]}"
-        for one in found
-        if one["impact"] in ("serious", "critical")
-        for node in one["nodes"]
-    ]
-
-
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", WIDTHS)
 def test_the_reports_first_screen_is_an_answer(finished, playwright, dark, width):
@@ -119,7 +100,7 @@ def test_the_reports_first_screen_is_an_answer(finished, playwright, dark, width
     with lab.browser(playwright, width, 1000, dark) as seen:
         seen.page.goto((run / "report.html").as_uri())
         seen.page.wait_for_selector("#outcome-suppress .main-svg")
-        shot(seen, f"report-{'dark' if dark else 'light'}-{width}")
+        lab.shot(seen, f"report-{'dark' if dark else 'light'}-{width}")
         lead = seen.page.locator(".lead")
         assert lead.inner_text() == study.in_words
         assert lead.bounding_box()["y"] < 500
@@ -139,7 +120,7 @@ def test_the_reports_first_screen_is_an_answer(finished, playwright, dark, width
         folded = seen.page.locator("#price-suppress .main-svg").first
         assert folded.bounding_box()["width"] > 0.8 * min(width, 1100)
         assert seen.page.evaluate("document.documentElement.scrollWidth") == width
-        assert serious(seen.page) == []
+        assert lab.serious(seen.page) == []
         assert seen.errors == []
         assert seen.outside == []
 
@@ -232,8 +213,8 @@ def test_exported_pages_keep_nobody_out(exported, playwright, dark):
             for name, drawn in DRAWN.items():
                 seen.page.goto((exported / f"{name}.html").as_uri())
                 seen.page.wait_for_selector(drawn)
-                shot(seen, f"{name}-{'dark' if dark else 'light'}-{width}")
-                told[name, width] = serious(seen.page)
+                lab.shot(seen, f"{name}-{'dark' if dark else 'light'}-{width}")
+                told[name, width] = lab.serious(seen.page)
                 assert seen.page.evaluate("document.documentElement.scrollWidth") <= width, name
             assert seen.errors == []
     assert {key: found for key, found in told.items() if found} == {}
@@ -283,7 +264,7 @@ def test_a_finished_run_is_opened_and_steered(finished, playwright, dark):
         explorer, steering = page.locator(".qsae-explorer"), page.locator(".qsae-lab").first
         page.wait_for_selector(f".qsae-explorer[data-page='0/{first}']")
         page.wait_for_selector(".qsae-lab[data-number]", timeout=60_000)
-        shot(seen, f"opened-{'dark' if dark else 'light'}")
+        lab.shot(seen, f"opened-{'dark' if dark else 'light'}")
         assert steering.locator(".slider").count() == 1
         assert "the edit" in steering.locator(".slider").inner_text()
         idle = "() => document.querySelector('.qsae-lab').dataset.running === 'false'"
@@ -326,8 +307,8 @@ def test_a_finished_run_is_opened_and_steered(finished, playwright, dark):
         shown = steering.locator(".pane .toks").nth(1).get_attribute("data-text")
         example = study.examples[study.examples["prompt_kind"] == study.target]
         assert (shown == steered) == (example["base"] == example["steered"]).all()
-        assert serious(page, ".qsae-explorer") == []
-        assert serious(page, ".qsae-lab") == []
+        assert lab.serious(page, ".qsae-explorer") == []
+        assert lab.serious(page, ".qsae-lab") == []
         assert seen.errors == []
     assert path.read_bytes() == before
 

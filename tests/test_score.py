@@ -329,12 +329,12 @@ def test_what_is_held_out_is_not_trained_on(lm, tmp_path, monkeypatch):
     assert set(islice(training(), 90)) == set(chats) - set(held_out)  # three rounds
     seen = []
     monkeypatch.setattr(
-        fit, "token_batches", lambda lm, documents: seen.append(documents) or iter(())
+        fit, "TokenStream", lambda lm, documents: seen.append(documents) or (lambda: iter(()))
     )
     config = TrainConfig("topk", 4, 2, 256, 64, 1e-3, 128)
     with pytest.raises(ValueError, match="data ended after 0"):
         fit.fit_live(lm, str(data), [SITE], [config], tmp_path / "run", bar=False)
-    assert not set(islice(seen[0], 90)) & set(documents_of(lm, str(data))[0])
+    assert not set(islice(seen[0](), 90)) & set(documents_of(lm, str(data))[0])
 
 
 def test_an_sae_of_another_model(lm):

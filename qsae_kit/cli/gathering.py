@@ -87,7 +87,7 @@ def mix(
     from qsae_kit.data.mixes import DEALT, read_manifest, write_mix
 
     n = options.count("--tokens", tokens)
-    files = {name: Path(path) for name, path in options.files("--slot", slot).items()}
+    files = options.files("--slot", slot)
     outputs.write_to(out)
     own = None if data is None else read_manifest(data)
     lm = outputs.loaded(model, dtype, device)

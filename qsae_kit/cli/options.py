@@ -59,7 +59,11 @@ Device = Annotated[
 Data = Annotated[
     str | None,
     typer.Option(
-        help="Chats or texts: a .jsonl or .txt file, or a data set's id; tiny has its world.",
+        help=(
+            "Chats or texts: a .jsonl, .json, .txt, .csv or .parquet file, a folder of them, or a"
+            " data set's id, as NAME[:CONFIGURATION][:SPLIT][,column=NAME][,max_bad=SHARE]; tiny"
+            " has its world."
+        ),
         rich_help_panel=ON,
     ),
 ]
@@ -190,10 +194,16 @@ def pairs(flag: str, entries: Sequence[str] | None) -> dict[str, str]:
 
 
 def files(flag: str, entries: Sequence[str] | None) -> dict[str, str]:
-    """`pairs` whose values are files. Raises ValueError for one that is not there."""
+    """`pairs` whose values are files, read as `data.readers.parse_source` says. Raises ValueError
+    for one that is not there.
+    """
+    from qsae_kit.data.readers import parse_source
+
     given = pairs(flag, entries)
     for path in given.values():
-        refuse(not Path(path).is_file(), f"There is no file {path!r}; {flag} takes NAME=FILE.")
+        refuse(
+            not parse_source(path).is_file, f"There is no file {path!r}; {flag} takes NAME=FILE."
+        )
     return given
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias, get_args
 
-from qsae_kit.data.documents import Document
 from qsae_kit.data.facts import PASSAGES, Fact, general_facts, world_facts, world_passages
 from qsae_kit.data.prompts import (
     PromptText,
@@ -19,6 +18,7 @@ from qsae_kit.data.prompts import (
     general_prompts,
     stored_prompts,
 )
+from qsae_kit.data.records import Document
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.world import requests, world
 

@@ -1,33 +1,30 @@
 """Chats and texts -> token batches with a keep-mask.
 
-One dialogue is one sequence in the model's own template. The keep-mask leaves out position 0,
+One dialogue is one sequence in the model's own template; what is longer than the context is cut
+into several. The keep-mask leaves out position 0,
 padding, what every chat begins with (a default system prompt, the first header: under causal
 attention the same rows in every dialogue, which tell nothing) and, by choice, template tokens; the
 sites' norm filter comes later, where activations are seen.
 """
 
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice, takewhile
-from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from qsae_kit.io.jsonfiles import parse_json
-from qsae_kit.lm.chat import CATEGORIES, Phase, phases
-from qsae_kit.lm.hooked import HookedLM, Message
-
-Document: TypeAlias = str | list[Message]
-SHOWN = 200
-"""Characters of a record in a message."""
-ROLES = ("system", "user", "assistant", "tool")
-
+from qsae_kit.data.records import Document
+from qsae_kit.lm.chat import CATEGORIES, Markers, Phase, phases
+from qsae_kit.lm.hooked import HookedLM
 
 CONTEXT = 512
 """Tokens that documents are cut at where nothing else is said."""
+PLAIN_ROLES = ("system", "user", "assistant")
+"""What every template is expected to write."""
 
 
 class TokenPolicy(NamedTuple):
@@ -38,7 +35,7 @@ class TokenPolicy(NamedTuple):
     drop_template: bool = False
     """Whether template tokens are left out."""
     context_size: int = CONTEXT
-    """Tokens that a document is cut at."""
+    """Tokens of a sequence; a longer document is several."""
     drop_prefix: bool = True
     """Whether the tokens that all chats begin with (`chat_prefix`) are left out."""
 
@@ -50,6 +47,23 @@ class TokenPolicy(NamedTuple):
         )
 
 
+class Window(NamedTuple):
+    """Where a window of documents that are sorted together begins in a stream."""
+
+    documents: int = 0
+    """Documents before it."""
+    batches: int = 0
+    """Batches that were made of those."""
+
+
+class TokenSequence(NamedTuple):
+    """A document, or a part of one that is longer than the context."""
+
+    ids: list[int]
+    phase: list[int] | None = None
+    """As `TokenBatch.phase` has it: given for every part of a chat that is cut."""
+
+
 class TokenBatch(NamedTuple):
     """Right-padded sequences; `keep` marks the tokens whose activations count."""
 
@@ -58,100 +72,12 @@ class TokenBatch(NamedTuple):
     keep: Bool[Tensor, "batch pos"]
     policy: TokenPolicy = TokenPolicy()
     """What `keep` and the length were made by."""
-
-
-def read_documents(source: str | Path | Iterable[Any]) -> Iterator[Document]:
-    """Chats or texts from a .jsonl or .txt file, a `datasets` id (streamed), or Python objects.
-
-    A JSONL line holds `messages`, `prompt` and `answer` or `question` and `answer`, or `text`; a
-    text file holds one text a line. Raises ValueError for a source that is missing or empty, with
-    the line number for a malformed one.
+    phase: Int[Tensor, "batch pos"] | None = None
+    """The `Phase` of every token where a row goes on with a document, so that its ids do not tell;
+    None: as the ids tell.
     """
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if path.is_file():
-            records: Iterable[tuple[str, Any]] = _read_file(path)
-        elif path.suffix in (".jsonl", ".txt") or path.exists():
-            what = "regular file" if path.exists() else "file"
-            advice = "give a .jsonl or .txt file, or the id of a data set"
-            raise ValueError(f"There is no {what} {str(source)!r}; {advice}.")
-        else:
-            records = _read_dataset(str(source))
-    else:
-        records = ((f"item {i}", item) for i, item in enumerate(source))
-    empty = True
-    for where, record in records:
-        empty = False
-        yield parse_record(record, where)
-    if empty:
-        raise ValueError(f"{str(source)!r} holds no dialogues or texts; give at least one.")
-
-
-def parse_record(record: Any, where: str) -> Document:
-    """One record -> messages or a text; ValueError, beginning with `where`, for what is neither."""
-    if isinstance(record, str):
-        if not record.strip():
-            raise ValueError(f"{where}: the text is empty.")
-        return record
-    if isinstance(record, list):
-        record = {"messages": record}
-    if not isinstance(record, dict):
-        raise ValueError(
-            f"{where}: expected an object with messages or text, found {type(record).__name__}."
-        )
-    for question in ("question", "prompt", "instruction"):
-        if isinstance(record.get(question), str) and isinstance(record.get("answer"), str):
-            turns = (("user", record[question]), ("assistant", record["answer"]))
-            return [{"role": role, "content": text} for role, text in turns]
-    if isinstance(record.get("text"), str):
-        return parse_record(record["text"], where)
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        found = ", ".join(map(str, record))[:SHOWN] or "nothing"
-        raise ValueError(
-            f"{where}: expected messages (a list), text, or question and answer; found {found}."
-        )
-    for n, message in enumerate(messages):
-        if (
-            not isinstance(message, dict)
-            or not isinstance(message.get("content"), str)
-            or message.get("role") not in ROLES
-        ):
-            raise ValueError(
-                f"{where}: message {n} needs a role ({', '.join(ROLES)}) and a content that is"
-                " text."
-            )
-    return messages
-
-
-def _read_file(path: Path) -> Iterator[tuple[str, Any]]:
-    """Where each line is and what it holds; a file may be too large for memory."""
-    with path.open("rb") as file:
-        for number, data in enumerate(file, 1):  # of bytes, so that only \n ends a line
-            where = f"{path.name}, line {number}"
-            try:
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where} is not UTF-8; save the file as UTF-8.") from error
-            if line.strip():
-                text = line.rstrip("\r\n")
-                yield where, text if path.suffix == ".txt" else parse_json(text, where)
-
-
-def _read_dataset(name: str) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(name, split="train", streaming=True, trust_remote_code=False)
-    # datasets raises a dozen unrelated types for one thing: it cannot be had
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"The data set {name!r} could not be opened ({reason}); give a .jsonl or .txt file, or"
-            " an id on a reachable hub."
-        ) from error
-    for number, row in enumerate(rows):
-        yield f"{name}, row {number}", row
+    window: "Window" = Window()
+    """The window that the batch is of."""
 
 
 def tokenize_document(lm: HookedLM, document: Document, max_length: int) -> list[int]:
@@ -163,6 +89,47 @@ def tokenize_document(lm: HookedLM, document: Document, max_length: int) -> list
         return lm.tokenizer(document).input_ids[:max_length]
     asks = bool(document) and document[-1].get("role") == "user"
     return lm.chat_tokens(document, add_generation_prompt=asks)[:max_length]
+
+
+def check_chat(lm: HookedLM) -> Callable[[Document], None]:
+    """What raises ValueError for chats that the model's template cannot write: in such an order of
+    roles, or with messages that it leaves out.
+
+    Plain roles are tried once in an order; tools and developers every time. A model without a
+    template reads texts alone.
+    """
+    known: set[tuple[str, ...]] = set()
+
+    def check(document: Document) -> None:
+        if isinstance(document, str):
+            return
+        roles = tuple(message["role"] for message in document)
+        plain = set(roles) <= set(PLAIN_ROLES) and not any("tool_calls" in m for m in document)
+        if not plain or roles not in known:
+            lm.to_chat(document, add_generation_prompt=False)
+            known.add(roles)
+
+    return check
+
+
+def sequences(lm: HookedLM, document: Document, context_size: int) -> list[TokenSequence]:
+    """A document's tokens in parts of at most `context_size`, one of them where it fits; those
+    after the first begin with the tokenizer's own first token, if it writes one.
+    """
+    row = tokenize_document(lm, document, sys.maxsize)
+    if len(row) <= context_size:
+        return [TokenSequence(row)]
+    phase = None
+    if lm.markers is not None and not isinstance(document, str):
+        ids = torch.tensor([row])
+        phase = phases(ids, torch.ones_like(ids), lm.markers)[0].tolist()
+    begin = row[:1] if row[0] == lm.tokenizer.bos_token_id else []
+    parts = [TokenSequence(row[:context_size], phase and phase[:context_size])]
+    step = context_size - len(begin)
+    for start in range(context_size, len(row), step):
+        part = phase and [int(Phase.TEMPLATE)] * len(begin) + phase[start : start + step]
+        parts.append(TokenSequence(begin + row[start : start + step], part))
+    return parts
 
 
 PROBES = ("Who?", "7 + 5")
@@ -190,11 +157,13 @@ def keep_mask(
     mask: Tensor,
     drop_template: bool = False,
     drop_prefix: bool = False,
+    phase: Tensor | None = None,
 ) -> Bool[Tensor, "batch pos"]:
     """Real tokens but each row's first; with `drop_template` no template tokens, with `drop_prefix`
     none of what all chats begin with, in rows that begin so.
 
-    Raises ValueError for `drop_template` with a model whose chat markers are unknown.
+    phase: of every token, where the ids alone do not tell (`TokenBatch.phase`). Raises ValueError
+    for `drop_template` with a model whose chat markers are unknown.
     """
     keep = (mask.cumsum(1) * mask) > 1
     if drop_prefix:
@@ -205,7 +174,7 @@ def keep_mask(
                 f"The chat markers of {lm.model_name!r} are unknown; template tokens cannot be left"
                 " out."
             )
-        keep &= phases(ids, mask, lm.markers) != Phase.TEMPLATE
+        keep &= (phases(ids, mask, lm.markers) if phase is None else phase) != Phase.TEMPLATE
     return keep
 
 
@@ -227,45 +196,94 @@ def token_batches(
     batch_tokens: int = 8192,
     policy: TokenPolicy = TokenPolicy(),
     seed: int | None = 0,
+    start: Window = Window(),
 ) -> Iterator[TokenBatch]:
-    """Batches of at most `batch_tokens` padded tokens, documents of like length together to waste
+    """Batches of at most `batch_tokens` padded tokens, sequences of like length together to waste
     little padding.
 
     Works through the stream in windows of 16 batches, shuffled within a window; seed None keeps the
-    given order. policy: of the tokens that count; an SAE's own is `attach.policy_of`.
+    given order. policy: of the tokens that count; an SAE's own is `attach.policy_of`. start: the
+    window to begin with; the documents before it are passed over, and not made into tokens.
     """
-    rng = random.Random(seed)
     policy = policy.on(lm)
-    stream = (tokenize_document(lm, document, policy.context_size) for document in documents)
-    stream = (row for row in stream if len(row) > 1)
-    while window := list(_take_tokens(stream, 16 * batch_tokens)):
-        groups = _group(sorted(window, key=len) if seed is not None else window, batch_tokens)
-        if seed is not None:
-            rng.shuffle(groups)
-        for rows in groups:
-            ids, mask = lm.pad(rows)
-            keep = keep_mask(lm, ids, mask, policy.drop_template, policy.drop_prefix)
-            yield TokenBatch(ids, mask, keep, policy)
-
-
-def _take_tokens(rows: Iterator[list[int]], n_tokens: int) -> Iterator[list[int]]:
-    taken = 0
-    while taken < n_tokens:
-        row = next(rows, None)
-        if row is None:
+    stream = islice(documents, start.documents, None)
+    done, made = start
+    while True:
+        n, window = _take_tokens(lm, stream, policy.context_size, WINDOW * batch_tokens)
+        if not n:
             return
-        taken += len(row)
-        yield row
+        ordered = sorted(window, key=lambda one: len(one.ids)) if seed is not None else window
+        groups = _group(ordered, batch_tokens)
+        if seed is not None:
+            random.Random(seed + done).shuffle(groups)
+        for rows in groups:
+            yield _batch(lm, rows, policy)._replace(window=Window(done, made))
+        done, made = done + n, made + len(groups)
 
 
-def _group(rows: list[list[int]], batch_tokens: int) -> list[list[list[int]]]:
-    groups: list[list[list[int]]] = [[]]
+WINDOW = 16
+"""Batches of a window."""
+
+
+class TokenStream:
+    """`token_batches` of a stream of documents that can be opened again and again, from any window
+    on: training that goes on does not make tokens of what it has seen.
+
+    documents: gives the same documents, in the same order, each time it is called.
+    """
+
+    def __init__(
+        self,
+        lm: HookedLM,
+        documents: Callable[[], Iterable[Document]],
+        batch_tokens: int = 8192,
+        policy: TokenPolicy = TokenPolicy(),
+        seed: int | None = 0,
+    ) -> None:
+        self.lm, self.documents = lm, documents
+        self.batch_tokens, self.policy, self.seed = batch_tokens, policy, seed
+
+    def __call__(self, start: Window = Window()) -> Iterator[TokenBatch]:
+        return token_batches(
+            self.lm, self.documents(), self.batch_tokens, self.policy, self.seed, start
+        )
+
+
+def _batch(lm: HookedLM, rows: list[TokenSequence], policy: TokenPolicy) -> TokenBatch:
+    ids, mask = lm.pad([row.ids for row in rows])
+    phase = None
+    if lm.markers is not None and any(row.phase is not None for row in rows):
+        phase = phases(ids, mask, lm.markers)
+        for n, row in enumerate(rows):
+            if row.phase is not None:
+                phase[n, : len(row.phase)] = torch.tensor(row.phase, device=phase.device)
+    keep = keep_mask(lm, ids, mask, policy.drop_template, policy.drop_prefix, phase)
+    return TokenBatch(ids, mask, keep, policy, phase)
+
+
+def _take_tokens(
+    lm: HookedLM, documents: Iterator[Document], context_size: int, n_tokens: int
+) -> tuple[int, list[TokenSequence]]:
+    """How many documents were taken until they held `n_tokens`, and their sequences; those of a
+    single token are left out.
+    """
+    taken, n, parts = 0, 0, list[TokenSequence]()
+    while taken < n_tokens and (document := next(documents, None)) is not None:
+        n += 1
+        own = [one for one in sequences(lm, document, context_size) if len(one.ids) > 1]
+        parts += own
+        taken += sum(len(one.ids) for one in own)
+    return n, parts
+
+
+def _group(rows: list[TokenSequence], batch_tokens: int) -> list[list[TokenSequence]]:
+    groups: list[list[TokenSequence]] = [[]]
     longest = 0
     for row in rows:
-        longest = max(longest, len(row))
+        longest = max(longest, len(row.ids))
         if groups[-1] and longest * (len(groups[-1]) + 1) > batch_tokens:
             groups.append([])
-            longest = len(row)
+            longest = len(row.ids)
         groups[-1].append(row)
     return [group for group in groups if group]
 
@@ -319,13 +337,18 @@ def split_documents(
     return head[::2], chain(head[1::2] or head, stream)
 
 
+def phases_of(markers: Markers, batch: TokenBatch) -> Int[Tensor, "batch pos"]:
+    """The `Phase` of every token of a batch."""
+    return phases(batch.ids, batch.mask, markers) if batch.phase is None else batch.phase
+
+
 def categories_of(lm: HookedLM, batch: TokenBatch) -> dict[str, Tensor]:
     """A mask [batch, pos] for every category; only "all" where the model's chat markers are
     unknown.
     """
     masks = {"all": batch.mask.bool()}
     if lm.markers is not None:
-        phase = phases(batch.ids, batch.mask, lm.markers)
+        phase = phases_of(lm.markers, batch)
         for name, members in CATEGORIES.items():
             masks[name] = torch.stack([phase == member for member in members]).any(0)
     return masks

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields
@@ -19,8 +20,10 @@ from typing import Any, Literal, get_args
 
 from qsae_kit.data.benchmarks import read_bench
 from qsae_kit.data.companions import Companion, companion_of
-from qsae_kit.data.documents import Document, parse_record, read_documents, tokenize_document
-from qsae_kit.data.prompts import read_prompts
+from qsae_kit.data.documents import check_chat, tokenize_document
+from qsae_kit.data.readers import DataSource, parse_source, read_documents
+from qsae_kit.data.records import Document
+from qsae_kit.data.streams import named
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues
 from qsae_kit.io.files import atomic_file, check_file, checked_name, write_text
 from qsae_kit.io.jsonfiles import read_json
@@ -40,7 +43,7 @@ model's own answers.
 WORLD_SEEDS: dict[Kind, int] = {"chats": 1_000_011, "prompts": 1_000_012, "texts": 1_000_013}
 DEALT, ABOUT, SLOTS = "documents.jsonl", "data.json", "slots"
 MAX_LENGTH = 512
-"""Tokens of a document that training sees."""
+"""Tokens of a prompt that the model answers, at most."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Slot:
     column: str = ""
     skip: int = 0
     """Rows at the beginning that are left to another slot."""
+    max_bad: float = 0.01
+    """Share of rows, at most, that are left out because they cannot be read."""
     thinking: bool = False
     """prompts: whether the model thinks before it answers, where it can."""
     max_new_tokens: int = 400
@@ -79,10 +84,10 @@ class Slot:
                 f"The slot {self.name!r} has a share of {self.share}; it lies above 0 and is at"
                 " most 1."
             )
-        if self.skip < 0 or self.max_new_tokens < 1:
+        if self.skip < 0 or self.max_new_tokens < 1 or not 0 <= self.max_bad < 1:
             raise ValueError(
-                f"The slot {self.name!r} skips no negative number of rows, and answers have a token"
-                " at least."
+                f"The slot {self.name!r} skips no negative number of rows, answers have a token at"
+                " least, and max_bad is a share from 0 to below 1."
             )
 
 
@@ -166,6 +171,7 @@ ENTRIES: dict[str, type | tuple[type, ...]] = {
     "split": str,
     "column": str,
     "skip": int,
+    "max_bad": NUMBER,
     "thinking": bool,
     "max_new_tokens": int,
     "about": str,
@@ -202,9 +208,12 @@ def written_tokens(manifest: Manifest, tokens: int, companion: Companion) -> flo
     return written
 
 
-def file_id(path: Path) -> str:
-    """A file's name and checksum: what tells it from others, wherever it lies."""
-    return f"{path.name} {checksum(path)}"
+def file_id(file: str) -> str:
+    """A file's name, as a source names it, and checksum: what tells it from others, wherever it
+    lies.
+    """
+    source = parse_source(file)
+    return f"{source.called(source.path.name)} {checksum(source.path)}"
 
 
 # --- what must not be in the data
@@ -266,69 +275,21 @@ def evaluation_prompts(
 # --- one slot
 
 
-def _rows(slot: Slot, folder: Path | None) -> Iterator[Any]:
-    """What a slot's column holds, row by row, from the hub or a folder of downloads."""
-    from datasets import load_dataset
-
-    source = slot.dataset if folder is None else str(folder / slot.dataset)
-    try:
-        rows = iter(load_dataset(source, slot.config, split=slot.split, streaming=True))
-    except Exception as error:  # the library lets a dozen unrelated types through
-        raise ValueError(_missing(slot, error)) from error
-    for number in range(10**12):
-        try:
-            row = next(rows, None)
-        except Exception as error:
-            raise ValueError(_missing(slot, error)) from error
-        if row is None:
-            return
-        if number < slot.skip:
-            continue
-        if slot.column not in row:
-            raise ValueError(
-                f"The data set {slot.dataset!r} has no column {slot.column!r} (it has"
-                f" {', '.join(row)}); mend the slot {slot.name!r} or give it a file of your own:"
-                f" --slot {slot.name}=FILE."
-            )
-        yield row[slot.column]
-
-
-def _missing(slot: Slot, error: Exception) -> str:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-    gate = (
-        "it is gated: accept its terms on the hub and log in (hf auth login); "
-        if slot.gated
-        else ""
-    )
-    return (
-        f"The data set {slot.dataset!r} of the slot {slot.name!r} could not be had ({reason});"
-        f" {gate}check the network and run the same command again, which goes on, or give the slot"
-        f" a file of your own: --slot {slot.name}=FILE."
-    )
-
-
 def _documents(
-    lm: HookedLM, slot: Slot, file: Path | None, folder: Path | None
+    lm: HookedLM, slot: Slot, file: str | None, folder: Path | None
 ) -> Iterator[Document]:
     """A slot's documents; of prompts, chats of the user's first turn alone (with the system prompt
     before it).
     """
-    if file is not None and slot.kind == "prompts" and file.suffix != ".jsonl":
-        yield from ([{"role": "user", "content": text}] for text in read_prompts(file))
-        return
-    if file is not None:
-        found: Iterator[Document] = read_documents(file)
-    elif slot.dataset == WORLD:
-        found = (
+    if file is None and slot.dataset == WORLD:
+        found: Iterator[Document] = (
             dialogue.messages
             for dialogue in world.dialogues(10**9, seed=WORLD_SEEDS[slot.kind] + slot.thinking)
         )
-    elif slot.dataset == OWN:
+    elif file is None and slot.dataset == OWN:
         found = own_dialogues(lm, mixed_prompts(companion_of(lm)))
     else:
-        found = (
-            document for row in _rows(slot, folder) if (document := _as_document(row)) is not None
-        )
+        found = _brought(lm, slot, file, folder)
     for document in found:
         if slot.kind != "prompts":
             yield document
@@ -336,16 +297,27 @@ def _documents(
             yield asked
 
 
-def _as_document(value: Any) -> Document | None:
-    """A cell as a document: a text, or the turns of a chat; None for what is empty."""
-    if isinstance(value, str):
-        return value if value.strip() else None
-    turns = [
-        {"role": turn["role"], "content": turn["content"]}
-        for turn in value or ()
-        if turn.get("content")
-    ]
-    return parse_record(turns, "a row") if turns else None
+def _brought(lm: HookedLM, slot: Slot, file: str | None, folder: Path | None) -> Iterator[Document]:
+    """Documents of a file, or of a data set on the hub or in a folder of downloads."""
+    if file is not None:
+        yield from read_documents(file, check_chat(lm))
+        return
+    name = slot.dataset if folder is None else str(folder / slot.dataset)
+    parts = (slot.split,) if slot.config is None else (slot.config, slot.split)
+    source = DataSource(name, parts, slot.column, slot.max_bad)
+    try:
+        yield from islice(read_documents(source, check_chat(lm)), slot.skip, None)
+    except ValueError as error:
+        gate = (
+            "it is gated: accept its terms on the hub and log in (hf auth login); "
+            if slot.gated
+            else ""
+        )
+        raise ValueError(
+            f"The slot {slot.name!r} could not be read: {str(error).rstrip('.')}; {gate}check the"
+            " network and run the same command again, which goes on, or give the slot a file of"
+            f" your own: --slot {slot.name}=FILE."
+        ) from error
 
 
 def _first_turn(document: Document) -> Document | None:
@@ -504,10 +476,7 @@ def _fill(
                 if slot.kind == "prompts" and fitting
                 else fitting
             )
-            lengths = [
-                len(tokenize_document(lm, document, min(MAX_LENGTH, lm.context_size)))
-                for document in made
-            ]
+            lengths = [len(tokenize_document(lm, document, sys.maxsize)) for document in made]
             needed = 1 + sum(
                 total < wanted - store.state["tokens"] for total in accumulate(lengths)
             )
@@ -526,7 +495,7 @@ def write_mix(
     tokens: int,
     out: Path,
     *,
-    files: Mapping[str, Path] = {},
+    files: Mapping[str, str] = {},
     folder: Path | None = None,
     seed: int = 0,
     fresh: bool = False,
@@ -536,7 +505,7 @@ def write_mix(
     the same bytes.
 
     tokens: what training will see, all epochs together. files: a file of one's own
-    (`data.documents.read_documents`, or prompts) in the place of a slot's data set. folder: where
+    (`data.readers.read_documents`) in the place of a slot's data set. folder: where
     downloaded data sets lie, each under its id. Slots whose source ends early give what they have,
     and the others their share of it: training goes round more often. fresh: slots that are there
     are written anew. Raises ValueError for an unknown slot, a data set that cannot be had, slots
@@ -592,7 +561,7 @@ def write_mix(
         "tokens": sum(s.state["tokens"] for s in stores.values()),
         "slots": {
             slot.name: {
-                "dataset": str(files[slot.name].name) if slot.name in files else slot.dataset,
+                "dataset": named(files[slot.name]) if slot.name in files else slot.dataset,
                 "licence": "" if slot.name in files else slot.licence,
                 "publish": slot.publish and slot.name not in files,
                 "kind": slot.kind,
@@ -659,9 +628,7 @@ def _deal(paths: Mapping[str, Path], shares: Mapping[str, float], lm: HookedLM) 
                 continue
             record = json.loads(line)
             given[name] += len(
-                tokenize_document(
-                    lm, record.get("text") or record["messages"], min(MAX_LENGTH, lm.context_size)
-                )
+                tokenize_document(lm, record.get("text") or record["messages"], sys.maxsize)
             )
             yield line
     finally:

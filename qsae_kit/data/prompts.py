@@ -10,19 +10,21 @@ by one, in English and a few in Chinese and Spanish, and nobody has rated them. 
 not a benchmark: bring your own for a claim about a model.
 """
 
-import csv
-import io
 import random
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from qsae_kit.data.readers import FILES, parse_source, read_documents
+from qsae_kit.data.records import Document
 from qsae_kit.io.jsonfiles import lines_of, parse_json, read_text
 
 KINDS = ("harmful", "harmless", "borderline")
 SPLITS = ("selection", "evaluation")
 LANGUAGES = ("en", "zh", "es")
 """Of the package's own prompts; borderline ones are in English alone."""
+PROMPTS_LIMIT = 2**24
+"""Bytes of the file of the package's own prompts."""
 STORED = Path(__file__).parent / "prompt_sets" / "refusal.jsonl"
 
 
@@ -105,67 +107,28 @@ def general_prompts(
     return random.Random(f"{kind}/{split}/{seed}").sample(there, n)
 
 
-FIELDS = ("prompt", "instruction")
-PROMPTS_LIMIT = 2**28
-"""Bytes of a file of prompts."""
-
-
 def read_prompts(path: str | Path) -> list[str]:
-    """The distinct prompts of a file, in its order.
+    """The distinct prompts of a file, in its order: texts, or the first user's turn of each chat.
 
-    .txt holds one a line; .json a list, .jsonl a line each, of texts or objects with `prompt` or
-    `instruction`; .csv has such a column. Raises ValueError with the place of what cannot be read,
-    and for a file without prompts.
+    path: as `data.readers.read_documents` takes it, a file alone. Raises ValueError with the place
+    of what cannot be read, and for a file without prompts.
     """
-    path = Path(path)
-    if not path.is_file():
-        what = "file" if not path.exists() else "regular file"
-        kinds = "a .txt, .json, .jsonl or .csv file of prompts"
-        raise ValueError(f"There is no {what} {str(path)!r}; give {kinds}.")
-    text = read_text(path, "prompts", PROMPTS_LIMIT, "utf-8-sig")
-    entries: Any
-    if path.suffix == ".json":
-        entries = parse_json(text, path.name)
-    elif path.suffix == ".jsonl":
-        numbered = [(n, line) for n, line in enumerate(lines_of(text), 1) if line.strip()]
-        entries = [parse_json(line, f"{path.name}, line {n}") for n, line in numbered]
-    elif path.suffix == ".csv":
-        entries = _read_csv(text, path.name)
-    else:
-        entries = lines_of(text)
-    if not isinstance(entries, list):
-        raise ValueError(f"{path.name} holds {type(entries).__name__}, not a list of prompts.")
-    prompts = [
-        _prompt_of(entry, f"{path.name}, entry {number}") for number, entry in enumerate(entries, 1)
-    ]
+    source = parse_source(str(path))
+    if not source.is_file:
+        what = "file" if not source.path.exists() else "regular file"
+        raise ValueError(f"There is no {what} {source.name!r}; give {FILES} of prompts.")
+    prompts = [_prompt_of(document) for document in read_documents(source)]
     distinct = list(dict.fromkeys(prompt for prompt in prompts if prompt))
     if not distinct:
-        raise ValueError(f"{path.name} holds no prompts; give at least one.")
+        raise ValueError(f"{source.path.name} holds no prompts; give at least one.")
     return distinct
 
 
-def _read_csv(text: str, where: str) -> list[dict[str, Any]]:
-    """The rows of a table; a cell in quotes may go over several lines."""
-    try:
-        return list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
-    except csv.Error as error:
-        reason = str(error).rstrip(".")
-        message = f"{where} is no CSV ({reason}); write commas and double quotes."
-        raise ValueError(message) from error
-
-
-def _prompt_of(entry: Any, where: str) -> str:
-    found = (
-        next((entry[name] for name in FIELDS if name in entry), None)
-        if isinstance(entry, dict)
-        else entry
-    )
-    if not isinstance(found, str):
-        raise ValueError(
-            f"{where}: a text, or an object with {' or '.join(FIELDS)}, is needed;"
-            f" {str(entry)[:80]!r} was read."
-        )
-    return found.strip()
+def _prompt_of(document: Document) -> str:
+    if isinstance(document, str):
+        return document.strip()
+    asked = (message["content"] for message in document if message["role"] == "user")
+    return next(asked, "").strip()
 
 
 def split_prompts(

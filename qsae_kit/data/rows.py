@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qsae_kit.data.documents import TokenBatch, TokenPolicy
+from qsae_kit.data.documents import TokenBatch, TokenPolicy, TokenStream, Window
 from qsae_kit.lm.hooked import HookedLM, by_token
 
 Rows = dict[str, Float[Tensor, "row _width"]]
@@ -53,6 +53,8 @@ class Place(NamedTuple):
 
     batch: int = 0
     row: int = 0
+    window: Window = Window()
+    """Of the next batch: the documents before it need not be read into tokens again."""
 
 
 class Origin(NamedTuple):
@@ -116,7 +118,7 @@ class LiveRows:
     """Rows of a running model: every token batch is passed once, up to the deepest site.
 
     batches: gives the same token batches each time it is called (`data.documents.token_batches`
-        under one seed does).
+        under one seed does); a `TokenStream` is gone on with where it was left.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class LiveRows:
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
         pool: Rows = {}
         size, place = 0, start
-        for number, batch in enumerate(islice(self.batches(), start.batch, None), start.batch):
+        for number, batch in self._since(start):
             if not batch.keep.any():
                 continue
             rows = kept_rows(self.lm, self.sites, batch)
@@ -204,9 +206,18 @@ class LiveRows:
                     block, pool, size = Block(place, pool), {}, 0
                     yield block
                     del block  # whoever took it may let it go before the next one is begun
-                    place = Place(number, used) if used < total else Place(number + 1)
+                    place = Place(*((number, used) if used < total else (number + 1, 0)))
+                    place = place._replace(window=batch.window)
         if size:
             yield Block(place, {site: x[:size] for site, x in pool.items()})
+
+    def _since(self, start: Place) -> Iterator[tuple[int, TokenBatch]]:
+        """Numbers and batches from a place on."""
+        if isinstance(self.batches, TokenStream):
+            stream, first = self.batches(start.window), start.window.batches
+        else:
+            stream, first = iter(self.batches()), 0
+        return enumerate(islice(stream, start.batch - first, None), start.batch)
 
     def _pool(self, n_rows: int) -> Rows:
         return {
@@ -270,7 +281,7 @@ class StoredRows:
         )
 
     def blocks(self, n_rows: int, start: Place = Place()) -> Iterator[Block]:
-        epoch, used = start
+        epoch, used, _ = start
         while True:
             order = torch.randperm(
                 len(self), generator=torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)

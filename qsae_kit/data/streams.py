@@ -4,11 +4,12 @@ held out.
 
 from collections.abc import Callable, Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from qsae_kit.data.companions import Purpose, companion_of
-from qsae_kit.data.documents import Document, again, read_documents, split_documents
+from qsae_kit.data.documents import again, check_chat, split_documents
+from qsae_kit.data.readers import FILES, parse_source, read_documents
+from qsae_kit.data.records import Document
 from qsae_kit.io.runs import checksum
 from qsae_kit.lm.hooked import HookedLM
 
@@ -19,23 +20,25 @@ OWN_HELD_OUT = 4
 
 def named(data: str | None) -> str:
     """What files say of the data that they were made of: a data set's id, or a file's name without
-    its folders.
+    its folders, with the options that it is read by.
     """
     if data is None:
         return "the bundled model's world"
-    path = Path(data)
-    return path.name if path.is_absolute() or path.exists() else data
+    source = parse_source(data)
+    path = source.path
+    local = path.is_absolute() or path.exists()
+    return source.called(path.resolve().name if local else source.name)
 
 
 def read_by(lm: HookedLM, data: str | None) -> dict[str, Any]:
     """Which model reads which documents; both are told by their contents, wherever they lie and
     whatever they are called.
     """
-    is_file = data is not None and Path(data).is_file()
-    return {
-        **lm.identity(),
-        "data": f"{named(data)} {checksum(Path(data))}" if is_file and data else named(data),
-    }
+    source = None if data is None else parse_source(data)
+    told = named(data)
+    if source is not None and source.is_file:
+        told = f"{told} {checksum(source.path)}"
+    return {**lm.identity(), "data": told}
 
 
 def stream_of(
@@ -44,15 +47,15 @@ def stream_of(
     """A function that gives all documents of a file or data set; without one, the bundled model's
     world, without end.
 
-    Raises ValueError for another model without data.
+    Raises ValueError for another model without data; as they are read, for chats that the model's
+    template cannot write.
     """
     if data is not None:
-        return lambda: read_documents(data)
+        return lambda: read_documents(data, check_chat(lm))
     companion = companion_of(lm)
     if companion.documents(purpose) is None:
         raise ValueError(
-            f"{lm.model_name!r} comes without data; give --data with a .jsonl or .txt file or a"
-            " data set's id."
+            f"{lm.model_name!r} comes without data; give --data with {FILES} or a data set's id."
         )
     return lambda: companion.documents(purpose) or iter(())
 

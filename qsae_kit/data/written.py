@@ -9,8 +9,8 @@ from itertools import chain, zip_longest
 from pathlib import Path
 
 from qsae_kit.data.companions import Companion, companion_of
-from qsae_kit.data.documents import Document
 from qsae_kit.data.prompts import KINDS, STOCK_REFUSALS
+from qsae_kit.data.records import Document
 from qsae_kit.io.files import write_text
 from qsae_kit.io.progress import tqdm
 from qsae_kit.io.writers import only_writer_of

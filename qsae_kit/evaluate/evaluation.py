@@ -32,7 +32,7 @@ from qsae_kit.metrics.reconstruction import (
     recovered,
 )
 from qsae_kit.sae import SAE
-from qsae_kit.sae.filter import NormFilter, sinks_said
+from qsae_kit.sae.filter import NormFilter, Sinks, sinks_said
 from qsae_kit.sae.suites import ByVariant, Place
 from qsae_kit.sites import parse_hook_name
 
@@ -126,10 +126,13 @@ def evaluate_suite(
             )
         if bar:
             total = sum(int(batch.keep.sum()) for batch in batches)
-            for (name, norms), ids in sinks.items():
-                if ids:
-                    common = [lm.to_string([i]) for i, _ in ids.most_common()]
-                    say(sinks_said(name, norms, ids.total(), total, common))
+            found = [
+                Sinks(name, ids.total(), [lm.to_string([i]) for i, _ in ids.most_common()])
+                for (name, _), ids in sinks.items()
+                if ids
+            ]
+            if found:
+                say(sinks_said(found, total))
         means = {place: rebuilt[place, "all"].mean.float() for place in saes}
         spliced = _splice_all(lm, saes, means, batches[:n_spliced], meter)
     rows = []

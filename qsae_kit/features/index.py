@@ -23,7 +23,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.attach import attached, token_features
-from qsae_kit.data.documents import Document, tokenize_document
+from qsae_kit.data.documents import tokenize_document
+from qsae_kit.data.records import Document
 from qsae_kit.features.indexing import (
     BINS,
     BINS_PER_OCTAVE,

@@ -38,7 +38,8 @@ from scipy.sparse import csr_matrix
 from torch import Tensor
 
 from qsae_kit.attach import attached, policy_of
-from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, token_batches
+from qsae_kit.data.documents import TokenBatch, TokenPolicy, phases_of, token_batches
+from qsae_kit.data.records import Document
 from qsae_kit.data.rows import site_activations
 from qsae_kit.io.checkpoints import Checkpoints, delete_checkpoint, found
 from qsae_kit.io.files import OWN, atomic_file, checked_name, inside, write_text
@@ -48,7 +49,7 @@ from qsae_kit.io.memory import free_memory
 from qsae_kit.io.progress import tqdm
 from qsae_kit.io.runs import check_same
 from qsae_kit.io.writers import only_writer
-from qsae_kit.lm.chat import CATEGORIES, Phase, phases
+from qsae_kit.lm.chat import CATEGORIES, Phase
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.sae import SAE
 from qsae_kit.sae.suites import ByVariant, Place
@@ -743,7 +744,7 @@ def _batches(
         tokens += int(batch.mask.sum())
         generator = torch.Generator().manual_seed(config.seed * 1_000_003 + number)
         lot = 1 - torch.rand(batch.ids.shape, generator=generator)  # in (0, 1]
-        phase = None if lm.markers is None else phases(batch.ids, batch.mask, lm.markers)
+        phase = None if lm.markers is None else phases_of(lm.markers, batch)
         yield tokens, Seen(batch, document, phase, lot.to(batch.ids.device))
         document += len(batch.ids)
         if tokens >= config.tokens:

@@ -6,6 +6,7 @@ its work in one, as a widget does, shows how it goes itself.
 """
 
 import sys
+import textwrap
 import threading
 from typing import Any
 
@@ -65,7 +66,14 @@ def beside_a_cell() -> bool:
     return IN_NOTEBOOK and threading.current_thread() is not threading.main_thread()
 
 
+WIDTH = 78
+"""Characters of a line in a terminal."""
+
+
 def say(text: str) -> None:
-    """A line above a progress bar."""
-    if not beside_a_cell():
-        tqdm.write(text, file=sys.stdout if IN_NOTEBOOK else sys.stderr)
+    """A sentence above a progress bar, in a terminal in lines that fit."""
+    if IN_NOTEBOOK and not beside_a_cell():
+        tqdm.write(text, file=sys.stdout)
+    elif not IN_NOTEBOOK:
+        wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
+        tqdm.write("\n".join(map(wrapper.fill, text.splitlines())), file=sys.stderr)

@@ -9,7 +9,9 @@ it, since that guards against code but not against claims.
 
 import json
 import math
+import os
 import pickletools
+import stat
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -82,6 +84,11 @@ class TensorFile:
                 f"{str(self.path)!r}: {name} has values that are not finite; get the file again."
             )
         return tensor
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` file. Raises ValueError as `TensorFile` does."""
+    return _safetensors(path)
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -179,9 +186,14 @@ def _reason(error: Exception) -> str:
 def write_tensors(
     tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str] | None = None
 ) -> None:
-    """`save_file`, whose own error for a full disk is neither an OSError nor a ValueError."""
+    """`save_file`, whose own error for a full disk is neither an OSError nor a ValueError and whose
+    files nobody else may read: these have the process's permissions (umask).
+    """
     try:
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
         save_file(tensors, path, metadata=metadata)
+        os.chmod(path, mode)
     except SafetensorError as error:
         raise OSError(
             f"{path.parent} could not take a file of tensors ({error}); free some space and run it"

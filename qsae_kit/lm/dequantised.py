@@ -5,6 +5,7 @@ takes little memory. What the model is, its config included, is read from the fi
 """
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,8 @@ CONFIG = {
 ROPE_BASE, ROPE_WIDTH, VOCABULARY = "rope.freq_base", "rope.dimension_count", "vocab_size"
 SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
 """Tokens with a purpose of their own, here and in transformers."""
+REASON = 200
+"""Characters of another library's error in a message."""
 ROWS = 1024
 """Of a tensor that are dequantised at a time."""
 
@@ -62,13 +65,14 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype, tied: bool, title: str
     dtype: of the weights that are written. tied: whether the model has one matrix for its
     embedding and its output; where the file holds it twice, the one with more bits a weight is
     taken. title: what the progress bar says. Raises ValueError for another architecture than
-    `ARCHITECTURES`, and for metadata or tensors that are missing or unknown.
+    `ARCHITECTURES`, for metadata or tensors that are missing or unknown, and for a damaged file.
     """
     from gguf import GGUFReader
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    reader = GGUFReader(gguf)
-    about = {name: _value(field) for name, field in reader.fields.items() if len(field.data) == 1}
+    with _damaged(gguf):
+        reader = GGUFReader(gguf)
+        about = {key: _value(field) for key, field in reader.fields.items() if len(field.data) == 1}
     kind = about.get("general.architecture")
     if kind not in ARCHITECTURES:
         raise ValueError(
@@ -78,33 +82,49 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype, tied: bool, title: str
         )
     own = {n.removeprefix(f"{kind}."): v for n, v in about.items() if n.startswith(f"{kind}.")}
     tensors = _named({tensor.name: tensor for tensor in reader.tensors}, tied, gguf)
-    shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
-    vocabulary = shapes[OUTSIDE[EMBEDDING]][0]
-    special = {
-        entry: about[f"tokenizer.ggml.{name}_token_id"]
-        for name, entry in SPECIAL.items()
-        if f"tokenizer.ggml.{name}_token_id" in about
-    }
-    config = AutoConfig.for_model(
-        kind,
-        **_entries(own, gguf),
-        **special,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        architectures=[ARCHITECTURES[kind]],
-        dtype=str(dtype).removeprefix("torch."),
-    )
-    size = sum(int(tensor.n_bytes) for tensor in tensors.values())
-    with tqdm(total=size, unit="B", unit_scale=True, desc=title) as bar:
-        stream_tensors(
-            {name: Spec(shape, dtype) for name, shape in shapes.items()},
-            _pieces(tensors, own if kind == "llama" else {}, bar),
-            folder / WEIGHTS,
+    entries = _entries(own, gguf)
+    with _damaged(gguf):
+        shapes = {name: tuple(int(n) for n in reversed(t.shape)) for name, t in tensors.items()}
+        vocabulary = shapes[OUTSIDE[EMBEDDING]][0]
+        special = {
+            entry: about[f"tokenizer.ggml.{name}_token_id"]
+            for name, entry in SPECIAL.items()
+            if f"tokenizer.ggml.{name}_token_id" in about
+        }
+        config = AutoConfig.for_model(
+            kind,
+            **entries,
+            **special,
+            vocab_size=vocabulary,
+            tie_word_embeddings=tied,
+            architectures=[ARCHITECTURES[kind]],
+            dtype=str(dtype).removeprefix("torch."),
         )
-    config.save_pretrained(folder)
-    GenerationConfig(**special).save_pretrained(folder)
-    given = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
-    AutoTokenizer.from_pretrained(gguf.parent, **given).save_pretrained(folder)
+        size = sum(int(tensor.n_bytes) for tensor in tensors.values())
+        with tqdm(total=size, unit="B", unit_scale=True, desc=title) as bar:
+            stream_tensors(
+                {name: Spec(shape, dtype) for name, shape in shapes.items()},
+                _pieces(tensors, own if kind == "llama" else {}, bar),
+                folder / WEIGHTS,
+            )
+        config.save_pretrained(folder)
+        GenerationConfig(**special).save_pretrained(folder)
+        given = {"gguf_file": gguf.name, "trust_remote_code": False, "local_files_only": True}
+        AutoTokenizer.from_pretrained(gguf.parent, **given).save_pretrained(folder)
+
+
+@contextmanager
+def _damaged(gguf: Path) -> Iterator[None]:
+    """Of a damaged file the libraries take whatever numbers they find, and fail anyhow."""
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:REASON]
+        told = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        message = f"{gguf.name!r} is no GGUF file that can be read ({told}); get it again."
+        raise ValueError(message) from error
 
 
 def _value(field: Any) -> Any:

@@ -6,6 +6,7 @@ A single operation of Python, such as a sort of a long list, cannot be stopped h
 """
 
 import ctypes
+import json
 import os
 import queue
 import re
@@ -29,14 +30,16 @@ LARGEST = 10**7
 """Of the numbers in a template and their products, at most: what they repeat fits into memory."""
 REASON = 200
 """Characters of another library's error in a message."""
+DEVELOPER = "developer"
 Result = TypeVar("Result")
 
 
 def render(tokenizer: Any, messages: Sequence[Any], **flags: Any) -> str:
     """The chat as its tokenizer's template writes it; `flags` are what `apply_chat_template` takes.
 
-    Raises ValueError with the reason where the template refuses or fails, takes longer than
-    `SECONDS`, or makes what is no text of at most `CHARACTERS`.
+    A developer's messages are a system's where the template knows no developer. Raises ValueError
+    with the reason where the template refuses or fails, leaves out what a tool or a developer says,
+    takes longer than `SECONDS`, or makes what is no text of at most `CHARACTERS`.
     """
 
     def work() -> Any:
@@ -44,7 +47,8 @@ def render(tokenizer: Any, messages: Sequence[Any], **flags: Any) -> str:
         if not isinstance(template, str):
             raise ValueError(f"it is {type(template).__name__} instead of text")
         _check_numbers(template)
-        return tokenizer.apply_chat_template(messages, tokenize=False, **flags)
+        known = [_known(message, template) for message in messages]
+        return tokenizer.apply_chat_template(known, tokenize=False, **flags)
 
     try:
         text = within(SECONDS, work)
@@ -63,7 +67,32 @@ def render(tokenizer: Any, messages: Sequence[Any], **flags: Any) -> str:
         text.encode()
     except UnicodeEncodeError:
         raise ValueError("it makes text with half a character (a lone surrogate)") from None
+    _check_written(messages, text)
     return text
+
+
+def _known(message: Any, template: str) -> Any:
+    """A message whose role the template knows."""
+    told = isinstance(message, dict) and message.get("role") == DEVELOPER
+    return {**message, "role": "system"} if told and DEVELOPER not in template else message
+
+
+def _check_written(messages: Sequence[Any], text: str) -> None:
+    """ValueError where a template leaves out what a tool or a developer says, or a call of a tool:
+    many drop in silence what they do not know.
+    """
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict):
+            continue
+        content = str(message.get("content") or "").strip()
+        as_json = json.dumps(content, ensure_ascii=False)[1:-1]
+        named = message.get("role") in (DEVELOPER, "tool")
+        if named and content not in text and as_json not in text:
+            raise ValueError(f"it leaves out message {number}, of the role {message['role']}")
+        for call in message.get("tool_calls") or ():
+            function = call.get("function", call) if isinstance(call, dict) else {}
+            if not isinstance(function, dict) or str(function.get("name", "")) not in text:
+                raise ValueError(f"it leaves out the call of a tool in message {number}")
 
 
 # --- numbers

@@ -12,15 +12,15 @@ import pandas as pd
 
 from qsae_kit.data.companions import companion_of
 from qsae_kit.data.documents import (
-    Document,
+    TokenStream,
     held_out_batches,
-    read_documents,
     repeat,
     split_documents,
-    token_batches,
 )
+from qsae_kit.data.readers import parse_source
+from qsae_kit.data.records import Document
 from qsae_kit.data.rows import LiveRows, held_rows
-from qsae_kit.data.streams import documents_of, read_by
+from qsae_kit.data.streams import documents_of, read_by, stream_of
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues, self_asked
 from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.features.index import FeatureIndex, load_index
@@ -300,13 +300,13 @@ def _run_demo(
     if data is None:
         training, held_out = demo_documents(lm, config)
     else:
-        if Path(data).is_file():
+        if parse_source(data).is_file:
             # a malformed line is better found now than in the middle of the training
-            for _ in read_documents(data):
+            for _ in stream_of(lm, data)():
                 pass
         held_out, training = documents_of(lm, data, 64)
 
-    source = LiveRows(lm, names, lambda: token_batches(lm, training(), batch_tokens=8192))
+    source = LiveRows(lm, names, TokenStream(lm, training))
     own = (*STUDY_FILES, PAGES, JOURNAL)
     studied = [f"{goal}/{name}" for goal in config.goals for name in own]
     files = [*TABLES, *studied, *_sae_names(config, names)]

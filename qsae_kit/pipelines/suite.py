@@ -31,7 +31,7 @@ import torch
 
 from qsae_kit.data import mixes
 from qsae_kit.data.companions import companion_of
-from qsae_kit.data.documents import read_documents
+from qsae_kit.data.readers import read_documents
 from qsae_kit.data.rows import Origin, StoredRows
 from qsae_kit.evaluate.score import score_suite
 from qsae_kit.features.indexing import WORK, IndexConfig, build_index
@@ -535,7 +535,7 @@ def identity_of(lm: HookedLM, config: SuiteConfig) -> dict[str, Any]:
         **lm.identity(),
         **asdict(config),
         "recipe": f"{manifest.name} {hashlib.sha256(told.encode()).hexdigest()}",
-        "files": {slot: mixes.file_id(Path(path)) for slot, path in (config.files or {}).items()},
+        "files": {slot: mixes.file_id(path) for slot, path in (config.files or {}).items()},
     }
 
 
@@ -599,7 +599,7 @@ class _Suite:
         self.documents = str(out / "data" / mixes.DEALT)
 
     def data(self) -> None:
-        files = {name: Path(path) for name, path in (self.config.files or {}).items()}
+        files = self.config.files or {}
         mixes.write_mix(
             self.lm,
             manifest_of(self.lm, self.config),

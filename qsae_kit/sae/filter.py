@@ -106,20 +106,29 @@ def _bound(ratios: Float[Tensor, " row"]) -> float:
     return min(WIDEST, math.sqrt(float(ratios[lower] * shortest[lower])))
 
 
-SHOWN = 8
+SHOWN = 3
 """Kinds of tokens that are named, at most."""
 
 
-def sinks_said(
-    hook_name: str, norms: NormFilter, n_sinks: int, n_rows: int, texts: Sequence[str] = ()
-) -> str:
-    """One line on the rows that a filter leaves out of `n_rows`. texts: of their tokens, the most
-    frequent first, where they are known.
+class Sinks(NamedTuple):
+    """Rows of a site that its filter leaves out."""
+
+    hook_name: str
+    n: int
+    texts: Sequence[str] = ()
+    """Of their tokens, the most frequent first, where they are known."""
+
+
+def sinks_said(found: Sequence[Sinks], n_rows: int) -> str:
+    """A sentence on what is left out of `n_rows` rows of every site: the site with most by name.
+
+    found: at least one.
     """
-    site = parse_hook_name(hook_name)
-    named = ", ".join(map(repr, texts[:SHOWN])) + (", ..." if len(texts) > SHOWN else "")
+    most = max(found, key=lambda one: one.n)
+    site = parse_hook_name(most.hook_name)
+    others = "" if len(found) == 1 else f" at {len(found)} sites, most"
+    named = ", ".join(map(repr, most.texts[:SHOWN])) + ", ..." * (len(most.texts) > SHOWN)
     return (
-        f"Layer {site.layer} {site.kind}: {n_sinks:,} of {n_rows:,} tokens"
-        f" ({n_sinks / n_rows:.1%}) are beyond {norms.factor:.1f} medians and left out"
-        + (f": {named}" if texts else "")
+        f"Sinks are left out{others} at layer {site.layer} {site.kind}: {most.n:,} of {n_rows:,}"
+        f" tokens ({most.n / n_rows:.1%})" + (f", such as {named}" if named else "")
     )

@@ -351,7 +351,12 @@ class Change:
         sae = own.sae(Place(self.when.variant, self.when.hook_name))
         return replace(made, when=self.when.detector(sae))
 
-    def _along(self, suite: Suite) -> Edit:
+    def line(self, suite: ByVariant) -> tuple[Float[Tensor, " width"], float]:
+        """The unit vector that is added or projected out, and the median norm of its site.
+
+        Raises ValueError as `edit` does.
+        """
+        suite = Suite.of(suite)
         if self.direction:
             own = width_name(self.hook_name)
             places = suite.saes().items()
@@ -371,7 +376,10 @@ class Change:
             raise ValueError(
                 f"orthogonal_to holds vectors of another width than the direction's {len(along)}."
             )
-        unit = without(along, self.orthogonal_to)
+        return without(along, self.orthogonal_to), median
+
+    def _along(self, suite: Suite) -> Edit:
+        unit, median = self.line(suite)
         if self.action == "add":
             return add_direction(self.hook_name, unit, self.strength, median)
         return project_out(WRITES if self.everywhere else self.hook_name, unit, share=self.strength)
@@ -488,6 +496,17 @@ def read_steering(text: str, suite: ByVariant) -> Steering:
             )
     steering.edits(suite)
     return steering
+
+
+def saes_of(path: str | Path) -> list[Place]:
+    """The SAEs that the steering of a file needs, before any is loaded. ValueError where there is
+    no such file, or it names none.
+    """
+    about = parse_json(read_text(Path(path), "a steering", JSON_LIMIT), f"{str(path)!r}")
+    saes = about.get("saes") if isinstance(about, dict) else None
+    if not isinstance(saes, dict):
+        raise ValueError(f"{str(path)!r} is no steering that was saved by this package.")
+    return [Place.parse(name) for name in saes]
 
 
 def load_steering(path: str | Path, suite: ByVariant) -> Steering:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qsae_kit.attach import check_fit, policy_of
-from qsae_kit.data.documents import token_batches
+from qsae_kit.data.documents import TokenStream
 from qsae_kit.data.rows import LiveRows, StoredRows
 from qsae_kit.data.stored import StoredFile
 from qsae_kit.data.streams import documents_of
@@ -205,7 +205,7 @@ def fit_baselines(
         )
     policy = policy_of(lm, {"suite": saes})
     _, documents = documents_of(lm, data)
-    source = LiveRows(lm, list(saes), lambda: token_batches(lm, documents(), policy=policy))
+    source = LiveRows(lm, list(saes), TokenStream(lm, documents, policy=policy))
     if out is None:
         return baseline_suite(source, recipe, bar=bar)
     with only_writer_of(out), atomic_folder(out) as part:
@@ -232,7 +232,7 @@ def fit_live(
     """
     _, documents = documents_of(lm, data)
     meter = Meter(configs[0].batch)
-    source = LiveRows(lm, sites, lambda: token_batches(lm, documents()))
+    source = LiveRows(lm, sites, TokenStream(lm, documents))
     suite = train_saes(
         source,
         configs,

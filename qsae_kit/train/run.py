@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from qsae_kit.data.documents import Window
 from qsae_kit.data.rows import Block, LiveRows, Origin, Place, RowSource, shuffled
 from qsae_kit.io.checkpoints import LOG, Checkpoints, delete_checkpoints, found
 from qsae_kit.io.interrupts import Interrupts, say
@@ -22,7 +23,7 @@ from qsae_kit.io.writers import only_writer
 from qsae_kit.sae import SAE, Provenance
 from qsae_kit.sae.base import State
 from qsae_kit.sae.codes import path_name
-from qsae_kit.sae.filter import NormFilter, sinks_said
+from qsae_kit.sae.filter import NormFilter, Sinks, sinks_said
 from qsae_kit.sae.store import CONFIG, WEIGHTS, load_sae, save_sae, suite_folder
 from qsae_kit.sae.suites import Suite
 from qsae_kit.sites import parse_hook_name
@@ -300,13 +301,14 @@ class _GroupRun:
             "groups": [group.sites for group in self.groups],
             "group": self.number,
             "rows": self.rows,
-            "place": list(self.place),
+            "place": [self.place.batch, self.place.row, *self.place.window],
             "given": self.given,
             "seconds": self.seconds,
         }
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        self.place, self.given = Place(*state["place"]), state["given"]
+        batch, row, *window = state["place"]
+        self.place, self.given = Place(batch, row, Window(*window)), state["given"]
         self.rows, self.seconds = state["rows"], state["seconds"]
 
     def trainers(self, block: Block) -> dict[Key, SiteTrainer]:
@@ -417,15 +419,16 @@ class _GroupRun:
 
 
 def say_sinks(source: RowSource, block: Block, trainers: Mapping[Key, SiteTrainer]) -> None:
-    """A line for every site at which rows of a block are left out, with their tokens where the
-    source has a model at hand.
+    """Says at how many sites rows of a block are left out, with tokens where the source has a model
+    at hand.
     """
     filters = {site: trainer.normaliser.filter for (_, site), trainer in trainers.items()}
     dropped = {site: int(own.drops(block.rows[site]).sum()) for site, own in filters.items()}
     beyond = {site: filters[site].drops for site, n in dropped.items() if n}
     texts = source.texts_where(beyond) if isinstance(source, LiveRows) else {}
-    for site in beyond:
-        say(sinks_said(site, filters[site], dropped[site], len(block), texts.get(site, ())))
+    if beyond:
+        found = [Sinks(site, dropped[site], texts.get(site, ())) for site in beyond]
+        say(sinks_said(found, len(block)))
 
 
 def start_trainers(
@@ -604,6 +607,10 @@ def _found_state(checkpoints: Checkpoints, record: Run, fresh: bool) -> dict[str
     return state
 
 
+PLACE_NUMBERS = 4
+"""Batch, row, and the two numbers of a window."""
+
+
 def _is_state(state: Mapping[str, Any]) -> bool:
     """Whether a state has what `_GroupRun.state` writes."""
     numbers = [state.get(name) for name in ("group", "rows", "given", "seconds")]
@@ -616,7 +623,8 @@ def _is_state(state: Mapping[str, Any]) -> bool:
             for sites in groups
         )
         and isinstance(place, list)
-        and len(place) == len(Place())
+        and len(place) == PLACE_NUMBERS
+        and all(isinstance(number, int) and number >= 0 for number in place)
     )
 
 

@@ -2,8 +2,9 @@
 
 import re
 
-from qsae_kit.data.documents import ROLES, Document
+from qsae_kit.data.records import Document
 
+ROLES = ("system", "user", "assistant", "tool")
 TURN = re.compile(rf"^({'|'.join(ROLES)}):[ \t]*", re.MULTILINE | re.IGNORECASE)
 
 

@@ -174,3 +174,19 @@ function watchdog(root, model, soon = 2, late = 8) {
   const stop = () => { clearTimeout(timer); timer = null; notice.remove(); };
   return { asked() { if (timer === null) timer = setTimeout(() => look(soon, late - soon), soon * 1000); }, answered: stop, stop };
 }
+
+/** A button that saves the widget as a page of its own, which needs neither kernel nor network. Returns what to call at the end. */
+function saver(model, root, dog) {
+  const button = make("button", "save", "Save page", { title: "A page that needs neither kernel nor network" });
+  const saved = (message) => {
+    if (message.op !== "saved") return;
+    dog.answered();
+    const link = make("a"), address = URL.createObjectURL(new Blob([message.text], { type: "text/html" }));
+    Object.assign(link, { href: address, download: message.name });
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(address), 1000);
+  };
+  button.onclick = () => { dog.asked(); model.send({ op: "save" }); };
+  root.append(button);
+  return listen(model, root, { "msg:custom": saved });
+}

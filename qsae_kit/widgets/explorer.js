@@ -300,7 +300,7 @@ function render({ model, el }) {
     header();
     draw();
   };
-  const off = listen(model, root, {
+  const unsaved = saver(model, root, dog), off = listen(model, root, {
     "change:version": reordered,
     "change:selected": draw,
     "change:page": () => {
@@ -325,7 +325,7 @@ function render({ model, el }) {
   page();
   const resized = new ResizeObserver(draw);
   resized.observe(view);
-  return () => { off(); dog.stop(); clearTimeout(timer); resized.disconnect(); root.remove(); };
+  return () => { off(); unsaved(); dog.stop(); clearTimeout(timer); resized.disconnect(); root.remove(); };
 }
 const WARNINGS = { dead: "dead: never fired", dense: "dense: on more than 10 % of tokens", position: "position: mostly in the first 8 tokens",
   sink: "sink: fires on position 0 or on sinks", token: "token: the token alone tells it" };

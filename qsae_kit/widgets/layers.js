@@ -3,7 +3,7 @@ function makeControls(model, bar, dog) {
   const label = make("label", "", "site "), menu = make("select");
   for (const name of model.get("sites")) { const o = make("option", "", visible(name)); o.value = name; menu.append(o); }
   label.append(menu);
-  bar.append(label, make("span", "soft", "or click a mark"));
+  bar.append(label, make("span", "soft live", "or click a mark"));
   ownKeys(menu);
   menu.onchange = () => { model.set("selected", menu.value); dog.asked(); model.save_changes(); };
   return () => { menu.value = model.get("selected"); };

@@ -50,13 +50,13 @@ async function render({ model, el }) {
   }
   const failed = (error) => { status.textContent = `The figure could not be drawn (${error.message}); run the cell again.`; };
   const redraw = () => { dog.answered(); running = running.then(draw).catch(failed); };
-  const off = listen(model, root, { "change:figures": redraw, "change:status": () => { dog.answered(); status.textContent = model.get("status"); controls(); },
+  const unsaved = saver(model, root, dog), off = listen(model, root, { "change:figures": redraw, "change:status": () => { dog.answered(); status.textContent = model.get("status"); controls(); },
     "change:selected": controls, "change:running": () => { dog.answered(); controls(); } });
   redraw();
   // JupyterLab's theme, and the system's
   const theme = new MutationObserver(redraw), system = matchMedia("(prefers-color-scheme: dark)");
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-name", "data-jp-theme-light"] });
   system.addEventListener("change", redraw);
-  return () => { gone = true; off(); theme.disconnect(); system.removeEventListener("change", redraw); dog.stop(); library(model).then((Plotly) => plots.forEach(Plotly.purge), () => {}); root.remove(); };
+  return () => { gone = true; off(); unsaved(); theme.disconnect(); system.removeEventListener("change", redraw); dog.stop(); library(model).then((Plotly) => plots.forEach(Plotly.purge), () => {}); root.remove(); };
 }
 export default { render };

@@ -262,7 +262,7 @@ function render({ model, el }) {
   study.onclick = () => send({ op: "study", setting: setting() });
   color.onchange = drawAnswers;
 
-  const off = listen(model, root, {
+  const unsaved = saver(model, root, dog), off = listen(model, root, {
     "change:controls": () => { dog.answered(); drawSliders(); mark(); },
     "change:found": drawFound,
     "change:answers": drawAnswers,
@@ -283,6 +283,6 @@ function render({ model, el }) {
   drawPresets();
   drawAnswers();
   drawHistory();
-  return () => { off(); dog.stop(); clearTimeout(timer); clearTimeout(waiting); root.remove(); };
+  return () => { off(); unsaved(); dog.stop(); clearTimeout(timer); clearTimeout(waiting); root.remove(); };
 }
 export default { render };

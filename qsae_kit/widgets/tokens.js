@@ -95,12 +95,12 @@ function render({ model, el }) {
     });
     map.replaceChildren(table);
   }
-  const off = listen(model, root, {
+  const unsaved = saver(model, root, dog), off = listen(model, root, {
     "change:result": draw,
     "msg:custom": () => dog.answered(),
     "change:status": () => { dog.answered(); status.textContent = model.get("status"); },
   });
   draw();
-  return () => { off(); dog.stop(); clearTimeout(timer); root.remove(); };
+  return () => { off(); unsaved(); dog.stop(); clearTimeout(timer); root.remove(); };
 }
 export default { render };

@@ -152,7 +152,11 @@ class View(anywidget.AnyWidget):
         them.
         """
         try:
-            self.handle(message)
+            if message.get("op") == "save":
+                name = f"{type(self).__name__.lower()}.html"
+                self.send({"op": "saved", "name": name, "text": self.page_text()})
+            else:
+                self.handle(message)
         except ValueError as error:
             self.complain(error)
 

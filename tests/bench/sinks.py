@@ -14,8 +14,9 @@ import pandas as pd
 import torch
 
 from qsae_kit import load_model
-from qsae_kit.data.documents import Document, TokenBatch, TokenPolicy, token_batches
+from qsae_kit.data.documents import TokenBatch, TokenPolicy, token_batches
 from qsae_kit.data.prompts import read_prompts
+from qsae_kit.data.records import Document
 from qsae_kit.data.rows import kept_rows
 from qsae_kit.data.streams import stream_of
 from qsae_kit.lm.hooked import HookedLM
