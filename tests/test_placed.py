@@ -18,12 +18,14 @@ from transformers import AutoModelForCausalLM
 
 from qsae_kit import LiveRows, TrainConfig, load_model, token_batches, train_saes
 from qsae_kit.attach import attached, check_fit, is_of
+from qsae_kit.audit.patch import patch
 from qsae_kit.data.streams import read_by, stream_of
 from qsae_kit.evaluate.modeldiff import check_pair
 from qsae_kit.features.indexing import logit_effects
 from qsae_kit.lm.edits import Edit, applied
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.lm.sources import TINY_WEIGHTS, public_name
+from qsae_kit.steer.changes import Steering
 
 PROMPTS = ["How do I thank the nurse?", "How do I cut the wood?"]
 SITE = "blocks.4.hook_resid_post"
@@ -204,6 +206,19 @@ def test_training_on_a_model_whose_layers_lie_on_disk(lm, offloaded):
 def test_a_model_that_lies_in_several_places_is_not_moved(lm, offloaded):
     with pytest.raises(ValueError, match=r"in memory cannot be moved .*leave dtype and device out"):
         load_model(offloaded.hf, tokenizer=lm.tokenizer, dtype="bfloat16")
+
+
+def test_weights_that_are_not_plain_are_not_written_into(lm, offloaded, tmp_path):
+    adapted = copy.deepcopy(lm.hf)
+    adapted.model.layers[1].mlp.up_proj = Adapted(adapted.model.layers[1].mlp.up_proj)
+    for model, where in (
+        (offloaded, "Linear, on disk"),
+        (HookedLM(adapted, lm.tokenizer), "mlp.up_proj is Adapted"),
+    ):
+        for form in ("checkpoint", "lora"):
+            with pytest.raises(ValueError, match=f"{where}.*load the model whole"):
+                patch(model, Steering(), small_suite(lm), tmp_path / "out", form)
+    assert not (tmp_path / "out").exists()
 
 
 def test_all_of_a_model_on_disk(lm, batch, tmp_path):

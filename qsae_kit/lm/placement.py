@@ -72,6 +72,22 @@ def own_weights(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             yield name, model.get_submodule(owner), own
 
 
+def check_plain(model: Any, name: str) -> None:
+    """ValueError for a model whose weights cannot be read and written as they are: some lie on
+    disk, are quantised, or have an adapter beside them.
+    """
+    for layer in model.model.layers:
+        for where, module in layer.named_modules():
+            spread = any(own.is_meta for own in module.parameters(recurse=False))
+            maps = isinstance(module, nn.Linear) or hasattr(module, "base_layer")
+            if (maps and type(module) is not nn.Linear) or (spread and hasattr(module, "_hf_hook")):
+                raise ValueError(
+                    f"The weights of {name!r} are not plain ({where} is {type(module).__name__}"
+                    f"{', on disk' if spread else ''}); load the model whole, not quantised and"
+                    " with its adapters merged."
+                )
+
+
 def through(linear: nn.Module, rows: Tensor) -> Tensor:
     """What a linear map makes of rows, without its bias, in their dtype on their device.
 
