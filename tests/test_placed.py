@@ -384,6 +384,23 @@ def test_an_adapter_in_the_layers_is_part_of_the_model(lm, batch):
     )
 
 
+@torch.no_grad()
+def test_a_model_of_peft(lm, batch):
+    import peft  # a second to import
+
+    about = peft.LoraConfig(r=2, target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    adapted = peft.get_peft_model(copy.deepcopy(lm.hf), about)
+    own = load_model(adapted, tokenizer=lm.tokenizer)
+    ids, mask = batch
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = adapted(input_ids=ids, attention_mask=mask, position_ids=positions).logits
+    assert torch.equal(own(*batch), logits)
+    z, name = torch.randn(3, lm.d_heads), "blocks.1.attn.hook_z"
+    image = own.to_residual(name, z)
+    whole = HookedLM(adapted.merge_and_unload(), lm.tokenizer)
+    assert torch.allclose(image, whole.to_residual(name, z), atol=1e-4)
+
+
 def test_an_adapter_before_the_text_is_refused(lm):
     with pytest.raises(ValueError, match="puts tokens before every text"):
         load_model(Wrapped(lm.hf, learns_prompts=True), tokenizer=lm.tokenizer)
