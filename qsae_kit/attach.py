@@ -5,9 +5,10 @@ measured here on the model that they are used on. `attached` does all that a sui
 is used.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
+from pathlib import PureWindowsPath
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,7 @@ from qsae_kit.data.rows import kept_rows, site_activations
 from qsae_kit.io.progress import say
 from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.sources import public_name
 from qsae_kit.sae import SAE
 from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.suites import ByVariant, Suite
@@ -190,39 +192,62 @@ def check_measured(sae: SAE) -> None:
 
 
 def is_of(lm: HookedLM, sae: SAE) -> bool:
-    """Whether an SAE is of a model: by the weights' fingerprint, and by the names, wherever the
-    model lies, where the SAE does not know it.
+    """Whether an SAE is of a model: by the weights' fingerprint, and where the SAE does not know
+    it by the names, however they are spelt and wherever the model lies.
     """
     own = sae.provenance
     if own is None or own.model_name in ("", "stored"):
         return True
     if own.model_digest:
         return own.model_digest == lm.weights_digest()
-    return Path(own.model_name).name == Path(lm.model_name).name
+    return _plain_name(own.model_name) == _plain_name(lm.model_name)
+
+
+def _plain_name(name: str) -> str:
+    """A model's name without its owner or folders: Qwen/Qwen3-1.7B is qwen3-1.7b."""
+    return PureWindowsPath(public_name(name)).name.casefold().replace("_", "-")
+
+
+def check_own(sae: SAE, *models: HookedLM) -> None:
+    """ValueError where an SAE was trained on other weights than those of every model given.
+
+    Where it knows no weights and only the names differ, a warning with the way out: the same model
+    goes by many names.
+    """
+    if any(is_of(lm, sae) for lm in models):
+        return
+    trained_on = sae.origin.model_name
+    named = " and ".join(repr(lm.model_name) for lm in models)
+    if sae.origin.model_digest:
+        raise ValueError(
+            f"The SAE is of {trained_on!r}, the model is {named} with other weights; give the SAE's"
+            " own model."
+        )
+    warnings.warn(
+        f"The SAEs are of {trained_on!r} by their name, the model is {named}; where the two are"
+        f" one, load_suite(..., model_name={models[0].model_name!r}) or qsae suite convert --model"
+        " says so, else give the SAEs' own model.",
+        stacklevel=2,
+    )
 
 
 def check_fit(lm: HookedLM, sae: SAE) -> None:
-    """ValueError unless an SAE is of this model, at a site that it has, of its width, and with the
-    site's median norm.
+    """ValueError unless an SAE is of this model (`check_own`), at a site that it has, of its width,
+    and with the site's median norm.
     """
     _check_place(lm, sae)
     check_measured(sae)
 
 
 def _check_place(lm: HookedLM, sae: SAE) -> None:
-    site, trained_on = parse_hook_name(sae.origin.hook_name), sae.origin.model_name
-    if not is_of(lm, sae):
-        weights = " with other weights" if sae.origin.model_digest else ""
-        raise ValueError(
-            f"The SAE is of {trained_on!r}, the model is {lm.model_name!r}{weights}; give the SAE's"
-            " own model."
-        )
+    site = parse_hook_name(sae.origin.hook_name)
     if site.layer >= lm.n_layers:
         raise ValueError(
             f"The SAE sits at layer {site.layer}, but {lm.model_name!r} has layers 0 to"
             f" {lm.n_layers - 1}."
         )
     check_width(lm, sae)
+    check_own(sae, lm)
 
 
 def check_width(lm: HookedLM, sae: SAE) -> None:

@@ -153,8 +153,8 @@ def test_saes_fit_the_weights_that_they_were_trained_on(lm, copied, altered, tmp
     with pytest.raises(ValueError, match="with other weights"):
         check_fit(altered, again)
     again.provenance = replace(again.provenance, model_digest="")
-    with pytest.raises(ValueError, match="is of 'mine', the model is 'tiny'; give"):
-        check_fit(lm, again)  # by the names
+    with pytest.warns(UserWarning, match="are of 'mine' by their name, the model is 'tiny'"):
+        check_fit(lm, again)
 
 
 OWN = """
@@ -187,6 +187,11 @@ def test_a_behaviour_of_ones_own(altered, tmp_path):
     assert behaviour.judge(Answer("Hi!", "Hello there.", True, 0.0)) == Verdict(True, False)
     assert behaviour.judge(Answer("Hi!", "Well.", True, 0.0)) == Verdict(False, False)
     assert behaviour.judge(Answer("Hi!", "", True, 0.0)) == Verdict(False, True)
+    for thoughts, shown in (("<think>Hello?", False), ("<think>No?</think>Hello.", True)):
+        verdict = behaviour.judge(Answer("Hi!", thoughts, True, 0.0))
+        assert verdict == Verdict(shown, broken=not shown)
+    quoted = Answer("Hi!", "<think>Say hello?</think>\n\nWell.", True, 0.0)
+    assert behaviour.judge(quoted) == Verdict(False, False)
     assert behaviour.wanted("Hi!", "induce") == "Hello!"
     assert behaviour.instructions == {"suppress": "Never greet."}
     path.write_text(OWN.replace('"hello"', '"hi"'), encoding="utf-8")

@@ -87,8 +87,9 @@ def test_what_was_not_changed_is_equal_and_what_was_is_counted(lm, tuned, suite,
 
 def test_models_that_do_not_belong_together(lm, tuned, suite, batches, monkeypatch):
     sae = suite["v"][EARLY]
-    monkeypatch.setattr(sae, "provenance", replace(sae.provenance, model_name="Qwen/Qwen3-8B"))
-    with pytest.raises(ValueError, match="give one of the two models"):
+    other = replace(sae.provenance, model_name="Qwen/Qwen3-8B", model_digest="0" * 64)
+    monkeypatch.setattr(sae, "provenance", other)
+    with pytest.raises(ValueError, match=r"of 'Qwen/Qwen3-8B', the model is .* with other weights"):
         compare_models(lm, tuned, suite, batches, bar=False)
     monkeypatch.undo()
     monkeypatch.setattr(type(tuned), "n_layers", property(lambda self: 6 if self is lm else 5))

@@ -339,6 +339,7 @@ def test_what_is_held_out_is_not_trained_on(lm, tmp_path, monkeypatch):
 
 def test_an_sae_of_another_model(lm):
     sae = TopKSAE(lm.d_model, 200, 5.0, Provenance("Qwen/Qwen3-0.6B", SITE, NormFilter(9.0)))
+    sae.provenance = replace(sae.origin, model_digest="0" * 64)
     with pytest.raises(ValueError, match=r"SAE is of 'Qwen/Qwen3-0\.6B', the model is 'tiny'"):
         check_fit(lm, sae)
     check_fit(lm, TopKSAE(lm.d_model, 200, 5.0, Provenance("/models/tiny", SITE, NormFilter(9.0))))

@@ -17,7 +17,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from qsae_kit import load_model
-from qsae_kit.lm import sources
+from qsae_kit.lm import modelfiles, sources
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.lm.sources import TINY_WEIGHTS
 
@@ -133,7 +133,7 @@ def test_attention_is_sdpa_whatever_a_config_says(lm, folder, monkeypatch, entry
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config.*not quantised"),
+        ({"quantization_config": {"quant_method": "hqq"}}, "quantization_config by 'hqq'.*allowed"),
         ({"quantization_config": 7}, "quantization_config"),
         ({"transformers_weights": "../x.safetensors"}, "transformers_weights"),
         ({"configuration_files": ["config.9.json"]}, "configuration_files"),
@@ -147,7 +147,89 @@ def test_entries_that_lead_elsewhere_are_refused(folder, entries, message):
 
 def test_an_adapter_is_refused(folder):
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "someone/model"}')
-    refused(folder, "merge it into its model")
+    refused(folder, "an adapter of 'someone/model'.*PeftModel.from_pretrained.*merge it")
+    (folder / "config.json").unlink()
+    refused(folder, "an adapter of 'someone/model'")
+    (folder / "adapter_config.json").write_text("[]")
+    refused(folder, "holds an adapter [(]")
+
+
+def test_the_cache_of_a_repository_is_told_from_its_versions(folder):
+    cache = folder.parent / "models--Qwen--Qwen3-8B"
+    (cache / "snapshots").mkdir(parents=True)
+    shutil.copytree(folder, cache / "snapshots" / "0123abc")
+    refused(cache, "cache of the hub with several versions; give the folder of one")
+    assert load_model(str(cache / "snapshots" / "0123abc")).model_name == "Qwen/Qwen3-8B"
+
+
+@pytest.mark.parametrize(
+    ("method", "package"),
+    [
+        ("bitsandbytes", "bitsandbytes"),
+        ("awq", "gptqmodel"),
+        ("gptq", "optimum"),
+        ("compressed-tensors", "compressed_tensors"),
+    ],
+)
+def test_quantised_weights_are_read_where_their_package_is(folder, monkeypatch, method, package):
+    edit(folder / "config.json", quantization_config={"quant_method": method, "bits": 4})
+    monkeypatch.setattr(modelfiles, "find_spec", lambda name: None)
+    refused(folder, f"by {method}, which the package {package} reads; install it")
+    monkeypatch.setattr(modelfiles, "find_spec", lambda name: name)
+    asked = []
+
+    def from_pretrained(*args, **kwargs):
+        asked.append(kwargs)
+        raise ImportError("the package itself")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    refused(folder, "could not be loaded .the package itself")
+    assert asked[0]["device_map"] == {"": torch.device("cpu")}
+
+
+BLOCK = 32
+
+
+def in_fp8(folder, block):
+    """Writes a folder's matrices in FP8, and gives what they stand for."""
+    path = folder / "model.safetensors"
+    stored, meant = {}, {}
+    for name, weight in load_file(path).items():
+        stored[name] = meant[name] = weight.float()
+        if weight.ndim == 2 and "layers" in name:
+            rows, columns = (-(-n // block) for n in weight.shape)
+            parts = torch.zeros(rows * block, columns * block)
+            parts[: weight.shape[0], : weight.shape[1]] = weight
+            parts = parts.view(rows, block, columns, block)
+            scales = parts.abs().amax((1, 3)) / torch.finfo(torch.float8_e4m3fn).max
+            packed = (parts / scales[:, None, :, None]).to(torch.float8_e4m3fn)
+            whole = (packed.float() * scales[:, None, :, None]).reshape(rows * block, -1)
+            own = (slice(weight.shape[0]), slice(weight.shape[1]))
+            packed = packed.reshape(rows * block, -1)
+            stored |= {name: packed[own].contiguous(), f"{name}_scale_inv": scales}
+            meant[name] = whole[own].contiguous()
+    save_file(stored, path, {"format": "pt"})
+    about = {"quant_method": "fp8", "weight_block_size": [block, block]}
+    edit(folder / "config.json", quantization_config={**about, "activation_scheme": "dynamic"})
+    return meant
+
+
+def test_fp8_weights_are_what_they_stand_for(lm, folder):
+    meant = in_fp8(folder, BLOCK)
+    model = load_model(str(folder))
+    found = model.hf.state_dict()
+    assert model.dtype == torch.float32
+    assert all(torch.allclose(found[name], weight, rtol=1e-6) for name, weight in meant.items())
+    prompt = "How do I thank the nurse?"
+    answers = [m.generate(prompt, 20, enable_thinking=False).text for m in (model, lm)]
+    assert answers[0] == answers[1]
+    assert load_model(str(folder), dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_fp8_weights_that_end_within_a_block_are_refused(folder):
+    """transformers would share the scales out evenly over them."""
+    in_fp8(folder, 128)
+    refused(folder, "in FP8 with .* which do not come out even")
 
 
 def test_answers_do_not_depend_on_a_generation_config(lm, folder):
@@ -428,7 +510,7 @@ def test_of_a_repository_the_config_is_looked_at_before_its_weights(lm, folder, 
     assert not any("safetensors" in pattern for pattern in brought[0][1])
     assert {"a.safetensors", "b.safetensors"} < set(brought[1][1])
     brought.clear()
-    edit(folder / "config.json", quantization_config={"quant_method": "fp8"})
+    edit(folder / "config.json", quantization_config={"quant_method": "hqq"})
     with pytest.raises(ValueError, match="not quantised"):
         load_model("someone/model")
     assert len(brought) == 1

@@ -24,6 +24,7 @@ from qsae_kit.io.files import atomic_file, atomic_folder, write_text
 from qsae_kit.io.jsonfiles import read_json
 from qsae_kit.io.tensorfiles import read_tensors, write_tensors
 from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.placement import check_plain
 from qsae_kit.sae.suites import ByVariant
 from qsae_kit.steer.changes import Steering
 
@@ -64,7 +65,8 @@ def patch(
     control-vector: a .gguf file for llama.cpp, for constants behind layers.
 
     Raises ValueError for a steering without an exact form (`forms.weight_form`), one that the form
-    cannot hold, and for a path where something is already.
+    cannot hold, for a path where something is already, and for a model whose weights are not plain
+    (on disk, quantised, with adapters).
     """
     path = Path(out)
     checked_form(form)
@@ -72,6 +74,7 @@ def patch(
         raise ValueError(f"{str(path)!r} is there already; give a new name.")
     if form == "control-vector":
         return _control_vector(lm, steering, suite, path)
+    check_plain(lm.hf, lm.model_name)
     change = weight_form(lm, steering, suite)
     if form == "lora":
         return _adapter(lm, change, path)

@@ -65,7 +65,7 @@ def loaded(model: str, dtype: str, device: str | None) -> "HookedLM":
     """A model on a device. Raises ValueError for a device that is not there and as `load_model`."""
     from qsae_kit.lm.hooked import load_model
 
-    if device is not None:
+    if device not in (None, "auto"):
         import torch
 
         try:

@@ -336,9 +336,10 @@ def _answered(
 ) -> Iterator[Document]:
     """Chats with the model's own answers, drawn as the manifest says, each under its own seed."""
     thinking = slot.thinking if lm.has_thinking else None
+    thinks = thinking or lm.always_thinks
     drawn = {
         name: value
-        for name, value in manifest.sampling.get("thinking" if thinking else "answer", {}).items()
+        for name, value in manifest.sampling.get("thinking" if thinks else "answer", {}).items()
     }
     if "top_k" in drawn:
         drawn["top_k"] = int(drawn["top_k"])

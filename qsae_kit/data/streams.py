@@ -31,17 +31,14 @@ def named(data: str | None) -> str:
 
 
 def read_by(lm: HookedLM, data: str | None) -> dict[str, Any]:
-    """Which model reads which documents; a file is told by its contents, wherever it lies."""
+    """Which model reads which documents; both are told by their contents, wherever they lie and
+    whatever they are called.
+    """
     source = None if data is None else parse_source(data)
     told = named(data)
     if source is not None and source.is_file:
         told = f"{told} {checksum(source.path)}"
-    return {
-        "model": lm.model_name,
-        "weights": lm.weights_digest(),
-        "dtype": str(lm.dtype),
-        "data": told,
-    }
+    return {**lm.identity(), "data": told}
 
 
 def stream_of(

@@ -7,13 +7,12 @@ so that figures are of the same tokens.
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 import torch
 
-from qsae_kit.attach import check_measured, check_tokens, is_of
+from qsae_kit.attach import check_measured, check_own, check_tokens
 from qsae_kit.data.documents import TokenBatch, categories_of
 from qsae_kit.data.rows import site_activations
 from qsae_kit.io.progress import tqdm
@@ -48,13 +47,9 @@ def check_pair(first: HookedLM, second: HookedLM, suite: ByVariant) -> None:
             f" {shapes[1]} (d_model, layers) or vocabularies; give two models that were tuned from"
             " one."
         )
-    names = {Path(lm.model_name).name for lm in (first, second)}
     for sae in Suite(suite).saes().values():
-        of, hook_name = sae.origin.model_name, sae.origin.hook_name
-        if not any(is_of(lm, sae) for lm in (first, second)):
-            raise ValueError(
-                f"The SAE of {hook_name} is of {of!r}; give one of the two models {sorted(names)}."
-            )
+        check_own(sae, first, second)
+        hook_name = sae.origin.hook_name
         beyond = parse_hook_name(hook_name).layer >= first.n_layers
         if beyond or {sae.d_in} != {lm.width(hook_name) for lm in (first, second)}:
             raise ValueError(

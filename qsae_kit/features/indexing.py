@@ -547,7 +547,7 @@ def logit_effects(lm: HookedLM, W_dec: Float[Tensor, "d_sae d_model"]) -> Logits
     """Decoder rows in the residual stream (`HookedLM.to_residual`) through the final norm's weight
     and the unembedding, as if nothing came between (direct effect).
     """
-    norm, unembed = lm.hf.model.norm.weight.float(), lm.hf.get_output_embeddings().weight.float()
+    norm, unembed = lm.final_weights()
     unembed = unembed - unembed.mean(0)
     n = min(LOGIT_TOKENS, len(unembed))
     parts: list[list[Tensor]] = [[], [], [], []]

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
@@ -312,6 +312,12 @@ class Asked(NamedTuple):
 
     prompts: Sequence[Prompt]
     edits: Sequence[Edit]
+    among: Sequence[Prompt] = ()
+    """All prompts, of which these are the first ones: what they are compared with."""
+
+
+Row: TypeAlias = tuple[int, int]
+"""The number of a group, and a prompt's place in it."""
 
 
 def answer_all(
@@ -341,37 +347,33 @@ def answer_groups(
 ) -> list[Generation]:
     """`answer_all` for several groups, each under its own edits, out of the same batches.
 
+    In half precision, where an answer depends on what is beside it in its batch, groups have
+    batches of their own, of the same prompts whatever the edits and however many of `among` are
+    asked: an edited answer and the unedited one that it is compared with are computed alike.
     sampling: temperature, top_p and top_k of drawn answers; a prompt's draws depend on its place
         and the seed alone. None: greedy.
     """
     batch = batch or (320 if lm.hf.num_parameters() < 50_000_000 else 48)
-    asked = [(g, prompt) for g, group in enumerate(groups) for prompt in group.prompts]
-    order = sorted(range(len(asked)), key=lambda i: len(str(asked[i][1])))
-    said: dict[int, Generation] = {}
+    before = [0, *accumulate(len(group.prompts) for group in groups)]
+    said: dict[Row, Generation] = {}
     # somebody else's hooks may count on all rows
     alone = not any(point.has_hooks() for point in lm.hook_dict.values())
-    for start in range(0, len(order), batch):
-        some = order[start : start + batch]
-        owners = torch.tensor([asked[i][0] for i in some], device=lm.device)
+    for some in _in_batches(groups, batch, lm.half):
+        owners = torch.tensor([g for g, _ in some], device=lm.device)
         present = sorted(set(owners.tolist()))
         rows = {g: None if len(present) == 1 else owners == g for g in present}
         with applied_by_rows(lm, [(groups[g].edits, rows[g]) for g in present]):
-            drawn = (
-                {}
-                if sampling is None
-                else {"do_sample": True, "seed": [seed * 1_000_003 + i for i in some], **sampling}
-            )
+            seeds = [seed * 1_000_003 + before[g] + place for g, place in some]
+            drawn = {} if sampling is None else {"do_sample": True, "seed": seeds, **sampling}
             out = lm.generate(
-                [asked[i][1] for i in some],
+                [(groups[g].among or groups[g].prompts)[place] for g, place in some],
                 max_new_tokens,
                 enable_thinking=enable_thinking,
                 share_prefix=alone and len(present) == 1,
                 **drawn,
             )
-        said |= {i: out.one(row) for row, i in enumerate(some)}
-    parts: list[list[Generation]] = [[] for _ in groups]
-    for i, (g, _) in enumerate(asked):
-        parts[g].append(said[i])
+        said |= {row: out.one(i) for i, row in enumerate(some)}
+    parts = [[said[g, place] for place in range(len(own.prompts))] for g, own in enumerate(groups)]
     return [
         (
             Generation(*(list(chain.from_iterable(each)) for each in zip(*part, strict=True)))
@@ -380,6 +382,22 @@ def answer_groups(
         )
         for part in parts
     ]
+
+
+def _in_batches(groups: Sequence[Asked], batch: int, by_place: bool) -> Iterator[list[Row]]:
+    """The prompts of groups in batches of like length, whichever group they are of; by_place: as
+    they lie in `among`, group by group, with as many beside them as fill a batch.
+    """
+    if by_place:
+        for g, group in enumerate(groups):
+            whole = group.among or group.prompts
+            for start in range(0, len(group.prompts), batch):
+                yield [(g, place) for place in range(start, min(start + batch, len(whole)))]
+        return
+    asked = [(g, place) for g, group in enumerate(groups) for place in range(len(group.prompts))]
+    asked.sort(key=lambda row: len(str(groups[row[0]].prompts[row[1]])))
+    for start in range(0, len(asked), batch):
+        yield asked[start : start + batch]
 
 
 @torch.no_grad()

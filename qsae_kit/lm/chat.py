@@ -146,6 +146,24 @@ def closed(text: str) -> str:
     return text.rstrip() + f"\n\n{THINK_CLOSE}\n\n" if text.rstrip().endswith(THINK_OPEN) else text
 
 
+LAST_TOKENS = 8
+"""Of a prompt that is no chat of known markers, in which a think block may be opened."""
+
+
+def inside_thoughts(ids: Sequence[int], markers: Markers | None, tokenizer: Any) -> bool:
+    """Whether a prompt ends inside a think block: the last assistant turn opens one and does not
+    close it, or, without known markers or outside of a chat, its last tokens are `<think>` and
+    blanks.
+    """
+    if markers is not None and markers.think_open >= 0:
+        row = torch.tensor([list(ids)])
+        header = int(answer_start(row, torch.ones_like(row), markers))
+        if header < len(ids):
+            turn = list(ids[header + 2 + len(markers.assistant) :])
+            return turn[:1] == [markers.think_open] and markers.think_close not in turn
+    return tokenizer.decode(list(ids[-LAST_TOKENS:])).rstrip().endswith(THINK_OPEN)
+
+
 def first_said(tokens: Sequence[int], markers: Markers | None, opened: bool = False) -> int | None:
     """The first token of an answer behind its thoughts; None where there is none. opened: whether
     the template has opened a think block for them.

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
@@ -35,7 +36,7 @@ prompt: what precedes the last assistant header; header: the template's tokens f
 answer: from the last assistant header on, header and thinking included; every: every token,
 position 0 and the template's too, as a change of the model's weights would act.
 A tuple of numbers: these positions, counted from 0 without padding. A bool tensor [batch, pos] is
-    taken as it is.
+    taken as it is; in a generation one of the prompts' shape holds at no new token.
 """
 NamedHook: TypeAlias = tuple[str, Callable[..., Any]]
 Rows: TypeAlias = Bool[Tensor, " batch"] | None
@@ -78,6 +79,8 @@ def selected(now: Now, positions: Positions) -> Bool[Tensor, "batch chunk"]:
     """
     if isinstance(positions, Tensor):
         mask = positions.bool().to(now.ids.device)
+        if now.prompt is not None and mask.shape == (len(now.ids), now.prompt):
+            mask = F.pad(mask, (0, now.ids.shape[1] - now.prompt))
         if mask.shape != now.ids.shape:
             raise ValueError(
                 f"The position mask has the shape {list(mask.shape)}, the tokens"

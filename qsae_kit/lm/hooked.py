@@ -34,10 +34,19 @@ from transformers import (
 
 from qsae_kit.io.devices import check_device
 from qsae_kit.io.tensorfiles import all_finite
-from qsae_kit.lm.chat import Markers, answer_start, closed, find_markers, phases
+from qsae_kit.lm.chat import (
+    THINK_OPEN,
+    Markers,
+    answer_start,
+    closed,
+    find_markers,
+    inside_thoughts,
+    phases,
+)
 from qsae_kit.lm.locks import ALWAYS, ContextLock, Entry, Hold, WithExit
+from qsae_kit.lm.placement import at_hand, own_weights, runs_on, through, unwrapped
 from qsae_kit.lm.prefix import shared_prefix
-from qsae_kit.lm.sources import load_source, public_name
+from qsae_kit.lm.sources import SPREAD, load_source, public_name
 from qsae_kit.lm.templates import render
 from qsae_kit.sites import kind_at, width_name
 
@@ -72,6 +81,10 @@ BLOCK_HOOKS = (
 
 OLD_CACHE = "past_key_values"
 """What transformers called the argument before 5.24."""
+IGNORED = -100
+"""A target that torch's cross-entropy leaves out."""
+THOUGHT = f"{THINK_OPEN}\n"
+"""Before the text that continues a think block."""
 WRITES = "writes"
 """In place of a hook point: all that is written to the residual stream (`HookedLM.writes`)."""
 
@@ -83,11 +96,19 @@ class Tokens(NamedTuple):
     mask: Tensor
 
 
+TokenIds: TypeAlias = Tensor | Tokens | Sequence[int] | Sequence[Sequence[int]]
+"""Prompts as ids: a row, several rows, or a padded batch with its mask."""
+Given: TypeAlias = Prompt | Sequence[Prompt] | TokenIds
+"""What `generate` answers or continues."""
+
+
 class Generation(NamedTuple):
     """What `generate` returns, one entry a prompt."""
 
     text: list[str]
-    """The new text without special tokens."""
+    """The new text without special tokens; behind `<think>` where the prompt has opened a think
+    block, so that thoughts are told from an answer by the text alone (`chat.spoken`).
+    """
     tokens: list[list[int]]
     """The new token ids, up to and with the end-of-turn token."""
     finished: list[bool]
@@ -119,6 +140,8 @@ class Now(NamedTuple):
     start: int
     """Where this pass's chunk begins in `ids`: 0 without a KV cache."""
     markers: Markers | None
+    prompt: int | None = None
+    """In a generation the columns that its prompts take, padding included; None outside."""
 
     @property
     def logical(self) -> Int[Tensor, "batch chunk"]:
@@ -246,27 +269,37 @@ class HookedLM(HookedRootModule):
     logits are the HF model's to the bit. `ln_final.hook_normalized` is the final norm's output
     before its weight, as in TransformerLens.
 
+    A model may be spread over devices, memory and disk (`device_map`): tokens, masks and what hooks
+    are given lie on `device`, where it begins, and what they return goes back to its layer. One
+    that was compiled runs as it was written, for compiled code passes hooks by; of one with PEFT
+    adapters in its layers `hf` is the model inside.
+
     Raises ValueError for a model whose layers are not `x + attention(norm(x))`, then
-    `x + mlp(norm(x))`, and for one whose logits are not finite.
+    `x + mlp(norm(x))`, for one whose logits are not finite, and for one that passes modules by.
     """
 
     context_level: int
 
-    def __init__(self, hf_model: PreTrainedModel, tokenizer: Any, name: str | None = None) -> None:
+    def __init__(self, hf_model: nn.Module, tokenizer: Any, name: str | None = None) -> None:
         super().__init__()
-        check_shape(hf_model)
+        model: PreTrainedModel = unwrapped(hf_model)
+        check_shape(model)
         self.hook_embed = HookPoint()
-        self.blocks = nn.ModuleList(HookedBlock() for _ in hf_model.model.layers)
+        self.blocks = nn.ModuleList(HookedBlock() for _ in model.model.layers)
         self.ln_final = nn.Module()
         self.ln_final.hook_normalized = HookPoint()
         self.setup()  # before the HF model is attached, so that none of its modules is renamed
-        self.hf = hf_model
+        self.hf = model
         self.tokenizer = tokenizer
-        told = hf_model.config._name_or_path
-        self.model_name = name or (public_name(told) if told else type(hf_model).__name__)
+        told = model.config._name_or_path
+        self.model_name = name or (public_name(told) if told else type(model).__name__)
         self.markers = find_markers(tokenizer)
         self.lock = ContextLock()
         self.now: Now | None = None
+        self._prompt: int | None = None
+        self._awaited: set[str] = set()
+        self._active: frozenset[str] = frozenset()
+        self._offloaded: dict[str, Tensor] = {}
         self._levels: list[_Level] = []
         self._passes: set[Hold] = set()
         self._order = {hook_name: rank for rank, hook_name in enumerate(self._hook_names())}
@@ -310,7 +343,7 @@ class HookedLM(HookedRootModule):
         if kind is None or not kind.through:
             return directions
         layer = self.hf.model.layers[int(hook_name.split(".")[1])]
-        return directions @ layer.get_submodule(kind.through).weight.to(directions).T
+        return through(layer.get_submodule(kind.through), directions)
 
     @property
     def context_size(self) -> int:
@@ -319,11 +352,26 @@ class HookedLM(HookedRootModule):
 
     @property
     def device(self) -> torch.device:
-        return next(self.hf.parameters()).device
+        """Where the model takes its tokens, and hooks their activations."""
+        return runs_on(self.hf.get_input_embeddings())
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.hf.parameters()).dtype
+        """Of the activations."""
+        return self.hf.get_input_embeddings().weight.dtype
+
+    @property
+    def half(self) -> bool:
+        """Whether it computes in half precision, where rounding makes a row's greedy answer depend
+        on what else is in its batch.
+        """
+        return self.dtype.itemsize < torch.float32.itemsize
+
+    def final_weights(self) -> tuple[Float[Tensor, " d_model"], Float[Tensor, "vocab d_model"]]:
+        """The final norm's weight and the unembedding, in float32 on the model's device."""
+        norm, head = self.hf.model.norm, self.hf.get_output_embeddings()
+        with at_hand(norm), at_hand(head):
+            return tuple(m.weight.detach().to(self.device).float() for m in (norm, head))  # type: ignore[return-value]
 
     def weights_digest(self) -> str:
         """Tells a model from others of its name: SHA-256 of a few values of every weight.
@@ -331,8 +379,15 @@ class HookedLM(HookedRootModule):
         The same in float32 and bfloat16; float16, which rounds otherwise, gives another.
         """
         digest = hashlib.sha256()
-        for name, parameter in self.hf.named_parameters():
-            values = parameter.detach().view(-1)[:DIGESTED].to(torch.bfloat16).float().cpu()
+        for name, module, own in own_weights(self.hf):
+            values = self._offloaded.get(name)
+            if values is None:
+                elsewhere = getattr(module, own).is_meta
+                with at_hand(module):
+                    weight = getattr(module, own).detach().reshape(-1)
+                    values = weight[:DIGESTED].to(torch.bfloat16).float().cpu()
+                if elsewhere:  # reading it once more would take as long as a pass
+                    self._offloaded[name] = values
             digest.update(name.encode() + values.numpy().tobytes())
         return digest.hexdigest()
 
@@ -385,17 +440,20 @@ class HookedLM(HookedRootModule):
     ) -> Tensor | None:
         """One pass of the model.
 
-        return_type: "logits" [batch, pos, vocab]; "loss", the mean next-token cross-entropy in nats
-        over real tokens; None computes nothing after the deepest hook point that has a hook, and
+        return_type: "logits" [batch, pos, vocab]; "loss", the mean cross-entropy in nats of every
+        real token but each row's first, predicted from the real one before it; None computes
+        nothing after the deepest hook point that has a hook, and
         returns None.
+        attention_mask: 1 at tokens, 0 at padding; may be left out where there is none.
         logits_to_keep: as in transformers, the number of last positions (or their indices) to
             unembed; 0 is all.
         start_at_layer: the layers before it are left out, and `residual`, what the last of them
         made of the same tokens, is taken instead; hooks at its `hook_resid_post` are given it.
-        Raises ValueError for tokens beyond the context, ids that the model does not know, a loss of
-        single tokens, an unknown return_type, a residual of another shape, and hooks at the layers
-        that are left out; RuntimeError inside another pass, and where another task or a paused
-        generator of this thread holds the model.
+        Raises ValueError for tokens beyond the context, ids that the model does not know, an
+        unknown return_type, a mask or residual of another shape, padding without a mask, a loss of
+        rows of one token, hooks at the layers that are left out, and a model that passes a hooked
+        module by; RuntimeError inside another pass, and where another task or a paused generator
+        of this thread holds the model.
         """
         if return_type not in ("logits", "loss", None):
             raise ValueError(
@@ -408,12 +466,14 @@ class HookedLM(HookedRootModule):
             )
         else:
             ids, mask = self.to_batch(input)
-        self._check_length(ids.shape[1])
-        if return_type == "loss" and int(mask.sum(1).max()) < 2:
+        if isinstance(input, Tensor) and attention_mask is None:
+            self._check_unpadded(ids if return_type == "loss" else ids[:, :1])
+        if mask.shape != ids.shape:
             raise ValueError(
-                "A loss is of tokens that follow others, and every row has one token; give longer"
-                " texts."
+                f"The attention mask has the shape {list(mask.shape)}, the ids {list(ids.shape)};"
+                " give one of the ids' shape."
             )
+        self._check_length(ids.shape[1])
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)
         skipped = self._left_out(start_at_layer, residual, ids)
         with self._connected(stop=return_type is None, skipped=skipped):
@@ -426,11 +486,18 @@ class HookedLM(HookedRootModule):
                     logits_to_keep=0 if return_type == "loss" else logits_to_keep,
                 )
             except _Stopped:
+                self._check_reached()
                 return None
-        if return_type != "loss":
-            return output.logits if return_type == "logits" else None
-        targets = ids.masked_fill(mask == 0, -100)[:, 1:]
-        return F.cross_entropy(output.logits[:, :-1].float().flatten(0, 1), targets.flatten())
+            self._check_reached()
+        if return_type is None:
+            return None
+        logits = output.logits.to(self.device)
+        if return_type == "logits":
+            return logits
+        targets = _following(ids, mask)[:, :-1]
+        if not (targets != IGNORED).any():
+            raise ValueError("The loss needs a row of two tokens at least; give longer texts.")
+        return F.cross_entropy(logits[:, :-1].float().flatten(0, 1), targets.flatten())
 
     def forward_behind(
         self,
@@ -450,7 +517,7 @@ class HookedLM(HookedRootModule):
         whole = torch.cat([mask.new_ones(len(mask), len(prefix)), mask], dim=1)
         position_ids = (whole.cumsum(1) - 1).clamp(min=0)[:, len(prefix) :]
         with self._connected():
-            return self.hf(
+            logits = self.hf(
                 input_ids=ids,
                 attention_mask=whole,
                 position_ids=position_ids,
@@ -458,6 +525,8 @@ class HookedLM(HookedRootModule):
                 use_cache=True,
                 **self._after(prefix, len(ids)),
             ).logits
+            self._check_reached()
+        return logits.to(self.device)
 
     def shared_prefix(self, rows: Sequence[list[int]]) -> list[int]:
         """What rows begin with and can be run once for all of them (`lm.prefix.shared_prefix`).
@@ -578,13 +647,18 @@ class HookedLM(HookedRootModule):
                 )
 
     def _connected(
-        self, stop: bool = False, skipped: tuple[int, Tensor | None] = (0, None)
+        self,
+        stop: bool = False,
+        skipped: tuple[int, Tensor | None] = (0, None),
+        prompt: int | None = None,
     ) -> Entry[None]:
         """Connects every hook point that has a hook to its place in the HF model; disconnects on
         leaving.
 
         With `stop`, the pass ends (by `_Stopped`) after the deepest of them.
         skipped: how many of the first layers are left out, and what the last of them hands on.
+        prompt: of a generation the columns of its prompts; what the checkpoint says of generating,
+        such as tokens that it suppresses, is set aside for as long.
         Raises, on entering, ValueError for hooks at layers that are left out; RuntimeError as
         `forward`.
         """
@@ -600,6 +674,12 @@ class HookedLM(HookedRootModule):
             points = self.hook_dict.items()
             active = [name for name, point in points if point.fwd_hooks or point.bwd_hooks]
             self._skip(hold, *skipped, active)
+            self._run_as_written(hold)
+            if prompt is not None:
+                kept = self.hf.generation_config
+                hold.undo.append(partial(setattr, self.hf, "generation_config", kept))
+                self.hf.generation_config = GenerationConfig()
+            self._active, self._awaited, self._prompt = frozenset(active), set(active), prompt
             deepest = max(active, key=self._order.__getitem__, default="") if stop else ""
             hold.undo.append(partial(setattr, self, "now", None))
             for register, hook, options in self._taps(set(active), deepest):
@@ -623,16 +703,41 @@ class HookedLM(HookedRootModule):
             hold.undo.append(partial(_put_back, layer, layer.__dict__.get("forward")))
             layer.forward = lambda *_a, **_k: given
 
+    def _run_as_written(self, hold: Hold) -> None:
+        """Sets compiled code aside until the hold is left: it does not look at hooks."""
+        for module in self.hf.modules():
+            if module._compiled_call_impl is not None:
+                compiled = module._compiled_call_impl
+                hold.undo.append(partial(setattr, module, "_compiled_call_impl", compiled))
+                module._compiled_call_impl = None
+            forward = module.__dict__.get("forward")
+            written = getattr(forward, "_torchdynamo_orig_callable", None)
+            if written is not None:
+                hold.undo.append(partial(_put_back, module, forward))
+                module.__dict__["forward"] = written
+
+    def _check_reached(self) -> None:
+        """ValueError where the pass that ended has gone by a module with a hook."""
+        if self._awaited:
+            first = min(self._awaited, key=self._order.__getitem__)
+            raise ValueError(
+                f"The pass went by {first}: a patch of {type(self.hf).__name__} computes the layer"
+                " without its modules, so that hooks there are not seen; load the model without it."
+            )
+
     def _taps(self, active: set[str], deepest: str) -> Iterator[Tap]:
         """What `_connected` registers on the HF modules."""
+
+        home = self.device
 
         def fire(name: str, x: Tensor) -> Tensor:
             # A copy: what is kept of it stays as it was, whatever is written into x later, and what
             # a hook writes into it is seen to differ from x.
-            out = self.hook_dict[name](x.clone())
+            out = self.hook_dict[name](x.to(home, copy=True))
+            self._awaited.discard(name)
             if name == deepest:
                 raise _Stopped
-            return out
+            return out.to(x.device)
 
         backbone = self.hf.model
         yield self.hf.register_forward_pre_hook, self._note_tokens, {"with_kwargs": True}
@@ -651,7 +756,8 @@ class HookedLM(HookedRootModule):
                     x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon)
                 ).to(out.dtype)
                 edited = fire("ln_final.hook_normalized", normalized)
-                return out + module.weight * (edited - normalized)
+                with at_hand(module):
+                    return out + module.weight.to(out.device) * (edited - normalized)
 
             yield backbone.norm.register_forward_hook, on_norm, {}
 
@@ -716,16 +822,19 @@ class HookedLM(HookedRootModule):
             before = self.now.ids[:, :start].expand(len(ids), -1)  # one row before all
             ids = torch.cat([before, ids], dim=1)
         mask = torch.ones_like(ids) if mask is None else mask.long()
-        self.now = Now(ids, mask, start, self.markers)
+        if self.now is not None:
+            self._check_reached()
+        self._awaited = set(self._active)
+        self.now = Now(ids, mask, start, self.markers, self._prompt)
 
     @torch.no_grad()
     def _check_arithmetic(self) -> None:
-        """One pass over a few tokens: refuses models whose first layer scales or normalises a
-        branch on the way, and those whose logits are not finite."""
+        """One pass over a few tokens with all hook points: refuses models that pass some by, whose
+        first layer scales or normalises a branch on the way, or whose logits are not finite."""
         names = ["hook_embed"]
         names += [f"blocks.0.hook_{p}" for p in ("resid_pre", "attn_out", "mlp_out", "resid_post")]
         ids = torch.arange(TRIED, device=self.device)[None] % self.config.vocab_size
-        logits, cache = self.run_with_cache(ids, names_filter=names)
+        logits, cache = self.run_with_cache(ids, names_filter=lambda name: True)
         if not all_finite(logits):
             raise ValueError(
                 f"{self.model_name!r} gives logits that are not finite in {self.dtype}: its "
@@ -855,6 +964,34 @@ class HookedLM(HookedRootModule):
         on, off = (self._render(probe, True, {"enable_thinking": flag}) for flag in (True, False))
         return on != off
 
+    @property
+    def always_thinks(self) -> bool:
+        """Whether the chat template opens a think block for every answer, and does not ask."""
+        if not self.tokenizer.chat_template or self.has_thinking:
+            return False
+        return self.opens_thoughts(self.chat_tokens([{"role": "user", "content": "?"}]))
+
+    def opens_thoughts(self, prompt: Sequence[int]) -> bool:
+        """Whether a prompt's ids end inside a think block, so that what follows begins with a
+        thought (`chat.inside_thoughts`).
+        """
+        return inside_thoughts(prompt, self.markers, self.tokenizer)
+
+    def thinking(self, wanted: bool) -> bool | None:
+        """The `enable_thinking` of a model that is to think before it answers, or not to; None
+        where its template does not ask.
+
+        Raises ValueError where thinking is wanted and the template has none.
+        """
+        if self.has_thinking:
+            return wanted
+        if wanted and not self.always_thinks:
+            raise ValueError(
+                f"Thinking was asked for, but the chat template of {self.model_name!r} has none;"
+                " leave it out, or give a model that thinks."
+            )
+        return None
+
     def to_chat(
         self,
         prompt: Prompt,
@@ -915,7 +1052,7 @@ class HookedLM(HookedRootModule):
 
     def generate(
         self,
-        prompts: Prompt | Sequence[Prompt],
+        prompts: Given,
         max_new_tokens: int = 64,
         *,
         chat: bool = True,
@@ -933,17 +1070,19 @@ class HookedLM(HookedRootModule):
         """Answers prompts in one left-padded batch, under whatever hooks are set.
 
         prompts: a text, messages, or a list of either; `chat=False` continues plain texts without
-            the template.
+            the template, and token ids, a row or several (of a padded batch its `Tokens`).
         seed: of the draws; row r draws with seed + r, or with its own of as many seeds as rows,
             whatever else is in the batch.
         share_prefix: whether what all rows begin with, such as a system prompt, is run once
             (`shared_prefix`); hooks then see it as a batch of one, before the rest.
         on_step: called with every step.
         stop: an event that ends the generation at the next token.
-        Raises ValueError for a prompt that is empty or does not fit the context with its answer,
+        What the checkpoint says of generating (`generation_config`) does not count, but for the
+        tokens that end a turn. Raises ValueError for a prompt that is empty or does not fit the
+        context with its answer, ids that are none of the model's or whose padding cannot be told,
         and for logits that are not finite; RuntimeError as `forward`.
         """
-        rows = [self._prompt_ids(p, chat, enable_thinking) for p in _as_prompts(prompts)]
+        rows = [self._prompt_ids(p, chat, enable_thinking) for p in self._as_prompts(prompts)]
         prefix = self.shared_prefix(rows) if share_prefix and use_cache else []
         ids, mask = self.pad([row[len(prefix) :] for row in rows], "left")
         before = torch.tensor([prefix] * len(rows), dtype=ids.dtype, device=self.device)
@@ -966,7 +1105,7 @@ class HookedLM(HookedRootModule):
         )
         streamer = _Steps(on_step, chooser) if on_step else None
         criteria = [_Stop(stop)] if stop else None
-        with self._connected(), torch.no_grad():
+        with self._connected(prompt=ids.shape[1]), torch.no_grad():
             out = self.hf.generate(
                 input_ids=ids,
                 attention_mask=mask,
@@ -976,8 +1115,10 @@ class HookedLM(HookedRootModule):
                 logits_processor=LogitsProcessorList([chooser]),
                 **(self._after(prefix, len(rows)) if prefix else {}),
             )
+            self._check_reached()
         logprobs = torch.stack(chooser.logprobs, 1).tolist()
-        made = self._collect(out[:, ids.shape[1] :].tolist(), logprobs, ends)
+        opened = [self.opens_thoughts(row) for row in rows]
+        made = self._collect(out[:, ids.shape[1] :].tolist(), logprobs, ends, opened)
         if not all(math.isfinite(logprob) for row in made.logprobs for logprob in row):
             raise ValueError(
                 f"{self.model_name!r} answers with logits that are not finite: an edit is too "
@@ -987,7 +1128,7 @@ class HookedLM(HookedRootModule):
         return made
 
     def stream(
-        self, prompts: Prompt | Sequence[Prompt], max_new_tokens: int = 64, **options: Any
+        self, prompts: Given, max_new_tokens: int = 64, **options: Any
     ) -> Iterator[list[str]]:
         """Yields the new text of every prompt as it is generated; joined, it is `generate`'s text.
 
@@ -1005,9 +1146,12 @@ class HookedLM(HookedRootModule):
             except BaseException as error:  # handed to the reader, who raises it
                 steps.put(error)
 
+        how = options.get("chat", True), options.get("enable_thinking")
+        rows = [self._prompt_ids(p, *how) for p in self._as_prompts(prompts)]
+        before = [THOUGHT * self.opens_thoughts(row) for row in rows]
         thread = threading.Thread(target=contextvars.copy_context().run, args=(work,), daemon=True)
         ends = self.end_ids()
-        tokens: list[list[int]] = [[] for _ in _as_prompts(prompts)]
+        tokens: list[list[int]] = [[] for _ in rows]
         shown = [""] * len(tokens)
         done = [False] * len(tokens)
         try:
@@ -1022,11 +1166,14 @@ class HookedLM(HookedRootModule):
                             done[row] = done[row] or token in ends
                             if not done[row]:
                                 tokens[row].append(token)
-                    texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+                    texts = [
+                        opening + self.tokenizer.decode(row, skip_special_tokens=True)
+                        for opening, row in zip(before, tokens, strict=True)
+                    ]
                     # A character may span tokens: hold it back until it is whole.
                     whole = [step is None or not text.endswith("\ufffd") for text in texts]
                     pairs = zip(texts, shown, whole, strict=True)
-                    ready = [text if is_whole else before for text, before, is_whole in pairs]
+                    ready = [text if is_whole else earlier for text, earlier, is_whole in pairs]
                     yield [t[len(s) :] for t, s in zip(ready, shown, strict=True)]
                     shown = ready
                     if step is None:
@@ -1035,7 +1182,51 @@ class HookedLM(HookedRootModule):
             if thread.is_alive():
                 thread.join()
 
-    def _prompt_ids(self, prompt: Prompt, chat: bool, enable_thinking: bool | None) -> list[int]:
+    def _as_prompts(self, prompts: Given) -> list[Any]:
+        """A list of prompts from one prompt or several: one conversation is a list of dicts, one
+        row of ids a list of numbers.
+        """
+        if isinstance(prompts, str):
+            return [prompts]
+        if isinstance(prompts, Tokens):
+            return [row[m.bool()].tolist() for row, m in zip(*prompts, strict=True)]
+        if isinstance(prompts, Tensor):
+            return self._rows(prompts)
+        if not prompts:
+            raise ValueError("No prompt was given.")
+        if isinstance(prompts[0], (dict, int)):
+            return [list(prompts)]
+        return list(prompts)
+
+    def _rows(self, ids: Tensor) -> list[list[int]]:
+        """Rows of ids without a mask; ValueError where some of them may be padding."""
+        if ids.ndim not in (1, 2) or ids.is_floating_point():
+            raise ValueError(
+                f"Ids of the shape {list(ids.shape)} ({ids.dtype}) were given; a row of whole"
+                " numbers is allowed, or [batch, pos]."
+            )
+        rows = ids if ids.ndim == 2 else ids[None]
+        self._check_unpadded(rows)
+        return rows.tolist()
+
+    def _check_unpadded(self, ids: Tensor) -> None:
+        """ValueError for rows without a mask of which some, but not all, begin or end with padding:
+        the longest row of a padded batch has none.
+        """
+        if len(ids) < 2 or not ids.shape[1] or ids.is_meta:
+            return
+        at_ends = ids[:, [0, -1]] == self.pad_id
+        if (at_ends.any(0) & ~at_ends.all(0)).any():
+            raise ValueError(
+                f"Some rows of ids begin or end with {self.pad_id}, which is padding here; give"
+                " the batch with its mask (lm.to_batch(texts), lm.pad(rows)), or rows without it."
+            )
+
+    def _prompt_ids(self, prompt: Any, chat: bool, enable_thinking: bool | None) -> list[int]:
+        if isinstance(prompt, Tensor):
+            prompt = prompt.tolist()
+        if prompt and isinstance(prompt, (list, tuple)) and not isinstance(prompt[0], dict):
+            return self._checked_ids(prompt, chat)
         if not prompt or (isinstance(prompt, str) and not prompt.strip()):
             raise ValueError("An empty prompt was given; write at least one character.")
         if chat:
@@ -1044,6 +1235,18 @@ class HookedLM(HookedRootModule):
             raise ValueError("Messages need the chat template; pass a text, or chat=True.")
         return self.text_tokens(prompt)
 
+    def _checked_ids(self, ids: Sequence[Any], chat: bool) -> list[int]:
+        """A prompt as ids; ValueError for what is none, and for a chat."""
+        size = self.config.vocab_size
+        if not all(isinstance(i, int) and 0 <= i < size for i in ids):
+            raise ValueError(f"A prompt of ids holds whole numbers from 0 to {size - 1}; mend it.")
+        if chat:
+            raise ValueError(
+                "Token ids were given, which no chat template takes; pass chat=False, and they are"
+                " continued."
+            )
+        return list(ids)
+
     def end_ids(self) -> set[int]:
         """Ids that end a turn."""
         configured = getattr(self.hf.generation_config, "eos_token_id", None)
@@ -1051,14 +1254,21 @@ class HookedLM(HookedRootModule):
         return {i for i in (*ids, self.tokenizer.eos_token_id) if i is not None}
 
     def _collect(
-        self, rows: list[list[int]], logprobs: list[list[float]], ends: set[int]
+        self,
+        rows: list[list[int]],
+        logprobs: list[list[float]],
+        ends: set[int],
+        opened: Sequence[bool],
     ) -> Generation:
         tokens, finished = [], []
         for row in rows:
             end = next((i for i, token in enumerate(row) if token in ends), None)
             tokens.append(row if end is None else row[: end + 1])
             finished.append(end is not None)
-        text = [self.tokenizer.decode(row, skip_special_tokens=True) for row in tokens]
+        text = [
+            THOUGHT * thinks + self.tokenizer.decode(row, skip_special_tokens=True)
+            for thinks, row in zip(opened, tokens, strict=True)
+        ]
         return Generation(
             text, tokens, finished, [p[: len(row)] for p, row in zip(logprobs, tokens, strict=True)]
         )
@@ -1159,15 +1369,16 @@ def _put_back(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
         layer.__dict__["forward"] = forward
 
 
-def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """A list of prompts from one prompt or several: one conversation is a list of dicts."""
-    if isinstance(prompts, str):
-        return [prompts]
-    if not prompts:
-        raise ValueError("No prompt was given.")
-    if isinstance(prompts[0], dict):
-        return [list(prompts)]  # type: ignore[arg-type]
-    return list(prompts)  # type: ignore[arg-type]
+def _following(ids: Int[Tensor, "batch pos"], mask: Tensor) -> Int[Tensor, "batch pos"]:
+    """The real token that comes next in a row, whatever padding lies between; `IGNORED` at padding
+    and where none comes.
+    """
+    beyond = ids.shape[1]
+    position = torch.arange(beyond, device=ids.device).expand_as(ids)
+    nearest = torch.where(mask.bool(), position, beyond).flip(1).cummin(1).values.flip(1)
+    after = F.pad(nearest[:, 1:], (0, 1), value=beyond)
+    known = mask.bool() & (after < beyond)
+    return torch.where(known, ids.gather(1, after.clamp(max=beyond - 1)), IGNORED)
 
 
 def check_shape(model: Any) -> None:
@@ -1189,6 +1400,11 @@ def check_shape(model: Any) -> None:
         raise ValueError(f"{kind} cannot be hooked: it has no layers.")
     for layer in backbone.layers:  # type: ignore[union-attr]
         names = [name for name, _ in layer.named_children()]
+        if hasattr(layer, "_orig_mod"):
+            raise ValueError(
+                f"{kind} cannot be hooked: torch.compile has wrapped its layers; compile them in"
+                " place (layer.compile()), or leave it out."
+            )
         if sorted(names) != sorted(LAYER):
             raise ValueError(
                 f"{kind} cannot be hooked: expected layers of {', '.join(LAYER)}, found"
@@ -1218,7 +1434,7 @@ DTYPES = {
 
 
 def load_model(
-    source: str | PreTrainedModel,
+    source: str | nn.Module,
     dtype: torch.dtype | str | None = None,
     device: str | torch.device | None = None,
     tokenizer: Any = None,
@@ -1231,10 +1447,14 @@ def load_model(
     dtype: of the weights, or its name. None or "auto" is the checkpoint's own on a GPU, and on a
     CPU bfloat16 where the processor is clearly faster in it (those with AMX), else float32, as a
     line on stderr says; models of fewer than 50 million parameters, such as the bundled one, are
-    float32 there. device: None is a GPU if there is one. Raises ValueError where the source cannot
-    be found, read or hooked, for an unknown dtype, and for a device that is not there.
+    float32 there. device: None is a GPU if there is one; "auto" spreads the model over what devices
+    there are, then memory, then disk. A model in memory may be spread, compiled, quantised or have
+    PEFT adapters; a folder's or hub's may be quantised (`modelfiles.METHODS`). Raises ValueError
+    where the source cannot be found, read or hooked, for an unknown dtype, and for a device that is
+    not there.
     """
-    check_device(device)
+    if device != SPREAD:
+        check_device(device)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ValueError(f"The dtype {dtype!r} was given; choose from {', '.join(DTYPES)}.")
@@ -1250,6 +1470,13 @@ def load_model(
         raise ValueError(
             "A model in memory needs its tokenizer: load_model(model, tokenizer=tokenizer)."
         )
+    model: PreTrainedModel = unwrapped(source)
     if dtype is not None or device is not None:
-        source = source.to(device=device, dtype=dtype)
-    return HookedLM(source.eval(), tokenizer)
+        try:
+            model = model.to(device=device, dtype=dtype)
+        except (RuntimeError, ValueError) as error:  # of accelerate, and of quantisers
+            reason = str(error).strip().splitlines()[0].rstrip(".")
+            raise ValueError(
+                f"The model in memory cannot be moved ({reason}); leave dtype and device out."
+            ) from error
+    return HookedLM(model.eval(), tokenizer)

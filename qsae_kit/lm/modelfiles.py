@@ -7,6 +7,7 @@ headers of the weights, and what would lead transformers to other code or other 
 import math
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,6 @@ CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.
 ADAPTER = "adapter_config.json"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 REFUSED = {
-    "quantization_config": "give a checkpoint of the model that is not quantised",
     "compression_config": "give a checkpoint of the model that is not compressed",
     "fusion_config": "take it out",
     "distributed_config": "take it out",
@@ -36,6 +36,18 @@ SLACK, SMALL = 2, 2**24
 they lack is then told by name."""
 DTYPES = ("F64", "F32", "F16", "BF16")
 """Formats of weights, as safetensors calls them."""
+QUANTISED = "quantization_config"
+METHODS = {
+    "fp8": (),
+    "bitsandbytes": ("bitsandbytes",),
+    "awq": ("gptqmodel",),
+    "gptq": ("optimum", "gptqmodel"),
+    "compressed-tensors": ("compressed_tensors",),
+}
+"""How weights may be quantised, as a config.json calls it, and the packages that read them; FP8 is
+read without one, and used as what it stands for."""
+PACKED = 8
+"""Numbers that one of a quantised file may stand for: eight of four bits in an int32."""
 
 
 class Held(NamedTuple):
@@ -48,6 +60,12 @@ class Held(NamedTuple):
 def check_folder(folder: Path) -> None:
     """ValueError unless a folder holds a config, weights and a tokenizer, and no adapter."""
     where = f"The folder {str(folder)!r}"
+    check_adapter(folder)
+    if not (folder / CONFIG).is_file() and (folder / "snapshots").is_dir():
+        raise ValueError(
+            f"{where} is a cache of the hub with several versions; give the folder of one, in its"
+            " snapshots, or the model's id."
+        )
     if not (folder / CONFIG).is_file():
         raise ValueError(f"{where} has no {CONFIG}; give the folder of a Hugging Face checkpoint.")
     if not any(folder.glob("*.safetensors")):
@@ -56,14 +74,53 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"{where} has no tokenizer; put its {TOKENIZERS[0]} there.")
 
 
+def check_adapter(folder: Path) -> None:
+    """ValueError for the folder of a PEFT adapter, with the way to use it."""
+    if not (folder / ADAPTER).exists():
+        return
+    told = read_json(folder / ADAPTER, "an adapter's configuration")
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    of = f" of {str(base)[:80]!r}" if base else ""
+    raise ValueError(
+        f"The folder {str(folder)!r} holds an adapter{of} ({ADAPTER}), which is not loaded here; "
+        "put it on its model by peft (PeftModel.from_pretrained) and give that: "
+        "load_model(model, tokenizer=tokenizer), or merge it and save the whole."
+    )
+
+
+def quantised_by(config: dict[str, Any], path: Path) -> str:
+    """How the weights that a config.json describes are quantised, a name of `METHODS`; empty where
+    they are not.
+
+    Raises ValueError for another method, and for one whose packages are not installed.
+    """
+    about = config.get(QUANTISED)
+    if about is None:
+        return ""
+    method = str(about.get("quant_method") if isinstance(about, dict) else about)
+    if method not in METHODS:
+        raise ValueError(
+            f"{str(path)!r} has {QUANTISED} by {method[:40]!r}, which is not read here; allowed "
+            f"are {', '.join(METHODS)}, or give a checkpoint of the model that is not quantised."
+        )
+    lacking = [name for name in METHODS[method] if find_spec(name) is None]
+    if lacking:
+        raise ValueError(
+            f"{str(path)!r} has {QUANTISED} by {method}, which the package {lacking[0]} reads; "
+            "install it, or give a checkpoint of the model that is not quantised."
+        )
+    return method
+
+
 def check_config(folder: Path) -> dict[str, Any]:
     """The config.json of a folder.
 
     Raises ValueError where it is no object, is of a model that transformers does not know, or has
-    an entry that leads elsewhere, and for an adapter beside it.
+    an entry that leads elsewhere, for an adapter beside it, and as `quantised_by`.
     """
     from transformers import CONFIG_MAPPING
 
+    check_adapter(folder)
     path = folder / CONFIG
     config = read_json(path, "a model's configuration")
     if not isinstance(config, dict):
@@ -79,11 +136,7 @@ def check_config(folder: Path) -> dict[str, Any]:
     for name, advice in REFUSED.items():
         if config.get(name) is not None:
             raise ValueError(f"{str(path)!r} has {name}, which is not used here; {advice}.")
-    if (folder / ADAPTER).exists():
-        raise ValueError(
-            f"The folder {str(folder)!r} holds an adapter ({ADAPTER}), which is not loaded here; "
-            "merge it into its model and save that."
-        )
+    quantised_by(config, path)
     return config
 
 
@@ -148,14 +201,16 @@ def _entries(config: Any) -> Iterator[tuple[Any, Any]]:
             yield from _entries(part)
 
 
-def check_claim(model: nn.Module, held: dict[str, Held], folder: Path) -> None:
-    """ValueError where a model would be larger than what its files hold, or these are quantised.
+def check_claim(model: nn.Module, held: dict[str, Held], folder: Path, quantised: str = "") -> None:
+    """ValueError where a model would be larger than what its files hold, or these are quantised
+    without its config.json saying so.
 
     model: as its config.json describes it, on the meta device, where it takes no memory.
+    quantised: how, as `quantised_by` tells.
     """
     shapes = [tensor.shape for tensor in (*model.parameters(), *model.buffers())]
     wanted = sum(math.prod(shape) for shape in shapes)
-    there = sum(math.prod(one.shape) for one in held.values())
+    there = sum(math.prod(one.shape) for one in held.values()) * (PACKED if quantised else 1)
     names = list(model.state_dict())
     if wanted > SLACK * there + SMALL:
         lacking = [name for name in names if name not in held]
@@ -165,11 +220,33 @@ def check_claim(model: nn.Module, held: dict[str, Held], folder: Path) -> None:
             f"hold {there:,}{first}; get the folder's files again."
         )
     other = [name for name in names if name in held and held[name].dtype not in DTYPES]
-    if other:
+    if other and not quantised:
         raise ValueError(
             f"The weights in {str(folder)!r} have {other[0]!r} as {held[other[0]].dtype}; allowed "
             f"are {', '.join(DTYPES)}, so give a checkpoint that is not quantised."
         )
+
+
+SCALE, BLOCK = "_scale_inv", (128, 128)
+"""What the scales of an FP8 weight are called after it, and the block of one where none is told."""
+
+
+def check_blocks(config: dict[str, Any], held: dict[str, Held], folder: Path) -> None:
+    """ValueError for FP8 weights that end within a block of a scale: transformers would share the
+    scales out evenly over them, which makes other weights.
+    """
+    block = config[QUANTISED].get("weight_block_size") or BLOCK
+    for name, weight in held.items():
+        scale = held.get(name + SCALE)
+        if scale is None or len(scale.shape) != len(weight.shape):
+            continue
+        for size, scales, width in zip(weight.shape, scale.shape, block, strict=False):
+            if scales > 1 and size != scales * width:
+                raise ValueError(
+                    f"The weights in {str(folder)!r} have {name!r} of {list(weight.shape)} in FP8"
+                    f" with {list(scale.shape)} scales for blocks of {list(block)}, which do not"
+                    " come out even; give a checkpoint that is not quantised."
+                )
 
 
 def check_loaded(model: nn.Module, info: dict[str, Any], folder: Path) -> None:

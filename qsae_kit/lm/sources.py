@@ -12,11 +12,15 @@ import torch
 from qsae_kit.io.processor import fastest_dtype
 from qsae_kit.io.progress import say
 from qsae_kit.lm.modelfiles import (
+    CONFIG,
+    QUANTISED,
+    check_blocks,
     check_claim,
     check_config,
     check_counts,
     check_folder,
     check_loaded,
+    quantised_by,
     read_headers,
     weight_files,
 )
@@ -28,6 +32,15 @@ ALLOWED = (
 TINY_WEIGHTS = Path(__file__).parents[1] / "tiny" / "weights"
 SMALL_MODEL = 50_000_000
 """Models of fewer parameters are float32 on a CPU: the bundled one, and copies of it."""
+
+
+SPREAD = "auto"
+"""In place of a device: as many as there are, then memory, then disk."""
+
+
+def best_device() -> str:
+    """Of those that are here, where a model runs fastest."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Loaded(NamedTuple):
@@ -44,12 +57,14 @@ def load_source(
     """Loads `"tiny"`, a model of `WHEELS`, a folder or a hub id; see `load_model` for dtype and
     device.
 
+    device "auto" lets accelerate spread the model over what devices there are, then memory, then
+    disk.
+
     No code of a model's folder is run, and nothing is fetched that a file in it names. Raises
     ValueError for an id that cannot be had, and for a folder whose files are missing, damaged, at
     odds with each other, or of a model that needs code of its own.
     """
-    default = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(default if device is None else device)
+    place = SPREAD if device == SPREAD else torch.device(device or best_device())
     if source == "tiny":
         return _from_folder(TINY_WEIGHTS, source, dtype, place)
     if source in WHEELS:
@@ -169,14 +184,18 @@ def default_dtype(parameters: int, name: str, device: torch.device) -> torch.dty
 
 
 def _from_folder(
-    folder: Path, name: str, dtype: torch.dtype | None, device: torch.device
+    folder: Path, name: str, dtype: torch.dtype | None, device: torch.device | str
 ) -> Loaded:
+    """device: one, or `SPREAD`."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
     check_folder(folder)
     about = check_config(folder)
     held = read_headers(folder)
     check_counts(about, held, folder)
+    quantised = quantised_by(about, folder / CONFIG)
+    if quantised == "fp8":
+        check_blocks(about, held, folder)
     own: dict[str, Any] = {"trust_remote_code": False, "attn_implementation": "sdpa"}
     local: dict[str, Any] = {"trust_remote_code": False, "local_files_only": True}
     advice = "get the folder's files again, or another version of transformers"
@@ -185,11 +204,19 @@ def _from_folder(
             config = AutoConfig.from_pretrained(folder, **local)
             for entry, value in PLAIN.items():
                 setattr(config, entry, value)
+            if quantised == "fp8":
+                getattr(config, QUANTISED)["dequantize"] = True
             with torch.device("meta"):
                 empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), **own)
-        check_claim(empty, held, folder)
+        check_claim(empty, held, folder, quantised)
         parameters = sum(parameter.numel() for parameter in empty.parameters())
-        wanted = default_dtype(parameters, name, device) if dtype is None else dtype
+        first = torch.device(best_device() if device == SPREAD else device)
+        wanted = default_dtype(parameters, name, first) if dtype is None else dtype
+        placed: dict[str, Any] = {}
+        if device == SPREAD:
+            placed = {"device_map": SPREAD}
+        elif quantised and quantised != "fp8":  # which cannot be moved later
+            placed = {"device_map": {"": device}}
         with _told(name, advice):
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
@@ -198,7 +225,7 @@ def _from_folder(
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
-                **(own | local),
+                **(own | local | placed),
             )
         check_loaded(empty, info, folder)
         config.name_or_path = model.config.name_or_path = name  # as loaded by it, not from a cache
@@ -217,4 +244,4 @@ def _from_folder(
     if model.config._attn_implementation != "sdpa":
         found = model.config._attn_implementation
         raise ValueError(f"The model {name!r} computes attention by {found!r}, not sdpa.")
-    return Loaded(model.to(device).eval(), tokenizer, name)
+    return Loaded((model if placed else model.to(device)).eval(), tokenizer, name)

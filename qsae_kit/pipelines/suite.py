@@ -561,7 +561,7 @@ def usual_goal(lm: HookedLM, given: StudyPrompts, config: StudyConfig) -> Goal:
     half of the prompts, else induce.
     """
     texts = given.selection[given.behaviour.kinds[0]]
-    thinking = config.thinking if lm.has_thinking else None
+    thinking = lm.thinking(config.thinking)
     shown = judged(
         lm,
         given.behaviour,

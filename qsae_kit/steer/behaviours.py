@@ -32,6 +32,7 @@ class Answer(NamedTuple):
 
     prompt: str
     text: str
+    """As `Generation.text`: with thoughts, which `lm.chat.spoken` leaves out."""
     finished: bool
     """Whether the model ended its turn."""
     surprise: float
@@ -304,9 +305,10 @@ def load_behaviour(
 
     The file has PROMPTS, a dict of kind -> prompts, or the name of a file of them beside it
     (`data.prompts.read_prompts`), at least three of each; the first kind is where the model is
-    expected to show the behaviour. `judge(answer: Answer)` gives a `Verdict`, or True where the
-    answer shows the behaviour: then empty and looping answers are broken. It may have NAME,
-    INSTRUCTIONS (goal -> system prompt) and `wanted(prompt, goal)` as in `Behaviour`.
+    expected to show the behaviour. `judge(answer: Answer)`, whose text is what the answer says
+    after its thoughts, gives a `Verdict`, or True where the answer shows the behaviour: then empty
+    and looping answers are broken. It may have NAME, INSTRUCTIONS (goal -> system prompt) and
+    `wanted(prompt, goal)` as in `Behaviour`.
 
     Prompts are shuffled and parted: at most `n_selection` of a kind for choosing and `n_evaluation`
     for measuring. Raises ValueError for a file that cannot be run or lacks a part, and for a judge
@@ -366,7 +368,8 @@ def _own_judge(path: Path, judge: Callable[[Answer], Any]) -> Judge:
     """The judge of a behaviour's file, which may say no more than whether it is shown."""
 
     def judged(answer: Answer) -> Verdict:
-        told = judge(answer)
+        text = spoken(answer.text).strip()
+        told = judge(answer._replace(text=text))
         if isinstance(told, Verdict):
             return told
         if not isinstance(told, bool):
@@ -374,7 +377,6 @@ def _own_judge(path: Path, judge: Callable[[Answer], Any]) -> Judge:
                 f"The judge of {str(path)!r} gave {str(told)[:40]!r}; let it give True or False, or"
                 " a qsae_kit.steer.behaviours.Verdict."
             )
-        text = spoken(answer.text).strip()
         broken = not text or has_loop(text)
         return Verdict(told and not broken, broken)
 

@@ -17,6 +17,7 @@ from qsae_kit.data.benchmarks import BENCHES
 from qsae_kit.io.journal import Journal
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.answering import answer_all
+from qsae_kit.lm.chat import spoken
 from qsae_kit.lm.edits import Edit
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.metrics.reconstruction import paired_bootstrap, wilson
@@ -27,12 +28,12 @@ from qsae_kit.steer.judges import Judgement
 from qsae_kit.steer.study.findings import changes, rate
 
 Guard = Callable[[Sequence[str], Sequence[str]], Sequence[Judgement]]
-"""Prompts and answers -> what a guard says of each, such as `partial(judges.guard_judgements,
-load_model(...))`.
+"""Prompts and answers, without thoughts -> what a guard says of each, such as
+`partial(judges.guard_judgements, load_model(...))`.
 """
 
 
-FORMAT = 2
+FORMAT = 3
 """Of the journal."""
 SHOWN_TEXTS = 3
 """Answers of each part and arm that the journal keeps as texts."""
@@ -162,7 +163,7 @@ def _said(
 ) -> dict[str, Any]:
     generated = answer_all(lm, texts, edits, max_new_tokens, thinking)
     answers = judged(lm, behaviour, texts, generated, thinking)
-    told = [] if guard is None else guard(texts, answers.text)
+    told = [] if guard is None else guard(texts, [spoken(text) for text in answers.text])
     return {
         "outcomes": answers.outcomes,
         "guard": [[j.safety, j.refused] for j in told],

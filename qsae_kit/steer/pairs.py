@@ -35,11 +35,12 @@ def answer_pair(
     """Answers a prompt without and with edits, in one batch; both draw the same random numbers.
 
     So they differ by the edits alone. base: the unedited answer where it is known; then only the
-        other one is generated.
+        other one is generated, but in half precision, where both have to be of one batch.
     on_step: as for `HookedLM.generate`; the edited answer is the last row. options: those of
         `HookedLM.generate`.
     """
     ids = lm.chat_tokens(prompt, enable_thinking)
+    base = None if lm.half else base
     n = 1 if base else 2
     rows = torch.arange(n, device=lm.device) == n - 1
     with applied(lm, edits, rows):

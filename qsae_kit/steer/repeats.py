@@ -26,7 +26,7 @@ from qsae_kit.steer.behaviours import Behaviour, PromptSets, judged
 from qsae_kit.steer.changes import Steering
 from qsae_kit.steer.study.findings import rate
 
-FORMAT = 2
+FORMAT = 3
 """Of the journal."""
 CONFIDENCE = 0.95
 """Of the intervals over seeds."""
@@ -78,7 +78,7 @@ def answered_again(
             [Asked(texts, edits[arm])],
             max_new_tokens,
             thinking,
-            sampling=SAMPLING[bool(thinking)],
+            sampling=SAMPLING[bool(thinking) or lm.always_thinks],
             seed=seed,
         )
         return {

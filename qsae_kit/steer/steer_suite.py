@@ -74,6 +74,7 @@ def steer_suite(
     if guard and not benches:
         raise ValueError(f"A guard ({guard}) judges answers to benches; give some or leave it out.")
     config = config_for(config, given)
+    lm.thinking(config.thinking)  # refused before anything is measured
     own = attached(lm, suite, lambda: _asked(given))
     study = steering_study(
         lm,
@@ -146,7 +147,7 @@ def _on_benches(
         arms,
         suite,
         config.max_new_tokens,
-        config.thinking if lm.has_thinking else None,
+        lm.thinking(config.thinking),
         guard=judge,
         guard_name=guard,
         without=selected_texts(given),
@@ -175,7 +176,7 @@ def _drawn_again(
         suite,
         range(config.seed, config.seed + draws),
         config.max_new_tokens,
-        config.thinking if lm.has_thinking else None,
+        lm.thinking(config.thinking),
         out,
         fresh,
     )

@@ -410,7 +410,8 @@ class SteeringLab(View):
             edits = asked.steering.edits(self.suite)
             chat = read_chat(asked.prompt)
             same = (asked.prompt, asked.max_new_tokens, asked.seed, asked.thinking)
-            base = self._base[1] if self._base and self._base[0] == same else None
+            known = self._base and self._base[0] == same and not self.lm.half
+            base = self._base[1] if self._base and known else None
             sampling = (
                 {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}
                 if asked.seed is not None

@@ -143,5 +143,5 @@ def lens_tokens(
     """The tokens that a direction of the residual stream raises most when it is read through the
     final norm's weights and the unembedding.
     """
-    norm, unembedding = lm.hf.model.norm.weight, lm.hf.get_output_embeddings().weight
-    return (unembedding.float() @ (direction.float() * norm.float())).topk(n).indices
+    norm, unembedding = lm.final_weights()
+    return (unembedding @ (direction.float() * norm)).topk(n).indices

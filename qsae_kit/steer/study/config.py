@@ -115,7 +115,7 @@ class StudyConfig:
     stay as it is.
     """
     thinking: bool = False
-    """Whether the model thinks before it answers, where it can."""
+    """Whether the model thinks before it answers; an error where its template has no thinking."""
     seed: int = 0
 
     def __post_init__(self) -> None:

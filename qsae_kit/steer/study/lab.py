@@ -70,8 +70,8 @@ class Setting:
 
     @property
     def thinking(self) -> bool | None:
-        """Whether the model thinks before it answers; None for one that cannot."""
-        return self.config.thinking if self.lm.has_thinking else None
+        """Whether the model thinks before it answers; None where its template does not ask."""
+        return self.lm.thinking(self.config.thinking)
 
 
 class Plan(NamedTuple):
@@ -187,8 +187,10 @@ class Lab:
         """`answered` for several kinds, edits and numbers of prompts at once."""
         texts = [self.prompts[kind][:n] for kind, _, n in groups]
         asked: list[Asked] = [
-            Asked([with_system(system, p) for p in some] if system else some, edits)
-            for some, (_, edits, _) in zip(texts, groups, strict=True)
+            Asked([with_system(system, p) for p in some], edits)
+            if system
+            else Asked(some, edits, self.prompts[kind])
+            for some, (kind, edits, _) in zip(texts, groups, strict=True)
         ]
         said = answer_groups(self.lm, asked, self.config.max_new_tokens, self.setting.thinking)
         return [

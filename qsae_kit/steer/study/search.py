@@ -15,7 +15,7 @@ from torch import Tensor
 from qsae_kit.data.prompts import STOCK_REFUSALS
 from qsae_kit.io.journal import Journal
 from qsae_kit.lm.answering import answer_all, first_tokens
-from qsae_kit.lm.chat import first_said
+from qsae_kit.lm.chat import THINK_CLOSE, first_said
 from qsae_kit.lm.edits import Edit
 from qsae_kit.sites import width_name
 from qsae_kit.steer.changes import RESIDUAL, Change, Condition, FeatureSet, Steering
@@ -363,7 +363,10 @@ def compared_groups(
     own = journal.get(
         "own answers", lambda: answer_all(lm, prompts, [], OWN_ANSWER_TOKENS, thinking).tokens
     )
-    refusals = [answer_ids(setting, text) for text in STOCK_REFUSALS]
+    # a refusal is no thought: a block that the template has opened ends before it
+    opened = lm.opens_thoughts(lm.chat_tokens(prompts[0], thinking))
+    end = f"\n{THINK_CLOSE}\n\n" if opened else ""
+    refusals = [answer_ids(setting, end + text) for text in STOCK_REFUSALS]
     stock = [refusals[i % len(refusals)] for i in range(len(prompts))]
     return (
         answer_activations(lm, names, prompts, stock, thinking),
@@ -383,10 +386,10 @@ def openings_of(lab: Lab) -> Int[Tensor, " token"]:
     shown: dict[int, int] = {}
     rest: dict[int, int] = {}
     for kind, said in lab.clean.items():
-        opened = lab.ids[kind] != lab.opening[kind]
-        for letter, tokens in zip(said["outcomes"], said["tokens"], strict=True):
+        asked = zip(lab.ids[kind], said["outcomes"], said["tokens"], strict=True)
+        for prompt, letter, tokens in asked:
             counts = shown if letter == "S" else rest
-            first = first_said(tokens, lab.lm.markers, opened)
+            first = first_said(tokens, lab.lm.markers, lab.lm.opens_thoughts(prompt))
             if first is not None:
                 counts[first] = counts.get(first, 0) + 1
     total, others = sum(shown.values()), max(1, sum(rest.values()))

@@ -67,7 +67,7 @@ from qsae_kit.steer.study.trials import (
 )
 from qsae_kit.steer.study.words import in_words
 
-FORMAT = 9
+FORMAT = 10
 """Of the journal: a study that another version began is refused."""
 JOURNAL = "journal.jsonl"
 """The record of a study in its folder, with every step."""
@@ -154,7 +154,8 @@ def steering_study(
     study that was cut off goes on (`journal.jsonl`); the same seed gives the same digits. fresh:
     a study that is there goes, with its `STUDY_FILES`. unsteered: what another study of the same
     prompts was answered already; it is added to. Raises ValueError for prompts that are
-    missing, empty, in both sets or all of one kind, for sites that are not there, where the folder
+    missing, empty, in both sets or all of one kind, for sites that are not there, for thinking of a
+    model whose template has none, where the folder
     holds another study (unless `fresh` is given) or files with a study's names that are of none,
     and while another process writes to the folder.
     """
@@ -214,6 +215,12 @@ def checked_setting(
 ) -> Setting:
     """What the study is of, after every check that needs no pass of the model."""
     check_prompts(behaviour, config.target, selection, evaluation)
+    lm.thinking(config.thinking)
+    if lm.always_thinks:
+        say(
+            f"The chat template of {lm.model_name} opens a think block for every answer: answers"
+            f" are what follows it, within {config.max_new_tokens} new tokens (max_new_tokens)."
+        )
     if config.against and config.against not in behaviour.kinds[1:]:
         raise ValueError(
             f"against={config.against!r} was given; {behaviour.name} has"
