@@ -8,6 +8,8 @@ import os
 import random
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from qsae_kit.data import readers
@@ -16,6 +18,9 @@ from qsae_kit.data.documents import check_chat
 from qsae_kit.data.readers import DataSource, parse_source, read_documents
 from qsae_kit.data.records import parse_record
 from qsae_kit.data.streams import named, stream_of
+from qsae_kit.train.fit import fit_live
+from qsae_kit.train.recipe import TrainConfig
+from qsae_kit.world import world
 
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
 SYSTEM = {"role": "system", "content": "Be kind."}
@@ -278,6 +283,14 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path, name, text, message):
     assert "\n" not in str(caught.value)
 
 
+def test_texts_of_parquet_that_are_not_utf8_are_one_sentence(tmp_path):
+    broken = pa.array([b"Once.", b"Tw\xcace."], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": broken}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=r"a\.parquet is no readable Parquet") as caught:
+        list(read_documents(tmp_path / "a.parquet"))
+    assert type(caught.value) is ValueError
+
+
 def test_a_stated_share_of_bad_rows_is_left_out_and_told(tmp_path):
     lines = [json.dumps({"messages": CHAT})] * 5
     lines[3] = '{"foo": 1}'
@@ -379,6 +392,45 @@ def test_a_stream_that_breaks_off_goes_on_or_says_where(monkeypatch):
     monkeypatch.setattr(readers, "_opened", Broken(9))
     with pytest.raises(ValueError, match=r"broke off after row 4 .Connection reset by peer.; run"):
         list(read_documents("some/texts"))
+
+
+def test_training_is_the_same_on_every_form(tmp_path, lm):
+    chats = [d.messages for d in world.dialogues(60, seed=4)]
+    pairs = [[m for m in chat if m["role"] != "system"][:2] for chat in chats]
+    asked = [{"prompt": q["content"], "response": a["content"]} for q, a in pairs]
+    said = {"user": "human", "assistant": "gpt"}
+    shared = [
+        {"conversations": [{"from": said[m["role"]], "value": m["content"]} for m in pair]}
+        for pair in pairs
+    ]
+    parts = [
+        {"messages": [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in pair]}
+        for pair in pairs
+    ]
+    plain = [{"messages": pair} for pair in pairs]
+    as_lines = {
+        "plain.jsonl": plain,
+        "asked.jsonl": asked,
+        "shared.jsonl": shared,
+    }
+    for name, records in as_lines.items():
+        _written(name, "".join(json.dumps(record) + "\n" for record in records), tmp_path)
+    (tmp_path / "packed.jsonl.gz").write_bytes(
+        gzip.compress("".join(json.dumps(record) + "\n" for record in parts).encode())
+    )
+    pd.DataFrame(asked).to_csv(tmp_path / "asked.csv", index=False)
+    pd.DataFrame(plain).to_parquet(tmp_path / "plain.parquet")
+    config = TrainConfig("topk", 4, 2, 256, 128, 1e-3, 256)
+    name = "blocks.1.hook_resid_post"
+    trained = {
+        path.name: fit_live(
+            lm, str(path), [name], [config], tmp_path / "runs" / path.name, bar=False
+        ).suite
+        for path in sorted(tmp_path.iterdir())
+    }
+    sums = {file: suite[config.variant][name].checksum() for file, suite in trained.items()}
+    assert len(sums) == 6
+    assert len(set(sums.values())) == 1, sums
 
 
 ALPHABET = b'{}[]":,\n\r\x00\xff\xef\xbb\xbf0123456789abcdefnull\\u'

@@ -371,9 +371,9 @@ def test_a_loss_of_single_tokens_is_no_number(lm):
     sum.
     """
     one = lm.to_tokens("a")[:, :1]
-    with pytest.raises(ValueError, match="every row has one token"):
+    with pytest.raises(ValueError, match="two tokens at least"):
         lm(one, return_type="loss")
-    with pytest.raises(ValueError, match="every row has one token"):
+    with pytest.raises(ValueError, match="two tokens at least"):
         lm(one.repeat(1, 2), torch.tensor([[1, 0]]), return_type="loss")
     assert lm(["a b c", "a"], return_type="loss").isfinite()
 

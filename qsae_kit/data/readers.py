@@ -356,7 +356,7 @@ def _read_parquet(path: Path) -> Iterator[Located]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path.name}, row {number}", row, None
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError, OverflowError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         message = f"{path.name} is no readable Parquet ({reason}); get it again."
         raise ValueError(message) from error
