@@ -36,6 +36,8 @@ from releases import CONFIGS, FORMATS, WEIGHTS
 from test_wheels import model_of, write_gguf
 
 ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".tsv", ".jsonl.gz", ".jsonl.xz", ".parquet")
+RELEASES = [name for name in FORMATS if name in CONFIGS and name in WEIGHTS]
+"""Formats of one configuration and one file of weights."""
 MEMORY_MB = 2048
 D_IN = 4
 FEWEST = 3
@@ -61,10 +63,11 @@ def read_gguf(folder: Path, data: bytes) -> None:
 
 def read_release(folder: Path, data: bytes) -> None:
     """The first byte is the format, the next two are the length of its configuration."""
-    name = list(FORMATS)[data[0] % len(FORMATS)]
+    name = RELEASES[data[0] % len(RELEASES)]
     start = 3 + int.from_bytes(data[1:3], "little")
     place = folder / below(name)
-    place.mkdir(parents=True, exist_ok=True)
+    for file in (CONFIGS[name], WEIGHTS[name]):
+        (place / file).parent.mkdir(parents=True, exist_ok=True)
     (place / CONFIGS[name]).write_bytes(data[3:start])
     (place / WEIGHTS[name]).write_bytes(data[start:])
     inspect_suite(folder)
@@ -86,7 +89,7 @@ def seeds(target: str, folder: Path) -> list[bytes]:
         packed = (gzip.compress(lines), lzma.compress(lines), parquet.getvalue())
         return [bytes([kind]) + data for kind, data in enumerate((*files, *packed))]
     if target == "release":
-        return [_packed(number, name, folder) for number, name in enumerate(FORMATS)]
+        return [_packed(number, name, folder) for number, name in enumerate(RELEASES)]
     write_gguf(folder / "seed.gguf", "qwen2", model_of("qwen2"))
     return [(folder / "seed.gguf").read_bytes()]
 
