@@ -14,6 +14,7 @@ import torch
 
 from qsae_kit.io.progress import tqdm
 from qsae_kit.io.tensorfiles import Spec, stream_tensors
+from qsae_kit.lm.ggufheader import check_claims
 from qsae_kit.lm.modelfiles import WEIGHTS
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}
@@ -71,6 +72,7 @@ def convert(gguf: Path, folder: Path, dtype: torch.dtype, tied: bool, title: str
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
     with _damaged(gguf):
+        check_claims(gguf)
         reader = GGUFReader(gguf)
         about = {key: _value(field) for key, field in reader.fields.items() if len(field.data) == 1}
     kind = about.get("general.architecture")
@@ -122,7 +124,8 @@ def _damaged(gguf: Path) -> Iterator[None]:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0].rstrip(".")[:REASON]
-        told = f"{type(error).__name__}: {reason}" if reason else type(error).__name__
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        told = (kind + reason).rstrip(": ") or type(error).__name__
         message = f"{gguf.name!r} is no GGUF file that can be read ({told}); get it again."
         raise ValueError(message) from error
 
