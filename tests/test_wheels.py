@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import random
 import shutil
+import struct
 import subprocess
 import zipfile
 from pathlib import Path
@@ -17,6 +19,7 @@ from safetensors.torch import load_file
 from qsae_kit import load_model
 from qsae_kit.io.tensorfiles import Spec, stream_tensors
 from qsae_kit.lm import dequantised, sources, wheels
+from qsae_kit.lm.ggufheader import check_claims
 from qsae_kit.lm.modelfiles import WEIGHTS
 from qsae_kit.lm.wheels import Part, WheelModel, wheel_folder
 
@@ -27,6 +30,7 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 N_PARTS = 3
+MUTATED = 25
 BOTH = pytest.mark.parametrize("kind", ["qwen2", "llama"])
 
 
@@ -351,3 +355,55 @@ def test_tensors_are_streamed_as_they_would_be_saved(tmp_path):
     mixed = specs | {"c": Spec((1,), torch.float32)}
     with pytest.raises(ValueError, match="2 formats"):
         stream_tensors(mixed, pieces, tmp_path / "t.safetensors")
+
+
+def test_a_header_that_claims_too_much_is_refused_before_it_is_believed(tmp_path, made):
+    path = tmp_path / "m.gguf"
+    write_gguf(path, "qwen2", made[0])
+    data = path.read_bytes()
+    check_claims(path)
+    n_tensors, n_entries = struct.unpack_from("<QQ", data, 8)
+    huge = struct.pack("<Q", 2**60)
+    first_list = data.index(b"tokenizer.ggml.tokens") + len("tokenizer.ggml.tokens") + 8
+    cases = {
+        "does not begin as one": b"GGML" + data[4:],
+        "of the version 9": data[:4] + struct.pack("<I", 9) + data[8:],
+        "claims .* beyond its end": data[:24] + huge + data[32:],
+        "claims .* values, more than": data[:first_list] + huge + data[first_list + 8 :],
+        "beyond its end": data[:16] + struct.pack("<Q", n_entries + n_tensors + 9) + data[24:],
+        "its header": data[: len(data) // 40],
+    }
+    for message, broken in cases.items():
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match=message):
+            check_claims(path)
+        with pytest.raises(ValueError, match=r"'m\.gguf' is no GGUF file that can be read"):
+            dequantised.convert(path, tmp_path, torch.float32, True, "converting")
+    assert [one.name for one in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_mutated_gguf_files_are_converted_or_refused_in_a_sentence(tmp_path, made):
+    write_gguf(tmp_path / "m.gguf", "qwen2", made[0])
+    data, rng = (tmp_path / "m.gguf").read_bytes(), random.Random(0)
+    head = data.index(b"blk.0")
+    refused = 0
+    for number in range(MUTATED):
+        broken = bytearray(data)
+        for _ in range(rng.randint(1, 3)):
+            broken[rng.randrange(head + 600)] = rng.choice((0, 1, 9, 127, 255))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "m.gguf").write_bytes(broken)
+        error = failure(folder)
+        refused += error is not None
+        assert error is None or (type(error) is ValueError and "\n" not in str(error))
+    assert refused > 0
+
+
+def failure(folder):
+    """What a conversion raises."""
+    try:
+        dequantised.convert(folder / "m.gguf", folder, torch.float32, True, "converting")
+    except Exception as error:
+        return error
+    return None
