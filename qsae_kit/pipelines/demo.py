@@ -2,6 +2,7 @@
 in one go.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -18,7 +19,7 @@ from qsae_kit.data.documents import (
     split_documents,
 )
 from qsae_kit.data.readers import parse_source
-from qsae_kit.data.records import Document
+from qsae_kit.data.records import Document, parse_record
 from qsae_kit.data.rows import LiveRows, held_rows
 from qsae_kit.data.streams import documents_of, read_by, stream_of
 from qsae_kit.data.written import ANSWER_TOKENS, mixed_prompts, own_dialogues, self_asked
@@ -26,8 +27,9 @@ from qsae_kit.evaluate.evaluation import evaluate_suite
 from qsae_kit.features.index import FeatureIndex, load_index
 from qsae_kit.features.indexing import MANIFEST, IndexConfig, build_index
 from qsae_kit.io.files import write_table, write_text
+from qsae_kit.io.jsonfiles import lines_of, parse_json, read_text
 from qsae_kit.io.progress import say
-from qsae_kit.io.runs import Run, check_free
+from qsae_kit.io.runs import Run, check_free, plain
 from qsae_kit.io.writers import only_writer
 from qsae_kit.lm.hooked import HookedLM
 from qsae_kit.pipelines.cards import PAGES, feature_cards, place_of, write_pages
@@ -209,19 +211,25 @@ def _refusing_config(lm: HookedLM) -> DemoConfig:
     )
 
 
-def demo_documents(
-    lm: HookedLM, config: DemoConfig
-) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
-    """Training documents, the same at each call, and held-out ones; without end but where rows are
-    held (`DemoConfig.held_rows`).
-    """
+def written_dialogues(lm: HookedLM, config: DemoConfig) -> list[Document]:
+    """The dialogues that a model writes itself to be trained on; none where it comes with some."""
     if config.own_dialogues == 0:
-        held_out, endless = documents_of(lm, None, 100)
-        return endless, held_out
+        return []
     prompts = mixed_prompts(companion_of(lm), config.own_dialogues)
     if (missing := config.own_dialogues - len(prompts)) > 0:
         prompts += self_asked(lm, missing)
-    written = list(own_dialogues(lm, prompts, config.answer_tokens))
+    return list(own_dialogues(lm, prompts, config.answer_tokens))
+
+
+def demo_documents(
+    lm: HookedLM, config: DemoConfig, written: Sequence[Document] = ()
+) -> tuple[Callable[[], Iterator[Document]], Sequence[Document]]:
+    """Training documents, the same at each call, and held-out ones; without end but where rows are
+    held (`DemoConfig.held_rows`). written: `written_dialogues`.
+    """
+    if not written:
+        held_out, endless = documents_of(lm, None, 100)
+        return endless, held_out
     held_out, training = split_documents(written, len(written) // 6)
     rest = list(training)
     return (lambda: iter(rest)) if config.held_rows else (lambda: repeat(rest)), held_out
@@ -256,6 +264,33 @@ DEMO = "demo.run.json"
 FEATURES = "features"
 """The folder of its index."""
 TABLES = ("evaluation.csv", "steering.csv", "report.html")
+
+
+WRITTEN = "dialogues.jsonl"
+"""What the model wrote to be trained on, behind a line that says which model and how much."""
+
+
+def _keep(path: Path, author: Mapping[str, Any], written: Sequence[Document]) -> None:
+    lines = [{"of": author}, *({"messages": chat} for chat in written)]
+    write_text(path, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+
+
+def _kept(path: Path, author: Mapping[str, Any]) -> list[Document]:
+    """The dialogues of a demo that was cut off; none where they are of another model or number."""
+    if not path.is_file():
+        return []
+    first, *rest = lines_of(read_text(path, "dialogues", DIALOGUES_LIMIT)) or [""]
+    try:
+        if parse_json(first, path.name) != {"of": plain(author)}:
+            return []
+        read = (parse_record(parse_json(line, path.name), path.name) for line in rest)
+        return [document for document in read if document is not None]
+    except ValueError:  # it is written anew
+        return []
+
+
+DIALOGUES_LIMIT = 2**28
+"""Bytes of the dialogues of a demo."""
 
 
 def _trained(
@@ -299,8 +334,11 @@ def _run_demo(
         kind: texts if kind == "harmful" else texts[: config.n_harmless]
         for kind, texts in given.evaluation.items()
     }
+    author = {**lm.identity(), "n": config.own_dialogues, "tokens": config.answer_tokens}
+    written: list[Document] = []
     if data is None:
-        training, held_out = demo_documents(lm, config)
+        written = _kept(out / WRITTEN, author) or written_dialogues(lm, config)
+        training, held_out = demo_documents(lm, config, written)
     else:
         if parse_source(data).is_file:
             # a malformed line is better found now than in the middle of the training
@@ -311,7 +349,7 @@ def _run_demo(
     source = LiveRows(lm, names, TokenStream(lm, training))
     own = (*STUDY_FILES, PAGES, JOURNAL)
     studied = [f"{goal}/{name}" for goal in config.goals for name in own]
-    files = [*TABLES, *studied, *_sae_names(config, names)]
+    files = [*TABLES, WRITTEN, *studied, *_sae_names(config, names)]
     # the first documents are read for it, before anything is written
     policy = source.origin.policy._asdict()
     identity = {**read_by(lm, data), "policy": policy, "demo": asdict(config)}
@@ -319,6 +357,8 @@ def _run_demo(
     if not run.path.exists():
         check_free(out, [f"{FEATURES}/{MANIFEST}"], "demo")
     run.begin()
+    if written:
+        _keep(out / WRITTEN, author, written)
     tell = say if bar else _quiet
     n = len(config.variants) * len(names)
     tell(f"1 of 4: training {n} SAEs at {len(names)} sites of {lm.model_name}")
