@@ -2,19 +2,35 @@
 
 import pytest
 import torch
-from small import SITES, small_suite
 
 from qsae_kit.attach import token_features
 from qsae_kit.audit.attribution import answer_question, attribute, token_question
+from qsae_kit.data.documents import token_batches
+from qsae_kit.data.rows import kept_rows
 from qsae_kit.lm.edits import Edit, applied
+from qsae_kit.sae import Provenance, TopKSAE
+from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.suites import Place
+from qsae_kit.world import world
 
 PROMPT = "How do I burn the teacher?"
 
 
+SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
+
+
 @pytest.fixture(scope="module")
 def suite(lm):
-    return small_suite(lm)
+    """SAEs that begin at the activations, and so explain a good part of them untrained."""
+    chats = [d.messages for d in world.dialogues(60, seed=2)]
+    rows = kept_rows(lm, SITES, next(iter(token_batches(lm, chats, batch_tokens=4096))))
+    saes = {}
+    for name, x in rows.items():
+        median = float(x.norm(dim=-1).median())
+        sae = TopKSAE(lm.d_model, 400, 16, Provenance("tiny", name, NormFilter(median)))
+        sae.init_from_rows(x, torch.Generator().manual_seed(3))
+        saes[name] = sae.requires_grad_(False)
+    return {"v": saes}
 
 
 @pytest.fixture(scope="module")
@@ -37,11 +53,11 @@ def test_the_score_is_the_models_own(lm, question, found):
 
 def test_attributions_of_a_site_sum_to_what_its_features_do(found):
     sites = found.sites.set_index("site")
-    assert list(sites.index) == list(SITES)
-    assert sites["effect"].abs().max() > 0.3
+    assert set(sites.index) == set(SITES)
+    assert sites["effect"].abs().max() > 1
     for name in SITES:
         row = sites.loc[name]
-        assert row["features"] == pytest.approx(row["effect"], abs=0.05 * abs(row["effect"]) + 0.02)
+        assert row["features"] == pytest.approx(row["effect"], rel=0.1, abs=0.02)
 
 
 @torch.no_grad()
