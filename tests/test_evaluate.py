@@ -31,7 +31,7 @@ def recompute(lm, sae, name, batches):
     """CE and KL of splicing, and the CE of zeroing, written out with plain hooks."""
     ce_clean = ce_spliced = ce_zero = kl = 0.0
     n = 0
-    for ids, mask, keep, _ in batches:
+    for ids, mask, keep, *_ in batches:
         _, cache = lm.run_with_cache(ids, mask, names_filter=name)
         ordinary = cache[name].norm(dim=-1) <= 10 * sae.provenance.filter.median
         where = (keep & ordinary)[:, :-1] & mask[:, 1:].bool()

@@ -248,7 +248,7 @@ def test_padding_without_its_mask_is_refused(lm, plain, chats):
             lm(ids, return_type="loss")
         for row, logits, real in zip(rows, lm(ids), mask.bool(), strict=True):
             assert torch.allclose(logits[real], logits_of(plain, row), atol=2e-4)
-    ids = torch.tensor([[lm._pad_id, 300, lm._pad_id], [lm._pad_id, 310, lm._pad_id]])
+    ids = torch.tensor([[lm.pad_id, 300, lm.pad_id], [lm.pad_id, 310, lm.pad_id]])
     nats = torch.cat([nats_of(plain, row) for row in ids.tolist()])
     assert float(lm(ids, return_type="loss")) == pytest.approx(float(nats.mean()), abs=1e-5)
 

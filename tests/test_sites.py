@@ -156,7 +156,7 @@ def test_z_through_o_proj_is_the_attention_output(lm, batches):
 
 @torch.no_grad()
 def test_an_edit_at_z_is_the_edit_of_its_image_at_the_attention_output(lm, batches):
-    ids, mask, keep, _ = batches[0]
+    ids, mask, keep, *_ = batches[0]
     delta = torch.randn(WIDTH, generator=torch.Generator().manual_seed(0))
     image = lm.to_residual(Z, delta)
     seen = []

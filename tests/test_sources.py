@@ -256,10 +256,10 @@ def test_where_no_format_is_asked_for_a_cpu_takes_its_fastest(folder, monkeypatc
         monkeypatch.setattr(sources, "fastest_dtype", lambda device, fastest=fastest: fastest)
         for dtype in (None, "auto"):
             assert load_model(str(folder), dtype, "cpu").dtype == fastest
-            said = [line for line in capsys.readouterr().err.splitlines() if SAID in line]
-            assert len(said) == 1
-            assert f"{SAID} {used}," in said[0]
-            assert f'dtype="{other}" (--dtype {other})' in said[0]
+            said = " ".join(capsys.readouterr().err.split())
+            assert said.count(SAID) == 1
+            assert f"{SAID} {used}," in said
+            assert f'dtype="{other}" (--dtype {other})' in said
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             assert load_model(str(folder), dtype, "cpu").dtype == dtype
             assert SAID not in capsys.readouterr().err
