@@ -178,6 +178,7 @@ def test_every_form_gives_the_same(form, tmp_path):
         ({"messages": "[{'role': 'user'}]"}, "is not JSON"),
         ({"conversations": [{"from": "oracle", "value": "x"}]}, "needs a role .system, developer"),
         ({"messages": [7]}, "message 0 needs a role"),
+        ({"a\nb": "x"}, "found a b; rename"),
     ],
 )
 def test_what_is_no_chat_is_one_sentence(record, message):

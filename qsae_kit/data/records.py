@@ -72,7 +72,7 @@ def parse_record(record: Any, where: str, column: str = "") -> Document | None:
     given = [name for name in ("text", *CHATS, *QUESTIONS) if name in record]
     if given and all(record[name] in (None, "", []) for name in given):
         return None
-    found = ", ".join(map(str, record))[:SHOWN] or "nothing"
+    found = _fields(record) or "nothing"
     raise ValueError(
         f"{where}: expected {FORMS}; found {found}; rename a field, or name the one that holds the"
         " texts or chats: DATA,column=NAME."
@@ -81,10 +81,20 @@ def parse_record(record: Any, where: str, column: str = "") -> Document | None:
 
 def _cell(record: Any, where: str, column: str) -> Any:
     if not isinstance(record, dict) or column not in record:
-        found = ", ".join(map(str, record))[:SHOWN] if isinstance(record, dict) else "no fields"
+        found = _fields(record) if isinstance(record, dict) else "no fields"
         raise ValueError(f"{where} has no field {column!r}; it has {found}.")
     value = record[column]
     return _unpacked(value, where) if isinstance(value, str) and value[:2] == "[{" else value
+
+
+def _fields(record: Mapping[Any, Any]) -> str:
+    """The names of a record's fields."""
+    return _line(", ".join(map(str, record)))
+
+
+def _line(value: Any) -> str:
+    """A value in a message: in one line, cut where it is long."""
+    return " ".join(str(value).split())[:SHOWN]
 
 
 def _is_chat(value: Any) -> bool:
@@ -134,7 +144,7 @@ def _with_system(chat: list[Message], record: Mapping[str, Any]) -> list[Message
 def _turns(turns: Any, where: str, spoken: bool = False) -> list[Message]:
     """The messages of a list. spoken: whether texts are user and assistant in turn."""
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{where}: expected {FORMS}; found {str(turns)[:SHOWN] or 'nothing'}.")
+        raise ValueError(f"{where}: expected {FORMS}; found {_line(turns) or 'nothing'}.")
     if spoken and all(isinstance(turn, str) for turn in turns):
         speakers = ("user", "assistant")
         return [{"role": speakers[n % 2], "content": text} for n, text in enumerate(turns)]
