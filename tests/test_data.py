@@ -3,6 +3,7 @@
 from itertools import chain
 from unittest.mock import Mock
 
+import pytest
 import torch
 
 from qsae_kit.data.documents import (
@@ -79,6 +80,19 @@ def test_a_stream_goes_on_from_a_window_without_making_tokens_of_what_is_before(
         assert torch.equal(one.ids, other.ids)
         assert one.window == other.window
     assert len(made) == len(documents) - starts[-2].documents
+
+
+def test_a_stream_wants_documents_anew_and_of_more_than_a_token(lm, monkeypatch):
+    once = iter(["one two", "three four"])
+    with pytest.raises(ValueError, match="gives the same iterator each time"):
+        list(TokenStream(lm, lambda: once)())
+    with pytest.raises(ValueError, match="documents were given as a list"):
+        TokenStream(lm, ["one two"])
+    monkeypatch.setattr("qsae_kit.data.documents.MOST_EMPTY", 50)
+    [token] = lm.tokenizer("a", add_special_tokens=False).input_ids[:1]
+    word = lm.to_string([token])
+    with pytest.raises(ValueError, match="51 documents in a row have one token each"):
+        list(token_batches(lm, repeat([word])))
 
 
 def test_keep_mask(lm):

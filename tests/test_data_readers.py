@@ -142,6 +142,9 @@ FORMS = {
         [SYSTEM, *CHAT],
     ),
     "a system prompt in both": ({"system": "x", "messages": [SYSTEM, *CHAT]}, [SYSTEM, *CHAT]),
+    "an answer as turns": ({"prompt": "Hi", "response": CHAT[1:]}, CHAT),
+    "a cell of indented JSON": ({"messages": json.dumps(CHAT, indent=1)}, CHAT),
+    "a text beside what looks like a list": ({"dialogue": "[Music]", "text": "Once."}, "Once."),
     "a prompt alone": ({"prompt": "Hi", "category": "x"}, CHAT[:1]),
     "parts": (
         {
@@ -178,6 +181,10 @@ def test_every_form_gives_the_same(form, tmp_path):
         ({"messages": "[{'role': 'user'}]"}, "is not JSON"),
         ({"conversations": [{"from": "oracle", "value": "x"}]}, "needs a role .system, developer"),
         ({"messages": [7]}, "message 0 needs a role"),
+        ({"question": "Who won?", "answer": ["Paris", "Paris, France"]}, "message 0 needs a role"),
+        ({"instruction": "", "output": "Some text."}, "output is given, but instruction is empty"),
+        ({"text": "\ud83d half"}, "half a character"),
+        ({"messages": [{"role": "user", "content": "\udc00"}]}, "half a character"),
         ({"a\nb": "x"}, "found a b; rename"),
     ],
 )
@@ -253,6 +260,8 @@ def test_files_of_every_kind_give_the_same(tmp_path):
 
 
 def test_a_column_is_read_whatever_its_name(tmp_path):
+    chats = json.dumps({"body": json.dumps(CHAT, indent=1)})
+    assert list(read_documents(f"{_written('b.jsonl', chats, tmp_path)},column=body")) == [CHAT]
     _written("a.csv", "title,body\nx,One.\ny,\nz,Two.\n", tmp_path)
     assert list(read_documents(f"{tmp_path / 'a.csv'},column=body")) == ["One.", "Two."]
     with pytest.raises(ValueError, match="row 1 has no field 'text'; it has title, body"):
@@ -480,7 +489,8 @@ def test_mutated_files_are_read_or_refused_in_a_sentence(tmp_path):
             assert all(_is_document(document) for document in documents)
             assert error is None or (type(error) is ValueError and len(str(error)) < 1000)
             assert error is None or "\n" not in str(error).strip()
-    assert 0 < refused["a.jsonl"] < n  # some were damaged enough
+    assert refused["a.jsonl"] > 0  # some were damaged enough, and others not
+    assert refused["a.txt"] < n
 
 
 def outcome(path):

@@ -120,6 +120,14 @@ def test_training_is_no_edit_of_low_rank(lm, copy):
     assert set(found.tensors["kind"]) == {"other", "bias"}
 
 
+def test_weights_that_are_not_plain_are_no_all_clear(lm, copy):
+    down = copy.hf.model.layers[1].mlp.down_proj
+    copy.hf.model.layers[1].mlp.down_proj = torch.nn.Sequential(down)
+    copy.hf.model.layers[1].mlp.down_proj.base_layer = down
+    with pytest.raises(ValueError, match="are not plain"):
+        was_edited(lm, copy)
+
+
 def test_models_of_other_shapes_are_refused(lm, copy):
     copy.hf.model.layers[0].mlp.gate_proj.weight = torch.nn.Parameter(torch.zeros(3, 4))
     with pytest.raises(ValueError, match=r"has the shapes .* give two models of one shape"):

@@ -134,6 +134,25 @@ def test_constants_where_the_architecture_has_a_bias(family, tmp_path):
             assert not (tmp_path / "no").exists()
 
 
+def test_constants_of_the_residual_stream_come_after_what_is_written(family, tmp_path):
+    """At run time a constant behind a layer is added after its writers were changed."""
+    behind = constant(family, "blocks.2.hook_resid_post", 2.0)
+    if why_not(family, behind):
+        pytest.skip(f"{family.config.model_type} has no bias there")
+    steering = Steering((behind, out_of_all(family, 7)))
+    patch(family, steering, {}, tmp_path / "patched")
+    check_same(family, steering, plain(tmp_path / "patched"))
+
+
+def test_an_adapter_of_unequal_ranks_in_peft(family, tmp_path):
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    one = replace(out_of_all(family, 3), hook_name="blocks.2.hook_mlp_out", everywhere=False)
+    steering = Steering((out_of_all(family), one))
+    patch(family, steering, {}, tmp_path / "adapter", "lora")
+    model = peft.PeftModel.from_pretrained(plain(family.hf.name_or_path), tmp_path / "adapter")
+    check_same(family, steering, model.eval())
+
+
 def test_a_patch_is_undone_to_the_bit(family, tmp_path):
     change = constant(family, "blocks.1.hook_attn_out")
     changes = (out_of_all(family), change) if not why_not(family, change) else (out_of_all(family),)
@@ -143,6 +162,8 @@ def test_a_patch_is_undone_to_the_bit(family, tmp_path):
     told = [model.config.to_dict() for model in (back, plain(family.hf.name_or_path))]
     assert told[0] | {"_name_or_path": ""} == told[1] | {"_name_or_path": ""}
     assert set(back.state_dict()) == set(old)
+    if back.config.tie_word_embeddings:
+        assert "lm_head.weight" not in read_tensors(tmp_path / "back" / WEIGHTS)
     assert all(torch.equal(tensor, old[name]) for name, tensor in back.state_dict().items())
     with pytest.raises(ValueError, match="is there already"):
         undo(tmp_path / "patched", tmp_path / "back")
@@ -229,6 +250,11 @@ def test_what_has_no_form_says_why_and_what_is_nearest(lm, tmp_path):
         for near in near_forms(lm, Steering((change,)), suite):
             assert near.said
             assert weight_form(lm, near.steering, suite).writers
+    heads = Change(
+        "project_out", "blocks.1.attn.hook_z", direction=direction(lm), positions="every"
+    )
+    with pytest.raises(ValueError, match=r"nothing is written .* at blocks\.1\.attn\.hook_z"):
+        weight_form(lm, Steering((heads,)), suite)
     exact = Steering((out_of_all(lm),))
     assert near_forms(lm, exact, suite) == [(exact, [])]
 

@@ -15,7 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qsae_kit.audit.forms import ATTENTION, EMBEDDING, MLP
+from qsae_kit.io.progress import tqdm
 from qsae_kit.lm.hooked import HookedLM
+from qsae_kit.lm.placement import check_plain
 from qsae_kit.sae.suites import ByVariant, Place, Suite
 from qsae_kit.sites import width_name
 
@@ -25,8 +27,8 @@ FAINTEST = 0.01
 """Of the largest singular value: what is fainter is the rounding of an edit."""
 COARSEST = 0.15
 """Relative size of a difference that a format of 4 bits makes, and a little more."""
-MOST_SPIKES = 64
-"""Singular values that are looked at; more of them beyond the band are no edit of low rank."""
+MOST_SPIKES = 8
+"""Singular values that are looked at; as many of them beyond the band are no edit of low rank."""
 ALONG = 3
 """Features that are named."""
 RESIDUAL = "d_model"
@@ -42,7 +44,7 @@ class Difference(NamedTuple):
     rank: int
     """Singular values beyond the band of rounding; 0 for rounding and biases."""
     relative: float
-    """||second - first|| / ||first||."""
+    """||second - first|| / ||first||; of a matrix of tokens over the rows that are looked at."""
     directions: Float[Tensor, "rank d_model"] | None
     """Of what is written to the residual stream, unit vectors; None of other tensors."""
 
@@ -53,13 +55,20 @@ which 8 bits of bfloat16 leave of them."""
 
 
 @torch.no_grad()
-def differences(first: HookedLM, second: HookedLM) -> Iterator[Difference]:
+def differences(first: HookedLM, second: HookedLM, bar: bool = False) -> Iterator[Difference]:
     """The tensors of two models of one shape that are not the same, one by one.
 
-    Raises ValueError where they have different shapes.
+    Raises ValueError where they have different shapes, and for weights that are quantised, on disk
+    or adapted.
     """
+    for lm in (first, second):
+        check_plain(lm.hf, lm.model_name)
     held, other = _tensors(first), _tensors(second)
-    for name in sorted(held.keys() | other.keys()):
+    if all(lm.config.tie_word_embeddings for lm in (first, second)):
+        held.pop(HEAD, None)
+        other.pop(HEAD, None)
+    names = sorted(held.keys() | other.keys())
+    for name in tqdm(names, desc="comparing weights", disable=not bar):
         one, two = held.get(name), other.get(name)
         if one is None or two is None:
             present = one if one is not None else two
@@ -74,9 +83,21 @@ def differences(first: HookedLM, second: HookedLM) -> Iterator[Difference]:
                 f"{name} has the shapes {list(one.shape)} and {list(two.shape)}; give two models of"
                 " one shape."
             )
-        wide, change = one.double().cpu(), two.double().cpu() - one.double().cpu()
-        if change.any():
-            yield _difference(name, wide, change)
+        if not torch.equal(one.cpu().double(), two.cpu().double()):
+            yield _difference(name, *_looked_at(name, one, two))
+
+
+def _looked_at(name: str, one: Tensor, two: Tensor) -> tuple[Tensor, Tensor]:
+    """A tensor and its change in float64; of what has a row a token a sample of the rows."""
+    if name in OF_TOKENS and len(one) > TOKENS:
+        some = torch.randperm(len(one), generator=torch.Generator().manual_seed(0))[:TOKENS]
+        one, two = one[some.to(one.device)], two[some.to(two.device)]
+    wide = one.cpu().double()
+    return wide, two.cpu().double() - wide
+
+
+TOKENS = 16_384
+"""Rows of a matrix of tokens that are looked at, at most."""
 
 
 def _tensors(lm: HookedLM) -> dict[str, Tensor]:
@@ -112,7 +133,8 @@ def _distinct(wide: Tensor) -> Tensor:
     return first
 
 
-OF_TOKENS = (f"{EMBEDDING}.weight", "lm_head.weight")
+HEAD = "lm_head.weight"
+OF_TOKENS = (f"{EMBEDDING}.weight", HEAD)
 GRID, COMPARED = 8, 16
 """Steps a typical value, and values of a row, that tell rows apart."""
 
@@ -171,14 +193,18 @@ class Verdict(NamedTuple):
 
 
 def was_edited(
-    first: HookedLM, second: HookedLM, suite: ByVariant | None = None, along: int = ALONG
+    first: HookedLM,
+    second: HookedLM,
+    suite: ByVariant | None = None,
+    along: int = ALONG,
+    bar: bool = False,
 ) -> Verdict:
     """Compares the weights of a model with those of one that may have been made of it.
 
     suite: SAEs whose features the directions of an edit are compared with. Raises ValueError for
     models of different shapes.
     """
-    found = list(differences(first, second))
+    found = list(differences(first, second, bar))
     rows = [one._replace(directions=None) for one in found]
     tensors = pd.DataFrame(rows, columns=list(Difference._fields)).drop(columns="directions")
     beyond = [one for one in found if one.kind != "rounding"]

@@ -101,7 +101,10 @@ def weight_form(lm: HookedLM, steering: Steering, suite: ByVariant) -> WeightFor
     points = writers_of(lm)
     writers = {module: Affine.none(lm.d_model) for module in points.values()}
     changed = set[str]()
-    for number, change in enumerate(steering.changes, 1):
+    numbered = list(enumerate(steering.changes, 1))
+    # behind what is written stands the residual stream, whatever the order of the changes
+    numbered.sort(key=lambda one: _behind(one[1]))
+    for number, change in numbered:
         if reason := why_not(lm, change):
             raise ValueError(
                 f"Change {number} of {len(steering.changes)} has no exact form in the weights:"
@@ -121,11 +124,16 @@ def weight_form(lm: HookedLM, steering: Steering, suite: ByVariant) -> WeightFor
     return WeightForm({name: one for name, one in writers.items() if name in changed})
 
 
+def _behind(change: Change) -> bool:
+    """Whether a change is made to the residual stream, where a layer's writers are done."""
+    return not change.everywhere and written(change.hook_name) != change.hook_name
+
+
 def written(hook_name: str) -> str:
     """The hook point of what is written last before a place in the residual stream."""
     block, _, hook = hook_name.rpartition(".")
-    number = int(block.removeprefix("blocks.")) if block else 0
     if hook == "hook_resid_pre":
+        number = int(block.removeprefix("blocks."))
         return f"blocks.{number - 1}.hook_mlp_out" if number else "hook_embed"
     last = {"hook_resid_mid": "hook_attn_out", "hook_resid_post": "hook_mlp_out"}
     return f"{block}.{last[hook]}" if hook in last else hook_name

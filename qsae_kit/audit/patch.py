@@ -118,7 +118,7 @@ def _checkpoint(
             "dtype": str(lm.dtype).removeprefix("torch."),
             "steering": steering,
             "changed": sorted(new),
-            "added": sorted(set(tensors) - set(untied) | ({TIED} & set(untied) - set(held))),
+            "added": sorted(set(tensors) - set(_owned(held))),
             "untied": entries.get("tie_word_embeddings") is False,
             "original": {name: _digest(held[name]) for name in new if name in held},
             "config": before,
@@ -220,11 +220,13 @@ def _adapter(lm: HookedLM, change: WeightForm, out: Path) -> Patched:
                 " checkpoint."
             )
         wide = module.weight.detach().double().cpu()
+        missing = change.rank - one.u.shape[1]
+        u, v = (torch.nn.functional.pad(part, (0, missing)) for part in (one.u, one.v))
         key = f"base_model.model.{name}"
         if name == EMBEDDING:
-            pair = {"lora_embedding_A": (wide @ one.v).T, "lora_embedding_B": one.u}
+            pair = {"lora_embedding_A": (wide @ v).T, "lora_embedding_B": u}
         else:
-            pair = {"lora_A.weight": one.v.T @ wide, "lora_B.weight": one.u}
+            pair = {"lora_A.weight": v.T @ wide, "lora_B.weight": u}
         tensors |= {f"{key}.{part}": t.float().contiguous() for part, t in pair.items()}
     config = {
         "peft_type": "LORA",

@@ -375,7 +375,8 @@ def compare(
     typer.echo(
         "\nFeatures whose density changed most:\n" + outputs.page(most_changed(found.features))
     )
-    weights = was_edited(*pair, trained)
+    weights = was_edited(*pair, trained, bar=True)
     write_table(weights.tensors, out / "weights.csv")
+    write_table(weights.features, out / "directions.csv")
     typer.echo("\n" + outputs.wrapped(weights.in_words))
-    typer.echo(f"\nTables: {out / 'sites.csv'}, {out / 'features.parquet'}, weights.csv")
+    typer.echo(f"\nTables in {out}: sites.csv, features.parquet, weights.csv, directions.csv")

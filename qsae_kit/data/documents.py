@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from qsae_kit.data.given import documents_given
+from qsae_kit.data.given import check_anew, documents_given, first_of
 from qsae_kit.data.records import Document
 from qsae_kit.lm.chat import CATEGORIES, Markers, Phase, phases
 from qsae_kit.lm.hooked import HookedLM
@@ -230,6 +230,8 @@ def token_batches(
         done, made = done + n, made + len(groups)
 
 
+MOST_EMPTY = 100_000
+"""Documents in a row without two tokens: data that go round would never end."""
 WINDOW = 16
 """Batches of a window."""
 
@@ -249,12 +251,18 @@ class TokenStream:
         policy: TokenPolicy = TokenPolicy(),
         seed: int | None = 0,
     ) -> None:
+        check_anew(documents, "The documents")
         self.lm, self.documents = lm, documents
         self.batch_tokens, self.policy, self.seed = batch_tokens, policy, seed
 
     def __call__(self, start: Window = Window()) -> Iterator[TokenBatch]:
         return token_batches(
-            self.lm, self.documents(), self.batch_tokens, self.policy, self.seed, start
+            self.lm,
+            first_of(self.documents, "the documents"),
+            self.batch_tokens,
+            self.policy,
+            self.seed,
+            start,
         )
 
 
@@ -279,6 +287,11 @@ def _take_tokens(
     taken, n, parts = 0, 0, list[TokenSequence]()
     while taken < n_tokens and (document := next(documents, None)) is not None:
         n += 1
+        if n > MOST_EMPTY and not parts:
+            raise ValueError(
+                f"{n:,} documents in a row have one token each, and what is read is what follows a"
+                " token; give longer texts."
+            )
         own = [one for one in sequences(lm, document, context_size) if len(one.ids) > 1]
         parts += own
         taken += sum(len(one.ids) for one in own)

@@ -1,5 +1,6 @@
 """One record of somebody's data, in whichever form it comes -> a chat or a text."""
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -38,6 +39,9 @@ ROLES = {
 }
 """What data sets call a speaker -> the role of a chat template."""
 TEXT_PARTS = ("text", "input_text", "output_text")
+AS_JSON = re.compile(r"\s*\[\s*\{")
+"""How turns begin that are a table's cell."""
+HALF = re.compile("[\ud800-\udfff]")
 FORMS = "messages (a list), text, or question and answer"
 
 
@@ -52,6 +56,17 @@ def parse_record(record: Any, where: str, column: str = "") -> Document | None:
     """
     if column:
         record = _cell(record, where, column)
+    document = _parsed(record, where, column)
+    texts = [document] if isinstance(document, str) else [m["content"] for m in document or ()]
+    if any(HALF.search(text) for text in texts):
+        raise ValueError(
+            f"{where} holds half a character (a lone surrogate, \\ud800 to \\udfff), which no"
+            " tokenizer reads; mend it."
+        )
+    return document
+
+
+def _parsed(record: Any, where: str, column: str) -> Document | None:
     if isinstance(record, str):
         return record if record.strip() else None
     if isinstance(record, list):
@@ -70,8 +85,13 @@ def parse_record(record: Any, where: str, column: str = "") -> Document | None:
     if isinstance(record.get("text"), str):
         return record["text"] if record["text"].strip() else None
     given = [name for name in ("text", *CHATS, *QUESTIONS) if name in record]
-    if given and all(record[name] in (None, "", []) for name in given):
+    said = [name for name in (*ADDITIONS, *ANSWERS) if _is_said(record.get(name))]
+    if given and not said and all(record[name] in (None, "", []) for name in given):
         return None
+    if given and said:
+        raise ValueError(
+            f"{where}: {said[0]} is given, but {given[0]} is empty; leave the row out."
+        )
     found = _fields(record) or "nothing"
     raise ValueError(
         f"{where}: expected {FORMS}; found {found}; rename a field, or name the one that holds the"
@@ -84,7 +104,7 @@ def _cell(record: Any, where: str, column: str) -> Any:
         found = _fields(record) if isinstance(record, dict) else "no fields"
         raise ValueError(f"{where} has no field {column!r}; it has {found}.")
     value = record[column]
-    return _unpacked(value, where) if isinstance(value, str) and value[:2] == "[{" else value
+    return _unpacked(value, where) if isinstance(value, str) and AS_JSON.match(value) else value
 
 
 def _fields(record: Mapping[Any, Any]) -> str:
@@ -100,7 +120,7 @@ def _line(value: Any) -> str:
 def _is_chat(value: Any) -> bool:
     """Whether a field holds turns, or a table's cell with turns as JSON."""
     return (isinstance(value, list) and bool(value)) or (
-        isinstance(value, str) and value.lstrip()[:1] == "["
+        isinstance(value, str) and AS_JSON.match(value) is not None
     )
 
 
@@ -124,7 +144,10 @@ def _asked(record: Mapping[str, Any], name: str, where: str) -> Document:
         repeated = more[: len(turns)] == turns  # a chosen answer may hold the whole chat
         return more if repeated else turns + more
     if isinstance(answer, list):
-        return _with_system(_turns(answer, where, spoken=True), record)
+        turns = _turns(answer, where)
+        whole = any(turn["role"] == "user" for turn in turns)
+        asked: list[Message] = [] if whole else [{"role": "user", "content": question}]
+        return _with_system(asked + turns, record)
     about = next((record[own] for own in ADDITIONS if _is_said(record.get(own))), None)
     text = question if not isinstance(about, str) else f"{question}\n\n{about}"
     chat: list[Message] = [{"role": "user", "content": text}]

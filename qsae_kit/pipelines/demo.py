@@ -279,8 +279,8 @@ def _kept(path: Path, author: Mapping[str, Any]) -> list[Document]:
     """The dialogues of a demo that was cut off; none where they are of another model or number."""
     if not path.is_file():
         return []
-    first, *rest = lines_of(read_text(path, "dialogues", DIALOGUES_LIMIT)) or [""]
     try:
+        first, *rest = lines_of(read_text(path, "dialogues", DIALOGUES_LIMIT)) or [""]
         if parse_json(first, path.name) != {"of": plain(author)}:
             return []
         read = (parse_record(parse_json(line, path.name), path.name) for line in rest)
@@ -337,6 +337,8 @@ def _run_demo(
     author = {**lm.identity(), "n": config.own_dialogues, "tokens": config.answer_tokens}
     written: list[Document] = []
     if data is None:
+        if not (out / DEMO).exists():
+            check_free(out, [WRITTEN], "demo")
         written = _kept(out / WRITTEN, author) or written_dialogues(lm, config)
         training, held_out = demo_documents(lm, config, written)
     else:

@@ -53,7 +53,7 @@ async function render({ model, el }) {
   const failed = (error) => { status.textContent = `The figure could not be drawn (${error.message}); run the cell again.`; };
   const redraw = () => { dog.answered(); running = running.then(draw).catch(failed); };
   const unsaved = saver(model, root, dog), off = listen(model, root, { "change:figures": redraw, "change:status": () => { dog.answered(); status.textContent = model.get("status"); controls(); },
-    "change:selected": controls, "change:running": () => { dog.answered(); controls(); } });
+    "msg:custom": () => dog.answered(), "change:selected": controls, "change:running": () => { dog.answered(); controls(); } });
   redraw();
   const seen = new ResizeObserver(() => { if (late && holder.offsetWidth) redraw(); });
   seen.observe(holder);
