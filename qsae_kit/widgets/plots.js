@@ -30,13 +30,11 @@ async function render({ model, el }) {
   const dog = watchdog(root, model), bar = make("div", "bar"), holder = make("div"), status = make("div", "status", "", { role: "status" });
   root.append(bar, holder, status);
   const controls = typeof makeControls === "function" ? makeControls(model, bar, dog) : () => {};
-  let gone = false, late = false, plots = [], running = Promise.resolve();
+  let gone = false, plots = [], running = Promise.resolve();
   status.textContent = model.get("status");
   controls();
   async function draw() {
     const Plotly = await library(model);
-    late = !holder.offsetWidth; // what is hidden has no size to draw in; it is drawn when it is seen
-    if (late || gone) return;
     const figures = model.get("figures").map((text) => JSON.parse(text));
     while (plots.length > figures.length) { const p = plots.pop(); Plotly.purge(p); p.remove(); }
     for (let i = 0; i < figures.length && !gone; i++) {
@@ -55,12 +53,10 @@ async function render({ model, el }) {
   const unsaved = saver(model, root, dog), off = listen(model, root, { "change:figures": redraw, "change:status": () => { dog.answered(); status.textContent = model.get("status"); controls(); },
     "msg:custom": () => dog.answered(), "change:selected": controls, "change:running": () => { dog.answered(); controls(); } });
   redraw();
-  const seen = new ResizeObserver(() => { if (late && holder.offsetWidth) redraw(); });
-  seen.observe(holder);
   // JupyterLab's theme, and the system's
   const theme = new MutationObserver(redraw), system = matchMedia("(prefers-color-scheme: dark)");
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-name", "data-jp-theme-light"] });
   system.addEventListener("change", redraw);
-  return () => { gone = true; off(); unsaved(); seen.disconnect(); theme.disconnect(); system.removeEventListener("change", redraw); dog.stop(); library(model).then((Plotly) => plots.forEach(Plotly.purge), () => {}); root.remove(); };
+  return () => { gone = true; off(); unsaved(); theme.disconnect(); system.removeEventListener("change", redraw); dog.stop(); library(model).then((Plotly) => plots.forEach(Plotly.purge), () => {}); root.remove(); };
 }
 export default { render };
