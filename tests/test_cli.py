@@ -64,7 +64,7 @@ def complaint(done):
         (["demo", "--tokens", "many"], "--tokens 'many' was given; write a whole number"),
         (["demo", "--data", "EMPTY_FILE"], "holds no dialogues"),
         (["demo", "--data", "BAD_FILE"], "bad.jsonl, line 2 is not JSON"),
-        (["demo", "--device", "abacus"], "--device abacus cannot be used"),
+        (["demo", "--device", "abacus"], "The device 'abacus' cannot be used"),
         (["index", "EMPTY"], "holds no SAE"),
         (["steer", "EMPTY"], "holds no SAE"),
         (["compare", "EMPTY", "tiny", "tiny"], "holds no SAE"),

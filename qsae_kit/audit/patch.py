@@ -119,7 +119,6 @@ def _checkpoint(
             "steering": steering,
             "changed": sorted(new),
             "added": sorted(set(tensors) - set(_owned(held))),
-            "untied": entries.get("tie_word_embeddings") is False,
             "original": {name: _digest(held[name]) for name in new if name in held},
             "config": before,
             "versions": {name: version(name) for name in ("torch", "transformers")},
@@ -173,7 +172,7 @@ def undo(folder: str | Path, out: str | Path) -> Path:
     if not (folder / ABOUT).is_file():
         raise ValueError(f"{str(folder)!r} has no {ABOUT}; give the folder of a patched model.")
     about = read_json(folder / ABOUT, "a patch")
-    kinds = {"original": dict, "config": dict, "added": list, "untied": bool}
+    kinds = {"original": dict, "config": dict, "added": list}
     if not isinstance(about, dict) or not all(
         isinstance(about.get(name), kind) for name, kind in kinds.items()
     ):

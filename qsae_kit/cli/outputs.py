@@ -65,16 +65,6 @@ def loaded(model: str, dtype: str, device: str | None) -> "HookedLM":
     """A model on a device. Raises ValueError for a device that is not there and as `load_model`."""
     from qsae_kit.lm.hooked import load_model
 
-    if device not in (None, "auto"):
-        import torch
-
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(
-                f"--device {device} cannot be used ({reason}); give cpu, or a GPU that is there."
-            ) from error
     return load_model(model, dtype, device)
 
 

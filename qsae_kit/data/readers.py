@@ -198,8 +198,6 @@ def _checked(check: Callable[[Document], None], document: Document, where: str) 
 
 
 Located = tuple[str, Any, ValueError | None]
-
-
 """Where a record is, what it holds, and why it cannot be read."""
 
 
