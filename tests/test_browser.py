@@ -51,14 +51,9 @@ def dialogues():
     return (dialogue.messages for dialogue in world.dialogues(80, seed=1_000_014))
 
 
-AXES_BETWEEN = 'attribute d: Expected number, "MNaN,NaN'
-"""plotly.js on a figure that arrives while it resizes: axes without a place for a moment,
-until the next drawing."""
-
-
 def clean(seen):
     assert seen.page.evaluate("() => window.PWN") is None
-    assert [error for error in seen.errors if AXES_BETWEEN not in error] == []
+    assert seen.errors == []
     assert seen.outside == []
 
 

@@ -22,8 +22,12 @@ function themed(layout, root) {
   const grid = "rgba(127,127,127,0.3)", axes = {};
   for (const key of Object.keys(layout)) if (/^[xy]axis\d*$/.test(key)) axes[key] = { ...layout[key], gridcolor: grid, zerolinecolor: grid, linecolor: grid };
   return { ...layout, ...axes, template: undefined, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { ...layout.font, color },
-    modebar: { bgcolor: "rgba(0,0,0,0)", color: "rgba(127,127,127,0.7)", activecolor: color }, autosize: true, width: undefined };
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: "rgba(127,127,127,0.7)", activecolor: color }, autosize: false };
 }
+
+const WIDTH = 700; // of a figure in a page that is not laid out, in pixels
+const NARROWEST = 240; // below it the axes have no room, and plotly.js fails
+const widthOf = (plot) => Math.max(plot.clientWidth || WIDTH, NARROWEST);
 
 async function render({ model, el }) {
   const root = rootOf(el, "qsae-plots");
@@ -31,6 +35,9 @@ async function render({ model, el }) {
   root.append(bar, holder, status);
   const controls = typeof makeControls === "function" ? makeControls(model, bar, dog) : () => {};
   let gone = false, plots = [], running = Promise.resolve();
+  // plotly.js measures and resizes by itself in the middle of another drawing: here one thing is done after the other
+  const failed = (error) => { status.textContent = `The figure could not be drawn (${error.message}); run the cell again.`; };
+  const next = (step) => { running = running.then(step).catch(failed); };
   status.textContent = model.get("status");
   controls();
   async function draw() {
@@ -42,21 +49,33 @@ async function render({ model, el }) {
       const fresh = !plot;
       if (fresh) { plot = make("div", "qsae-plot"); holder.append(plot); plots.push(plot); }
       plot.style.height = `${figures[i].layout.height || HEIGHT}px`; // an element without one collapses when it is resized
-      await Plotly.react(plot, figures[i].data, themed(figures[i].layout, root), { responsive: true, displaylogo: false });
+      const layout = { ...themed(figures[i].layout, root), width: widthOf(plot), height: parseFloat(plot.style.height) };
+      await Plotly.react(plot, figures[i].data, layout, { displaylogo: false });
       if (fresh) plot.on("plotly_click", (e) => model.send({ op: "click", figure: i, trace: e.points[0].curveNumber, point: e.points[0].pointNumber }));
     }
     controls();
     root.dataset.drawn = (+root.dataset.drawn || 0) + 1;
   }
-  const failed = (error) => { status.textContent = `The figure could not be drawn (${error.message}); run the cell again.`; };
-  const redraw = () => { dog.answered(); running = running.then(draw).catch(failed); };
+  let waits = false;
+  async function fit() {
+    waits = false;
+    const Plotly = await library(model);
+    for (const plot of plots) if (!gone && plot.clientWidth && plot.layout.width !== widthOf(plot)) await Plotly.relayout(plot, { width: widthOf(plot) });
+  }
+  const redraw = () => { dog.answered(); next(draw); };
   const unsaved = saver(model, root, dog), off = listen(model, root, { "change:figures": redraw, "change:status": () => { dog.answered(); status.textContent = model.get("status"); controls(); },
     "msg:custom": () => dog.answered(), "change:selected": controls, "change:running": () => { dog.answered(); controls(); } });
   redraw();
+  const size = new ResizeObserver(() => { if (!waits) { waits = true; next(fit); } });
+  size.observe(holder);
   // JupyterLab's theme, and the system's
   const theme = new MutationObserver(redraw), system = matchMedia("(prefers-color-scheme: dark)");
   theme.observe(document.body, { attributeFilter: ["data-jp-theme-name", "data-jp-theme-light"] });
   system.addEventListener("change", redraw);
-  return () => { gone = true; off(); unsaved(); theme.disconnect(); system.removeEventListener("change", redraw); dog.stop(); library(model).then((Plotly) => plots.forEach(Plotly.purge), () => {}); root.remove(); };
+  return () => {
+    gone = true; off(); unsaved(); size.disconnect(); theme.disconnect(); system.removeEventListener("change", redraw); dog.stop();
+    next(async () => { const Plotly = await library(model); plots.forEach(Plotly.purge); });
+    root.remove();
+  };
 }
 export default { render };
