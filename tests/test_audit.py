@@ -364,6 +364,8 @@ def test_the_dialogue_works_by_keyboard(audited, page, playwright):
         seen.page.emulate_media(media="print")
         assert not seen.page.get_by_role("combobox", name="Feature").is_visible()
         assert line.is_visible()
+        assert case.name(second) in seen.page.locator(".scale").inner_text()
+        assert seen.page.locator("summary").first.is_visible()
         assert seen.errors == []
 
 

@@ -133,8 +133,8 @@ function dialogueView(data, title, chosen = () => {}) {
     const line = held.firstChild, asked = line.querySelector(".at");
     line.scrollTop = top ?? (asked ? asked.offsetTop - line.offsetTop - line.clientHeight / 2 : 0);
     scale.textContent = acts
-      ? `No colour is 0, full orange ${number(largest)}, ${one.of}, in units of the site's activations. The token asked about is underlined.`
-      : `No colour is 0, full orange +${number(largest)} nats and full blue \u2212${number(largest)} nats, on one scale for all features. `
+      ? `Coloured by ${visible(one.name)}: none is 0, full orange ${number(largest)}, ${one.of}, in units of the site's activations. The token asked about is underlined.`
+      : `Coloured by ${visible(one.name)}: none is 0, full orange +${number(largest)} nats and full blue \u2212${number(largest)} nats, on one scale for all features. `
         + "The token asked about is underlined.";
     say();
   };

@@ -44,7 +44,8 @@ function render({ model, el }) {
   one.onclick = () => ask(String(chosen));
   all.onclick = () => ask("all");
   let chosen = 0;
-  function choose(i) {
+  function choose(wanted) {
+    const i = Math.max(0, Math.min(wanted, features.length - 1));
     chosen = i;
     view.choose(i);
     rows.forEach((button, n) => button.setAttribute("aria-pressed", String(n === i)));
@@ -65,7 +66,7 @@ function render({ model, el }) {
       root.dataset.ablated = asked;
     },
   });
-  choose(Math.min(model.get("feature"), Math.max(0, features.length - 1)));
+  choose(model.get("feature"));
   view.draw(); // once it has a place, so that the token that is asked about is in sight
   return () => { off(); unsaved(); dog.stop(); root.remove(); };
 }
