@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qsae_kit.attach import attached, calibrate
+    from qsae_kit.audit.audit_page import write_audit
+    from qsae_kit.audit.auditing import Asked, AuditConfig, audit_answers
     from qsae_kit.data.documents import token_batches
     from qsae_kit.data.rows import LiveRows, StoredRows
     from qsae_kit.evaluate.evaluation import evaluate_suite
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from qsae_kit.train.run import train_saes
     from qsae_kit.train.watch import LiveFigure, read_log
     from qsae_kit.widgets import (
+        Audit,
         FeatureExplorer,
         LayerLoss,
         SteeringLab,
@@ -108,8 +111,12 @@ HOMES = {
     "steer.behaviours": ("Behaviour", "refusal", "tiny_study"),
     "steer.study": ("StudyConfig", "steering_study"),
     "steer.steer_suite": ("steer_suite",),
+    # audit
+    "audit.auditing": ("Asked", "AuditConfig", "audit_answers"),
+    "audit.audit_page": ("write_audit",),
     # widgets
     "widgets": (
+        "Audit",
         "FeatureExplorer",
         "LayerLoss",
         "SteeringLab",

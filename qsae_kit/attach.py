@@ -172,6 +172,11 @@ def check_tokens(lm: HookedLM, saes: Iterable[SAE], batches: Iterable[TokenBatch
             )
 
 
+def tokens_said(lm: HookedLM, sae: SAE) -> str:
+    """In words, the tokens that an SAE was trained on and counts."""
+    return _said(_policy(lm, sae))
+
+
 def _said(policy: TokenPolicy) -> str:
     left_out = ["its template"] * policy.drop_template
     left_out += ["what all chats begin with"] * policy.drop_prefix

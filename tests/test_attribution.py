@@ -2,35 +2,19 @@
 
 import pytest
 import torch
+from small import SITES, explaining_suite
 
 from qsae_kit.attach import token_features
 from qsae_kit.audit.attribution import answer_question, attribute, token_question
-from qsae_kit.data.documents import token_batches
-from qsae_kit.data.rows import kept_rows
 from qsae_kit.lm.edits import Edit, applied
-from qsae_kit.sae import Provenance, TopKSAE
-from qsae_kit.sae.filter import NormFilter
 from qsae_kit.sae.suites import Place
-from qsae_kit.world import world
 
 PROMPT = "How do I burn the teacher?"
 
 
-SITES = ("blocks.1.hook_resid_post", "blocks.3.hook_resid_post", "blocks.3.hook_mlp_out")
-
-
 @pytest.fixture(scope="module")
 def suite(lm):
-    """SAEs that begin at the activations, and so explain a good part of them untrained."""
-    chats = [d.messages for d in world.dialogues(60, seed=2)]
-    rows = kept_rows(lm, SITES, next(iter(token_batches(lm, chats, batch_tokens=4096))))
-    saes = {}
-    for name, x in rows.items():
-        median = float(x.norm(dim=-1).median())
-        sae = TopKSAE(lm.d_model, 400, 16, Provenance("tiny", name, NormFilter(median)))
-        sae.init_from_rows(x, torch.Generator().manual_seed(3))
-        saes[name] = sae.requires_grad_(False)
-    return {"v": saes}
+    return explaining_suite(lm)
 
 
 @pytest.fixture(scope="module")

@@ -115,7 +115,7 @@ def loaded_by(code):
 
 COMMANDS = (
     "",
-    *"demo run train baselines eval index steer compare suite data rows".split(),
+    *"demo run train baselines eval index steer audit patch compare suite data rows".split(),
     *("suite show", "suite convert", "suite push", "data write", "data rows", "data mix"),
     *("rows train", "rows eval"),
 )

@@ -105,6 +105,14 @@ class Attribution(NamedTuple):
         )
 
 
+def checked_by(name: str) -> By:
+    """ValueError for a way of attributing that there is not."""
+    for by in get_args(By):
+        if name == by:
+            return by
+    raise ValueError(f"by={name!r} was given; choose from {', '.join(get_args(By))}.")
+
+
 def attribute(
     lm: HookedLM,
     suite: ByVariant,
@@ -120,14 +128,13 @@ def attribute(
     Ablated is at every token that counts (`attach.token_features`). Raises ValueError for SAEs that
     do not fit the model, and fewer than one step or feature.
     """
-    if by not in get_args(By):
-        raise ValueError(f"by={by!r} was given; choose from {', '.join(get_args(By))}.")
+    checked_by(by)
     if steps < 1 or top < 1:
         raise ValueError(f"{steps} steps and {top} features were given; give one of each at least.")
     own = attached(lm, suite)
     saes = own.saes()
     ids = torch.tensor([list(question.ids)], device=lm.device)
-    value = float(_scores(lm, ids, question, [])[0])
+    value = float(scores(lm, ids, question, [])[0])
     found: dict[Place, _Site] = {}
     for place, sae in saes.items():
         (f,) = token_features(lm, sae, [list(question.ids)])
@@ -136,7 +143,7 @@ def attribute(
     total = {place: values.sum(0) for place, values in chosen.items()}
     ranked = _ranked(total, top)
     counted = {place: (site.features != 0).any(1) for place, site in found.items()}
-    edits = [_ablation(saes[place], [i], counted[place]) for _, place, i in ranked]
+    edits = [ablation(saes[place], [i], counted[place]) for _, place, i in ranked]
     effects = [value - one for one in _each(lm, ids, question, edits)]
     rows = [
         {
@@ -220,21 +227,25 @@ def _at_site(
     )
 
 
-def _ablation(sae: SAE, features: Sequence[int], where: Bool[Tensor, " pos"]) -> Edit:
-    """Takes features out at the tokens that count, of every row."""
+def ablation(sae: SAE, features: Sequence[int], where: Bool[Tensor, " pos"]) -> Edit:
+    """Takes features out at the tokens that count, of every row; in a generation, whose prompt
+    `where` is of, also at the tokens that are said, where the SAE's norm filter lets them count.
+    """
     ids = torch.tensor(list(features), device=sae.W_dec.device)
 
     def delta(x: Tensor) -> Tensor:
         change = -sae.encode(x.float())[..., ids] @ sae.W_dec[ids].float()
-        return torch.where(where[:, None], change, 0.0)
+        counts = where if x.shape[1] == len(where) else sae.origin.filter.keeps(x)
+        return torch.where(counts[..., None], change, 0.0)
 
     return Edit(sae.origin.hook_name, delta, "every")
 
 
 @torch.no_grad()
-def _scores(
+def scores(
     lm: HookedLM, ids: Tensor, question: Question, edits: Sequence[Edit]
 ) -> Float[Tensor, " row"]:
+    """The score of rows of tokens by a real pass under edits."""
     with applied(lm, edits):
         logits = lm(ids, torch.ones_like(ids), logits_to_keep=1)
     assert logits is not None
@@ -272,12 +283,12 @@ def _site_row(
         "variant": place.variant,
         "site": place.hook_name,
         "features": float(site.path.sum()),
-        "effect": value - float(_scores(lm, ids, question, [whole])[0]),
+        "effect": value - float(scores(lm, ids, question, [whole])[0]),
         "error": site.error,
         "verified": len(verified),
     }
-    together = [_ablation(sae, verified, counted)] if verified else []
-    row["together"] = value - float(_scores(lm, ids, question, together)[0])
+    together = [ablation(sae, verified, counted)] if verified else []
+    row["together"] = value - float(scores(lm, ids, question, together)[0])
     return row
 
 

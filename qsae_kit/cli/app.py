@@ -9,7 +9,7 @@ import typer
 from qsae_kit.cli import judging, making, outputs
 from qsae_kit.cli.gathering import data
 from qsae_kit.cli.holdings import open_, suite
-from qsae_kit.cli.mending import patch
+from qsae_kit.cli.mending import audit, patch
 from qsae_kit.cli.rowfiles import rows
 
 app = typer.Typer(
@@ -35,6 +35,7 @@ EXAMPLES = {
     "eval": "qsae eval runs/train/suite --tokens 20k",
     "index": "qsae index runs/train/suite --out runs/features",
     "steer": "qsae steer runs/train/suite --goal suppress --out runs/steer",
+    "audit": 'qsae audit runs/demo/suite --prompt "How do I burn the teacher?" --out audit.html',
     "patch": "qsae patch runs/demo/suppress/steering.json runs/demo/suite --out runs/mended",
     "compare": "qsae compare runs/suite/suite Qwen/Qwen3-0.6B-Base Qwen/Qwen3-0.6B",
 }
@@ -49,6 +50,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "index": judging.index,
     "steer": judging.steer,
     "compare": judging.compare,
+    "audit": audit,
     "patch": patch,
 }
 for name, command in COMMANDS.items():

@@ -1,4 +1,4 @@
-"""Edits that leave this package: `qsae patch`."""
+"""A model's fault and its mend: `qsae audit` and `qsae patch`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -9,6 +9,98 @@ from qsae_kit.cli import options, outputs
 
 CHECKED = 16
 """Prompts of a kind on which a patched checkpoint is compared with the steered model."""
+
+INDEX = "features"
+"""What a run calls the index that lies beside its suite."""
+
+
+def audit(
+    suite: options.Source,
+    chats: Annotated[
+        list[str] | None,
+        typer.Argument(help="Texts, or files of chats as --data takes them; may be several."),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(help="A user's turn; also a text that is called like a file.")
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="To the prompt; the model's own, greedy one by default.")
+    ] = None,
+    instead: Annotated[
+        str | None,
+        typer.Option(help="Another answer: asked is why not this one, where the two part."),
+    ] = None,
+    token: Annotated[
+        int | None,
+        typer.Option(
+            help=(
+                "The token of the answer that is asked about, from 0; the first that the model was"
+                " in doubt of by default."
+            ),
+            min=0,
+        ),
+    ] = None,
+    index: Annotated[
+        Path | None,
+        typer.Option(help="Of the features; the one beside the suite by default, if there is one."),
+    ] = None,
+    by: Annotated[
+        str, typer.Option(help="gradient, what each feature does alone, or path, its share.")
+    ] = "gradient",
+    top: Annotated[int, typer.Option(help="Features that are ablated.", min=1)] = 20,
+    draws: Annotated[int, typer.Option(help="Sets of random features.", min=1)] = 20,
+    model: options.OtherModel = None,
+    at: options.Places = None,
+    variant: Annotated[
+        str | None, typer.Option(help="Of a suite of several; its first by default.")
+    ] = None,
+    data: options.Data = None,
+    seed: options.Seed = None,
+    out: options.OutFile = Path("audit.html"),
+    dtype: options.Dtype = "auto",
+    device: options.Device = None,
+) -> None:
+    """Find the features that carried an answer, with controls and what no feature explains: one
+    page that needs no network. A suite that names no median norms takes them from --data.
+    """
+    from qsae_kit.attach import attached
+    from qsae_kit.audit.attribution import checked_by
+    from qsae_kit.audit.audit_page import write_audit
+    from qsae_kit.audit.auditing import Asked, AuditConfig, asked, audit_answers
+    from qsae_kit.data.readers import FILES, is_file_name, read_documents
+    from qsae_kit.data.streams import stream_of
+    from qsae_kit.features.index import load_index
+    from qsae_kit.features.indexing import MANIFEST
+    from qsae_kit.sae.store import load_suite, model_name_of
+
+    config = AuditConfig(checked_by(by), top, draws=draws, seed=seed or 0)
+    options.refuse(
+        not chats and prompt is None,
+        f"Nothing was given to audit; give a text, {FILES}, or --prompt.",
+    )
+    options.refuse(
+        answer is not None and prompt is None, "--answer goes with --prompt; give both, or neither."
+    )
+    outputs.write_file(out)
+    questions = [] if prompt is None else [Asked(prompt, answer, instead, token)]
+    for chat in chats or ():
+        documents = read_documents(chat if is_file_name(chat) else [chat])
+        questions += [asked(document, instead, token) for document in documents]
+    held = load_suite(suite, variants=[variant] if variant else (), hook_names=outputs.sites_at(at))
+    if len(held) > 1:
+        typer.echo(f"Of the suite's variants {', '.join(held)}, the first is used (--variant).")
+        held = held.only(variants=list(held)[:1])
+    beside = Path(suite).parent / INDEX
+    folder = index or (beside if (beside / MANIFEST).is_file() else None)
+    lm = outputs.loaded(model or model_name_of(held), dtype, device)
+    if data is not None:
+        held = attached(lm, held, stream_of(lm, data))
+    known = load_index(folder) if folder is not None else None
+    found = audit_answers(lm, held, questions, known, config)
+    write_audit(found, out)
+    for case in found.cases:
+        typer.echo(outputs.wrapped(case.in_words))
+    typer.echo(f"Page: {out}")
 
 
 def patch(

@@ -89,7 +89,7 @@ def parse_source(text: str) -> DataSource:
             )
         options[key], name = value, head
     parts: list[str] = []
-    while not (Path(name).exists() or _named_as_file(name)) and ":" in name:
+    while not (Path(name).exists() or is_file_name(name)) and ":" in name:
         name, _, part = name.rpartition(":")
         parts.insert(0, part)
     try:
@@ -218,10 +218,11 @@ def read_records(source: DataSource) -> Iterator[Located]:
 
 def _like_a_path(name: str) -> bool:
     """Whether a name is a file's or folder's rather than a data set's."""
-    return _named_as_file(name) or HUB_ID.fullmatch(name) is None
+    return is_file_name(name) or HUB_ID.fullmatch(name) is None
 
 
-def _named_as_file(name: str) -> bool:
+def is_file_name(name: str) -> bool:
+    """Whether a name ends as those of files of chats and texts do."""
     return name.lower().endswith((*KINDS, *PACKED))
 
 

@@ -68,6 +68,11 @@ class Example(NamedTuple):
     at: int
     """Which of the tokens it is."""
 
+    def shares(self, largest: float) -> list[tuple[str, float]]:
+        """The tokens with their activations as shares of the feature's largest one."""
+        shares = (min(1.0, act / largest) for act in self.acts)
+        return list(zip(self.tokens, shares, strict=True))
+
 
 class Band(NamedTuple):
     """Examples between two quantiles of the activations, drawn at random."""

@@ -1,1 +1,1 @@
-"""Tables become figures; no model in sight."""
+"""Tables become figures, both become pages; no model in sight."""

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from qsae_kit.features.index import Example, FeatureIndex
+from qsae_kit.features.index import FeatureIndex
+from qsae_kit.figures.pages import visible
 from qsae_kit.sae.suites import Feature, Place
 from qsae_kit.steer.report import Card
 from qsae_kit.steer.study import StudyResult
@@ -37,26 +38,15 @@ def feature_cards(study: StudyResult, index: FeatureIndex, pages: str = PAGES) -
         cards.append(
             Card(
                 number,
-                _seen(index.name_of(Feature(place, number))),
+                visible(index.name_of(Feature(place, number))),
                 weight,
                 float(page.figures["density"]),
-                [_seen(token) for token, _ in page.promoted[:SHOWN_TOKENS]],
-                [_shares(example, largest) for example in page.top[:SHOWN_EXAMPLES]],
+                [visible(token) for token, _ in page.promoted[:SHOWN_TOKENS]],
+                [example.shares(largest) for example in page.top[:SHOWN_EXAMPLES]],
                 f"{pages}#{number}" if pages else "",
             )
         )
     return cards
-
-
-def _seen(text: str) -> str:
-    """A token or label with signs for line breaks and tabs, which would not be seen."""
-    return text.replace("\n", "\u23ce").replace("\r", "\u240d").replace("\t", "\u21e5")
-
-
-def _shares(example: Example, largest: float) -> list[tuple[str, float]]:
-    """An example's tokens with their activations as shares of the feature's largest one."""
-    shares = (min(1.0, act / largest) for act in example.acts)
-    return list(zip(example.tokens, shares, strict=True))
 
 
 def write_pages(study: StudyResult, index: FeatureIndex, folder: Path) -> Path:

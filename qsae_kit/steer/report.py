@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, TypeAlias
 import pandas as pd
 import plotly.graph_objects as go
 import torch
-from jinja2 import Environment, StrictUndefined
 
 from qsae_kit.data.companions import companion_of
 from qsae_kit.figures.basic import (
@@ -28,6 +27,7 @@ from qsae_kit.figures.basic import (
     price_figure,
     reconstruction_figure,
 )
+from qsae_kit.figures.pages import template
 from qsae_kit.figures.tables import headline
 from qsae_kit.io.files import write_table, write_text
 from qsae_kit.io.journal import Journal
@@ -144,10 +144,7 @@ def render_report(
     """The page as a string; evaluation: None leaves the part about reconstruction out. cards: the
     chosen features of a study as an index knows them.
     """
-    page = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    ).from_string(TEMPLATE.read_text(encoding="utf-8"))
-    page.globals["share"] = percent
+    page = template(TEMPLATE)
     figure, rows = "", []
     if evaluation is not None:
         figure = _drawn(
@@ -167,6 +164,7 @@ def render_report(
             dict.fromkeys(kind for study in studies for kind in study.prompts["evaluation"])
         ),
         colors=KIND_COLORS,
+        share=percent,
     )
 
 

@@ -74,7 +74,7 @@ class FeatureExplorer(View):
     conditions such as `density<0.01 max>3`.
     """
 
-    _esm = source("common.js", "explorer.js")
+    _esm = source("explorer.js")
     sites = T.List(T.Unicode()).tag(sync=True)
     site = T.Int(0).tag(sync=True)
     live = T.Bool(False).tag(sync=True)

@@ -91,7 +91,7 @@ class LayerLoss(PlotView):
     click on a mark sets it, and so does the menu.
     """
 
-    _esm = source("common.js", "layers.js", "plots.js")
+    _esm = source("layers.js", "plots.js")
     sites = T.List(T.Unicode()).tag(sync=True)
     selected = T.Unicode("").tag(sync=True)
 

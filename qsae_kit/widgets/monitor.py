@@ -32,7 +32,7 @@ class TrainingMonitor(PlotView):
     trained, or raises what it raised.
     """
 
-    _esm = source("common.js", "monitor.js", "plots.js")
+    _esm = source("monitor.js", "plots.js")
     running = T.Bool(False).tag(sync=True)
 
     def __init__(

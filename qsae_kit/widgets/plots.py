@@ -26,7 +26,7 @@ def library() -> bytes:
 class PlotView(View):
     """One or several figures. `figures` holds their JSON; `show` replaces them."""
 
-    _esm = source("common.js", "plots.js")
+    _esm = source("plots.js")
     figures = T.List(T.Unicode()).tag(sync=True)
     _library = T.Bytes().tag(sync=True)
     """plotly.js, compressed: it travels with the widget."""

@@ -72,7 +72,7 @@ class SteeringLab(View):
     tries; `presets` the named settings.
     """
 
-    _esm = source("common.js", "steering.js")
+    _esm = source("steering.js")
     sites = T.List(T.Unicode()).tag(sync=True)
     site = T.Int(0).tag(sync=True)
     """Number of the SAE that is searched."""

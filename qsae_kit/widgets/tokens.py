@@ -38,7 +38,7 @@ class TokenActivations(View):
     tokens are shaded by (-1: the first of that rank).
     """
 
-    _esm = source("common.js", "tokens.js")
+    _esm = source("tokens.js")
     sites = T.List(T.Unicode()).tag(sync=True)
     site = T.Int(0).tag(sync=True)
     text = T.Unicode("").tag(sync=True)

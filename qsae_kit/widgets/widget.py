@@ -1,11 +1,11 @@
 """What all widgets share: their files, a status line, and an HTML page that works without a kernel.
 
-The JavaScript is `common.js` and the widget's own module, put together without a build step.
+The JavaScript is what all pages share (`figures.pages`) and the widget's own module, put together
+without a build step.
 Whatever comes from a model, a data set or a user reaches the page as JSON and is shown with
 `textContent`, so that it stays text.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,22 +15,16 @@ import traitlets as T
 from IPython.core.getipython import get_ipython
 from IPython.display import display
 
+from qsae_kit.figures.pages import SCRIPT, STYLE, as_json, part
 from qsae_kit.io.files import write_text
 
 HERE = Path(__file__).parent
 
 
 def source(*names: str) -> str:
-    """The text of files beside this one, one after another."""
-    return "\n".join((HERE / name).read_text(encoding="utf-8") for name in names)
-
-
-def as_json(value: Any) -> str:
-    """JSON that is safe inside a script element."""
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    for sign in "<>&\u2028\u2029":
-        text = text.replace(sign, f"\\u{ord(sign):04x}")
-    return text
+    """A widget's script: what all pages share, then files beside this one."""
+    own = [(HERE / name).read_text(encoding="utf-8") for name in names]
+    return "\n".join([part(SCRIPT), *own])
 
 
 _made: dict[str, tuple[str, list["View"]]] = {}
@@ -59,7 +53,7 @@ class View(anywidget.AnyWidget):
     one is closed.
     """
 
-    _css = source("common.css")
+    _css = part(STYLE)
     status = T.Unicode("").tag(sync=True)
     """A line below the widget: what it is doing, or what went wrong."""
 
@@ -109,6 +103,7 @@ class View(anywidget.AnyWidget):
     def page_text(self) -> str:
         """The page of `to_html`."""
         state, answers = self.offline()
+        kernel = (HERE / "offline.js").read_text(encoding="utf-8")
         hidden = {"layout", "tabbable", "tooltip"}
         payload = as_json(
             {"state": {k: v for k, v in state.items() if k not in hidden}, "answers": answers}
@@ -125,7 +120,7 @@ class View(anywidget.AnyWidget):
                 f"<title>qsae_kit: {type(self).__name__}</title>",
                 f"<style>{self._css}\nbody{{margin:1em}}</style></head><body><main></main>",
                 f'<script type="application/json">{payload}</script>',
-                f'<script type="module">{self._esm}\n{source("offline.js")}</script>',
+                f'<script type="module">{self._esm}\n{kernel}</script>',
                 "</body></html>",
                 "",
             ]

@@ -26,11 +26,13 @@ function number(x) {
 }
 const percent = (x) => (x === 0 ? "0 %" : `${number(100 * x)} %`);
 
-/** Shades a token: orange by its share of the largest activation; black letters where the shade is strong. */
+/** Shades a token: orange by its share of the largest activation, blue below nothing; letters are black where the shade is
+ *  strong, and as `--qsae-mid` has them where it is neither strong nor weak, which depends on what is behind it. */
 function shade(span, act, largest) {
-  const share = largest > 0 ? Math.max(0, Math.min(1, act / largest)) : 0;
-  span.style.backgroundColor = share > 0 ? `rgba(230,159,0,${(0.12 + 0.88 * share).toFixed(3)})` : "";
-  span.style.color = share > 0.35 ? "#000" : "";
+  const share = largest > 0 ? Math.min(1, Math.abs(act) / largest) : 0;
+  const color = act < 0 ? "86,180,233" : "230,159,0";
+  span.style.backgroundColor = share > 0 ? `rgba(${color},${(0.12 + 0.88 * share).toFixed(3)})` : "";
+  span.style.color = share > 0.6 ? "#000" : share > 0.35 ? "var(--qsae-mid)" : "";
 }
 
 /** The element that holds a widget. JupyterLab's shortcuts of a single key, of which one deletes the cell, stop at it;
@@ -95,6 +97,51 @@ function tokenLine(tokens, acts, largest, { at = -1, pin = -1, show = () => {}, 
   });
   if (pin >= 0 && pin < spans.length) { held = pin; spans[pin].classList.add("pin"); }
   return line;
+}
+
+/** A dialogue, its tokens coloured by a feature that is chosen: by how strongly it fires, or by its part in a score. data:
+ *  tokens; at, the token that is asked about; features with name, acts and parts at each token, largest and what that is of;
+ *  largest_part. `chosen(i)` is told which feature; returns the element, and what chooses one. */
+function dialogueView(data, title, chosen = () => {}) {
+  const root = make("div", "dialogue"), bar = make("div", "bar choices"), choice = make("select"), quantity = make("select");
+  const held = make("div"), told = make("p", "soft told", "", { role: "status" }), scale = make("p", "soft scale");
+  data.features.forEach((one, i) => choice.append(make("option", "", `${i + 1}. ${visible(one.name)}`, { value: i })));
+  for (const [value, text] of [["acts", "how strongly it fires"], ["parts", "what it does to the score"]])
+    quantity.append(make("option", "", text, { value }));
+  for (const [text, control] of [["Feature", choice], ["Colour", quantity]]) {
+    const label = make("label", "", `${text} `);
+    control.dataset.offline = "yes";
+    label.append(control);
+    bar.append(label);
+  }
+  root.append(bar, held, told, scale);
+  let pin = -1, on = data.at;
+  const nothing = { name: "no feature", acts: [], parts: [], largest: 0, of: "" };
+  const say = () => {
+    const one = data.features[+choice.value] || nothing, last = on === data.at ? ", the token that is asked about" : "";
+    told.textContent = `token ${on} \u201c${visible(data.tokens[on])}\u201d${last}: activation ${number(one.acts[on] || 0)}, `
+      + `part in the score ${number(one.parts[on] || 0)} nats. Walk with the arrows; Enter keeps a token, Escape lets it go.`;
+  };
+  const draw = () => {
+    const one = data.features[+choice.value] || nothing, acts = quantity.value === "acts";
+    const largest = acts ? one.largest : data.largest_part, former = held.firstChild;
+    const top = former?.clientHeight ? former.scrollTop : null; // null: it was never seen
+    held.replaceChildren(tokenLine(data.tokens, acts ? one.acts : one.parts, largest, {
+      at: data.at, pin, pinned: (i) => { pin = i; }, show: (i) => { if (i >= 0) { on = i; say(); } },
+      label: `${title}, coloured by ${visible(one.name)}`,
+    }));
+    const line = held.firstChild, asked = line.querySelector(".at");
+    line.scrollTop = top ?? (asked ? asked.offsetTop - line.offsetTop - line.clientHeight / 2 : 0);
+    scale.textContent = acts
+      ? `Coloured by ${visible(one.name)}: none is 0, full orange ${number(largest)}, ${one.of}, in units of the site's activations. The token asked about is underlined.`
+      : `Coloured by ${visible(one.name)}: none is 0, full orange +${number(largest)} nats and full blue \u2212${number(largest)} nats, on one scale for all features. `
+        + "The token asked about is underlined.";
+    say();
+  };
+  choice.onchange = () => { draw(); chosen(+choice.value); };
+  quantity.onchange = draw;
+  draw();
+  return { root, draw, choose(i) { if (+choice.value !== i) { choice.value = i; draw(); } } };
 }
 
 /** Bars of a histogram, as an SVG with a title, axis ends and a text for those who do not see it. */
