@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import PureWindowsPath
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qsae_kit.data.documents import TokenBatch, TokenPolicy, keep_mask, token_batches
@@ -298,8 +298,16 @@ def token_features(
     lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]
 ) -> list[Float[Tensor, "pos d_sae"]]:
     """An SAE's features of every token of each row of ids, 0 at tokens that do not count."""
+    return [f for f, _ in counted_features(lm, sae, rows)]
+
+
+@torch.no_grad()
+def counted_features(
+    lm: HookedLM, sae: SAE, rows: Sequence[Sequence[int]]
+) -> list[tuple[Float[Tensor, "pos d_sae"], Bool[Tensor, " pos"]]]:
+    """`token_features`, and which tokens count: by the SAE's token policy and its norm filter."""
     hook_name, policy = sae.origin.hook_name, _policy(lm, sae)
-    out: list[Tensor] = []
+    out: list[tuple[Tensor, Tensor]] = []
     for start in range(0, len(rows), 32):
         some = rows[start : start + 32]
         ids, mask = lm.pad(some)
@@ -308,5 +316,5 @@ def token_features(
         x = site_activations(lm, [hook_name], batch)[hook_name]
         counted = batch.keep & sae.origin.filter.keeps(x)
         f = torch.where(counted[..., None], sae.encode(x.float()), 0.0)
-        out += [f[r, : len(own)] for r, own in enumerate(some)]
+        out += [(f[r, : len(own)], counted[r, : len(own)]) for r, own in enumerate(some)]
     return out

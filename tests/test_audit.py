@@ -2,11 +2,14 @@
 
 import math
 import re
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import lab
 import pytest
 import torch
+from markupsafe import escape
 from playwright.sync_api import sync_playwright
 from small import SITES, explaining_suite
 from typer.testing import CliRunner
@@ -18,11 +21,13 @@ from qsae_kit import (
     audit_answers,
     build_index,
     load_index,
+    load_model,
     write_audit,
 )
 from qsae_kit.attach import token_features
+from qsae_kit.audit import auditing
 from qsae_kit.audit.audit_page import audit_page
-from qsae_kit.audit.auditing import Known, asked, draw_like, first_in_doubt
+from qsae_kit.audit.auditing import Known, Without, asked, draw_like, first_in_doubt
 from qsae_kit.cli.app import app
 from qsae_kit.data.companions import companion_of
 from qsae_kit.features.indexing import IndexConfig
@@ -35,7 +40,7 @@ from qsae_kit.world import world
 ATTACKS = (Path(__file__).parent / "data" / "attacks.txt").read_text(encoding="utf-8").splitlines()
 PROMPT, ANSWER, INSTEAD = "How do I burn the teacher?", "I can't help with that.", "You take it."
 CONFIG = AuditConfig(top=6, answers=2, draws=8, max_new_tokens=12)
-QUICK = AuditConfig(top=3, answers=1, draws=1, max_new_tokens=2, steps=1)
+QUICK = AuditConfig(top=3, answers=1, draws=2, max_new_tokens=2, steps=1)
 no_browser = pytest.mark.skipif(lab.CHROMIUM is None, reason="there is no Chromium on this machine")
 
 
@@ -82,13 +87,17 @@ def page(audited, tmp_path_factory):
     return write_audit(audited, tmp_path_factory.mktemp("page") / "audit.html")
 
 
-def ablating(lm, suite, features, ids):
-    """Edits that take features out at the tokens that count, written down anew."""
+def ablating(lm, suite, features, ids, keeps=None):
+    """Edits that take features out at the tokens that count, written down anew. keeps: which these
+    are among `ids`, where it is told by hand.
+    """
     edits = []
     for place in dict.fromkeys(one.place for one in features):
         sae = suite.sae(place)
         numbers = [one.number for one in features if one.place == place]
-        keep = (token_features(lm, sae, [list(ids)])[0] != 0).any(1)
+        keep = keeps
+        if keep is None:
+            keep = (token_features(lm, sae, [list(ids)])[0] != 0).any(1)
 
         def delta(x, sae=sae, numbers=numbers, keep=keep):
             said = sae.origin.filter.keeps(x)
@@ -113,11 +122,11 @@ def test_what_is_said_to_carry_an_answer_does(lm, suite, audited):
         out = case.features if one.feature is None else [one.feature]
         with applied(lm, ablating(lm, suite, out, opening)):
             assert lm.generate([opening], 12, chat=False).text[0] == one.answer
-    assert [one.feature for one in case.without] == [None, *case.features[:2]]
+    assert [one.feature for one in case.without] == [None, *case.strongest[:2]]
     told = audited.in_words
     assert told.startswith(f"To “{PROMPT}” the answer was “{case.answer}”; the log-odds of 'I'")
     assert f"is {case.attribution.value:.2f} nats" in told
-    assert f"it is {left:.2f}" in told
+    assert f"without all 6 it is {left:.2f}" in told
     assert told.count("\n") == 0
 
 
@@ -125,8 +134,12 @@ def test_the_top_features_do_more_than_their_controls(audited):
     [case] = audited.cases
     controls = case.controls
     assert len(controls.effects) == 8
-    low, high = controls.interval
-    assert min(controls.effects) <= low <= controls.mean <= high <= max(controls.effects)
+    low, high = controls.ends
+    assert (low, high) == (sorted(controls.effects)[0], sorted(controls.effects)[-1])
+    left = case.attribution.value
+    said = f"6 random ones of the nearest reach {left - high:.2f} to {left - low:.2f} (all 8 draws)"
+    assert said in audited.in_words
+    assert controls.features == 6
     assert case.features[0] == PLANTED
     assert case.together > max(5.0, 2 * high), (case.together, controls)
     for one in case.without[:2]:  # all, and the planted one alone
@@ -134,6 +147,70 @@ def test_the_top_features_do_more_than_their_controls(audited):
     assert case.without[2].answer == case.answer, case.without
 
 
+@torch.no_grad()
+def test_controls_are_ablated_as_the_top_ones(lm, suite, audited):
+    [case] = audited.cases
+    found = case.attribution
+    generator = torch.Generator().manual_seed(CONFIG.seed)
+    for effect in case.controls.effects[:3]:
+        drawn = draw_like(found.reach, case.features, generator)
+        with applied(lm, ablating(lm, suite, drawn, found.question.ids)):
+            left = float(found.question.score(lm(torch.tensor([found.question.ids]))[:, -1]))
+        assert effect == pytest.approx(found.value - left, abs=1e-3)
+
+
+def test_the_features_of_largest_effect_are_named(audited):
+    """Also where others were predicted to do more."""
+    [case] = audited.cases
+    found = case.attribution
+    effects = [0.1, -0.2, 0.3, -5.0, 0.5, 7.0]
+    table = found.features.assign(effect=effects)
+    other = case._replace(attribution=found._replace(features=table))
+    assert other.features == case.features
+    first, second, third = (case.features[n] for n in (5, 3, 4))
+    assert other.strongest[:3] == [first, second, third]
+    names = f"{case.name(first)}, {case.name(second)} and {case.name(third)}; without all 6"
+    assert f"of 6 features that were ablated it was moved most by {names}" in other.in_words
+
+
+@torch.no_grad()
+def test_what_counts_is_what_the_sae_was_trained_on(lm, suite):
+    """Without the template, and with a bound that makes sinks of ordinary tokens."""
+    site = SITES[0]
+    ids = lm.opening_tokens(PROMPT)
+    _, cache = lm.run_with_cache(torch.tensor([ids]), names_filter=[site])
+    norms = cache[site][0].norm(dim=-1)
+    header, end = lm.tokenizer("<|im_start|>user\n").input_ids, lm.tokenizer("<|im_end|>").input_ids
+    assert ids[: len(header)] == header
+    said = torch.zeros(len(ids), dtype=torch.bool)
+    said[len(header) : ids.index(end[0])] = True
+    bound = float(norms[said].sort().values[-2:].mean())  # one of the user's tokens is a sink
+    keeps = said & (norms <= bound)
+    assert int(keeps.sum()) == int(said.sum()) - 1
+
+    def policy(sae):
+        norm_filter = sae.origin.filter._replace(factor=bound / sae.origin.filter.median)
+        return replace(sae.origin, drop_template=True, filter=norm_filter)
+
+    sae = suite["v"][site]
+    former, sae.provenance = sae.provenance, policy(sae)
+    try:
+        own = suite.only(hook_names=[site])
+        [case] = audit_answers(lm, own, [Asked(PROMPT, None, INSTEAD)], config=CONFIG).cases
+        assert torch.equal(case.attribution.counted[Place("v", site)], keeps)
+        with applied(lm, ablating(lm, own, case.features, ids, keeps)):
+            score = case.attribution.question.score(lm(torch.tensor([ids]))[:, -1])
+        assert case.together == pytest.approx(case.attribution.value - float(score), abs=1e-3)
+        parts = [case.parts(one) for one in case.features]
+        assert not any(part[n] for part in parts for n in range(len(ids)) if not keeps[n])
+        with applied(lm, ablating(lm, own, case.features, ids, keeps)):
+            answer = lm.generate([ids], CONFIG.max_new_tokens, chat=False).text[0]
+        assert case.without[0].answer == answer
+    finally:
+        sae.provenance = former
+
+
+@torch.no_grad()
 def test_activations_and_parts_are_those_of_the_dialogue(lm, suite, audited):
     [case] = audited.cases
     answer = lm.tokenizer(case.answer, add_special_tokens=False).input_ids
@@ -148,7 +225,9 @@ def test_activations_and_parts_are_those_of_the_dialogue(lm, suite, audited):
         parts = case.parts(feature)
         assert sum(parts) == pytest.approx(row["gradient"], abs=1e-4)
         assert not any(parts[case.at :])
-    assert sum(map(math.exp, case.logprobs)) <= len(answer)
+    logprobs = lm(torch.tensor([ids]))[0].log_softmax(-1)
+    told = [float(logprobs[case.n_prompt + n - 1, token]) for n, token in enumerate(answer)]
+    assert list(case.logprobs) == pytest.approx(told, abs=1e-4)
 
 
 def test_only_what_an_index_knows_is_told(audited, index):
@@ -161,7 +240,24 @@ def test_only_what_an_index_knows_is_told(audited, index):
         assert all(0 <= share <= 1 for example in known.examples for _, share in example)
 
 
-def test_controls_are_other_features_of_like_activation():
+def test_long_answers_are_looked_at_in_parts(lm, monkeypatch):
+    opening, said = lm.opening_tokens(PROMPT), lm.tokenizer(ANSWER * 3).input_ids
+    whole = auditing._logprobs(lm, opening, said)
+    kept = []
+    forward = type(lm).forward
+
+    def look(self, *args, **kwargs):
+        kept.append(kwargs["logits_to_keep"])
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(lm), "forward", look)
+    monkeypatch.setattr(auditing, "LOGITS_AT_ONCE", 4)
+    assert auditing._logprobs(lm, opening, said) == pytest.approx(whole, abs=1e-4)
+    assert max(kept) == 5
+    assert len(kept) == math.ceil(len(said) / 4)
+
+
+def test_controls_are_other_features_of_like_reach():
     place, other = Place("v", SITES[0]), Place("v", SITES[1])
     total = {place: torch.arange(200.0), other: torch.tensor([5.0, 0.0, 3.0])}
     top = [Feature(place, 100), Feature(place, 20), Feature(other, 0)]
@@ -174,6 +270,147 @@ def test_controls_are_other_features_of_like_activation():
         assert drawn[2].number == 2
     alone = {place: torch.tensor([0.0, 2.0])}
     assert draw_like(alone, [Feature(place, 1)], torch.Generator()) == []
+    nothing = {place: torch.tensor([0.0, 1e-3, 9.0] + [5.0] * 8)}
+    assert len(draw_like(nothing, [Feature(place, 0)], torch.Generator())) == 1
+    few = {place: torch.tensor([3.0, 2.0, 1.0, 0.0])}
+    two = [Feature(place, 0), Feature(place, 1)]
+    assert draw_like(few, two, torch.Generator()) == [Feature(place, 2)]
+
+
+def test_fewer_controls_are_said(audited):
+    [case] = audited.cases
+    few = case._replace(controls=case.controls._replace(features=2))
+    assert "without 2 random ones of the nearest reach" in few.in_words
+    text = audit_page(audited._replace(cases=(few,)))
+    assert "2 at random, mean of all 8 draws" in text
+    told = "They are fewer than the top ones"
+    assert told in text
+    assert told not in audit_page(audited)
+
+
+def test_ranked_by_path(lm, suite):
+    config = replace(QUICK, by="path", steps=4)
+    found = audit_answers(lm, suite, [Asked(PROMPT, ANSWER, INSTEAD)], config=config)
+    [case] = found.cases
+    rows = case.attribution.features
+    assert rows["path"].abs().is_monotonic_decreasing
+    assert sum(case.parts(case.features[0])) == pytest.approx(rows["path"][0], abs=1e-4)
+    text = audit_page(found)
+    assert f"{rows['path'][0]:+.3f}" in text
+    assert "integrated gradients" in text
+
+
+def test_cut_answers_are_marked(lm, suite, audited):
+    [case] = audited.cases
+    whole = case._replace(ended=True, without=(Without(None, "Yes."),))
+    assert "not ended" not in audit_page(audited._replace(cases=(whole,)))
+    found = audit_answers(lm, suite, [PROMPT, Asked(PROMPT, ANSWER, INSTEAD)], config=QUICK)
+    own, given = found.cases
+    assert not own.ended
+    assert not given.ended
+    assert not any(one.ended for one in given.without)
+    text = audit_page(found)
+    assert "The answer was cut at its greatest length" in text
+    assert f'{escape(given.greedy)} <span class="soft">(cut here, not ended)</span>' in text
+    ended = (Without(None, "Yes."), Without(case.strongest[0], "It", False))
+    text = audit_page(audited._replace(cases=(whole._replace(without=ended),)))
+    assert text.count("(cut here, not ended)") == 1
+
+
+def within(suite, context_size):
+    """The suite's first SAE, as if it had been trained on so long documents."""
+    held = suite.only(hook_names=[SITES[0]])
+    sae = held["v"][SITES[0]]
+    sae.provenance = replace(sae.provenance, context_size=context_size)
+    return held
+
+
+def test_dialogues_fit_what_the_saes_were_trained_on(lm, suite):
+    place = Place("v", SITES[0])
+    former = suite.sae(place).provenance
+    n = len(lm.opening_tokens(PROMPT))
+    answer = lm.tokenizer(ANSWER, add_special_tokens=False).input_ids
+    try:
+        held = within(suite, n + len(answer))  # not for as many tokens as an answer may have
+        config = replace(QUICK, max_new_tokens=400)
+        [case] = audit_answers(lm, held, [Asked(PROMPT, ANSWER, INSTEAD)], config=config).cases
+        assert case.answer == ANSWER
+        assert len(lm.tokenizer(case.greedy).input_ids) <= len(answer)
+        with pytest.raises(ValueError, match=f"has {n + len(answer)} tokens .* made for {n + 3}"):
+            audit_answers(lm, within(suite, n + 3), [Asked(PROMPT, ANSWER, INSTEAD)], config=QUICK)
+        with pytest.raises(ValueError, match=f"has {n + 1} tokens with its answer"):
+            audit_answers(lm, within(suite, n), [PROMPT], config=QUICK)
+    finally:
+        suite.sae(place).provenance = former
+
+
+def test_half_precision_is_refused(suite):
+    half = load_model("tiny", "bfloat16")
+    with pytest.raises(ValueError, match=r"'tiny' is in bfloat16, .* --dtype float32"):
+        audit_answers(half, suite, [PROMPT], config=QUICK)
+
+
+def test_all_questions_are_checked_before_the_work(lm, suite, monkeypatch):
+    def never(*args, **kwargs):
+        raise AssertionError("it has begun")
+
+    monkeypatch.setattr(auditing, "attribute", never)
+    user = {"role": "user", "content": PROMPT}
+    for wrong, match in (
+        (Asked(PROMPT, ANSWER, None, 400), "Chat 2: Token 400 of the answer was asked about"),
+        (Asked(PROMPT, ANSWER, ANSWER), "Chat 2: The answers .* do not part"),
+        (Asked(PROMPT, ""), "Chat 2: An empty answer was given"),
+        (PROMPT * 200, "Chat 2: The dialogue that ends with .* made for 512"),
+        ([], "Chat 2: A chat without messages was given"),
+        ([user, {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nYes."}], "thoughts"),
+        (
+            [user, {"role": "assistant", "content": "Yes.", "reasoning_content": "Hm."}],
+            r"Chat 2: An answer with its thoughts .* \(reasoning_content\)",
+        ),
+        (Asked(PROMPT, "<think>\nHm.\n</think>\n\nYes."), "Chat 2: An answer with its thoughts"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            audit_answers(lm, suite, [PROMPT, wrong], config=QUICK)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        ({"draws": 1}, "draws=1 was given; it is 2 or more"),
+        ({"top": 0}, "top=0 was given; it is 1 or more"),
+        ({"steps": 0}, "steps=0"),
+        ({"answers": 0}, "answers=0"),
+        ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"seed": -1}, "seed=-1 was given"),
+        ({"seed": 2**63}, "seed=9223372036854775808 was given"),
+        ({"by": "magic"}, "by='magic' was given"),
+    ],
+)
+def test_a_config_is_checked(wrong, match):
+    with pytest.raises(ValueError, match=match):
+        AuditConfig(**wrong)
+
+
+def test_what_is_not_known_is_said(lm, suite, monkeypatch):
+    def unknown(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(auditing, "version", unknown)
+    told = auditing.provenance(lm, None, QUICK)
+    assert "qsae_kit (not installed, no version known)" in told["versions"]
+    sae = suite.sae(PLANTED.place)
+    former = sae.provenance
+    told = auditing._saes_said(lm, suite, {place: "" for place in suite.places()})
+    assert {one["trained"] for one in told} == {"not recorded"}
+    assert all(
+        "none longer than 10 times the median norm" in one["tokens that count"] for one in told
+    )
+    try:
+        sae.provenance = replace(former, tokens=2_000, seed=7)
+        told = auditing._saes_said(lm, suite, {place: "" for place in suite.places()})
+        assert {one["trained"] for one in told} == {"not recorded", "2,000 tokens, seed 7"}
+    finally:
+        sae.provenance = former
 
 
 def test_the_token_that_is_asked_about(lm, suite):
@@ -210,8 +447,7 @@ def test_what_cannot_be_audited_is_one_sentence(lm, suite, index):
     fails("do not part", [Asked(PROMPT, ANSWER, ANSWER)])
     with pytest.raises(ValueError, match="an answer alone"):
         asked([{"role": "assistant", "content": "Yes"}])
-    with pytest.raises(ValueError, match="draws=0"):
-        AuditConfig(draws=0)
+    fails("A chat without messages", [[]])
     weights = index.manifest["weights"]
     index.manifest["weights"] = "others"
     try:
@@ -248,6 +484,7 @@ def test_the_command(lm, suite, index, tmp_path):
         ["audit", str(tmp_path / "suite"), str(chats), *given, *where],
         catch_exceptions=False,
     )
+    assert done.exit_code == 0, done.output
     assert "Of the suite's variants v, w, the first is used" in done.output
     said = " ".join(done.output.split())
     assert f"To “{PROMPT}” the answer was" in said
@@ -280,6 +517,7 @@ def test_the_widget_ablates(lm, suite, widget, audited, monkeypatch):
     [case] = audited.cases
     assert widget.sentence == case.in_words
     assert widget.before["answer"] == case.greedy
+    assert widget.before["ended"] == case.ended
     assert widget.to_frame()["feature"].tolist() == [one.number for one in case.features]
     left = {n: case.attribution.value - one["effect"] for n, one in enumerate(widget.features)}
     for n in range(len(case.features)):  # the first ones were run by the audit, the others now

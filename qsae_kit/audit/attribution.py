@@ -9,29 +9,36 @@ which all features of the site go from nothing to what they are (integrated grad
 et al. 2017, arXiv 1703.01365; Marks et al. 2024, arXiv 2403.19647, section 2.1), whose sum over
 features is what the site's features do together, to the error of the sum over steps. The first
 predicts what becomes of the score without one feature, the second shares out what all of them do:
-where features stand in for each other the two differ.
+where features stand in for each other the two differ. What the SAE's bias adds has a part of its
+own, which is neither the features' nor the error's. Tokens that do not count, such as sinks, have
+none in any of the three.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from qsae_kit.attach import attached, token_features
+from qsae_kit.attach import attached, counted_features
+from qsae_kit.io.progress import tqdm
 from qsae_kit.lm.edits import Edit, applied, applied_by_rows
 from qsae_kit.lm.hooked import HookedLM, Prompt
 from qsae_kit.sae import SAE
-from qsae_kit.sae.suites import ByVariant, Place
+from qsae_kit.sae.suites import ByVariant, Feature, Place
 
 By = Literal["gradient", "path"]
+Keep = Literal["top", "all"]
 STEPS = 8
-"""Of the path of integrated gradients, run as one batch."""
+"""Of the path of integrated gradients."""
 TOP = 20
 """Features that are verified by real passes."""
+TOKENS_AT_ONCE = 4096
+"""Tokens of a pass: rows beyond it come in the next one."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +95,22 @@ class Attribution(NamedTuple):
     contributes most, activation there."""
     sites: pd.DataFrame
     """A row for each site: features (the sum of all features' path), effect (of ablating all of the
-    site's features, by a real pass: where the two differ, the sum is wrong), error (the
-    attribution of what no feature explains), together (the effect of ablating the site's verified
-    features at once)."""
+    site's features, by a real pass: where the two differ, the sum is wrong), bias (what the
+    decoder's bias does, by the gradient), error (what the SAE does not reconstruct does, by the
+    gradient), verified (how many features), together (the effect of ablating these at once). Bias
+    and error are of the tokens that count alone."""
     agreement: float
     """Rank correlation (Spearman) of prediction and effect over the verified features; NaN for
     fewer than three."""
-    at_tokens: dict[Place, Float[Tensor, "pos d_sae"]]
-    """By what was asked for, every feature at every token."""
+    at_tokens: dict[Feature, Float[Tensor, " pos"]]
+    """By what was asked for, each verified feature at every token."""
+    counted: dict[Place, Bool[Tensor, " pos"]]
+    """The tokens that count at each site."""
+    reach: dict[Place, Float[Tensor, " d_sae"]]
+    """What each feature could do to the score at most, nats: its contribution's length times the
+    gradient's at the same token, summed over tokens."""
+    everywhere: dict[Place, Float[Tensor, "pos d_sae"]]
+    """By what was asked for, every feature at every token; empty unless all were to be kept."""
 
     @property
     def in_words(self) -> str:
@@ -120,111 +135,208 @@ def attribute(
     by: By = "gradient",
     steps: int = STEPS,
     top: int = TOP,
+    keep: Keep = "top",
+    bar: bool = False,
 ) -> Attribution:
     """Attributes a score to the features of every SAE of a suite, and ablates the `top` ones of
     all, one by one and together.
 
     by: gradient, for what each feature does alone, or path, for its share in what all of a site do.
-    Ablated is at every token that counts (`attach.token_features`). Raises ValueError for SAEs that
-    do not fit the model, and fewer than one step or feature.
+    keep: all, for every feature at every token (`Attribution.everywhere`), which takes 4 bytes a
+        feature and token of every site.
+    Ablated is at every token that counts (`attach.counted_features`). Raises ValueError for SAEs
+    that do not fit the model, fewer than one step or feature, and attributions that are not finite.
     """
     checked_by(by)
+    if keep not in get_args(Keep):
+        raise ValueError(f"keep={keep!r} was given; choose from {', '.join(get_args(Keep))}.")
     if steps < 1 or top < 1:
         raise ValueError(f"{steps} steps and {top} features were given; give one of each at least.")
     own = attached(lm, suite)
     saes = own.saes()
     ids = torch.tensor([list(question.ids)], device=lm.device)
-    value = float(scores(lm, ids, question, [])[0])
+    [value] = scores(lm, ids, question, [[]])
     found: dict[Place, _Site] = {}
-    for place, sae in saes.items():
-        (f,) = token_features(lm, sae, [list(question.ids)])
-        found[place] = _at_site(lm, place, sae, f.to(lm.device).float(), ids, question, steps)
-    chosen = {place: getattr(site, by) for place, site in found.items()}
-    total = {place: values.sum(0) for place, values in chosen.items()}
-    ranked = _ranked(total, top)
-    counted = {place: (site.features != 0).any(1) for place, site in found.items()}
-    edits = [ablation(saes[place], [i], counted[place]) for _, place, i in ranked]
-    effects = [value - one for one in _each(lm, ids, question, edits)]
+    with _frozen(lm):
+        for place, sae in tqdm(saes.items(), desc="attributing", disable=not bar):
+            found[place] = _at_site(lm, place, sae, ids, question, by, steps, top, keep)
+    ranked = _ranked({place: site.total[by] for place, site in found.items()}, top)
+    effects = _effects(lm, ids, question, saes, found, ranked)
     rows = [
+        {
+            "variant": one.place.variant,
+            "site": one.place.hook_name,
+            "feature": one.number,
+            "gradient": float(found[one.place].total["gradient"][one.number]),
+            "path": float(found[one.place].total["path"][one.number]),
+            "share": abs(a) / float(found[one.place].total[by].abs().sum()),
+            "effect": effect,
+            **_where(lm, question, *found[one.place].columns[one.number]),
+        }
+        for (a, one), effect in zip(ranked, effects.alone, strict=True)
+    ]
+    features = pd.DataFrame(rows)
+    sites = [
         {
             "variant": place.variant,
             "site": place.hook_name,
-            "feature": i,
-            "gradient": float(found[place].gradient[:, i].sum()),
-            "path": float(found[place].path[:, i].sum()),
-            "share": abs(a) / float(total[place].abs().sum()),
-            "effect": effect,
-            **_where(lm, question, found[place].features, chosen[place], i),
+            "features": float(site.total["path"].sum()),
+            "effect": effects.whole[place],
+            "bias": site.bias,
+            "error": site.error,
+            "verified": sum(one.place == place for _, one in ranked),
+            "together": effects.together.get(place, 0.0),
         }
-        for (a, place, i), effect in zip(ranked, effects, strict=True)
+        for place, site in found.items()
     ]
-    features = pd.DataFrame(rows)
-    sites = [_site_row(lm, ids, question, value, saes[p], p, s, ranked) for p, s in found.items()]
     agreement = float("nan")
     if len(rows) > 2:
         agreement = float(features[by].corr(features["effect"], method="spearman"))
-    at_tokens = {place: values.cpu() for place, values in chosen.items()}
-    return Attribution(question, value, features, pd.DataFrame(sites), agreement, at_tokens)
+    return Attribution(
+        question,
+        value,
+        features,
+        pd.DataFrame(sites),
+        agreement,
+        {one: found[one.place].columns[one.number].parts for _, one in ranked},
+        {place: site.counted for place, site in found.items()},
+        {place: site.reach for place, site in found.items()},
+        {place: site.parts for place, site in found.items() if site.parts is not None},
+    )
 
 
-def _ranked(
-    total: dict[Place, Float[Tensor, " d_sae"]], top: int
-) -> list[tuple[float, Place, int]]:
+def _ranked(total: dict[Place, Float[Tensor, " d_sae"]], top: int) -> list[tuple[float, Feature]]:
     """The features of largest attribution, of all sites together; none that has none."""
     found = [
-        (float(a[i]), place, int(i))
+        (float(a[i]), Feature(place, int(i)))
         for place, a in total.items()
         for i in a.abs().topk(min(top, len(a))).indices
     ]
     return sorted((one for one in found if one[0]), key=lambda one: -abs(one[0]))[:top]
 
 
+# --- one site, by gradients
+
+
+class _Column(NamedTuple):
+    """A feature at every token, on the CPU."""
+
+    activations: Float[Tensor, " pos"]
+    parts: Float[Tensor, " pos"]
+    """In the score, nats, by what was asked for."""
+
+
 @dataclass(frozen=True)
 class _Site:
-    features: Float[Tensor, "pos d_sae"]
-    path: Float[Tensor, "pos d_sae"]
-    gradient: Float[Tensor, "pos d_sae"]
+    total: dict[By, Float[Tensor, " d_sae"]]
+    """Over tokens, on the CPU."""
+    columns: dict[int, _Column]
+    """Of the features that can be among the top ones."""
+    part: Float[Tensor, "pos d_in"]
+    """What all features contribute."""
+    counted: Bool[Tensor, " pos"]
+    reach: Float[Tensor, " d_sae"]
+    bias: float
     error: float
+    parts: Float[Tensor, "pos d_sae"] | None
+
+
+@contextmanager
+def _frozen(lm: HookedLM) -> Iterator[None]:
+    """Gradients of the model's weights are not kept meanwhile: only those of activations are
+    asked for.
+    """
+    with lm.lock:
+        learning = [weight for weight in lm.hf.parameters() if weight.requires_grad]
+        for weight in learning:
+            weight.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for weight in learning:
+                weight.requires_grad_(True)
 
 
 def _at_site(
     lm: HookedLM,
     place: Place,
     sae: SAE,
-    features: Float[Tensor, "pos d_sae"],
-    ids: Tensor,
+    ids: Int[Tensor, "one pos"],
+    question: Question,
+    by: By,
+    steps: int,
+    top: int,
+    keep: Keep,
+) -> _Site:
+    [(f, counted)] = counted_features(lm, sae, [list(question.ids)])
+    f, counted = f.to(lm.device).float(), counted.to(lm.device)
+    decoder = sae.W_dec.detach().float()
+    part = f @ decoder
+    x, gradient, mean = _gradients(lm, place.hook_name, part, ids, question, steps)
+    bias = sae.b_dec.detach().float().expand_as(x)
+    parts: dict[By, Tensor] = {
+        "gradient": f * (gradient @ decoder.T),
+        "path": f * (mean @ decoder.T),
+    }
+    total: dict[By, Tensor] = {name: values.sum(0).cpu() for name, values in parts.items()}
+    if not all(values.isfinite().all() for values in total.values()):
+        raise ValueError(
+            f"What the features of {place} do to the score is not finite; look for weights of the"
+            ' SAE that are not, and load the model in float32 (dtype="float32").'
+        )
+    some = total[by].abs().topk(min(top, len(total[by]))).indices.tolist()
+    return _Site(
+        total,
+        {i: _Column(f[:, i].clone().cpu(), parts[by][:, i].clone().cpu()) for i in some},
+        part,
+        counted,
+        ((gradient.norm(dim=-1) @ f) * decoder.norm(dim=-1)).cpu(),
+        float((bias * gradient)[counted].sum()),
+        float(((x - part - bias) * gradient)[counted].sum()),
+        parts[by].cpu() if keep == "all" else None,
+    )
+
+
+def _gradients(
+    lm: HookedLM,
+    hook_name: str,
+    part: Float[Tensor, "pos d_in"],
+    ids: Int[Tensor, "one pos"],
     question: Question,
     steps: int,
-) -> _Site:
-    """Attributions at one site, the path's steps as rows of one batch, and the activations
-    themselves as the last row.
+) -> tuple[Float[Tensor, "pos d_in"], Float[Tensor, "pos d_in"], Float[Tensor, "pos d_in"]]:
+    """The activations at a site, the score's gradient there, and its mean over the path on which
+    `part` of them comes in.
     """
-    decoder = sae.W_dec.detach().float()
-    part = features @ decoder
     shares = torch.tensor([(k + 0.5) / steps for k in range(steps)] + [1.0], device=lm.device)
-    missing = (1 - shares)[:, None, None] * part
-    probe = torch.zeros_like(missing, requires_grad=True)
     seen: list[Tensor] = []
+    mean, gradient = torch.zeros_like(part), torch.zeros_like(part)
+    done = 0
+    for some in shares.split(_rows_at_once(ids)):
+        missing = (1 - some)[:, None, None] * part
+        probe = torch.zeros_like(missing, requires_grad=True)
 
-    def delta(x: Tensor) -> Tensor:
-        seen.append(x.detach()[-1].float())
-        return (probe - missing).to(x.dtype)
+        def delta(x: Tensor, probe: Tensor = probe, missing: Tensor = missing) -> Tensor:
+            seen[:] = [x.detach()[-1].float()]
+            return (probe - missing).to(x.dtype)
 
-    rows = ids.expand(len(shares), -1)
-    everywhere = torch.ones_like(rows, dtype=torch.bool)
-    with torch.enable_grad(), applied(lm, [Edit(place.hook_name, delta, everywhere)]):
-        logits = lm(rows, torch.ones_like(rows), logits_to_keep=1)
-        assert logits is not None
-        (gradient,) = torch.autograd.grad(question.score(logits[:, -1]).sum(), probe)
-    mean, last = gradient[:-1].mean(0), gradient[-1]
-    left = seen[-1] - part
-    counted = (features != 0).any(1)
-    return _Site(
-        features,
-        features * (mean @ decoder.T),
-        features * (last @ decoder.T),
-        float((left * last)[counted].sum()),
-    )
+        rows = ids.expand(len(some), -1)
+        everywhere = torch.ones_like(rows, dtype=torch.bool)
+        with torch.enable_grad(), applied(lm, [Edit(hook_name, delta, everywhere)]):
+            logits = lm(rows, torch.ones_like(rows), logits_to_keep=1)
+            assert logits is not None
+            (found,) = torch.autograd.grad(question.score(logits[:, -1]).sum(), probe)
+        mean += found[: max(0, steps - done)].sum(0) / steps
+        gradient = found[-1]
+        done += len(some)
+    return seen[0], gradient, mean
+
+
+def _rows_at_once(ids: Int[Tensor, "one pos"]) -> int:
+    return max(1, TOKENS_AT_ONCE // ids.shape[1])
+
+
+# --- by real passes
 
 
 def ablation(sae: SAE, features: Sequence[int], where: Bool[Tensor, " pos"]) -> Edit:
@@ -241,67 +353,92 @@ def ablation(sae: SAE, features: Sequence[int], where: Bool[Tensor, " pos"]) -> 
     return Edit(sae.origin.hook_name, delta, "every")
 
 
+def in_row(edit: Edit, row: int) -> Edit:
+    """The same edit, which looks at one row of a batch alone; for `applied_by_rows` with that row,
+    since what it adds to the others is not what it adds to this one.
+    """
+    return replace(edit, delta=lambda x: edit.delta(x[row : row + 1]))
+
+
 @torch.no_grad()
 def scores(
-    lm: HookedLM, ids: Tensor, question: Question, edits: Sequence[Edit]
-) -> Float[Tensor, " row"]:
-    """The score of rows of tokens by a real pass under edits."""
-    with applied(lm, edits):
-        logits = lm(ids, torch.ones_like(ids), logits_to_keep=1)
-    assert logits is not None
-    return question.score(logits[:, -1])
-
-
-@torch.no_grad()
-def _each(lm: HookedLM, ids: Tensor, question: Question, edits: Sequence[Edit]) -> list[float]:
-    """The score under each edit alone, all in one batch."""
-    if not edits:
-        return []
-    rows = ids.expand(len(edits), -1)
-    single = torch.eye(len(edits), dtype=torch.bool, device=ids.device)
-    with applied_by_rows(lm, [([edit], single[n]) for n, edit in enumerate(edits)]):
+    lm: HookedLM, ids: Int[Tensor, "one pos"], question: Question, sets: Sequence[Sequence[Edit]]
+) -> list[float]:
+    """The score of a row of tokens by one real pass, whose rows are under a set of edits each."""
+    rows = ids.expand(len(sets), -1)
+    single = torch.eye(len(sets), dtype=torch.bool, device=ids.device)
+    groups = [([in_row(edit, n) for edit in own], single[n]) for n, own in enumerate(sets)]
+    with applied_by_rows(lm, groups):
         logits = lm(rows, torch.ones_like(rows), logits_to_keep=1)
     assert logits is not None
-    return [float(one) for one in question.score(logits[:, -1])]
+    return question.score(logits[:, -1]).tolist()
 
 
-def _site_row(
+def falls(
+    lm: HookedLM, ids: Int[Tensor, "one pos"], question: Question, sets: Sequence[Sequence[Edit]]
+) -> list[float]:
+    """By how much the score falls under each set of edits, nats, by real passes: beside the same
+    row without any in the same pass, so that both are rounded alike.
+    """
+    out: list[float] = []
+    step = max(1, _rows_at_once(ids) - 1)
+    for start in range(0, len(sets), step):
+        whole, *left = scores(lm, ids, question, [[], *sets[start : start + step]])
+        out += [whole - one for one in left]
+    return out
+
+
+class _Effects(NamedTuple):
+    """By how much the score falls."""
+
+    alone: list[float]
+    """Without each ranked feature."""
+    whole: dict[Place, float]
+    """Without all features of a site."""
+    together: dict[Place, float]
+    """Without the ranked ones of a site, where there are any."""
+
+
+def _effects(
     lm: HookedLM,
-    ids: Tensor,
+    ids: Int[Tensor, "one pos"],
     question: Question,
-    value: float,
-    sae: SAE,
-    place: Place,
-    site: _Site,
-    ranked: Sequence[tuple[float, Place, int]],
-) -> dict[str, object]:
-    counted = (site.features != 0).any(1)
-    part = site.features @ sae.W_dec.detach().float()
-    whole = Edit(place.hook_name, lambda x: -part.to(x.dtype).expand_as(x), "every")
-    verified = [i for _, own, i in ranked if own == place]
-    row: dict[str, object] = {
-        "variant": place.variant,
-        "site": place.hook_name,
-        "features": float(site.path.sum()),
-        "effect": value - float(scores(lm, ids, question, [whole])[0]),
-        "error": site.error,
-        "verified": len(verified),
-    }
-    together = [ablation(sae, verified, counted)] if verified else []
-    row["together"] = value - float(scores(lm, ids, question, together)[0])
-    return row
+    saes: dict[Place, SAE],
+    found: dict[Place, _Site],
+    ranked: Sequence[tuple[float, Feature]],
+) -> _Effects:
+    def without(place: Place, numbers: Sequence[int]) -> list[Edit]:
+        return [ablation(saes[place], numbers, found[place].counted)]
+
+    numbers: dict[Place, list[int]] = {}
+    for _, one in ranked:
+        numbers.setdefault(one.place, []).append(one.number)
+    sets = [without(one.place, [one.number]) for _, one in ranked]
+    sets += [[_without_part(place, site.part)] for place, site in found.items()]
+    sets += [without(place, own) for place, own in numbers.items()]
+    effects = falls(lm, ids, question, sets)
+    n = len(ranked)
+    whole, together = effects[n : n + len(found)], effects[n + len(found) :]
+    return _Effects(
+        effects[:n],
+        dict(zip(found, whole, strict=True)),
+        dict(zip(numbers, together, strict=True)),
+    )
+
+
+def _without_part(place: Place, part: Float[Tensor, "pos d_in"]) -> Edit:
+    return Edit(place.hook_name, lambda x: -part.to(x.dtype).expand_as(x), "every")
 
 
 def _where(
     lm: HookedLM,
     question: Question,
-    features: Float[Tensor, "pos d_sae"],
-    values: Float[Tensor, "pos d_sae"],
-    feature: int,
+    activations: Float[Tensor, " pos"],
+    parts: Float[Tensor, " pos"],
 ) -> dict[str, object]:
-    at = int(values[:, feature].abs().argmax())
+    at = int(parts.abs().argmax())
     return {
         "position": at,
         "token": lm.to_string([question.ids[at]]),
-        "activation": float(features[at, feature]),
+        "activation": float(activations[at]),
     }

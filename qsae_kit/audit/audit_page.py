@@ -4,7 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from qsae_kit.audit.auditing import LEVEL, Audited, Case
+from qsae_kit.audit.attribution import By
+from qsae_kit.audit.auditing import Audited, Case
 from qsae_kit.figures.pages import SCRIPT, STYLE, as_json, part, template, visible
 from qsae_kit.io.files import write_text
 from qsae_kit.sae.suites import Feature
@@ -26,7 +27,7 @@ def audit_page(audited: Audited) -> str:
     """The page as a string."""
     return template(TEMPLATE).render(
         model=audited.model,
-        cases=[_case(case, n) for n, case in enumerate(audited.cases)],
+        cases=[_case(case, n, audited.config.by) for n, case in enumerate(audited.cases)],
         by=BY[audited.config.by],
         provenance=audited.provenance,
         saes=audited.saes,
@@ -41,18 +42,17 @@ def write_audit(audited: Audited, path: str | Path) -> Path:
     return Path(path)
 
 
-def _case(case: Case, number: int) -> dict[str, Any]:
+def _case(case: Case, number: int, by: By) -> dict[str, Any]:
     """What the page shows of a dialogue."""
     found = case.attribution
-    without = {one.feature: one.answer for one in case.without}
+    without = {one.feature: one for one in case.without}
     rows = found.features.to_dict("records")
-    predicted = case.by
     features = [
         {
             "name": visible(case.known[feature].name) if feature in case.known else "",
             "number": feature.number,
             "site": feature.place.hook_name,
-            "predicted": f"{row[predicted]:+.3f}",
+            "predicted": f"{row[by]:+.3f}",
             "effect": f"{row['effect']:+.3f}",
             "share": _percent(row["share"]),
             "token": visible(row["token"]),
@@ -72,6 +72,7 @@ def _case(case: Case, number: int) -> dict[str, Any]:
         "own": case.own,
         "answer": case.answer,
         "greedy": case.greedy,
+        "ended": case.ended,
         "tokens": "".join(case.tokens),
         "data": as_json(dialogue_data(case)),
         "features": features,
@@ -79,7 +80,6 @@ def _case(case: Case, number: int) -> dict[str, Any]:
         "without_all": without.get(None),
         "effects": _effects(case),
         "controls": case.controls,
-        "level": LEVEL,
         "sites": [_site(row) for row in found.sites.to_dict("records")],
         "said_tokens": [
             (visible(text), f"{100 * math.exp(logprob):.1f} %", case.n_prompt + i == case.at)
@@ -109,6 +109,7 @@ def _site(row: dict[Any, Any]) -> dict[str, str]:
         "features": f"{row['features']:+.3f}",
         "effect": f"{row['effect']:+.3f}",
         "complete": _percent(row["features"] / row["effect"]) if whole else "\u2013",
+        "bias": f"{row['bias']:+.3f}",
         "error": f"{row['error']:+.3f}",
         "verified": str(row["verified"]),
         "together": f"{row['together']:+.3f}",
@@ -123,8 +124,8 @@ def _effects(case: Case) -> list[dict[str, Any]]:
         lines.append((f"The top {n} together" if n > 1 else "The feature", case.together, None))
     if case.controls:
         n, draws = case.controls.features, len(case.controls.effects)
-        told = f"{n} at random, mean of {draws} draws"
-        lines.append((told, case.controls.mean, case.controls.interval))
+        told = f"{n} at random, mean of all {draws} draws"
+        lines.append((told, case.controls.mean, case.controls.ends))
     ends = [0.0, *(value for _, value, _ in lines)]
     ends += [value for _, _, interval in lines if interval for value in interval]
     low, wide = min(ends), (max(ends) - min(ends)) or 1.0

@@ -1,11 +1,14 @@
 """An audit: why a model gave an answer, what its features had to do with it, and what they had not.
 
-1. The question: a dialogue, its answer (the model's own where none is given), and the score of a
-   token of it (`ask`).
+1. The questions, all of them before the work: a dialogue, its answer (the model's own where none
+   is given), and the score of a token of it (`ask`).
 2. Which features carried the score, predicted and by real passes (`attribution.attribute`).
 3. The controls: as many other features that fire in the dialogue, of the same sites and of the
-   nearest activation, drawn at random and ablated in the same way.
-4. What the model says instead, greedily, without each of the first features and without all.
+   nearest reach (`Attribution.reach`: what they could do to the score at most, by where they fire,
+   how strongly, and how much the score depends on the site there), drawn at random and ablated in
+   the same way.
+4. What the model says instead, greedily, without each of the features that moved the score most,
+   and without all.
 5. What is needed to do it again (`provenance`).
 """
 
@@ -14,7 +17,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import NamedTuple
 
 import numpy as np
@@ -25,6 +28,7 @@ from torch import Tensor
 from qsae_kit.attach import attached, token_features, tokens_said
 from qsae_kit.audit.attribution import (
     STEPS,
+    TOKENS_AT_ONCE,
     TOP,
     Attribution,
     By,
@@ -32,12 +36,15 @@ from qsae_kit.audit.attribution import (
     ablation,
     answer_question,
     attribute,
-    scores,
+    checked_by,
+    falls,
+    in_row,
     token_question,
 )
 from qsae_kit.data.given import documents_given
 from qsae_kit.data.records import Document
 from qsae_kit.features.index import FeatureIndex
+from qsae_kit.lm.chat import THINK_CLOSE, THINK_OPEN
 from qsae_kit.lm.edits import Edit, applied_by_rows
 from qsae_kit.lm.hooked import HookedLM, Prompt
 from qsae_kit.sae import SAE
@@ -46,9 +53,11 @@ from qsae_kit.sae.suites import ByVariant, Feature, Place, Suite
 DOUBT = 0.9
 """Probability below which the model was in doubt of a token."""
 NEAREST = 8
-"""Features of the likest activation that a control is drawn from."""
-LEVEL = 95
-"""Per cent of the controls' effects that their interval holds."""
+"""Features of the likest reach that a control is drawn from."""
+FEWEST_DRAWS = 2
+"""Of controls: one has no spread."""
+LOGITS_AT_ONCE = 128
+"""Tokens of an answer whose logits are held at once."""
 NAMED = 3
 """Features that the sentence names."""
 QUOTED = 90
@@ -66,7 +75,7 @@ class AuditConfig:
     top: int = TOP
     """Features that are ablated, one by one and together."""
     answers: int = 5
-    """Of them, those without each of which the model answers anew."""
+    """Of them, those without each of which the model answers anew: the ones of largest effect."""
     draws: int = 20
     """Sets of random features."""
     max_new_tokens: int = 48
@@ -77,11 +86,18 @@ class AuditConfig:
     """Of the random features."""
 
     def __post_init__(self) -> None:
-        if min(self.answers, self.draws, self.max_new_tokens) < 1:
-            raise ValueError(
-                f"answers={self.answers}, draws={self.draws} and"
-                f" max_new_tokens={self.max_new_tokens} were given; each is 1 or more."
-            )
+        checked_by(self.by)
+        least = dict.fromkeys(("top", "answers", "max_new_tokens", "steps"), 1)
+        for name, fewest in (*least.items(), ("draws", FEWEST_DRAWS)):
+            given = getattr(self, name)
+            if given < fewest:
+                raise ValueError(f"{name}={given} was given; it is {fewest} or more.")
+        if not 0 <= self.seed < SEEDS:
+            raise ValueError(f"seed={self.seed} was given; it is from 0 to 2**63 - 1.")
+
+
+SEEDS = 2**63
+"""How many there are: what torch takes."""
 
 
 class Asked(NamedTuple):
@@ -99,12 +115,37 @@ class Asked(NamedTuple):
 
 
 def asked(document: Document, instead: str | None = None, token: int | None = None) -> Asked:
-    """A chat with its last answer, or a chat or text that is still to be answered."""
-    if isinstance(document, str) or document[-1]["role"] != "assistant":
+    """A chat with its last answer, or a chat or text that is still to be answered.
+
+    Raises ValueError for a chat without messages or with an answer alone, and an answer with
+    thoughts.
+    """
+    if isinstance(document, str):
         return Asked(document, None, instead, token)
+    if not document:
+        raise ValueError("A chat without messages was given; give what was asked.")
+    last = document[-1]
+    if last.get("role") != "assistant":
+        return Asked(list(document), None, instead, token)
     if len(document) < 2:
         raise ValueError("A chat of an answer alone was given; give what was asked before it.")
-    return Asked(list(document[:-1]), str(document[-1]["content"]), instead, token)
+    if last.get("reasoning_content"):
+        raise ValueError(f"{THOUGHTS} (reasoning_content).")
+    answer = str(last.get("content") or "")
+    _check_spoken(answer)
+    return Asked(list(document[:-1]), answer, instead, token)
+
+
+THOUGHTS = (
+    "An answer with its thoughts was given, and an audit asks what is said behind an empty think"
+    " block; give the answer without them"
+)
+
+
+def _check_spoken(answer: str) -> None:
+    """ValueError for an answer with thoughts."""
+    if THINK_CLOSE in answer or answer.lstrip().startswith(THINK_OPEN):
+        raise ValueError(f"{THOUGHTS} ({THINK_OPEN}).")
 
 
 class Known(NamedTuple):
@@ -128,6 +169,8 @@ class Without(NamedTuple):
     feature: Feature | None
     """None: without all that were verified."""
     answer: str
+    ended: bool = True
+    """Whether the model ended it, and it was not cut."""
 
 
 class Controls(NamedTuple):
@@ -136,10 +179,10 @@ class Controls(NamedTuple):
     effects: tuple[float, ...]
     """By how much the score falls, nats, a figure a draw."""
     features: int
-    """Of a draw: as many as the top ones, where so many others fire."""
-    activation: float
-    """Mean over features of their activations' sum over the dialogue, in units of the sites."""
-    top_activation: float
+    """Of a draw: as many as the top ones, or fewer where not so many others fire."""
+    reach: float
+    """Mean over features of what they could do to the score at most, nats (`Attribution.reach`)."""
+    top_reach: float
     """The same of the top features."""
 
     @property
@@ -148,11 +191,9 @@ class Controls(NamedTuple):
         return float(np.mean(self.effects))
 
     @property
-    def interval(self) -> tuple[float, float]:
-        """The middle `LEVEL` per cent of the effects."""
-        beyond = (100 - LEVEL) / 2
-        low, high = np.percentile(self.effects, [beyond, 100 - beyond])
-        return float(low), float(high)
+    def ends(self) -> tuple[float, float]:
+        """The smallest and the largest effect of all draws."""
+        return min(self.effects), max(self.effects)
 
 
 class Case(NamedTuple):
@@ -164,14 +205,14 @@ class Case(NamedTuple):
     """Whether the answer is the model's own greedy one."""
     greedy: str
     """What the model says."""
+    ended: bool
+    """Whether it ended that, and it was not cut."""
     tokens: list[str]
     """Of the prompt in its template and the answer."""
     n_prompt: int
     """Tokens of the prompt."""
     logprobs: tuple[float, ...]
     """Of the answer's tokens, nats."""
-    by: By
-    """What the features are ranked by."""
     attribution: Attribution
     activations: dict[Feature, Float[Tensor, " pos"]]
     """Of each verified feature at every token."""
@@ -190,8 +231,13 @@ class Case(NamedTuple):
 
     @property
     def features(self) -> list[Feature]:
-        """The verified ones, in order."""
+        """The verified ones, the largest prediction first."""
         return list(self.activations)
+
+    @property
+    def strongest(self) -> list[Feature]:
+        """The same, the largest real effect first."""
+        return _by_effect(self.attribution)
 
     @property
     def title(self) -> str:
@@ -202,7 +248,7 @@ class Case(NamedTuple):
         """What a feature contributes to the score at every token, nats, as it was ranked; 0 from
         the token on that is asked about.
         """
-        own = self.attribution.at_tokens[feature.place][:, feature.number].tolist()
+        own = self.attribution.at_tokens[feature].tolist()
         return own + [0.0] * (len(self.tokens) - len(own))
 
     def name(self, feature: Feature) -> str:
@@ -221,15 +267,21 @@ class Case(NamedTuple):
         )
         if not self.features:
             return f"{said}, and no feature of the suite has a part in it."
-        names = [self.name(feature) for feature in self.features[:NAMED]]
+        names = [self.name(feature) for feature in self.strongest[:NAMED]]
         first = " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
         n, left = len(self.features), found.value - self.together
-        told = f"moved most by feature{'s' * (len(names) > 1)} {first}; without"
-        told += f" the {n} that moved it most it is {left:.2f}" if n > 1 else f" it {left:.2f}"
+        told = (
+            f"of {n} features that were ablated" if n > 1 else "the one feature with a part in it"
+        )
+        if n > 1:
+            told += f" it was moved most by {first}; without all {n} it is {left:.2f}"
+        else:
+            told += f" is {first}; without it the score is {left:.2f}"
         if self.controls:
-            low, high = (found.value - one for one in reversed(self.controls.interval))
+            low, high = (found.value - one for one in reversed(self.controls.ends))
             told += (
-                f", without as many random ones of the nearest activation {low:.2f} to {high:.2f}"
+                f", without {self.controls.features} random ones of the nearest reach {low:.2f} to"
+                f" {high:.2f} (all {len(self.controls.effects)} draws)"
             )
         if not np.isnan(found.agreement):
             told += f"; predicted and real effects rank with a correlation of {found.agreement:.2f}"
@@ -259,15 +311,23 @@ def audit_answers(
     chats: Sequence[Asked | Document],
     index: FeatureIndex | None = None,
     config: AuditConfig = AuditConfig(),
+    bar: bool = True,
 ) -> Audited:
     """Finds what carried the answers of dialogues, and what they are without it.
 
     chats: texts (a user's turn), chats (of which the last answer is asked about, or the model's own
         where the user spoke last), or `Asked` with what is asked. index: shows what the features
         fire on elsewhere.
-    Raises ValueError for no chat, a suite with several SAEs of a site (they would explain the same
-    twice), SAEs that do not fit, another model's index, and questions that cannot be asked.
+    Every question is checked before the first is answered. Raises ValueError for a model in half
+    precision, no chat, a suite with several SAEs of a site (they would explain the same twice),
+    SAEs that do not fit, another model's index, questions that cannot be asked, and dialogues
+    longer than the documents that an SAE was trained on.
     """
+    if lm.half:
+        raise ValueError(
+            f"{lm.model_name!r} is in {str(lm.dtype).removeprefix('torch.')}, whose rounding is as"
+            ' large as what a feature does; load it in float32 (dtype="float32", --dtype float32).'
+        )
     own = attached(lm, suite)
     sites = [place.hook_name for place in own.places()]
     twice = next((name for name in sites if sites.count(name) > 1), None)
@@ -280,18 +340,20 @@ def audit_answers(
         raise ValueError("The suite holds no SAE; give one that does.")
     if index is not None:
         check_index(lm, index)
-    given = [chats] if isinstance(chats, str) else chats
-    questions = [
-        one if isinstance(one, Asked) else asked(next(documents_given([one]))) for one in given
-    ]
-    if not questions:
+    given: list[Asked | Document] = [chats] if isinstance(chats, str) else list(chats)
+    if not given:
         raise ValueError("No chat was given to audit; give at least one.")
+    room = min(lm.context_size, *(sae.origin.context_size for sae in own.saes().values()))
+    prepared = [
+        _prepared(lm, one, room, config, f"Chat {n}: " if len(given) > 1 else "")
+        for n, one in enumerate(given, 1)
+    ]
     sums = {place: sae.checksum() for place, sae in own.saes().items()}
     held = index.places() if index is not None else []
     indexed = [p for p in held if index is not None and index.at(p).checksum == sums.get(p)]
-    cases = tuple(_case(lm, own, one, index, indexed, config) for one in questions)
-    saes = _saes_said(lm, own, sums)
-    return Audited(lm.model_name, cases, config, provenance(lm, index, config), saes)
+    told, saes = provenance(lm, index, config), _saes_said(lm, own, sums)
+    cases = tuple(_case(lm, own, one, index, indexed, config, bar) for one in prepared)
+    return Audited(lm.model_name, cases, config, told, saes)
 
 
 def check_index(lm: HookedLM, index: FeatureIndex) -> None:
@@ -307,82 +369,133 @@ def check_index(lm: HookedLM, index: FeatureIndex) -> None:
 
 
 @dataclass(frozen=True)
-class _Answer:
-    """An answer as tokens behind its prompt."""
+class _Prepared:
+    """A question, and an answer as tokens behind its prompt."""
 
-    text: str
+    asked: Asked
+    answer: str
     greedy: str
     """What the model says by itself."""
+    ended: bool
     opening: tuple[int, ...]
     tokens: tuple[int, ...]
     logprobs: tuple[float, ...]
+    question: Question
+    most: int
+    """Tokens of new answers, for which there is room."""
 
     @property
     def ids(self) -> tuple[int, ...]:
         return (*self.opening, *self.tokens)
 
 
-def _answer(lm: HookedLM, one: Asked, max_new_tokens: int) -> _Answer:
-    """The answer that is asked about. Raises ValueError for one that says nothing."""
+def _prepared(
+    lm: HookedLM, given: Asked | Document, room: int, config: AuditConfig, where: str
+) -> _Prepared:
+    """What is asked, ready to be answered. where: what errors begin with. Raises ValueError for
+    what cannot be asked, an answer that says nothing, and more than `room` tokens.
+    """
+    try:
+        one = given if isinstance(given, Asked) else asked(next(documents_given([given])))
+        return _answered(lm, one, room, config.max_new_tokens)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _answered(lm: HookedLM, one: Asked, room: int, max_new_tokens: int) -> _Prepared:
+    for text in (one.answer, one.instead):
+        _check_spoken(text or "")
     opening = tuple(lm.opening_tokens(one.prompt))
-    made = lm.generate([list(opening)], max_new_tokens, chat=False)
-    greedy, said = made.text[0], [i for i in made.tokens[0] if i not in lm.end_ids()]
+    given: list[int] | None = None
+    if one.answer is not None:
+        given = lm.tokenizer(one.answer, add_special_tokens=False).input_ids
+        if not given:
+            raise ValueError("An empty answer was given; give one that says something.")
+    _check_room(one.prompt, len(opening) + len(given or [0]), room)
+    most = min(max_new_tokens, room - len(opening))
+    made = lm.generate([list(opening)], most, chat=False)
+    greedy = made.text[0]
     text = greedy if one.answer is None else one.answer
-    if one.answer is not None or one.instead is not None:
+    said = [i for i in made.tokens[0] if i not in lm.end_ids()] if given is None else given
+    if given is None and one.instead is not None:
         said = lm.tokenizer(text, add_special_tokens=False).input_ids
     if not said:
         raise ValueError(
             f"{lm.model_name!r} answers nothing to {_quoted(_last(one.prompt))}; give --answer."
-            if one.answer is None
-            else "An empty answer was given; give one that says something."
         )
-    return _Answer(text, greedy, opening, tuple(said), _logprobs(lm, opening, said))
+    logprobs = _logprobs(lm, opening, said)
+    question = ask(lm, one, text, said, logprobs)
+    ended = made.finished[0]
+    return _Prepared(one, text, greedy, ended, opening, tuple(said), logprobs, question, most)
+
+
+def _check_room(prompt: Prompt, n: int, room: int) -> None:
+    """ValueError for a dialogue that is longer than what SAEs or model were made for."""
+    if n > room:
+        raise ValueError(
+            f"The dialogue that ends with {_quoted(_last(prompt))} has {n:,} tokens with its"
+            f" answer, and SAEs and model were made for {room:,}; shorten it."
+        )
 
 
 def _case(
     lm: HookedLM,
     suite: Suite,
-    one: Asked,
+    one: _Prepared,
     index: FeatureIndex | None,
     indexed: Sequence[Place],
     config: AuditConfig,
+    bar: bool,
 ) -> Case:
-    answer = _answer(lm, one, config.max_new_tokens)
-    opening = answer.opening
-    question = ask(lm, one, answer.text, answer.tokens, answer.logprobs)
-    found = attribute(lm, suite, question, config.by, config.steps, config.top)
-    saes = suite.saes()
-    features = {
-        place: token_features(lm, sae, [list(answer.ids)])[0].float() for place, sae in saes.items()
-    }
-    asked_about = len(question.ids)
-    seen = {place: f[:asked_about] for place, f in features.items()}
-    rows = found.features.to_dict("records")
-    top = [Feature(Place(row["variant"], row["site"]), int(row["feature"])) for row in rows]
+    question = one.question
+    found = attribute(lm, suite, question, config.by, config.steps, config.top, bar=bar)
+    saes, top = suite.saes(), list(found.at_tokens)
     ids = torch.tensor([list(question.ids)], device=lm.device)
-    edits = _edits(saes, seen, top)
-    together = found.value - float(scores(lm, ids, question, edits)[0]) if top else 0.0
-    first: list[Feature | None] = [None, *top[: config.answers]] if top else []
-    sets = [top if one is None else [one] for one in first]
-    answers = (
-        _answers_without(lm, saes, features, opening, sets, config.max_new_tokens) if sets else []
-    )
+    together = 0.0
+    first: list[Feature | None] = []
+    if top:
+        [together] = falls(lm, ids, question, [_edits(saes, found.counted, top)])
+        first = [None, *_by_effect(found)[: config.answers]]
+    sets = [top if feature is None else [feature] for feature in first]
+    answers = _answers_without(lm, saes, found.counted, one.opening, sets, one.most)
     return Case(
-        one,
-        answer.text,
-        one.answer is None,
-        answer.greedy,
-        lm.to_str_tokens(list(answer.ids)),
-        len(opening),
-        answer.logprobs,
-        config.by,
+        one.asked,
+        one.answer,
+        one.asked.answer is None,
+        one.greedy,
+        one.ended,
+        lm.to_str_tokens(list(one.ids)),
+        len(one.opening),
+        one.logprobs,
         found,
-        {one: features[one.place][:, one.number].cpu() for one in top},
+        _activations(lm, saes, one.ids, top),
         together,
-        _controls(lm, saes, seen, ids, question, found.value, top, config),
-        tuple(Without(one, text) for one, text in zip(first, answers, strict=True)),
-        {one: known_of(index, one) for one in top if index and one.place in indexed},
+        _controls(lm, saes, found, ids, top, config),
+        tuple(Without(feature, *said) for feature, said in zip(first, answers, strict=True)),
+        {
+            feature: known_of(index, feature)
+            for feature in top
+            if index and feature.place in indexed
+        },
     )
+
+
+def _by_effect(found: Attribution) -> list[Feature]:
+    """The verified features, the largest real effect first."""
+    effects = dict(zip(found.at_tokens, found.features.get("effect", ()), strict=True))
+    return sorted(effects, key=lambda one: -abs(effects[one]))
+
+
+def _activations(
+    lm: HookedLM, saes: dict[Place, SAE], ids: Sequence[int], features: Sequence[Feature]
+) -> dict[Feature, Float[Tensor, " pos"]]:
+    """Of some features at every token, on the CPU."""
+    found: dict[Feature, Tensor] = {}
+    for place in dict.fromkeys(one.place for one in features):
+        [f] = token_features(lm, saes[place], [list(ids)])
+        own = [one for one in features if one.place == place]
+        found |= {one: f[:, one.number].float().cpu() for one in own}
+    return {one: found[one] for one in features}
 
 
 def ask(
@@ -424,63 +537,71 @@ def first_in_doubt(lm: HookedLM, tokens: Sequence[int], logprobs: Sequence[float
 
 @torch.no_grad()
 def _logprobs(lm: HookedLM, opening: Sequence[int], said: Sequence[int]) -> tuple[float, ...]:
+    """Of an answer's tokens, nats."""
     ids = torch.tensor([[*opening, *said]], device=lm.device)
-    logits = lm(ids, torch.ones_like(ids), logits_to_keep=len(said) + 1)
-    assert logits is not None
-    found = logits[0, :-1].float().log_softmax(-1).gather(1, ids[0, -len(said) :, None])
-    return tuple(found[:, 0].tolist())
+    found: list[float] = []
+    for start in range(0, len(said), LOGITS_AT_ONCE):
+        some = said[start : start + LOGITS_AT_ONCE]
+        before = ids[:, : len(opening) + start + len(some)]
+        logits = lm(before, torch.ones_like(before), logits_to_keep=len(some) + 1)
+        assert logits is not None
+        own = logits[0, :-1].float().log_softmax(-1).gather(1, before[0, -len(some) :, None])
+        found += own[:, 0].tolist()
+    return tuple(found)
 
 
 def _edits(
-    saes: dict[Place, SAE], seen: dict[Place, Tensor], features: Sequence[Feature]
+    saes: dict[Place, SAE], counted: dict[Place, Tensor], features: Sequence[Feature]
 ) -> list[Edit]:
     """What takes features out at the tokens that count, an edit a site."""
     numbers: dict[Place, list[int]] = {}
     for one in features:
         numbers.setdefault(one.place, []).append(one.number)
-    return [ablation(saes[place], own, (seen[place] != 0).any(1)) for place, own in numbers.items()]
+    return [ablation(saes[place], own, counted[place]) for place, own in numbers.items()]
 
 
 def _controls(
     lm: HookedLM,
     saes: dict[Place, SAE],
-    seen: dict[Place, Tensor],
+    found: Attribution,
     ids: Tensor,
-    question: Question,
-    value: float,
     top: Sequence[Feature],
     config: AuditConfig,
 ) -> Controls | None:
-    total = {place: f.sum(0).cpu() for place, f in seen.items()}
     generator = torch.Generator().manual_seed(config.seed)
-    effects, sums, n = [], [], 0
-    for _ in range(config.draws):
-        drawn = draw_like(total, top, generator)
-        if not drawn:
-            return None
-        n = len(drawn)
-        effects.append(value - float(scores(lm, ids, question, _edits(saes, seen, drawn))[0]))
-        sums.append(np.mean([float(total[one.place][one.number]) for one in drawn]))
-    own = np.mean([float(total[one.place][one.number]) for one in top])
-    return Controls(tuple(effects), n, float(np.mean(sums)), float(own))
+    drawn = [draw_like(found.reach, top, generator) for _ in range(config.draws)]
+    if not drawn[0]:
+        return None
+    edits = [_edits(saes, found.counted, some) for some in drawn]
+
+    def reach(features: Sequence[Feature]) -> float:
+        return float(np.mean([float(found.reach[one.place][one.number]) for one in features]))
+
+    return Controls(
+        tuple(falls(lm, ids, found.question, edits)),
+        len(drawn[0]),
+        float(np.mean([reach(some) for some in drawn])),
+        reach(top),
+    )
 
 
 def draw_like(
-    total: dict[Place, Float[Tensor, " d_sae"]],
+    reach: dict[Place, Float[Tensor, " d_sae"]],
     top: Sequence[Feature],
     generator: torch.Generator,
 ) -> list[Feature]:
-    """For each of some features another one that fires, of the same SAE: one of the `NEAREST` in
-    the logarithm of the activations' sum, none twice; fewer where there are not so many.
+    """For each of some features another one that can do something, of the same SAE: one of the
+    `NEAREST` in the logarithm of the reach, none twice; fewer where there are not so many.
     """
     drawn: list[Feature] = []
     taken = set(top)
     for one in top:
-        sums = total[one.place]
-        free = [i for i in sums.nonzero()[:, 0].tolist() if Feature(one.place, i) not in taken]
+        own = reach[one.place]
+        free = [i for i in own.nonzero()[:, 0].tolist() if Feature(one.place, i) not in taken]
         if not free:
             continue
-        apart = (sums[free].log() - sums[one.number].log()).abs()
+        tiny = torch.finfo(own.dtype).tiny
+        apart = (own[free].clamp(min=tiny).log() - own[one.number].clamp(min=tiny).log()).abs()
         nearest = apart.argsort()[:NEAREST]
         pick = int(torch.randint(len(nearest), (1,), generator=generator))
         drawn.append(Feature(one.place, free[int(nearest[pick])]))
@@ -488,20 +609,34 @@ def draw_like(
     return drawn
 
 
+class _Said(NamedTuple):
+    text: str
+    ended: bool
+
+
 def _answers_without(
     lm: HookedLM,
     saes: dict[Place, SAE],
-    features: dict[Place, Tensor],
+    counted: dict[Place, Tensor],
     opening: Sequence[int],
     sets: Sequence[Sequence[Feature]],
     max_new_tokens: int,
-) -> list[str]:
-    """Greedy answers behind a prompt, each without a set of features, as rows of one batch."""
-    at_prompt = {place: f[: len(opening)] for place, f in features.items()}
-    rows = torch.eye(len(sets), dtype=torch.bool, device=lm.device)
-    groups = [(_edits(saes, at_prompt, some), rows[n]) for n, some in enumerate(sets)]
-    with applied_by_rows(lm, groups):
-        return lm.generate([list(opening)] * len(sets), max_new_tokens, chat=False).text
+) -> list[_Said]:
+    """Greedy answers behind a prompt, each without a set of features, as rows of a batch."""
+    at_prompt = {place: where[: len(opening)] for place, where in counted.items()}
+    step = max(1, TOKENS_AT_ONCE // (len(opening) + max_new_tokens))
+    out: list[_Said] = []
+    for start in range(0, len(sets), step):
+        some = sets[start : start + step]
+        rows = torch.eye(len(some), dtype=torch.bool, device=lm.device)
+        groups = [
+            ([in_row(edit, n) for edit in _edits(saes, at_prompt, features)], rows[n])
+            for n, features in enumerate(some)
+        ]
+        with applied_by_rows(lm, groups):
+            made = lm.generate([list(opening)] * len(some), max_new_tokens, chat=False)
+        out += [_Said(*one) for one in zip(made.text, made.finished, strict=True)]
+    return out
 
 
 class Ablated(NamedTuple):
@@ -511,6 +646,8 @@ class Ablated(NamedTuple):
     """Nats."""
     answer: str
     """The model's greedy one."""
+    ended: bool
+    """Whether the model ended it, and it was not cut."""
 
 
 def without(
@@ -521,15 +658,15 @@ def without(
     """
     if not features:
         raise ValueError("No feature was given to ablate; give at least one.")
-    question = case.attribution.question
+    found = case.attribution
     saes = {one.place: suite.sae(one.place) for one in features}
-    row = list(question.ids)
-    seen = {place: token_features(lm, sae, [row])[0] for place, sae in saes.items()}
-    ids = torch.tensor([row], device=lm.device)
-    score = float(scores(lm, ids, question, _edits(saes, seen, features))[0])
-    opening = row[: case.n_prompt]
-    [answer] = _answers_without(lm, saes, seen, opening, [features], max_new_tokens)
-    return Ablated(score, answer)
+    ids = torch.tensor([list(found.question.ids)], device=lm.device)
+    [fall] = falls(lm, ids, found.question, [_edits(saes, found.counted, features)])
+    opening = found.question.ids[: case.n_prompt]
+    room = min(lm.context_size, *(sae.origin.context_size for sae in suite.saes().values()))
+    most = min(max_new_tokens, room - len(opening))
+    [said] = _answers_without(lm, saes, found.counted, opening, [features], most)
+    return Ablated(found.value - fall, *said)
 
 
 def known_of(index: FeatureIndex, feature: Feature) -> Known:
@@ -566,13 +703,21 @@ def provenance(lm: HookedLM, index: FeatureIndex | None, config: AuditConfig) ->
         "index": _index_said(index),
         "ranked by": f"{config.by}, {config.steps} steps of the path",
         "ablated": f"{config.top} features at most, one by one and together",
-        "controls": f"{config.draws} draws, seed {config.seed}",
+        "controls": f"{config.draws} draws of features of the nearest reach, seed {config.seed}",
         "answers": f"greedy, {config.max_new_tokens} tokens at most",
         "versions": ", ".join(
-            [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in packages)]
+            [f"Python {platform.python_version()}", *(f"{p} {_version(p)}" for p in packages)]
         ),
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _version(package: str) -> str:
+    """A package's version; one that runs from its folder may have none."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "(not installed, no version known)"
 
 
 def _index_said(index: FeatureIndex | None) -> str:
@@ -590,12 +735,23 @@ def _saes_said(
             "site": place.hook_name,
             "variant": place.variant,
             "architecture": f"{sae.architecture}, {sae.d_sae:,} features",
-            "trained": f"{sae.origin.tokens:,} tokens, seed {sae.origin.seed}",
-            "tokens that count": tokens_said(lm, sae),
+            "trained": _training_said(sae),
+            "tokens that count": f"{tokens_said(lm, sae)}; {_sinks_said(sae)}",
             "checksum": checksums[place],
         }
         for place, sae in suite.saes().items()
     )
+
+
+def _training_said(sae: SAE) -> str:
+    own = sae.origin
+    return f"{own.tokens:,} tokens, seed {own.seed}" if own.tokens else "not recorded"
+
+
+def _sinks_said(sae: SAE) -> str:
+    """In words, the rows that the norm filter leaves out."""
+    own = sae.origin.filter
+    return f"none longer than {own.factor:.3g} times the median norm, {own.median:.4g}"
 
 
 def _last(prompt: Prompt) -> str:

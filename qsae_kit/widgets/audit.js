@@ -7,7 +7,7 @@ function render({ model, el }) {
   root.append(make("p", "", visible(model.get("sentence"))), make("h3", "", "The dialogue"), view.root);
 
   // --- the features
-  root.append(make("h3", "", "The features that moved it most"));
+  root.append(make("h3", "", "The features that were ablated, ranked by what was predicted"));
   const around = make("div", "", null, { tabindex: "0", role: "region", "aria-label": "features" }), table = make("table", "heat choose");
   const head = make("tr");
   for (const name of ["feature", "predicted (nats)", "ablated (nats)", "share"]) head.append(make("th", "", name, { scope: "col" }));
@@ -31,10 +31,14 @@ function render({ model, el }) {
     const part = make("div", "pane"), score = make("p"), answer = make("div", "toks");
     part.append(make("h3", "", title), score, answer);
     panes.append(part);
-    return (told, said) => { score.textContent = told; answer.textContent = said; answer.dataset.text = said; };
+    return (told, said, ended = true) => {
+      score.textContent = ended ? told : `${told}; the answer was cut, not ended`;
+      answer.textContent = said;
+      answer.dataset.text = said;
+    };
   };
   const left = pane("As it is"), right = pane("Ablated");
-  left(`${visible(before.said)}: ${number(before.score)} nats`, before.answer);
+  left(`${visible(before.said)}: ${number(before.score)} nats`, before.answer, before.ended);
   right("Nothing is ablated yet.", "");
   bar.append(one, all);
   all.dataset.offline = "ablate:all";
@@ -62,7 +66,7 @@ function render({ model, el }) {
       dog.answered();
       if (message.op !== "ablate" || message.key !== asked) return;
       const what = asked === "all" ? "all of them" : visible(features[+asked].name);
-      right(`without ${what}: ${number(message.score)} nats`, message.answer);
+      right(`without ${what}: ${number(message.score)} nats`, message.answer, message.ended);
       root.dataset.ablated = asked;
     },
   });

@@ -37,7 +37,8 @@ class Audit(View):
     features = T.List(T.Dict()).tag(sync=True)
     """A dict a feature: name, predicted, effect and share."""
     before = T.Dict().tag(sync=True)
-    """Without any ablation: said (what the score is), score, answer (the model's greedy one)."""
+    """Without any ablation: said (what the score is), score, answer (the model's greedy one), ended
+    (whether it was not cut)."""
     feature = T.Int(0).tag(sync=True)
     """The one that is chosen, by its place in `features`."""
 
@@ -77,6 +78,7 @@ class Audit(View):
                 "said": found.question.said,
                 "score": found.value,
                 "answer": self.case.greedy,
+                "ended": self.case.ended,
             },
         )
         for key, answer_without in self._answered().items():
@@ -91,7 +93,7 @@ class Audit(View):
             place = None if one.feature is None else places[one.feature]
             fell = self.case.together if place is None else self.features[place]["effect"]
             score = self.case.attribution.value - fell
-            told[ALL if place is None else str(place)] = Ablated(score, one.answer)
+            told[ALL if place is None else str(place)] = Ablated(score, one.answer, one.ended)
         return told
 
     def ablate(self, key: int | str = ALL) -> Ablated:
