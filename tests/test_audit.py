@@ -170,7 +170,9 @@ def test_the_features_of_largest_effect_are_named(audited):
     first, second, third = (case.features[n] for n in (5, 3, 4))
     assert other.strongest[:3] == [first, second, third]
     names = f"{case.name(first)}, {case.name(second)} and {case.name(third)}; without all 6"
-    assert f"of 6 features that were ablated it was moved most by {names}" in other.in_words
+    assert (
+        f"of 6 features that were ablated it was moved most by features {names}" in other.in_words
+    )
 
 
 @torch.no_grad()

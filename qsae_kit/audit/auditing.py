@@ -274,18 +274,19 @@ class Case(NamedTuple):
             f"of {n} features that were ablated" if n > 1 else "the one feature with a part in it"
         )
         if n > 1:
-            told += f" it was moved most by {first}; without all {n} it is {left:.2f}"
+            told += f" it was moved most by features {first}; without all {n} it is {left:.2f}"
         else:
             told += f" is {first}; without it the score is {left:.2f}"
         if self.controls:
             low, high = (found.value - one for one in reversed(self.controls.ends))
+            k, draws = self.controls.features, len(self.controls.effects)
             told += (
-                f", without {self.controls.features} random ones of the nearest reach {low:.2f} to"
-                f" {high:.2f} (all {len(self.controls.effects)} draws)"
+                f", without {k} random one{'s' * (k > 1)} of the nearest reach {low:.2f} to"
+                f" {high:.2f} (all {draws} draws)"
             )
         if not np.isnan(found.agreement):
             told += f"; predicted and real effects rank with a correlation of {found.agreement:.2f}"
-        return f"{said}, {told}."
+        return f"{said}; {told}."
 
 
 class Audited(NamedTuple):
