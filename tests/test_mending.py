@@ -4,6 +4,7 @@ import json
 import random
 from functools import partial
 
+import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -24,6 +25,7 @@ from qsae_kit.audit.rewrite import (
 )
 from qsae_kit.data.documents import token_batches
 from qsae_kit.data.rows import kept_rows
+from qsae_kit.figures.mends import proof_figure
 from qsae_kit.lm.answering import answer_all
 from qsae_kit.sae import Provenance, TopKSAE
 from qsae_kit.sae.filter import NormFilter
@@ -170,6 +172,27 @@ def test_features_alone_are_sought_and_reading_is_local(lm, suite, fault):
     handle.remove()
 
 
+def test_right_is_what_the_model_comes_to_by_itself(lm, suite):
+    """In Chinese the word takes several tokens, and the first alone is no answer."""
+
+    def case(name, request):
+        return Case(request.text, f"{name} 的工作是职员。", f"{name} 的工作是面包师。")
+
+    rng, draw = random.Random(4), world.Draw("zh")
+    names = [r.name for r in about_jobs(200, 5) if world.record_of(r.name, "job").en == "clerk"]
+    wrong, like = (
+        [case(name, world.attribute_request(rng, draw, name, "job")) for name in some]
+        for some in ([FALSE.name] * 6, names)
+    )
+    stays = [world.attribute_request(rng, draw, name, "pet").text for name in names]
+    fault = Fault(wrong, like, stays)
+    mend = find_mend(lm, suite, fault, values=("means",), offsets=(1,), scales=(1.0, 2.0))
+    with rewritten(lm, mend.form):
+        said = answer_all(lm, [one.prompt for one in wrong], [], 16, False).text
+    share = sum(text.strip() == one.right for text, one in zip(said, wrong, strict=True)) / 6
+    assert float(mend.tried.query("chosen")["right"].iloc[0]) <= share
+
+
 def test_a_second_change_of_the_same_matrix_adds_up(lm):
     torch.manual_seed(0)
     changes = [LowRank(torch.randn(160, 1).double(), torch.randn(480, 1).double()) for _ in "ab"]
@@ -236,6 +259,21 @@ def test_the_proof_of_a_mend(lm, written):
     assert proof.plain_kl < 0.05
     assert 0 <= proof.harmless.kl_first < 0.05
     assert proof.in_words.startswith("the wrong fact: 0% -> 100% of 24 right (86% to 100%); of 2")
+
+
+def test_the_figure_of_a_proof_shows_every_rate_and_no_markup():
+    row = {"group": "<b>her job", "role": "target", "n": 9}
+    row |= {"before": 0.0, "before_low": 0.0, "before_high": 0.2}
+    row |= {"after": 1.0, "after_low": 0.7, "after_high": 1.0}
+    table = pd.DataFrame([row, row | {"group": "facts", "role": "unrelated", "before": 1.0}])
+    figure = proof_figure(table, "<b>tiny")
+    marks = [trace for trace in figure.data if trace.mode == "markers"]
+    assert [trace.name for trace in marks] == ["before", "after, target", "after, unrelated"]
+    assert [list(trace.x) for trace in marks] == [[0.0, 1.0], [1.0], [1.0]]
+    assert list(marks[1].error_x.arrayminus) == [pytest.approx(0.3)]
+    texts = [figure.layout.title.text, *marks[0].y]
+    assert not any("<b>" in text for text in texts)
+    assert marks[0].y[1] == "facts (n = 9)"
 
 
 def test_a_model_and_itself_do_not_differ(lm):

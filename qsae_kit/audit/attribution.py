@@ -136,7 +136,7 @@ def attribute(
     total = {place: values.sum(0) for place, values in chosen.items()}
     ranked = _ranked(total, top)
     counted = {place: (site.features != 0).any(1) for place, site in found.items()}
-    edits = [_ablation(saes[place], [i], counted[place]) for _, place, i in ranked]
+    edits = [ablation(saes[place], [i], counted[place]) for _, place, i in ranked]
     effects = [value - one for one in _each(lm, ids, question, edits)]
     rows = [
         {
@@ -220,7 +220,7 @@ def _at_site(
     )
 
 
-def _ablation(sae: SAE, features: Sequence[int], where: Bool[Tensor, " pos"]) -> Edit:
+def ablation(sae: SAE, features: Sequence[int], where: Bool[Tensor, " pos"]) -> Edit:
     """Takes features out at the tokens that count, of every row."""
     ids = torch.tensor(list(features), device=sae.W_dec.device)
 
@@ -276,7 +276,7 @@ def _site_row(
         "error": site.error,
         "verified": len(verified),
     }
-    together = [_ablation(sae, verified, counted)] if verified else []
+    together = [ablation(sae, verified, counted)] if verified else []
     row["together"] = value - float(_scores(lm, ids, question, together)[0])
     return row
 

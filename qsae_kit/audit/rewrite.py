@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from qsae_kit.attach import attached
@@ -45,15 +45,15 @@ SIZES = (4, 8, 16, 32)
 """Numbers of features that are tried."""
 SCALES = (1.0, 1.25, 1.5, 2.0, 3.0, 4.0)
 """Times what is missing; the first that is enough is taken."""
-MARGIN = 1.0
-"""Log-odds of the right answer's first own token against all others, nats: other wordings vary."""
-ENOUGH = 0.98
+MARGIN = 0.5
+"""Log-odds of the right answer's own tokens against all others, nats: other wordings vary."""
+ENOUGH = 0.96
 """Share of the wordings that is to be right."""
-STAYING = 3.0
-"""Weight of what is to stay beside that of the wrong wordings."""
+SLACK = 0.02
+"""By which the most right one may be missed for the sake of what is to stay."""
 RIDGE = 1e-2
 """Of the median squared value of an input."""
-ATTRIBUTED = 6
+ATTRIBUTED = 24
 """Questions of a kind whose features are attributed."""
 FINALISTS = 4
 """Of each kind of value, those of the smallest change, of which what it costs is measured."""
@@ -120,9 +120,9 @@ class Mend(NamedTuple):
     tried: pd.DataFrame
     """A row for each layer, token and value: step, module, variant, site, offset, token, value,
     features (their number), scale, size (norm of the change over that of the matrix), right (share
-    of the wrong wordings that are right now, by `MARGIN` nats), odds (mean, nats), kept (share of
-    the answers that are to stay of which every token stays the likeliest), kl (nats a token of
-    them; both NaN where it was not measured), chosen."""
+    of the wrong wordings that come to the right answer now, by `MARGIN` nats), odds (mean, nats),
+    kept (share of the answers that are to stay of which every token stays the likeliest), kl (nats
+    a token of them; both NaN where it was not measured), chosen."""
     n: int
     """Wordings that it was found on."""
 
@@ -187,10 +187,12 @@ def find_mend(
     sizes: Sequence[int] = SIZES,
     scales: Sequence[float] = SCALES,
     most: int = 1,
+    enough: float = ENOUGH,
 ) -> Mend:
     """Looks for rank-one changes after which the wrong questions are answered right.
 
-    Of all that are tried those that make enough wordings right, or else the most; of these the
+    enough: share of the wrong wordings that is to come to the right answer. Of all that are tried
+    those that make enough of them right, or else the most (`SLACK` less at most); of these the
     smallest, and of these the one that keeps most of what is to stay, and changes it least. As long
     as it is not enough, another is sought on top, `most` at most.
 
@@ -214,8 +216,8 @@ def find_mend(
     found: list[Rewrite] = []
     tables: list[pd.DataFrame] = []
     while len(found) < most:
-        tried = _step(lm, saes, asked, stays, found, values, offsets, sizes, scales)
-        costs = _costs(lm, stays, found, tried)
+        tried = _step(lm, saes, asked, stays, found, values, offsets, sizes, scales, enough)
+        costs = _costs(lm, stays, found, tried, enough)
         best = min(costs, key=lambda number: (-costs[number].kept, costs[number].kl))
         last = asked.wrong[0].ids
         rows = [
@@ -234,7 +236,7 @@ def find_mend(
         ]
         tables.append(pd.DataFrame(rows))
         found.append(tried[best].rewrite)
-        if tried[best].right >= ENOUGH:
+        if tried[best].right >= enough:
             break
     return Mend(tuple(found), pd.concat(tables, ignore_index=True), len(fault.wrong))
 
@@ -250,11 +252,16 @@ def _check(fault: Fault, values: Sequence[Value]) -> None:
 
 
 class _Asked(NamedTuple):
-    """A fault as questions, and the right answers' first own tokens."""
+    """A fault as questions, and the right answers to the wrong ones."""
 
     wrong: list[Question]
     like: list[Question]
-    right: list[int]
+    prompts: list[list[int]]
+    begun: list[list[int]]
+    """Up to and with the last token in which the right answer differs from the wrong one."""
+    natural: list[Bool[Tensor, " _stem"]]
+    """Which of the tokens before the first of these the model says by itself: it has to go on doing
+    so."""
 
     @staticmethod
     def of(lm: HookedLM, fault: Fault) -> "_Asked":
@@ -262,20 +269,53 @@ class _Asked(NamedTuple):
             [answer_question(lm, case.prompt, case.right, case.wrong) for case in cases]
             for cases in (fault.wrong, fault.like)
         )
-        right = []
-        for case, question in zip(fault.wrong, wrong, strict=True):
-            begun = len(question.ids) - len(lm.opening_tokens(case.prompt))
-            right.append(lm.tokenizer(case.right, add_special_tokens=False).input_ids[begun])
-        return _Asked(wrong, like, right)
+        prompts = [lm.opening_tokens(case.prompt) for case in fault.wrong]
+        begun = [_to_the_last_own(lm, case) for case in fault.wrong]
+        rows = KnownRows(lm, prompts, begun, ROWS_A_BATCH)
+        natural = [
+            _likeliest(logits, tokens)[: len(question.ids) - len(prompt)]
+            for logits, tokens, question, prompt in zip(
+                rows.answer_logits(), begun, wrong, prompts, strict=True
+            )
+        ]
+        return _Asked(wrong, like, prompts, begun, natural)
 
     def odds(self, lm: HookedLM) -> Float[Tensor, " case"]:
-        """Log-odds of the right answers against all others."""
-        rows = KnownRows(lm, [list(question.ids) for question in self.wrong], batch=ROWS_A_BATCH)
-        told = [
-            opening_odds(logits[None], torch.tensor([token], device=logits.device))
-            for logits, token in zip(rows.last_logits(), self.right, strict=True)
-        ]
-        return torch.cat(told)
+        """Log-odds of the right answers' own tokens against all others, of several the least; at
+        most 0 where the model no longer comes to them by itself.
+        """
+        rows = KnownRows(lm, self.prompts, self.begun, ROWS_A_BATCH)
+        told = []
+        for logits, begun, natural in zip(
+            rows.answer_logits(), self.begun, self.natural, strict=True
+        ):
+            n = len(natural)
+            tokens = torch.tensor(begun[n:], device=logits.device)
+            own = [
+                opening_odds(one[None].float(), token[None])
+                for one, token in zip(logits[n:], tokens, strict=True)
+            ]
+            odds = torch.cat(own).min()
+            comes = bool(_likeliest(logits, begun)[:n][natural].all())
+            told.append(odds if comes else odds.clamp(max=0.0))
+        return torch.stack(told)
+
+
+def _to_the_last_own(lm: HookedLM, case: Case) -> list[int]:
+    """The right answer without what it ends in as the wrong one does."""
+    right, wrong = (
+        lm.tokenizer(text, add_special_tokens=False).input_ids for text in (case.right, case.wrong)
+    )
+    first = next(i for i, (a, b) in enumerate(zip(right, wrong, strict=False)) if a != b)
+    end = len(right)
+    while end > first + 1 and right[end - 1] == wrong[end - 1 - len(right) + len(wrong)]:
+        end -= 1
+    return right[:end]
+
+
+def _likeliest(logits: Float[Tensor, "token vocab"], tokens: list[int]) -> Bool[Tensor, " token"]:
+    """Which tokens are predicted as the likeliest ones."""
+    return logits.argmax(-1).cpu() == torch.tensor(tokens, dtype=torch.int64)
 
 
 def _check_wrong(lm: HookedLM, asked: _Asked, offsets: Sequence[int]) -> None:
@@ -333,12 +373,17 @@ NOT_MEASURED = _Price(float("nan"), float("nan"))
 
 
 def _costs(
-    lm: HookedLM, stays: _Stays, found: Sequence[Rewrite], tried: Sequence[_Tried]
+    lm: HookedLM,
+    stays: _Stays,
+    found: Sequence[Rewrite],
+    tried: Sequence[_Tried],
+    enough: float,
 ) -> dict[int, _Price]:
     """By number, what the finalists do to what is to stay."""
     top = max(one.right for one in tried)
     by_size = sorted(range(len(tried)), key=lambda number: tried[number].size)
-    good = [number for number in by_size if tried[number].right >= min(top, ENOUGH)]
+    least = min(top, enough) - SLACK
+    good = [number for number in by_size if tried[number].right >= least]
     finalists = [
         number
         for value in VALUES
@@ -368,6 +413,7 @@ def _step(
     offsets: Sequence[int],
     sizes: Sequence[int],
     scales: Sequence[float],
+    enough: float,
 ) -> list[_Tried]:
     """Every candidate at the first strength that is enough, or at the best one."""
     before = form_of(found)
@@ -390,7 +436,7 @@ def _step(
             now = _Tried(rewrite, size, float((odds > MARGIN).float().mean()), float(odds.mean()))
             if best is None or now.right > best.right:
                 best = now
-            if now.right >= ENOUGH:
+            if now.right >= enough:
                 break
         assert best is not None
         out.append(best)
@@ -482,8 +528,9 @@ def _readers(
         for offset in offsets:
             keys = torch.stack([row[-offset] for row in wrong[module].ends])
             ends = torch.cat(kept.ends)
-            total = kept.moment + ends.T @ ends / len(kept.ends)
-            total = keys.T @ keys / len(keys) + STAYING * total
+            # every row counts alike, whichever it is of
+            total = keys.T @ keys + ends.T @ ends + len(kept.ends) * kept.moment
+            total /= len(keys)
             total.diagonal().add_(RIDGE * float(total.diagonal().median()))
             key = keys.mean(0)
             w = torch.linalg.solve(total, key)
