@@ -49,8 +49,6 @@ MARGIN = 0.5
 """Log-odds of the right answer's own tokens against all others, nats: other wordings vary."""
 ENOUGH = 0.96
 """Share of the wordings that is to be right."""
-SLACK = 0.02
-"""By which the most right one may be missed for the sake of what is to stay."""
 RIDGE = 1e-2
 """Of the median squared value of an input."""
 ATTRIBUTED = 24
@@ -192,9 +190,9 @@ def find_mend(
     """Looks for rank-one changes after which the wrong questions are answered right.
 
     enough: share of the wrong wordings that is to come to the right answer. Of all that are tried
-    those that make enough of them right, or else the most (`SLACK` less at most); of these the
-    smallest, and of these the one that keeps most of what is to stay, and changes it least. As long
-    as it is not enough, another is sought on top, `most` at most.
+    those that make enough of them right, or else the most; of these the smallest, and of these the
+    one that keeps most of what is to stay, and changes it least. As long as it is not enough,
+    another is sought on top for those that are left, `most` at most.
 
     Raises ValueError for a fault without cases or prompts, for cases that are answered right
     already, and for a suite without a site behind a layer's writer, or a model whose writers are
@@ -279,6 +277,16 @@ class _Asked(NamedTuple):
             )
         ]
         return _Asked(wrong, like, prompts, begun, natural)
+
+    def left(self, lm: HookedLM) -> "_Asked":
+        """With those of the wrong ones alone that are not right yet."""
+        kept = (self.odds(lm) <= MARGIN).nonzero()[:, 0].tolist()
+        return self._replace(
+            wrong=[self.wrong[i] for i in kept],
+            prompts=[self.prompts[i] for i in kept],
+            begun=[self.begun[i] for i in kept],
+            natural=[self.natural[i] for i in kept],
+        )
 
     def odds(self, lm: HookedLM) -> Float[Tensor, " case"]:
         """Log-odds of the right answers' own tokens against all others, of several the least; at
@@ -382,7 +390,7 @@ def _costs(
     """By number, what the finalists do to what is to stay."""
     top = max(one.right for one in tried)
     by_size = sorted(range(len(tried)), key=lambda number: tried[number].size)
-    least = min(top, enough) - SLACK
+    least = min(top, enough)
     good = [number for number in by_size if tried[number].right >= least]
     finalists = [
         number
@@ -418,9 +426,10 @@ def _step(
     """Every candidate at the first strength that is enough, or at the best one."""
     before = form_of(found)
     with rewritten(lm, before):
-        missing = _missing(lm, saes, asked, values, offsets, sizes)
+        left = asked.left(lm)
+        missing = _missing(lm, saes, left, values, offsets, sizes)
         modules = sorted({_module(lm, place) for place, *_ in missing})
-        readers = _readers(lm, asked, stays, modules, offsets)
+        readers = _readers(lm, left, stays, modules, offsets)
     norms = {name: float(lm.hf.get_submodule(name).weight.detach().norm()) for name in modules}
     out: list[_Tried] = []
     for place, offset, value, features, vector in missing:
