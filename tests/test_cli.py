@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from small import small_suite
+from typer.testing import CliRunner
 
 import qsae_kit
 from qsae_kit.cli import app as cli
@@ -419,3 +420,16 @@ def test_a_small_demo_leaves_a_complete_folder(tmp_path, monkeypatch):
     assert " ".join(done.stdout.split()).endswith(" ".join(told.split()))
     opened = qsae("open", out, "--no-lab")
     assert opened.stdout.split() == ["Notebook:", str(out / "explore.ipynb")]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "Hello", "--answer", ""], "--answer is empty"),
+        (["Hello", "--token", "1", "--instead", "Bye"], "--token and --instead both"),
+        (["Hello", "--out", "."], "'.' is there already; give another --out"),
+    ],
+)
+def test_an_audit_is_refused_before_anything_is_loaded(words, message):
+    with pytest.raises(ValueError, match=message):
+        CliRunner().invoke(cli.app, ["audit", "nowhere", *words], catch_exceptions=False)

@@ -15,7 +15,7 @@ import pytest
 from qsae_kit.data import readers
 from qsae_kit.data.benchmarks import read_bench
 from qsae_kit.data.documents import check_chat
-from qsae_kit.data.readers import DataSource, parse_source, read_documents
+from qsae_kit.data.readers import DataSource, is_source, parse_source, read_documents
 from qsae_kit.data.records import parse_record
 from qsae_kit.data.streams import named, stream_of
 from qsae_kit.train.fit import fit_live
@@ -353,6 +353,13 @@ def test_configuration_and_split_of_a_data_set_are_named(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             list(read_documents(f"{folder}{name}"))
+
+
+def test_a_source_is_told_from_a_text(tmp_path):
+    for text in ("a.jsonl", "b/c.csv.gz,max_bad=0.1", "c.json,column=x,max_bad=0", str(tmp_path)):
+        assert is_source(text)
+    for text in ("How, a=b?", "What is a column=x?", "a" * 10_000, "x\0y", ""):
+        assert not is_source(text)
 
 
 def test_sources_are_written_and_named(tmp_path, lm):

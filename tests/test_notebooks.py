@@ -172,8 +172,8 @@ def book(request):
     return json.loads(request.param.read_text())
 
 
-def test_there_are_five():
-    assert len(PATHS) == 5
+def test_there_are_six():
+    assert len(PATHS) == 6
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)

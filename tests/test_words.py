@@ -1,9 +1,13 @@
-"""A study's finding in plain sentences."""
+"""A study's finding in plain sentences, and text that is not seen as it is."""
 
+import re
 from typing import Any
 
 import pytest
+from markupsafe import Markup
 
+from qsae_kit.cli.outputs import wrapped
+from qsae_kit.figures.pages import SCRIPT, UNSEEN, part, template, visible
 from qsae_kit.steer.study.words import in_words
 
 HEADLINE: dict[str, Any] = {
@@ -82,3 +86,19 @@ def test_a_finding_is_one_plain_sentence_and_its_price() -> None:
 )
 def test_each_finding_has_its_words(changes: dict[str, Any], told: str) -> None:
     assert told in in_words(HEADLINE | changes)
+
+
+def test_what_is_not_seen_or_turns_the_writing_has_a_sign(tmp_path):
+    (tmp_path / "a.html").write_text("{{ text }}|{{ safe }}")
+    text = "a\u202eb\n\tc\u200b<\x1b[31m\x07"
+    page = template(tmp_path / "a.html").render(text=text, safe=Markup("<b>\u202e</b>"))
+    assert page == (
+        "a\u27e8202e\u27e9b\n\tc\u27e8200b\u27e9&lt;\u27e8001b\u27e9[31m\u27e80007\u27e9|<b>\u202e</b>"
+    )
+    assert visible("a\n\tb\u202e") == "a\u23ce\u21e5b\u27e8202e\u27e9"
+    signs = re.search(r"text\.replace\(/(\[.*?\])/g", part(SCRIPT))
+    assert signs
+    assert signs[1] == UNSEEN.pattern  # one table in both languages
+    assert wrapped(f"{text}\r 9 %") == (
+        "a\u27e8202e\u27e9b \u21e5c\u27e8200b\u27e9<\u27e8001b\u27e9[31m\u27e80007\u27e9\u240d 9 %"
+    )

@@ -9,7 +9,7 @@ has no such form.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -70,16 +70,40 @@ class Affine:
 
 
 @dataclass(frozen=True)
+class LowRank:
+    """What is added to a matrix, whatever it holds: W + U V^T. In float64."""
+
+    u: Float[Tensor, "d_out rank"]
+    v: Float[Tensor, "d_in rank"]
+
+    def then(self, other: "LowRank") -> "LowRank":
+        """Both."""
+        return LowRank(torch.cat([self.u, other.u], 1), torch.cat([self.v, other.v], 1))
+
+
+@dataclass(frozen=True)
 class WeightForm:
     """An edit as changes of the model's writers."""
 
-    writers: Mapping[str, Affine]
-    """By the module's name in transformers; only those that change."""
+    writers: Mapping[str, Affine] = field(default_factory=dict)
+    """Of what is written, by the module's name in transformers; only those that change."""
+    added: Mapping[str, LowRank] = field(default_factory=dict)
+    """To matrices of writers, after that; not to the embedding."""
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all that change."""
+        return tuple(dict.fromkeys([*self.writers, *self.added]))
+
+    def rank_of(self, module: str) -> int:
+        """Of the change of a module's matrix."""
+        parts = (held[module] for held in (self.writers, self.added) if module in held)
+        return sum(part.u.shape[1] for part in parts)
 
     @property
     def rank(self) -> int:
         """Of the largest change of a matrix."""
-        return max((one.u.shape[1] for one in self.writers.values()), default=0)
+        return max(map(self.rank_of, self.modules), default=0)
 
 
 def writers_of(lm: HookedLM) -> dict[str, str]:
@@ -120,7 +144,7 @@ def weight_form(lm: HookedLM, steering: Steering, suite: ByVariant) -> WeightFor
                 writers[name] = writers[name].without(unit, change.strength)
         changed |= set(names)
     for name in changed:
-        _check_matrix(lm, name)
+        check_matrix(lm, name)
     return WeightForm({name: one for name, one in writers.items() if name in changed})
 
 
@@ -186,7 +210,8 @@ def _obeys(lm: HookedLM, module: str) -> bool:
     return made.get_submodule(module).bias is not None
 
 
-def _check_matrix(lm: HookedLM, name: str) -> None:
+def check_matrix(lm: HookedLM, name: str) -> None:
+    """ValueError for a module that is no plain matrix of numbers in memory."""
     try:
         module: Any = lm.hf.get_submodule(name)
     except AttributeError as error:
@@ -306,17 +331,21 @@ def changed_tensors(
     """
     tensors: dict[str, Tensor] = {}
     entries: dict[str, bool] = {}
-    for name, one in form.writers.items():
+    for name in form.modules:
         module: Any = lm.hf.get_submodule(name)
+        one = form.writers.get(name, Affine.none(lm.d_model))
         weight = module.weight.detach()
         u, v, c = (part.to(weight.device) for part in (one.u, one.v, one.c))
         wide = weight.double()
         if name == EMBEDDING:
             tensors[f"{name}.weight"] = (wide + (wide @ v) @ u.T + c).to(weight)
             continue
-        tensors[f"{name}.weight"] = (wide + u @ (v.T @ wide)).to(weight)
+        written = wide + u @ (v.T @ wide)
+        if (more := form.added.get(name)) is not None:
+            written += more.u.to(weight.device) @ more.v.to(weight.device).T
+        tensors[f"{name}.weight"] = written.to(weight)
         bias = getattr(module, "bias", None)
-        if bias is not None or one.adds:
+        if (bias is not None and name in form.writers) or one.adds:
             old = torch.zeros_like(c) if bias is None else bias.detach().double()
             tensors[f"{name}.bias"] = (old + u @ (v.T @ old) + c).to(weight)
         if bias is None and one.adds:

@@ -13,6 +13,8 @@ from torch import Tensor
 from qsae_kit.audit.forms import (
     BESIDE,
     EMBEDDING,
+    Affine,
+    LowRank,
     WeightForm,
     changed_tensors,
     weight_form,
@@ -68,17 +70,44 @@ def patch(
     cannot hold, for a path where something is already, and for a model whose weights are not plain
     (on disk, quantised, with adapters).
     """
-    path = Path(out)
-    checked_form(form)
-    if path.exists() and (path.is_file() or any(path.iterdir())):
-        raise ValueError(f"{str(path)!r} is there already; give a new name.")
-    if form == "control-vector":
-        return _control_vector(lm, steering, suite, path)
+    if checked_form(form) == "control-vector":
+        return _control_vector(lm, steering, suite, _free(out))
     check_plain(lm.hf, lm.model_name)
     change = weight_form(lm, steering, suite)
+    done = {"steering": json.loads(steering.to_json(suite))}
+    return write_form(lm, change, done, out, form, undoable)
+
+
+def write_form(
+    lm: HookedLM,
+    change: WeightForm,
+    done: Mapping[str, Any],
+    out: str | Path,
+    form: Form = "checkpoint",
+    undoable: bool = True,
+) -> Patched:
+    """Writes changes of a model's writers as `patch` does.
+
+    done: what was done, for `patch.json`: JSON values by name. Raises ValueError as `patch`, and
+    for a control vector, which is no change of weights.
+    """
+    path = _free(out)
+    if checked_form(form) == "control-vector":
+        raise ValueError(
+            "A change of weights is no control vector; write a checkpoint or a LoRA adapter."
+        )
+    check_plain(lm.hf, lm.model_name)
     if form == "lora":
         return _adapter(lm, change, path)
-    return _checkpoint(lm, change, json.loads(steering.to_json(suite)), path, undoable)
+    return _checkpoint(lm, change, done, path, undoable)
+
+
+def _free(out: str | Path) -> Path:
+    """A path where nothing is; else ValueError."""
+    path = Path(out)
+    if path.exists() and (path.is_file() or any(path.iterdir())):
+        raise ValueError(f"{str(path)!r} is there already; give a new name.")
+    return path
 
 
 def checked_form(name: str) -> Form:
@@ -93,7 +122,7 @@ def checked_form(name: str) -> Form:
 
 
 def _checkpoint(
-    lm: HookedLM, change: WeightForm, steering: Mapping[str, Any], out: Path, undoable: bool
+    lm: HookedLM, change: WeightForm, done: Mapping[str, Any], out: Path, undoable: bool
 ) -> Patched:
     held = lm.hf.state_dict()
     untied = _owned(held)
@@ -116,7 +145,7 @@ def _checkpoint(
             "model": lm.model_name,
             "weights": lm.weights_digest(),
             "dtype": str(lm.dtype).removeprefix("torch."),
-            "steering": steering,
+            **done,
             "changed": sorted(new),
             "added": sorted(set(tensors) - set(_owned(held))),
             "original": {name: _digest(held[name]) for name in new if name in held},
@@ -209,23 +238,31 @@ def _of(tensors: Mapping[str, Tensor], name: str) -> str:
 
 
 def _adapter(lm: HookedLM, change: WeightForm, out: Path) -> Patched:
-    """LoRA has B A added to a matrix: U (V^T W), and for the rows of an embedding (E V) U^T."""
+    """LoRA has B A added to a matrix: U (V^T W), and for the rows of an embedding (E V) U^T; what
+    is added to a matrix is U V^T itself.
+    """
     tensors: dict[str, Tensor] = {}
-    for name, one in change.writers.items():
+    for name in change.modules:
         module: Any = lm.hf.get_submodule(name)
-        if one.adds or getattr(module, "bias", None) is not None:
+        one = change.writers.get(name, Affine.none(lm.d_model))
+        if one.adds or (name in change.writers and getattr(module, "bias", None) is not None):
             raise ValueError(
                 f"The edit changes a bias of {name}, which a LoRA adapter does not hold; write a"
                 " checkpoint."
             )
         wide = module.weight.detach().double().cpu()
-        missing = change.rank - one.u.shape[1]
-        u, v = (torch.nn.functional.pad(part, (0, missing)) for part in (one.u, one.v))
+        right = wide @ one.v if name == EMBEDDING else wide.T @ one.v
+        parts = [LowRank(one.u, right), *(m for n, m in change.added.items() if n == name)]
+        missing = change.rank - change.rank_of(name)
+        b, a = (
+            torch.nn.functional.pad(torch.cat(sides, 1), (0, missing))
+            for sides in ([part.u for part in parts], [part.v for part in parts])
+        )
         key = f"base_model.model.{name}"
+        names = ("lora_A.weight", "lora_B.weight")
         if name == EMBEDDING:
-            pair = {"lora_embedding_A": (wide @ v).T, "lora_embedding_B": u}
-        else:
-            pair = {"lora_A.weight": v.T @ wide, "lora_B.weight": u}
+            names = ("lora_embedding_A", "lora_embedding_B")
+        pair = dict(zip(names, (a.T, b), strict=True))
         tensors |= {f"{key}.{part}": t.float().contiguous() for part, t in pair.items()}
     config = {
         "peft_type": "LORA",
@@ -237,7 +274,7 @@ def _adapter(lm: HookedLM, change: WeightForm, out: Path) -> Patched:
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in change.writers}),
+        "target_modules": sorted({name.rsplit(".", 1)[-1] for name in change.modules}),
         "modules_to_save": None,
         "ensure_weight_tying": False,
     }

@@ -18,7 +18,7 @@ def audit(
     suite: options.Source,
     chats: Annotated[
         list[str] | None,
-        typer.Argument(help="Texts, or files of chats as --data takes them; may be several."),
+        typer.Argument(help="Texts, or files or folders of chats, with --data's options."),
     ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="A user's turn; also a text that is called like a file.")
@@ -67,7 +67,7 @@ def audit(
     from qsae_kit.audit.attribution import checked_by
     from qsae_kit.audit.audit_page import write_audit
     from qsae_kit.audit.auditing import Asked, AuditConfig, asked, audit_answers
-    from qsae_kit.data.readers import FILES, is_file_name, read_documents
+    from qsae_kit.data.readers import FILES, is_source, read_documents
     from qsae_kit.data.streams import stream_of
     from qsae_kit.features.index import load_index
     from qsae_kit.features.indexing import MANIFEST
@@ -81,10 +81,16 @@ def audit(
     options.refuse(
         answer is not None and prompt is None, "--answer goes with --prompt; give both, or neither."
     )
+    options.refuse(answer == "", "--answer is empty; give one that says something.")
+    options.refuse(
+        token is not None and instead is not None,
+        "--token and --instead both say what is asked about; give one of them.",
+    )
+    options.refuse(out.exists(), f"{str(out)!r} is there already; give another --out.")
     outputs.write_file(out)
     questions = [] if prompt is None else [Asked(prompt, answer, instead, token)]
     for chat in chats or ():
-        documents = read_documents(chat if is_file_name(chat) else [chat])
+        documents = read_documents(chat if is_source(chat) else [chat])
         questions += [asked(document, instead, token) for document in documents]
     held = load_suite(suite, variants=[variant] if variant else (), hook_names=outputs.sites_at(at))
     if len(held) > 1:
@@ -92,10 +98,14 @@ def audit(
         held = held.only(variants=list(held)[:1])
     beside = Path(suite).parent / INDEX
     folder = index or (beside if (beside / MANIFEST).is_file() else None)
-    lm = outputs.loaded(model or model_name_of(held), dtype, device)
-    if data is not None:
-        held = attached(lm, held, stream_of(lm, data))
+    measured = all(sae.origin.filter.measured for sae in held.saes().values())
+    options.refuse(
+        data is not None and measured,
+        "--data is for SAEs whose median norms are not known, and these are; leave it out.",
+    )
     known = load_index(folder) if folder is not None else None
+    lm = outputs.loaded(model or model_name_of(held), dtype, device)
+    held = attached(lm, held, stream_of(lm, data))
     found = audit_answers(lm, held, questions, known, config)
     write_audit(found, out)
     for case in found.cases:

@@ -92,8 +92,10 @@ def page(table: "pd.DataFrame", digits: int = 4) -> str:
 
 
 def wrapped(text: str) -> str:
-    """A text in lines that fit, broken between words."""
-    kept = text.replace(" %", "\u00a0%")
+    """A text in lines that fit, broken between words; what would act on the terminal is told."""
+    from qsae_kit.figures.pages import visible
+
+    kept = visible(text.replace("\n", " ")).replace(" %", "\u00a0%")
     filled = textwrap.fill(kept, PAGE_WIDTH, break_long_words=False, break_on_hyphens=False)
     return filled.replace("\u00a0", " ")
 

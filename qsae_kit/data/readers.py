@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import re
 import time
 import warnings
@@ -37,6 +38,7 @@ FEW_ROWS = 100
 WAITS = (1.0, 4.0, 15.0)
 """Seconds before a stream that broke off is opened again where it broke."""
 OPTIONS = ("column", "max_bad")
+OPTION = re.compile(rf"(,({'|'.join(OPTIONS)})=[^,]*)+$")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -224,6 +226,14 @@ def _like_a_path(name: str) -> bool:
 def is_file_name(name: str) -> bool:
     """Whether a name ends as those of files of chats and texts do."""
     return name.lower().endswith((*KINDS, *PACKED))
+
+
+def is_source(text: str) -> bool:
+    """Whether a text names a file or a folder, with `parse_source`'s options or without, rather
+    than being one itself.
+    """
+    name = OPTION.sub("", text)
+    return is_file_name(name) or os.path.exists(name)
 
 
 # --- files

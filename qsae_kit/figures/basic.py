@@ -208,7 +208,7 @@ def dose_figure(table: pd.DataFrame, target: str, model_name: str = "") -> go.Fi
                     name=plot_text(f"{label}, {kind}"),
                     line={"color": color, "dash": dash, "width": width},
                     marker={"symbol": symbol, "size": 4 + width},
-                    error_y=_bars(points, "log_odds", "log_odds_low", "log_odds_high"),
+                    error_y=interval_bars(points, "log_odds", "log_odds_low", "log_odds_high"),
                 )
             )
     frozen = table.loc[(table["intervention"] == "features") & table["chosen"], "strength"]
@@ -259,8 +259,8 @@ def price_figure(table: pd.DataFrame, target: str, priced: str, model_name: str 
                     "symbol": symbol,
                     "size": [FROZEN_SIZE if frozen else PLAIN_SIZE for frozen in own["chosen"]],
                 },
-                error_y=_bars(own, "refusal_rate", "ci_low", "ci_high"),
-                error_x=_bars(own, "kl_first", "kl_first_low", "kl_first_high"),
+                error_y=interval_bars(own, "refusal_rate", "ci_low", "ci_high"),
+                error_x=interval_bars(own, "kl_first", "kl_first_low", "kl_first_high"),
                 customdata=own["strength"].tolist(),
                 hovertemplate="%{y:.3f} at %{x:.3f} nats (%{customdata:.3g})<extra></extra>",
             )
@@ -303,7 +303,7 @@ FROZEN_SIZE, PLAIN_SIZE = 14, 7
 """Of marks, in pixels."""
 
 
-def _bars(rows: pd.DataFrame, value: str, low: str, high: str) -> dict[str, object]:
+def interval_bars(rows: pd.DataFrame, value: str, low: str, high: str) -> dict[str, object]:
     """Plotly's error bars from the ends of intervals."""
     return {
         "type": "data",
@@ -331,7 +331,7 @@ def outcome_figure(rows: pd.DataFrame, target: str, shown: str = "refused") -> g
             y=[plot_text(told) for told in rows["told"]],
             orientation="h",
             marker={"color": colors},
-            error_x=_bars(rows, "refusal_rate", "ci_low", "ci_high") | {"color": INK},
+            error_x=interval_bars(rows, "refusal_rate", "ci_low", "ci_high") | {"color": INK},
             text=[f"{100 * rate:.0f} %" for rate in rows["refusal_rate"]],
             textposition="none",
             customdata=rows["n"].tolist(),

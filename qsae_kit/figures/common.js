@@ -1,4 +1,4 @@
-// Shared by every widget. Text reaches the page through textContent alone.
+// Shared by every page and widget. Text reaches the page through textContent alone.
 
 /** An element with a class, text and attributes. */
 function make(tag, className = "", text = null, attributes = {}) {

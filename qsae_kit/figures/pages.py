@@ -5,15 +5,21 @@ page as JSON and is shown with `textContent`.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
 
 HERE = Path(__file__).parent
 SCRIPT, STYLE = "common.js", "common.css"
 """Of tokens in a line, numbers and whatever else is drawn by the browser."""
-SIGNS = str.maketrans({"\n": "\u23ce", "\r": "\u240d", "\t": "\u21e5"})
+SIGNS = {"\n": "\u23ce", "\r": "\u240d", "\t": "\u21e5"}
+UNSEEN = re.compile(
+    "[\\u0000-\\u001f\\u007f-\\u009f\\u00ad\\u200b-\\u200f\\u2028-\\u202e\\u2060-\\u206f\\ufeff]"
+)
+"""Characters that are not seen, or that turn what follows round; the same as in `SCRIPT`."""
 
 
 def part(name: str) -> str:
@@ -30,8 +36,17 @@ def as_json(value: Any) -> str:
 
 
 def visible(text: str) -> str:
-    """A token or label with signs for line breaks and tabs, which would not be seen."""
-    return text.translate(SIGNS)
+    """A text with signs for what would not be seen: line breaks, tabs, control characters and those
+    that turn the direction of writing.
+    """
+    return UNSEEN.sub(lambda found: SIGNS.get(found[0], f"\u27e8{ord(found[0]):04x}\u27e9"), text)
+
+
+def _told(value: Any) -> Any:
+    """What a page prints: text with signs as `visible`, lines and tabs left as they are."""
+    if not isinstance(value, str) or isinstance(value, Markup):
+        return value
+    return UNSEEN.sub(lambda found: found[0] if found[0] in "\n\t" else visible(found[0]), value)
 
 
 def template(path: Path) -> Template:
@@ -41,6 +56,7 @@ def template(path: Path) -> Template:
     environment = Environment(
         loader=FileSystemLoader([path.parent, HERE]),
         autoescape=True,
+        finalize=_told,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -419,19 +419,24 @@ def cost(rows: KnownRows, edits: Sequence[Edit], changed: KnownRows | None = Non
 
 
 @torch.no_grad()
-def plain_kl(lm: HookedLM, texts: Sequence[str], edits: Sequence[Edit]) -> float:
+def plain_kl(
+    lm: HookedLM, texts: Sequence[str], edits: Sequence[Edit], changed: HookedLM | None = None
+) -> float:
     """KL(clean || edited) in nats a token on texts outside of any chat, mean over all tokens but
     each text's first; the edits as `on_plain_text` makes them.
+
+    changed: the model that is edited, of the same tokens, where it is another one.
     """
+    other = changed or lm
     total, n_tokens = 0.0, 0
     for text in texts:
         ids, mask = lm.to_batch([text])
         clean = lm(ids, mask)
-        with applied(lm, on_plain_text(edits, mask)):
-            changed = lm(ids, mask)
+        with applied(other, on_plain_text(edits, mask)):
+            edited = other(ids, mask)
         assert clean is not None
-        assert changed is not None
-        kl = kl_divergence(clean[0, 1:], changed[0, 1:])
+        assert edited is not None
+        kl = kl_divergence(clean[0, 1:], edited[0, 1:])
         total, n_tokens = total + float(kl.sum()), n_tokens + len(kl)
     return total / max(1, n_tokens)
 
