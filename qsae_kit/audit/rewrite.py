@@ -499,7 +499,10 @@ def _merits(
     back = [-offset for offset in offsets]
     for questions in asked[:2]:
         some = questions[:: max(1, len(questions) // ATTRIBUTED)][:ATTRIBUTED]
-        found = [attribute(lm, suite, question, steps=1, top=1).at_tokens for question in some]
+        found = [
+            attribute(lm, suite, question, steps=1, top=1, keep="all").everywhere
+            for question in some
+        ]
         means.append(
             {place: torch.stack([one[place][back] for one in found]).mean(0) for place in saes}
         )
