@@ -287,14 +287,26 @@ def test_controls_are_other_features_of_like_reach():
     assert draw_like(few, two, torch.Generator()) == [Feature(place, 2)]
 
 
-def test_fewer_controls_are_said(audited):
-    [case] = audited.cases
-    few = case._replace(controls=case.controls._replace(features=2))
-    assert "without 2 random ones of the nearest reach" in few.in_words
-    text = audit_page(audited._replace(cases=(few,)))
-    assert "2 at random, mean of all 8 draws" in text
+def test_fewer_controls_are_said(lm, suite, audited):
+    place = Place("v", SITES[0])
+    firing = int((audited.cases[0].attribution.reach[place] > 0).sum())
+    held = suite.only(hook_names=[SITES[0]])
     told = "They are fewer than the top ones"
-    assert told in text
+    for left in (2, 0):
+        config = replace(QUICK, top=firing - left)
+        found = audit_answers(lm, held, [Asked(PROMPT, ANSWER, INSTEAD)], config=config)
+        [case] = found.cases
+        assert len(case.features) == firing - left
+        text = audit_page(found)
+        assert (told in text) == bool(left)
+        if left:
+            assert case.controls.features == 2
+            assert "without 2 random ones of the nearest reach" in case.in_words
+            assert "2 at random, mean of all 2 draws" in text
+        else:
+            assert case.controls is None
+            assert "there is no control" in text
+            assert "random" not in case.in_words
     assert told not in audit_page(audited)
 
 
@@ -489,7 +501,7 @@ def test_the_command(lm, suite, index, tmp_path):
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"prompt": "How do I thank the nurse?", "answer": "You say it."}\n')
     out = tmp_path / "audit.html"
-    given = ["--prompt", PROMPT, "--instead", INSTEAD, "--top", "2", "--draws", "2"]
+    given = ["--prompt", PROMPT, "--instead", INSTEAD, "--top", "2", "--draws", "2", "--by", "path"]
     where = ["--at", "resid@1", "--out", str(out), "--index", str(index.folder)]
     done = CliRunner().invoke(
         app,
@@ -501,7 +513,9 @@ def test_the_command(lm, suite, index, tmp_path):
     said = " ".join(done.output.split())
     assert f"To “{PROMPT}” the answer was" in said
     assert "To “How do I thank the nurse?” the answer was “You say it.”" in said
-    assert "<h1>Why tiny gave 2 answers</h1>" in out.read_text(encoding="utf-8")
+    text = out.read_text(encoding="utf-8")
+    assert "<h1>Why tiny gave 2 answers</h1>" in text
+    assert "(integrated gradients)" in text
 
 
 @pytest.mark.parametrize(
