@@ -27,7 +27,7 @@ from qsae_kit import (
 from qsae_kit.attach import token_features
 from qsae_kit.audit import auditing
 from qsae_kit.audit.audit_page import audit_page
-from qsae_kit.audit.auditing import Known, Without, asked, draw_like, first_in_doubt
+from qsae_kit.audit.auditing import Known, Without, asked, draw_like, first_in_doubt, is_indexed
 from qsae_kit.cli.app import app
 from qsae_kit.data.companions import companion_of
 from qsae_kit.features.indexing import IndexConfig
@@ -478,6 +478,10 @@ def test_what_cannot_be_audited_is_one_sentence(lm, suite, index):
         fails("The index is of 'tiny', and the weights", [PROMPT], index=index)
     finally:
         index.manifest["weights"] = weights
+    alone = suite.only(hook_names=[SITES[0]])
+    fails("The index holds none of the suite's SAEs", [PROMPT], alone, index=index)
+    assert is_indexed(index, suite)
+    assert not is_indexed(index, alone)
 
 
 def test_the_page_says_where_it_is_from(lm, suite, page):
@@ -502,7 +506,7 @@ def test_the_command(lm, suite, index, tmp_path):
     chats.write_text('{"prompt": "How do I thank the nurse?", "answer": "You say it."}\n')
     out = tmp_path / "audit.html"
     given = ["--prompt", PROMPT, "--instead", INSTEAD, "--top", "2", "--draws", "2", "--by", "path"]
-    where = ["--at", "resid@1", "--out", str(out), "--index", str(index.folder)]
+    where = ["--at", "resid@3", "--out", str(out), "--index", str(index.folder)]
     done = CliRunner().invoke(
         app,
         ["audit", str(tmp_path / "suite"), str(chats), *given, *where],
@@ -516,6 +520,17 @@ def test_the_command(lm, suite, index, tmp_path):
     text = out.read_text(encoding="utf-8")
     assert "<h1>Why tiny gave 2 answers</h1>" in text
     assert "(integrated gradients)" in text
+    for more, message in (
+        ([], "audit.html' is there already"),
+        (["--out", str(tmp_path / "b.html"), "--data", "nowhere.jsonl"], "leave it out"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            CliRunner().invoke(
+                app,
+                ["audit", str(tmp_path / "suite"), PROMPT, *where, *more],
+                catch_exceptions=False,
+            )
+    assert not (tmp_path / "b.html").exists()
 
 
 @pytest.mark.parametrize(

@@ -321,8 +321,8 @@ def audit_answers(
         fire on elsewhere.
     Every question is checked before the first is answered. Raises ValueError for a model in half
     precision, no chat, a suite with several SAEs of a site (they would explain the same twice),
-    SAEs that do not fit, another model's index, questions that cannot be asked, and dialogues
-    longer than the documents that an SAE was trained on.
+    SAEs that do not fit, another model's or another suite's index, questions that cannot be asked,
+    and dialogues longer than the documents that an SAE was trained on.
     """
     if lm.half:
         raise ValueError(
@@ -350,11 +350,23 @@ def audit_answers(
         for n, one in enumerate(given, 1)
     ]
     sums = {place: sae.checksum() for place, sae in own.saes().items()}
-    held = index.places() if index is not None else []
-    indexed = [p for p in held if index is not None and index.at(p).checksum == sums.get(p)]
+    indexed = [] if index is None else _indexed(index, sums)
+    if index is not None and not indexed:
+        raise ValueError(
+            "The index holds none of the suite's SAEs; give the index of this suite, or none."
+        )
     told, saes = provenance(lm, index, config), _saes_said(lm, own, sums)
     cases = tuple(_case(lm, own, one, index, indexed, config, bar) for one in prepared)
     return Audited(lm.model_name, cases, config, told, saes)
+
+
+def is_indexed(index: FeatureIndex, suite: ByVariant) -> bool:
+    """Whether an index holds an SAE of a suite, as it is."""
+    return bool(_indexed(index, {at: sae.checksum() for at, sae in Suite(suite).saes().items()}))
+
+
+def _indexed(index: FeatureIndex, checksums: dict[Place, str]) -> list[Place]:
+    return [at for at in index.places() if index.at(at).checksum == checksums.get(at)]
 
 
 def check_index(lm: HookedLM, index: FeatureIndex) -> None:

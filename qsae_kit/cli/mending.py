@@ -48,7 +48,7 @@ def audit(
         str, typer.Option(help="gradient, what each feature does alone, or path, its share.")
     ] = "gradient",
     top: Annotated[int, typer.Option(help="Features that are ablated.", min=1)] = 20,
-    draws: Annotated[int, typer.Option(help="Sets of random features.", min=1)] = 20,
+    draws: Annotated[int, typer.Option(help="Sets of random features.", min=2)] = 20,
     model: options.OtherModel = None,
     at: options.Places = None,
     variant: Annotated[
@@ -57,16 +57,17 @@ def audit(
     data: options.Data = None,
     seed: options.Seed = None,
     out: options.OutFile = Path("audit.html"),
-    dtype: options.Dtype = "auto",
+    dtype: options.Dtype = "float32",
     device: options.Device = None,
 ) -> None:
     """Find the features that carried an answer, with controls and what no feature explains: one
-    page that needs no network. A suite that names no median norms takes them from --data.
+    page that needs no network. A suite that names no median norms takes them from --data. Effects
+    are small differences: the model is computed in float32.
     """
     from qsae_kit.attach import attached
     from qsae_kit.audit.attribution import checked_by
     from qsae_kit.audit.audit_page import write_audit
-    from qsae_kit.audit.auditing import Asked, AuditConfig, asked, audit_answers
+    from qsae_kit.audit.auditing import Asked, AuditConfig, asked, audit_answers, is_indexed
     from qsae_kit.data.readers import FILES, is_source, read_documents
     from qsae_kit.data.streams import stream_of
     from qsae_kit.features.index import load_index
@@ -106,6 +107,9 @@ def audit(
     known = load_index(folder) if folder is not None else None
     lm = outputs.loaded(model or model_name_of(held), dtype, device)
     held = attached(lm, held, stream_of(lm, data))
+    if known is not None and index is None and not is_indexed(known, held):
+        typer.echo(f"The index {str(folder)!r} is of other SAEs, and is left out.")
+        known = None
     found = audit_answers(lm, held, questions, known, config)
     write_audit(found, out)
     for case in found.cases:
