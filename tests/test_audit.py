@@ -500,7 +500,11 @@ def test_the_page_is_valid_html(page):
     html5lib.HTMLParser(strict=True).parse(page.read_text(encoding="utf-8"))
 
 
-def test_the_command(lm, suite, index, tmp_path):
+def test_the_command(lm, suite, index, tmp_path, monkeypatch):
+    def none(lm, data):
+        raise ValueError("A model that comes without data")
+
+    monkeypatch.setattr("qsae_kit.data.streams.stream_of", none)
     save_suite(suite | {"w": suite["v"]}, tmp_path / "suite")
     chats = tmp_path / "chats.jsonl"
     chats.write_text('{"prompt": "How do I thank the nurse?", "answer": "You say it."}\n')

@@ -106,7 +106,7 @@ def audit(
     )
     known = load_index(folder) if folder is not None else None
     lm = outputs.loaded(model or model_name_of(held), dtype, device)
-    held = attached(lm, held, stream_of(lm, data))
+    held = attached(lm, held, None if measured else stream_of(lm, data))
     if known is not None and index is None and not is_indexed(known, held):
         typer.echo(f"The index {str(folder)!r} is of other SAEs, and is left out.")
         known = None
