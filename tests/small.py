@@ -35,16 +35,16 @@ def small_suite(lm):
     return Suite({"v": saes})
 
 
-def explaining_suite(lm):
-    """Variant "v" with 400 features at each of `SITES` that begin at the activations, and so
+def explaining_suite(lm, sites=SITES, k=16):
+    """Variant "v" with 400 TopK features at each of the sites that begin at the activations, and so
     explain a good part of them untrained.
     """
     chats = [dialogue.messages for dialogue in world.dialogues(60, seed=2)]
-    rows = kept_rows(lm, SITES, next(iter(token_batches(lm, chats, batch_tokens=4096))))
+    rows = kept_rows(lm, sites, next(iter(token_batches(lm, chats, batch_tokens=4096))))
     saes = {}
     for name, x in rows.items():
         median = float(x.norm(dim=-1).median())
-        sae = TopKSAE(lm.d_model, 400, 16, Provenance("tiny", name, NormFilter(median)))
+        sae = TopKSAE(lm.d_model, 400, k, Provenance("tiny", name, NormFilter(median)))
         sae.init_from_rows(x, torch.Generator().manual_seed(3))
         saes[name] = sae.requires_grad_(False)
     return Suite({"v": saes})

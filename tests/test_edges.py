@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from small import explaining_suite
 
 from qsae_kit.attach import token_features
 from qsae_kit.audit.attribution import answer_question, attribute
@@ -19,15 +20,7 @@ SITES = ("blocks.1.hook_resid_post", "blocks.2.hook_mlp_out", "blocks.3.hook_res
 
 @pytest.fixture(scope="module")
 def suite(lm):
-    chats = [d.messages for d in world.dialogues(60, seed=2)]
-    rows = kept_rows(lm, SITES, next(iter(token_batches(lm, chats, batch_tokens=4096))))
-    saes = {}
-    for name, x in rows.items():
-        median = float(x.norm(dim=-1).median())
-        sae = TopKSAE(lm.d_model, 400, 24, Provenance("tiny", name, NormFilter(median)))
-        sae.init_from_rows(x, torch.Generator().manual_seed(3))
-        saes[name] = sae.requires_grad_(False)
-    return {"v": saes}
+    return explaining_suite(lm, SITES, 24)
 
 
 @pytest.fixture(scope="module")
